@@ -1,0 +1,131 @@
+"""What all configurations share: data, files, the arguments after the colon.
+
+`configs/NAME.py` runs on the bundled sample with a schedule that fits two
+cores, `configs/NAME.py:smoke` in seconds, `configs/NAME.py:bigann1M` (or
+another named data set) at the published setting.
+"""
+
+from ml_collections import config_dict
+
+SAMPLES = ("sample_sift", "sample_text")
+DATASETS = (
+  "bigann1M",
+  "bigann10M",
+  "bigann1B",
+  "deep1M",
+  "deep1B",
+  "contriever1M",
+  "fb_ssnpp1M",
+)
+
+
+def check_argument(arg: str) -> None:
+  """Raises ValueError unless `arg` may follow the colon of `--config`."""
+  known = ("smoke", *SAMPLES, *DATASETS)
+  if arg and arg not in known:
+    raise ValueError(
+      f"Unknown argument {arg!r} after the colon of --config; known are "
+      f"{', '.join(known)}. For a file of your own leave it out and set "
+      "--config.data.train=FILE."
+    )
+
+
+def make_data(arg: str, *, validation_size: int) -> config_dict.ConfigDict:
+  """Returns `config.data`: a named data set, or paths of one's own."""
+  named = arg if arg and arg != "smoke" else "sample_sift"
+  data = config_dict.create(
+    name=named,
+    root=config_dict.placeholder(str),  # Of named sets; else $VQJAX_DATA.
+    train=config_dict.placeholder(str),  # Own files: take over from the name.
+    base=config_dict.placeholder(str),
+    queries=config_dict.placeholder(str),
+    groundtruth=config_dict.placeholder(str),
+    num_train=config_dict.placeholder(int),  # First rows of a file.
+    num_base=config_dict.placeholder(int),
+    num_queries=config_dict.placeholder(int),
+    scale=config_dict.placeholder(float),  # Of reported errors.
+    validation_size=validation_size,
+  )
+  if arg == "smoke":
+    data.update(num_train=1200, num_base=500, num_queries=50)
+    data.validation_size = 200
+  return data
+
+
+def make_learned(
+  arg: str, *, model: dict, sample: dict, train: dict
+) -> config_dict.ConfigDict:
+  """Returns the configuration of a QINCo; `sample` is the bundled schedule.
+
+  `model` and `train` hold what differs from QINCo2 as published.
+  """
+  check_argument(arg)
+  is_small = arg in ("", "smoke", *SAMPLES)
+  config = config_dict.create(
+    seed=0,
+    codec="qinco",
+    model=dict(
+      num_steps=8,  # M
+      codebook_size=256,  # K
+      network_dim=config_dict.placeholder(int),  # d_e; None: the data's.
+      hidden_dim=256,  # d_h
+      num_blocks=2,  # L
+      low_rank=config_dict.placeholder(int),  # h of QINCo-LR.
+      is_qinco1=False,
+      num_candidates=16,  # A
+      beam_size=32,  # B
+      num_joint_candidates=0,  # C; 0 is the published rule with A.
+    ),
+    # Sizes the finished codec is encoded with, unless told otherwise.
+    encode=dict(num_candidates=16, beam_size=32, num_joint_candidates=0),
+    init=dict(
+      max_vectors=1_000_000,
+      num_iterations=10,  # k-means per level
+      noise=0.1,
+      zero_output=True,  # False: the released start, for comparison.
+    ),
+    train=dict(
+      num_epochs=60,
+      epoch_size=10_000_000,  # Vectors; at most one pass over the set.
+      batch_size=1024,  # Per device.
+      accumulate=1,  # Batches whose gradients make one step.
+      dtype="float32",  # "bfloat16": products of the network.
+      schedule="ramp_cosine",
+      peak_lr=8e-4,
+      ramp_epochs=3,
+      weight_decay=0.1,
+      clip_value=0.1,  # 0: no clipping.
+      redraw=True,  # Dead words at the end of an epoch.
+      cut_patience=10,  # Epochs, of the schedule "plateau".
+      stop_patience=20,
+      log_every=50,  # Steps.
+      checkpoint_minutes=10.0,  # Beside every end of an epoch.
+      keep_checkpoints=2,  # Latest ones, beside the best.
+      tensorboard=False,
+    ),
+  )
+  config.model.update(model)
+  config.train.update(train)
+  config.data = make_data(arg, validation_size=3000 if is_small else 10_000)
+  if is_small:
+    for group, values in sample.items():
+      config[group].update(values)
+  if arg == "smoke":
+    config.model.update(
+      num_steps=3,
+      codebook_size=16,
+      hidden_dim=16,
+      num_blocks=min(config.model.num_blocks, 2),
+      num_candidates=min(config.model.num_candidates, 4),
+      num_joint_candidates=min(config.model.num_joint_candidates, 8),
+      beam_size=min(config.model.beam_size, 4),
+    )
+    if config.model.network_dim:
+      config.model.network_dim = 16
+    config.encode = config_dict.create(
+      num_candidates=config.model.num_candidates,
+      beam_size=4,
+      num_joint_candidates=config.model.num_joint_candidates,
+    )
+    config.train.update(num_epochs=2, epoch_size=512, batch_size=128)
+  return config

@@ -1,0 +1,33 @@
+"""QINCo (arXiv 2401.14732): every word through the network, no beam.
+
+  python -m experiments.train --config=configs/qinco1.py:bigann1M
+
+is the paper's L=16; without argument a smaller network learns the sample.
+"""
+
+from configs import base
+
+
+def get_config(arg: str = ""):
+  return base.make_learned(
+    arg,
+    model=dict(
+      is_qinco1=True,
+      hidden_dim=256,
+      num_blocks=16,
+      num_candidates=0,
+      beam_size=1,
+    ),
+    sample=dict(
+      model=dict(num_blocks=2),
+      train=dict(num_epochs=5),
+    ),
+    train=dict(
+      schedule="plateau",
+      peak_lr=1e-4,
+      weight_decay=0.0,
+      clip_value=0.0,
+      redraw=False,
+      num_epochs=200,
+    ),
+  )

@@ -1,0 +1,21 @@
+"""QINCo2-M (arXiv 2501.03078): four residual blocks of width 384.
+
+  python -m experiments.train --config=configs/qinco2_m.py:bigann1M
+
+Without argument it trains on the bundled sample; that takes two cores a while.
+"""
+
+from configs import base
+
+
+def get_config(arg: str = ""):
+  return base.make_learned(
+    arg,
+    model=dict(network_dim=384, hidden_dim=384, num_blocks=4),
+    sample=dict(
+      model=dict(beam_size=8, num_joint_candidates=16),
+      encode=dict(beam_size=32, num_joint_candidates=64),
+      train=dict(num_epochs=12, ramp_epochs=1),
+    ),
+    train={},
+  )

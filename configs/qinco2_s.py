@@ -1,0 +1,22 @@
+"""QINCo2-S (arXiv 2501.03078): the main job.
+
+  python -m experiments.train --config=configs/qinco2_s.py
+
+trains on the bundled SIFT sample on two cores; `:bigann1M` is the paper's
+setting.
+"""
+
+from configs import base
+
+
+def get_config(arg: str = ""):
+  return base.make_learned(
+    arg,
+    model=dict(network_dim=128, hidden_dim=256, num_blocks=2),
+    sample=dict(
+      model=dict(beam_size=8, num_joint_candidates=16),
+      encode=dict(beam_size=32, num_joint_candidates=64),
+      train=dict(num_epochs=24, ramp_epochs=1),
+    ),
+    train={},
+  )

@@ -1,0 +1,23 @@
+"""Residual quantisation by greedy k-means, encoded with a beam.
+
+python -m experiments.train --config=configs/rq.py
+"""
+
+from ml_collections import config_dict
+
+from configs import base
+
+
+def get_config(arg: str = ""):
+  base.check_argument(arg)
+  config = config_dict.create(
+    seed=0,
+    codec="rq",
+    model=dict(num_codes=8, codebook_size=256, beam_size=5),
+    encode=dict(beam_size=5),
+    init=dict(max_vectors=1_000_000, num_iterations=20),
+  )
+  config.data = base.make_data(arg, validation_size=3000)
+  if arg == "smoke":
+    config.model.update(num_codes=3, codebook_size=16)
+  return config

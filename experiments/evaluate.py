@@ -1,0 +1,263 @@
+r"""Measures a codec: error, recall of exact search in the decoded base, time.
+
+  python -m experiments.evaluate --codec=runs/qinco2_s
+  python -m experiments.evaluate --codec=runs/qinco2_s --num_candidates=16 \
+      --beam_size=32 --baselines=PQ,OPQ,RQ,LSQ
+  python -m experiments.evaluate --codec=bigann_8x8_L2.pt --data=base.bvecs \
+      --queries=query.bvecs --groundtruth=groundtruth.ivecs
+  python -m experiments.evaluate --codec=runs/qinco2_s --split=validation
+
+MSE is the squared error per vector: the sum over dimensions, the mean over
+vectors. 1-recall@R is the share of queries whose true nearest neighbour is
+among the first R found. Without --data the data are those of the training.
+"""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+from absl import logging
+
+from experiments import common
+from vqjax.data import batches, datasets, formats
+from vqjax.interop import faiss_io
+from vqjax.search import metrics
+
+_RANKS = (1, 10, 100)
+
+OPTIONS = {
+  "codec": common.CODEC_OPTION,
+  **common.DATA_OPTIONS,
+  "queries": common.Option(str, None, "Queries, for the recall."),
+  "groundtruth": common.Option(
+    str,
+    None,
+    "Ids of their true neighbours in --data, nearest first; found "
+    "by exact search if unset.",
+  ),
+  "split": common.Option(
+    str, "base", "'base', or 'validation': the held-out training vectors."
+  ),
+  "num_vectors": common.Option(
+    int, None, "Only the first so many vectors of the base."
+  ),
+  **common.SEARCH_OPTIONS,
+  "baselines": common.Option(
+    str,
+    "",
+    "Also train and measure these by faiss, at equal bytes on the "
+    "same training vectors: any of PQ,OPQ,RQ,LSQ.",
+  ),
+  "output": common.Option(str, None, "JSON file for the figures."),
+}
+
+
+def run(config, workdir=None) -> dict:
+  """Returns `{"codec", "rows": [...]}`; logs the table."""
+  del workdir
+  common.require(config, "codec")
+  codec = common.open_codec(config.codec)
+  dataset = common.resolve_data(
+    codec,
+    config,
+    base=config.data,
+    queries=config.queries,
+    groundtruth=config.groundtruth,
+  )
+  knobs = common.search_knobs(codec, config)
+  xb_ND = _open_base(codec, config, dataset)
+  xq_QD, true_QG = _open_queries(codec, config, dataset, xb_ND)
+  names = [name for name in config.baselines.split(",") if name]
+  if names and not dataset.train:
+    raise ValueError(
+      "--baselines need training vectors, and --data names only a base; leave "
+      "--data out to use the data the codec was trained on."
+    )
+  rows = [_measure(codec, knobs, config, xb_ND, xq_QD, true_QG)]
+  for name in names:
+    rows.append(_measure_baseline(name, codec, dataset, xb_ND, xq_QD, true_QG))
+  result = {
+    "codec": str(config.codec),
+    "fingerprint": codec.fingerprint,
+    "data": dataset.base if config.split == "base" else dataset.train,
+    "num_vectors": len(xb_ND),
+    "scale": dataset.scale,
+    "device": jax.devices()[0].device_kind,
+    "rows": rows,
+  }
+  _log_table(result)
+  if config.output:
+    with formats.atomic_output(config.output, overwrite=True) as file:
+      pathlib.Path(file).write_text(json.dumps(result, indent=2) + "\n")
+    logging.info("Written to %s", config.output)
+  return result
+
+
+def _open_base(codec, config, dataset):
+  if config.split == "base":
+    limit = {"max_vectors": config.num_vectors}
+    return datasets.open_split(dataset, "base", **limit)
+  if config.split != "validation":
+    raise ValueError(
+      f"--split must be 'base' or 'validation', got {config.split!r}."
+    )
+  size = codec.info.get("data", {}).get("validation_size", 10_000)
+  xt_ND = datasets.open_split(dataset, "train")
+  _, held_out = batches.split(len(xt_ND), size)
+  return xt_ND[held_out][: config.num_vectors]
+
+
+def _open_queries(codec, config, dataset, xb_ND):
+  """Queries and the ids of their true neighbours, or None twice."""
+  if config.split != "base" or not dataset.queries:
+    return None, None
+  xq_QD = datasets.open_split(dataset, "queries")
+  xq_QD = batches.read_rows(xq_QD, np.arange(len(xq_QD)))
+  is_cut = config.num_vectors or codec.info.get("data", {}).get("num_base")
+  if dataset.groundtruth and not is_cut:
+    ids_QG = datasets.open_split(dataset, "groundtruth")
+    return xq_QD, np.asarray(ids_QG[: len(xq_QD)])
+  logging.info("Searching the true neighbours of %d queries.", len(xq_QD))
+  blocks = (
+    block
+    for _, block in batches.map_blocks(
+      lambda x_ND: x_ND, xb_ND, block_size=65536
+    )
+  )
+  _, ids_QG = faiss_io.knn(xq_QD, blocks, 1, metric=dataset.metric)
+  return xq_QD, ids_QG
+
+
+def _measure(codec, knobs, config, xb_ND, xq_QD, true_QG):
+  """Figures of the codec itself."""
+  seconds = {}
+  encode_fn, block_size = common.make_encode_fn(codec, knobs, config.num_steps)
+  decode_fn = common.make_decode_fn(codec)
+  num = len(xb_ND)
+  first = batches.read_rows(xb_ND, np.arange(min(block_size, num)))
+  jax.block_until_ready(decode_fn(encode_fn(first)))  # Compiles.
+  with common.progress(num, "encode") as done, common.timed(seconds, "encode"):
+    blocks = batches.map_blocks(
+      encode_fn, xb_ND, block_size=block_size, progress=done
+    )
+    codes_NM = np.concatenate([codes for _, codes in blocks])
+  sizes = codec.module.codebook_sizes(codec.tables)[: codes_NM.shape[1]]
+  bits = sum(int(np.ceil(np.log2(size))) for size in sizes)
+  return {
+    "name": codec.name,
+    "bytes": bits / 8,
+    **knobs,
+    **_quality(
+      codes_NM,
+      lambda codes_NM: np.asarray(decode_fn(codes_NM)),
+      xb_ND,
+      xq_QD,
+      true_QG,
+      seconds,
+    ),
+  }
+
+
+def _measure_baseline(name, codec, dataset, xb_ND, xq_QD, true_QG):
+  """Figures of a faiss quantiser of as many bytes."""
+  seconds = {}
+  sizes = codec.module.codebook_sizes(codec.tables)
+  sizes = sizes[-(len(sizes) - codec.info.get("is_ivf", False)) :]
+  num_bits = int(np.ceil(np.log2(sizes[-1])))
+  xt_ND = datasets.open_split(dataset, "train")
+  size = codec.info.get("data", {}).get("validation_size", 10_000)
+  num_rows, _ = batches.split(len(xt_ND), size)
+  logging.info("Training faiss %s %dx%d.", name, len(sizes), num_bits)
+  with common.timed(seconds, "train"):
+    xt_ND = batches.subsample(xt_ND, 1_000_000, 0, num_rows=num_rows)
+    baseline = faiss_io.fit_additive(name, xt_ND, len(sizes), num_bits)
+  with common.timed(seconds, "encode"):
+    blocks = batches.map_blocks(baseline.encode, xb_ND, block_size=16384)
+    codes_NM = np.concatenate([codes for _, codes in blocks])
+  return {
+    "name": f"faiss {name}",
+    "bytes": len(sizes) * num_bits / 8,
+    **_quality(codes_NM, baseline.decode, xb_ND, xq_QD, true_QG, seconds),
+  }
+
+
+def _quality(codes_NM, decode_fn, xb_ND, xq_QD, true_QG, seconds):
+  """MSE, 1-recall and times of codes, decoded once in blocks."""
+  error, decode_seconds, step = 0.0, {}, 16384
+  total = 0.0
+
+  def decoded():
+    nonlocal error, total
+    for start in range(0, len(codes_NM), step):
+      codes = codes_NM[start : start + step]
+      padded = np.pad(
+        codes, ((0, min(step, len(codes_NM)) - len(codes)), (0, 0))
+      )
+      with common.timed(decode_seconds, "decode"):
+        xhat_ND = np.asarray(decode_fn(padded))[: len(codes)]
+      if start or len(codes_NM) <= step:  # The first block compiles.
+        total += decode_seconds["decode"] / len(codes)
+      rows = np.arange(start, start + len(codes))
+      x_ND = batches.read_rows(xb_ND, rows)
+      error += float(np.sum((x_ND - xhat_ND) ** 2, dtype=np.float64))
+      yield xhat_ND
+
+  found = {}
+  if xq_QD is None:
+    for _ in decoded():
+      pass
+  else:
+    _, ids_QR = faiss_io.knn(xq_QD, decoded(), min(100, len(codes_NM)))
+    found = {
+      f"1-recall@{r}": metrics.nn_recall_at(ids_QR, true_QG, r) for r in _RANKS
+    }
+  num_blocks = max(-(-len(codes_NM) // step) - 1, 1)
+  return {
+    "mse": error / len(codes_NM),
+    **{name: float(value) for name, value in found.items()},
+    "encode_us": seconds["encode"] / len(codes_NM) * 1e6,
+    "decode_us": total / num_blocks * 1e6,
+    **({"train_s": seconds["train"]} if "train" in seconds else {}),
+  }
+
+
+def _log_table(result) -> None:
+  scale = result["scale"]
+  unit = "" if scale == 1 else f" x{scale:g}"
+  recalls = [
+    f"1-recall@{r}" for r in _RANKS if "1-recall@1" in result["rows"][0]
+  ]
+  rows = []
+  for row in result["rows"]:
+    search = [
+      f"{letter}={row[name]}"
+      for letter, name in (
+        ("A", "num_candidates"),
+        ("B", "beam_size"),
+        ("C", "num_joint_candidates"),
+      )
+      if row.get(name)
+    ]
+    if row.get("num_joint_candidates"):
+      search = [part for part in search if part[0] != "A"]
+    rows.append(
+      [
+        " ".join([row["name"], *search]),
+        f"{row['bytes']:g}",
+        f"{row['mse'] * scale:.4f}",
+      ]
+      + [f"{row[name]:.3f}" for name in recalls]
+      + [f"{row['encode_us']:.1f}", f"{row['decode_us']:.2f}"]
+    )
+  header = ["codec", "bytes", f"MSE{unit}", *recalls, "encode us", "decode us"]
+  logging.info(
+    "%d vectors of %s\n%s",
+    result["num_vectors"],
+    result["data"],
+    common.table(header, rows),
+  )
+
+
+if __name__ == "__main__":
+  common.main(run, OPTIONS, __doc__)

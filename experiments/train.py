@@ -1,0 +1,366 @@
+r"""Trains a codec from a configuration and writes a run folder.
+
+  python -m experiments.train --config=configs/qinco2_s.py
+  python -m experiments.train --config=configs/qinco2_s.py:smoke
+  python -m experiments.train --config=configs/qinco2_s.py:bigann1M \
+      --config.data.root=/data --workdir=runs/bigann
+  python -m experiments.train --config=configs/qinco2_s.py \
+      --config.data.train=my.fvecs --config.model.beam_size=8
+
+Ctrl-C or SIGTERM saves and stops; the same command with --resume goes on, to
+the same result bit for bit. The run folder ends with codec.safetensors and
+codec.json, which evaluate, encode and decode take.
+"""
+
+import functools
+import json
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags, logging
+from ml_collections import config_dict, config_flags
+
+from experiments import common
+from vqjax.codecs import pq, qinco, qinco_learning, rq
+from vqjax.data import batches, datasets, formats
+from vqjax.interop import faiss_io, safetensors_io
+from vqjax.training import checkpoints as checkpoints_lib
+from vqjax.training import loop, optimisers, writers
+
+_METRICS = ["loss", "mse", "mse_loss", "preselect_loss"]
+_SEARCH = ("num_candidates", "beam_size", "num_joint_candidates")
+
+
+def run(config: config_dict.ConfigDict, workdir: str, *, resume: bool = False):
+  """Trains into `workdir`; returns its summary, `None` when interrupted."""
+  common.keep_compiled()
+  workdir = pathlib.Path(workdir)
+  dataset = _resolve(config)
+  xt_ND = datasets.open_split(dataset, "train")
+  num_rows, held_out = batches.split(len(xt_ND), config.data.validation_size)
+  if _is_finished(workdir, config, resume):
+    logging.info("%s is finished already: nothing to do.", workdir)
+    return json.loads((workdir / "summary.json").read_text())
+  logging.info(
+    "%s: %d training vectors, %d held out, %d dimensions.",
+    dataset.name,
+    num_rows,
+    held_out.stop - held_out.start,
+    dataset.dim,
+  )
+  began = time.monotonic()
+  train_fn = _train_learned if config.codec == "qinco" else _fit_classic
+  params = train_fn(config, workdir, dataset, xt_ND, resume)
+  if params is None:
+    return None
+  return _finish(config, workdir, dataset, xt_ND, params, began)
+
+
+def _resolve(config) -> datasets.Dataset:
+  names = config.data.to_dict()
+  names.pop("validation_size")
+  return datasets.resolve(**names)
+
+
+def _is_finished(workdir, config, resume) -> bool:
+  """Prepares the run folder; refuses to mix two runs."""
+  file = workdir / "config.json"
+  text = json.dumps(config.to_dict(), indent=2)
+  if file.exists() and not resume:
+    raise ValueError(
+      f"{workdir} already holds a run. Add --resume to go on with it, or "
+      "choose another --workdir."
+    )
+  if resume and not file.exists():
+    raise ValueError(
+      f"There is no run to resume in {workdir}: it has no config.json. Leave "
+      "--resume out to start one."
+    )
+  if resume and file.read_text() != text:
+    _check_same(json.loads(file.read_text()), config.to_dict(), workdir)
+  if resume:
+    return (workdir / "summary.json").exists()
+  with formats.atomic_output(file) as temporary:
+    pathlib.Path(temporary).write_text(text)
+  return False
+
+
+def _check_same(old: dict, new: dict, workdir, prefix: str = "") -> None:
+  """Raises ValueError where the configuration of a run was changed."""
+  for name in sorted(set(old) | set(new)):
+    a, b = old.get(name), new.get(name)
+    if isinstance(a, dict) and isinstance(b, dict):
+      _check_same(a, b, workdir, f"{prefix}{name}.")
+    elif a != b:
+      raise ValueError(
+        f"The run in {workdir} was started with {prefix}{name}={a}, now it is "
+        f"{b}. Resume with the same configuration, or choose a new --workdir."
+      )
+
+
+def _sample(config, xt_ND) -> np.ndarray:
+  """The training vectors that initialisation sees, `[n, D]` float32."""
+  num_rows, _ = batches.split(len(xt_ND), config.data.validation_size)
+  return batches.subsample(
+    xt_ND, config.init.max_vectors, config.seed, num_rows=num_rows
+  )
+
+
+def _fit_classic(config, workdir, dataset, xt_ND, resume):
+  """Fits PQ or RQ: closed form, nothing to resume."""
+  del workdir, dataset, resume
+  x_ND = _sample(config, xt_ND)
+  model = config.model.to_dict()
+  rotation = None
+  if model.pop("opq", False):
+    rotation = faiss_io.train_opq(x_ND, model["num_codes"])
+    rotation = jnp.asarray(rotation)
+  kwargs = {"rotation": rotation} if config.codec == "pq" else {}
+  module = {"pq": pq, "rq": rq}[config.codec]
+  return module.fit(
+    jax.random.key(config.seed),
+    jnp.asarray(x_ND),
+    num_iterations=config.init.num_iterations,
+    **model,
+    **kwargs,
+  )
+
+
+def _train_learned(config, workdir, dataset, xt_ND, resume):
+  """Trains a QINCo; returns the best parameters, None when interrupted."""
+  num_rows, held_out = batches.split(len(xt_ND), config.data.validation_size)
+  plan = _make_plan(config, num_rows, dataset.scale)
+  schedule = _make_schedule(config, plan)
+  xv_ND = batches.read_rows(xt_ND, np.arange(held_out.start, held_out.stop))
+  make_state = functools.partial(_make_state, config, schedule)
+  checkpoints = checkpoints_lib.Checkpoints(
+    workdir / "checkpoints", num_latest=config.train.keep_checkpoints
+  )
+  step = checkpoints.latest() if resume else None
+  abstract = jax.eval_shape(
+    make_state, jax.ShapeDtypeStruct((num_rows, dataset.dim), jnp.float32)
+  )
+  _check_search(config, abstract.params)
+  if step is None:
+    logging.info("Starting from residual quantisation.")
+    state = make_state(jnp.asarray(_sample(config, xt_ND)))
+  else:
+    state = checkpoints.restore(step, abstract)
+    logging.info("Going on from step %d of %d.", step, plan.total_steps)
+  learner, tx = _make_learner(config, state.params, xv_ND, schedule)
+  reader = batches.BatchReader(
+    xt_ND,
+    config.seed,
+    plan.batch_size,
+    num_rows,
+    jax.process_index(),
+    jax.process_count(),
+  )
+  writer = writers.Writer(
+    workdir, first_step=step or 0, tensorboard=config.train.tensorboard
+  )
+  try:
+    outcome = loop.train(
+      learner,
+      tx,
+      schedule,
+      state,
+      reader,
+      plan,
+      checkpoints=checkpoints,
+      writer=writer,
+    )
+    writers.plot_curves(workdir, scale=dataset.scale, unit=_unit(dataset))
+    if not outcome.is_done:
+      logging.warning(
+        "Stopped at step %d of %d. To go on, run the same command with "
+        "--resume.",
+        int(outcome.state.step),
+        plan.total_steps,
+      )
+      return None
+    best = checkpoints.best()
+    logging.info("The best validation error is that of step %d.", best)
+    return checkpoints.restore(best, outcome.state).params
+  finally:
+    writer.close()
+    checkpoints.close()
+
+
+def _make_plan(config, num_rows: int, scale: float) -> loop.Plan:
+  train = config.train
+  batch_size = train.batch_size * jax.device_count() * train.accumulate
+  if num_rows < batch_size:
+    raise ValueError(
+      f"A step takes {batch_size} vectors (train.batch_size x devices x "
+      f"train.accumulate), but there are only {num_rows} to train on. Lower "
+      "--config.train.batch_size or --config.data.validation_size."
+    )
+  is_plateau = train.schedule == "plateau"
+  return loop.Plan(
+    seed=config.seed,
+    num_epochs=train.num_epochs,
+    steps_per_epoch=max(min(train.epoch_size, num_rows) // batch_size, 1),
+    batch_size=batch_size,
+    accumulate=train.accumulate,
+    redraw=train.redraw,
+    stop_patience=train.stop_patience if is_plateau else None,
+    cut_patience=train.cut_patience if is_plateau else None,
+    log_every=train.log_every,
+    checkpoint_minutes=train.checkpoint_minutes,
+    scale=scale,
+  )
+
+
+def _make_schedule(config, plan):
+  return optimisers.make_schedule(
+    config.train.schedule,
+    peak_lr=config.train.peak_lr,
+    ramp_steps=config.train.ramp_epochs * plan.steps_per_epoch,
+    total_steps=plan.total_steps,
+  )
+
+
+def _make_tx(config, params, schedule):
+  return optimisers.make_optimiser(
+    schedule,
+    qinco_learning.frozen(params),
+    weight_decay=config.train.weight_decay,
+    clip_value=config.train.clip_value,
+  )
+
+
+def _make_state(config, schedule, x_ND):
+  sizes = {k: v for k, v in config.model.items() if k not in _SEARCH}
+  start = {k: v for k, v in config.init.items() if k != "max_vectors"}
+  params = qinco_learning.init(
+    jax.random.key(config.seed), x_ND, **sizes, **start
+  )
+  stats = qinco_learning.empty_stats(params)
+  return loop.make_state(
+    params, _make_tx(config, params, schedule), stats, _METRICS
+  )
+
+
+def _check_search(config, params) -> None:
+  for group in (config.model, config.encode):
+    qinco.check_search(params, *[group[name] for name in _SEARCH])
+
+
+def _make_learner(config, params, xv_ND, schedule):
+  """Returns what the loop needs of a QINCo, and its optimiser."""
+  knobs = {name: config.model[name] for name in _SEARCH}
+
+  def errors(tables, x_ND):
+    codes_NM = qinco.encode(tables, x_ND, **knobs)
+    return jnp.sum((x_ND - qinco.decode(tables, codes_NM)) ** 2, axis=-1)
+
+  prepare_fn, errors_fn = jax.jit(qinco.prepare), jax.jit(errors)
+
+  def validate(params):
+    tables = prepare_fn(params)
+    codec = common.Codec("qinco", qinco, tables, {}, "")
+    blocks = batches.map_blocks(
+      functools.partial(errors_fn, tables),
+      xv_ND,
+      block_size=common.block_rows(codec, knobs),
+    )
+    return float(np.mean(np.concatenate([e for _, e in blocks]), dtype=float))
+
+  learner = loop.Learner(
+    loss_fn=functools.partial(
+      qinco_learning.loss, dtype=config.train.dtype, **knobs
+    ),
+    merge_stats_fn=qinco_learning.merge_stats,
+    end_epoch_fn=functools.partial(
+      qinco_learning.end_epoch, noise=config.init.noise
+    ),
+    usage_fn=qinco_learning.usage,
+    validate_fn=validate,
+  )
+  return learner, _make_tx(config, params, schedule)
+
+
+def _unit(dataset) -> str:
+  return "" if dataset.scale == 1 else f" (x {dataset.scale:g})"
+
+
+def _finish(config, workdir, dataset, xt_ND, params, began):
+  """Writes the portable codec and the summary, and says what to do next."""
+  _, held_out = batches.split(len(xt_ND), config.data.validation_size)
+  module = common.registry.get(config.codec)
+  codec = common.Codec(config.codec, module, module.prepare(params), {}, "")
+  knobs = config.encode.to_dict()
+  encode_fn, block_size = common.make_encode_fn(codec, knobs)
+  decode_fn = common.make_decode_fn(codec)
+
+  def errors(x_ND):
+    return jnp.sum((x_ND - decode_fn(encode_fn(x_ND))) ** 2, axis=-1)
+
+  xv_ND = batches.read_rows(xt_ND, np.arange(held_out.start, held_out.stop))
+  blocks = batches.map_blocks(errors, xv_ND, block_size=block_size)
+  validation = float(
+    np.mean(np.concatenate([e for _, e in blocks]), dtype=float)
+  )
+  seconds = time.monotonic() - began
+  info = {
+    "encode": knobs,
+    "metric": dataset.metric,
+    "scale": dataset.scale,
+    "data": config.data.to_dict(),
+    "training": {"seconds": round(seconds, 1), "validation_mse": validation},
+  }
+  path = safetensors_io.save_codec(
+    workdir, config.codec, params, info=info, overwrite=True
+  )
+  summary = {
+    "codec": str(path),
+    "validation_mse": validation,
+    "scale": dataset.scale,
+    "encode": knobs,
+    "seconds": round(seconds, 1),
+  }
+  with formats.atomic_output(workdir / "summary.json", overwrite=True) as file:
+    pathlib.Path(file).write_text(json.dumps(summary, indent=2))
+  logging.info(
+    "Done in %.0f s. Validation MSE%s: %.4f\nWritten to %s: %s\nNext:\n"
+    "  python -m experiments.evaluate --codec=%s",
+    seconds,
+    _unit(dataset),
+    validation * dataset.scale,
+    workdir,
+    ", ".join(sorted(p.name for p in workdir.iterdir())),
+    workdir,
+  )
+  return summary
+
+
+def _default_workdir(config_file: str) -> str:
+  """`configs/qinco2_s.py:smoke` trains into `runs/qinco2_s-smoke`."""
+  name, _, arg = config_file.partition(":")
+  return f"runs/{pathlib.Path(name).stem}" + (f"-{arg}" if arg else "")
+
+
+if __name__ == "__main__":
+  _CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Configuration, e.g. configs/qinco2_s.py[:smoke|:bigann1M]."
+  )
+  _WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Run folder; runs/NAME-OF-THE-CONFIG if unset."
+  )
+  _RESUME = flags.DEFINE_boolean(
+    "resume", False, "Go on with the run in --workdir."
+  )
+  flags.mark_flag_as_required("config")
+
+  def main(argv):
+    del argv
+    file = config_flags.get_config_filename(flags.FLAGS["config"])
+    workdir = _WORKDIR.value or _default_workdir(file)
+    with common.user_errors():
+      run(_CONFIG.value, workdir, resume=_RESUME.value)
+
+  common.start(main)

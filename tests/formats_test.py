@@ -1,0 +1,334 @@
+import builtins
+import errno
+import os
+import sys
+
+import numpy as np
+import pytest
+
+from vqjax.data import formats
+
+FLAT = {
+  ".bvecs": np.uint8,
+  ".fvecs": np.float32,
+  ".ivecs": np.int32,
+  ".fbin": np.float32,
+  ".u8bin": np.uint8,
+  ".i8bin": np.int8,
+  ".ibin": np.int32,
+  ".npy": np.float32,
+}
+
+
+def some_vectors(n=37, d=5, dtype=np.float32):
+  x = np.random.default_rng(0).integers(-100, 100, size=(n, d))
+  return np.abs(x).astype(dtype) if dtype == np.uint8 else x.astype(dtype)
+
+
+def oracle_read(path, dtype):
+  """Rows by struct arithmetic over the whole file."""
+  raw = path.read_bytes()
+  if path.suffix == ".npy":
+    return np.load(path)
+  if path.suffix.endswith("bin"):
+    n, d = np.frombuffer(raw[:8], "<i4")
+    return np.frombuffer(raw[8:], dtype).reshape(n, d)
+  d = int(np.frombuffer(raw[:4], "<i4")[0])
+  step = 4 + d * np.dtype(dtype).itemsize
+  rows = [raw[i + 4 : i + step] for i in range(0, len(raw), step)]
+  return np.stack([np.frombuffer(r, dtype) for r in rows])
+
+
+@pytest.mark.parametrize("suffix", FLAT)
+@pytest.mark.parametrize("stream", [False, True])
+def test_round_trip(tmp_path, suffix, stream):
+  x = some_vectors(dtype=FLAT[suffix])
+  path = tmp_path / f"x{suffix}"
+  blocks = (x[i : i + 10] for i in range(0, len(x), 10))
+  assert formats.write_vectors(path, blocks if stream else x) == len(x)
+  np.testing.assert_array_equal(oracle_read(path, FLAT[suffix]), x)
+  got = formats.open_vectors(path)
+  assert isinstance(got, np.memmap)
+  assert got.dtype == FLAT[suffix]
+  assert not got.flags.writeable
+  rows = np.array([36, 0, 7, 7, 3])
+  np.testing.assert_array_equal(got, x)
+  np.testing.assert_array_equal(got[rows], x[rows])
+  np.testing.assert_array_equal(got[5:9], x[5:9])
+  assert formats.open_vectors(path, max_vectors=4).shape == (4, 5)
+  assert formats.open_vectors(path, max_vectors=400).shape == (37, 5)
+  assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f8", "u1", "i2", "u4", "i8", ">f4"])
+def test_npy_types(tmp_path, dtype):
+  x = some_vectors(dtype=dtype)
+  np.save(tmp_path / "x.npy", x)
+  got = formats.open_vectors(tmp_path / "x.npy")
+  assert got.dtype == x.dtype
+  np.testing.assert_array_equal(got, x)
+  formats.write_vectors(tmp_path / "y.npy", x)
+  np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), x)
+
+
+def test_faiss_reads_what_is_written(tmp_path):
+  vecs_io = pytest.importorskip("faiss.contrib.vecs_io")
+  x = some_vectors()
+  formats.write_vectors(tmp_path / "x.fvecs", x)
+  got = vecs_io.fvecs_read(os.fspath(tmp_path / "x.fvecs"))
+  np.testing.assert_array_equal(got, x)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_hdf5(tmp_path, compressed):
+  h5py = pytest.importorskip("h5py")
+  x = some_vectors(1500)
+  path = tmp_path / "a.hdf5"
+  with h5py.File(path, "w") as f:
+    f.create_dataset(
+      "train", data=x, compression="gzip" if compressed else None
+    )
+    f.create_dataset("test", data=x[:3])
+    f.create_dataset("flat", data=x[0])
+  got = formats.open_vectors(path)
+  assert isinstance(got, np.memmap) != compressed
+  rows = np.random.default_rng(0).integers(-1500, 1500, size=1200)
+  np.testing.assert_array_equal(got[rows], x[rows])
+  np.testing.assert_array_equal(got[[3]], x[[3]])
+  np.testing.assert_array_equal(got[7], x[7])
+  np.testing.assert_array_equal(got[-9:], x[-9:])
+  np.testing.assert_array_equal(got[10:1400:7], x[10:1400:7])
+  assert got[[]].shape == (0, 5)
+  assert formats.open_vectors(f"{path}#test").shape == (3, 5)
+  short = formats.open_vectors(path, max_vectors=10)
+  assert short.shape == (10, 5)
+  np.testing.assert_array_equal(short[5:], x[5:10])
+  with pytest.raises(ValueError, match="no data set 'nope'.*train"):
+    formats.open_vectors(f"{path}#nope")
+  with pytest.raises(ValueError, match=r"shape \(5,\)"):
+    formats.open_vectors(f"{path}#flat")
+
+
+def test_hdf5_write(tmp_path):
+  h5py = pytest.importorskip("h5py")
+  x = some_vectors(2100)
+  path = tmp_path / "b.h5"
+  formats.write_vectors(f"{path}#base", (x[:2000], x[2000:]))
+  with h5py.File(path) as f:
+    np.testing.assert_array_equal(f["base"], x)
+
+
+def test_hdf5_without_h5py(tmp_path, monkeypatch):
+  (tmp_path / "a.hdf5").write_bytes(b"x")
+  real = builtins.__import__
+
+  def no_h5py(name, *args, **kwargs):
+    if name == "h5py":
+      raise ImportError(name)
+    return real(name, *args, **kwargs)
+
+  monkeypatch.setattr(builtins, "__import__", no_h5py)
+  with pytest.raises(ImportError, match=r"pip install vqjax\[hdf5\]"):
+    formats.open_vectors(tmp_path / "a.hdf5")
+
+
+def test_ibin_with_distances(tmp_path):
+  ids = some_vectors(4, 3, np.int32)
+  raw = np.array([4, 3], "<i4").tobytes() + ids.tobytes()
+  (tmp_path / "gt.ibin").write_bytes(raw + np.ones((4, 3), "<f4").tobytes())
+  np.testing.assert_array_equal(formats.open_vectors(tmp_path / "gt.ibin"), ids)
+
+
+@pytest.mark.parametrize(
+  ("suffix", "cut", "message"),
+  [
+    (".fvecs", 3, "24 bytes each, so expected 864 .*got 885 bytes"),
+    (".bvecs", 1, "9 bytes each, so expected 324 .*got 332 bytes"),
+    (".fbin", 3, "expected 748 bytes, got 745 bytes"),
+    (".u8bin", -1, "expected 193 bytes, got 194 bytes"),
+    (".npy", 8, "expected 868 bytes, got 860 bytes"),
+  ],
+)
+def test_truncated(tmp_path, suffix, cut, message):
+  path = tmp_path / f"x{suffix}"
+  formats.write_vectors(path, some_vectors(dtype=FLAT[suffix]))
+  raw = path.read_bytes()
+  path.write_bytes(raw[:-cut] if cut > 0 else raw + b"x")
+  with pytest.raises(ValueError, match=message):
+    formats.open_vectors(path)
+
+
+@pytest.mark.parametrize("suffix", [*FLAT, ".hdf5"])
+def test_damaged_headers(tmp_path, suffix):
+  path = tmp_path / f"x{suffix}"
+  if suffix != ".hdf5":
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="empty.*0 bytes"):
+      formats.open_vectors(path)
+  else:
+    pytest.importorskip("h5py")
+  for raw in (b"\xff" * 40, b"\x01\x00"):
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match="x" + suffix):
+      formats.open_vectors(path)
+
+
+def test_row_with_other_dimension(tmp_path):
+  x = some_vectors()
+  path = tmp_path / "x.fvecs"
+  formats.write_vectors(path, x)
+  raw = bytearray(path.read_bytes())
+  raw[36 * 24 : 36 * 24 + 4] = np.int32(6).tobytes()
+  path.write_bytes(raw)
+  with pytest.raises(ValueError, match="dimension 5 .*got 6 in row 36"):
+    formats.open_vectors(path)
+
+
+def test_npy_refused(tmp_path):
+  path = tmp_path / "x.npy"
+  np.save(path, np.asfortranarray(some_vectors()))
+  with pytest.raises(ValueError, match="ascontiguousarray"):
+    formats.open_vectors(path)
+  np.save(path, np.zeros(7))
+  with pytest.raises(ValueError, match=r"\(N, D\), got shape \(7,\)"):
+    formats.open_vectors(path)
+  np.save(path, np.zeros((0, 7)))
+  with pytest.raises(ValueError, match=r"got shape \(0, 7\)"):
+    formats.open_vectors(path)
+  np.save(path, np.zeros((2, 2), np.complex64))
+  with pytest.raises(ValueError, match="got complex64"):
+    formats.open_vectors(path)
+  np.save(path, np.array([[print]]), allow_pickle=True)
+  with pytest.raises(ValueError, match="got object"):
+    formats.open_vectors(path)
+
+
+def test_names_refused(tmp_path):
+  with pytest.raises(FileNotFoundError, match="nothere.fvecs"):
+    formats.open_vectors(tmp_path / "nothere.fvecs")
+  with pytest.raises(ValueError, match=r"x\.csv.*\.bvecs .*\.npy \.hdf5"):
+    formats.open_vectors(tmp_path / "x.csv")
+  (tmp_path / "d.npy").mkdir()
+  with pytest.raises(ValueError, match="not a regular file"):
+    formats.open_vectors(tmp_path / "d.npy")
+  with pytest.raises(ValueError, match="at least 1, got 0"):
+    formats.open_vectors(tmp_path / "d.npy", max_vectors=0)
+
+
+@pytest.mark.parametrize(
+  ("suffix", "value", "message"),
+  [
+    (".bvecs", 256, "uint8, which cannot hold 256"),
+    (".bvecs", -1, r"-1 \(row 3, column 2\)"),
+    (".u8bin", 1.5, "cannot hold 1.5"),
+    (".i8bin", 128.0, "cannot hold 128.0"),
+    (".ivecs", 2.0**31, "int32, which cannot hold 2147483648.0"),
+    (".ibin", np.nan, "cannot hold nan"),
+    (".fvecs", 1e39, r"float32, which cannot hold 1e\+39"),
+  ],
+)
+def test_numbers_that_do_not_fit(tmp_path, suffix, value, message):
+  x = np.ones((5, 4))
+  x[3, 2] = value
+  if float(value).is_integer() and value < 1000:
+    x = x.astype(np.int64) if isinstance(value, int) else x
+  with pytest.raises(ValueError, match=message):
+    formats.write_vectors(tmp_path / f"x{suffix}", iter([x[:2], x[2:]]))
+  assert os.listdir(tmp_path) == []
+
+
+def test_whole_floats_fit(tmp_path):
+  x = some_vectors(dtype=np.uint8)
+  formats.write_vectors(tmp_path / "x.bvecs", x.astype(np.float64))
+  np.testing.assert_array_equal(formats.open_vectors(tmp_path / "x.bvecs"), x)
+
+
+def test_write_refused(tmp_path):
+  path = tmp_path / "x.fvecs"
+  formats.write_vectors(path, some_vectors())
+  before = path.read_bytes()
+  with pytest.raises(FileExistsError, match="overwrite=True"):
+    formats.write_vectors(path, some_vectors(3))
+  with pytest.raises(ValueError, match=r"numbers of shape \(n, 5\)"):
+    formats.write_vectors(
+      path, [some_vectors(), some_vectors(d=4)], overwrite=True
+    )
+  with pytest.raises(ValueError, match="hold float32, got dtype float64"):
+    formats.write_vectors(path, some_vectors(), dtype=np.float64)
+  with pytest.raises(ValueError, match="no vectors to write"):
+    formats.write_vectors(path, [])
+  with pytest.raises(ValueError, match=r"got \(7,\)"):
+    formats.write_vectors(path, np.zeros(7))
+  assert path.read_bytes() == before
+  assert formats.write_vectors(path, some_vectors(3), overwrite=True) == 3
+  assert os.listdir(tmp_path) == ["x.fvecs"]
+
+
+def fail_while_writing(path, error):
+  with formats.atomic_output(path, overwrite=True) as temporary:
+    temporary.write_bytes(b"abc")
+    raise error
+
+
+def test_atomic_output(tmp_path):
+  path = tmp_path / "new" / "folder" / "a.json"
+  with formats.atomic_output(path) as temporary:
+    temporary.write_text("1")
+    assert temporary.suffix == ".json"
+    assert not path.exists()
+    inode = temporary.stat().st_ino
+  assert path.read_text() == "1"
+  assert path.stat().st_ino == inode  # Renamed, not copied.
+  with pytest.raises(RuntimeError):
+    fail_while_writing(path, RuntimeError())
+  assert path.read_text() == "1"
+  assert os.listdir(path.parent) == ["a.json"]
+  with (
+    pytest.raises(ValueError, match="not a folder"),
+    formats.atomic_output(path.parent),
+  ):
+    pass
+
+
+def test_full_disk(tmp_path):
+  path = tmp_path / "a.npy"
+  with pytest.raises(OSError, match="full.*a.npy.*after 3 bytes") as e:
+    fail_while_writing(path, OSError(errno.ENOSPC, "no space"))
+  assert e.value.errno == errno.ENOSPC
+  assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("suffix", [".bvecs", ".npy"])
+def test_release_pages_lowers_memory(tmp_path, suffix):
+  def resident_bytes():
+    with open("/proc/self/statm") as f:
+      return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+  path = tmp_path / f"x{suffix}"
+  x = np.full((16_000, 1024), 7, np.uint8)
+  formats.write_vectors(path, x)
+  vectors = formats.open_vectors(path)
+  assert int(vectors.max()) == 7
+  before = resident_bytes()
+  formats.release_pages(vectors[10:])
+  assert before - resident_bytes() > 12_000_000
+  np.testing.assert_array_equal(vectors[::99], x[::99])
+  formats.release_pages(x)
+  formats.release_pages([1])
+
+
+def test_check_vectors():
+  x = np.zeros((9, 4), np.float32)
+  formats.check_vectors(x, dim=4)
+  x[[2, 7], 1] = np.nan, np.inf
+  with pytest.raises(ValueError, match="queries .*2 of 9 rows.* 102, 107;"):
+    formats.check_vectors(x, name="queries", first_row=100)
+  with pytest.raises(ValueError, match="row 3, 30;"):
+    formats.check_vectors(x, rows=np.array([0, 1, 30, 0, 0, 0, 0, 3, 8]))
+  with pytest.raises(ValueError, match="dimension 5, got 4"):
+    formats.check_vectors(x, dim=5)
+  with pytest.raises(ValueError, match=r"\(N, D\), got \(4,\)"):
+    formats.check_vectors(x[0])
+  with pytest.raises(ValueError, match="numbers, got <U1"):
+    formats.check_vectors(np.array([["a"]]))

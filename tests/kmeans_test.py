@@ -1,0 +1,119 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import oracles
+from vqjax.codecs import kmeans
+
+KEY = jax.random.key(0)
+lloyd_step = jax.jit(kmeans.lloyd_step, static_argnames="block_size")
+
+
+def _vectors(n=120, d=4):
+  rng = np.random.default_rng(1)
+  return jnp.asarray(rng.normal(size=(n, d)), jnp.float32)
+
+
+@pytest.mark.parametrize("block_size", [7, 4096])
+def test_step_matches_loops_with_weights_and_empty_words(block_size):
+  x_ND = _vectors()
+  weights_N = jnp.asarray(np.random.default_rng(2).uniform(0, 3, 120))
+  # Nobody chooses the two far words.
+  words_KD = jnp.concatenate([x_ND[:5], jnp.full((2, 4), 1e3)])
+  got = lloyd_step(x_ND, weights_N, words_KD, block_size=block_size)
+  words, counts, objective = oracles.kmeans_step(x_ND, weights_N, words_KD)
+  # Sums of some 30 float32 numbers.
+  np.testing.assert_allclose(got.words_KD, words, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(got.counts_K, counts, rtol=1e-5)
+  np.testing.assert_allclose(got.objectives[0], objective, rtol=1e-5)
+  assert int(got.num_refilled) == 2
+
+
+def test_zero_iterations_return_distinct_rows():
+  x_ND = _vectors()
+  words_KD = kmeans.fit(KEY, x_ND, 20, num_iterations=0)
+  rows = {tuple(row) for row in np.asarray(x_ND).tolist()}
+  found = {tuple(row) for row in np.asarray(words_KD).tolist()}
+  assert len(found) == 20
+  assert found <= rows
+
+
+@pytest.mark.parametrize("init", kmeans.INITS)
+def test_objective_never_grows(init):
+  report = kmeans.fit_report(KEY, _vectors(), 40, num_iterations=8, init=init)
+  objectives = np.asarray(report.objectives)
+  # Rounding of a float32 sum.
+  assert (np.diff(objectives) <= 1e-5 * objectives[0]).all()
+  assert objectives[-1] < 0.9 * objectives[0]
+
+
+def test_objective_never_grows_where_words_are_refilled():
+  # Few distinct rows: a random start takes the same one more than once.
+  x_ND = jnp.repeat(_vectors(12), jnp.array([40] + [1] * 11), axis=0)
+  report = kmeans.fit_report(KEY, x_ND, 10, num_iterations=6)
+  assert int(report.num_refilled) > 0
+  assert (np.diff(np.asarray(report.objectives)) <= 1e-4).all()
+
+
+def test_as_many_words_as_distinct_rows_leave_nothing():
+  x_ND = jnp.tile(_vectors(8), (5, 1))
+  report = kmeans.fit_report(KEY, x_ND, 8, num_iterations=10)
+  assert float(report.objectives[-1]) < 1e-4
+  assert float(report.counts_K.min()) > 0
+
+
+def test_kmeans_plus_plus_takes_every_distinct_row_once():
+  x_ND = jnp.tile(_vectors(8), (5, 1))
+  words_KD = kmeans.fit(KEY, x_ND, 8, num_iterations=0, init="k-means++")
+  assert len({tuple(row) for row in np.asarray(words_KD).tolist()}) == 8
+
+
+@pytest.mark.parametrize("init", kmeans.INITS)
+def test_rows_of_no_weight_leave_no_trace(init):
+  x_ND = _vectors()
+  far_ND = x_ND.at[60:].add(1e3)
+  weights_N = jnp.where(jnp.arange(120) < 60, 1.0, 0.0)
+  words_KD = kmeans.fit(KEY, far_ND, 9, init=init, weights_N=weights_N)
+  assert float(jnp.abs(words_KD).max()) < 10
+
+
+def test_weight_two_is_a_row_twice():
+  x_ND, words_KD = _vectors(), _vectors(9)
+  weights_N = jnp.ones(120).at[:30].set(2)
+  twice_ND = jnp.concatenate([x_ND, x_ND[:30]])
+  weighted = lloyd_step(x_ND, weights_N, words_KD)
+  repeated = lloyd_step(twice_ND, jnp.ones(150), words_KD)
+  np.testing.assert_allclose(
+    weighted.words_KD, repeated.words_KD, rtol=1e-4, atol=1e-5
+  )
+
+
+def test_blocks_do_not_change_the_result():
+  x_ND = _vectors()
+  whole, blocks = (
+    kmeans.fit(KEY, x_ND, 9, block_size=size) for size in (4096, 7)
+  )
+  # Sums are taken in another order.
+  np.testing.assert_allclose(whole, blocks, rtol=1e-4, atol=1e-5)
+
+
+def test_product_and_scatter_sum_alike():
+  x_ND, weights_N = _vectors(), jnp.arange(120.0)
+  ids_N = jnp.arange(120, dtype=jnp.int32) % 7
+  scatter = kmeans.sums_by_scatter(ids_N, x_ND, weights_N, 9)
+  product = kmeans.sums_by_product(ids_N, x_ND, weights_N, 9)
+  for got, want in zip(scatter, product, strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-3)
+
+
+def test_senseless_sizes_are_refused():
+  x_ND = _vectors()
+  with pytest.raises(ValueError, match="120 vectors cannot fill 121 words"):
+    kmeans.fit(KEY, x_ND, 121)
+  with pytest.raises(ValueError, match="between 1 and 120, got 0"):
+    kmeans.fit(KEY, x_ND, 0)
+  with pytest.raises(ValueError, match="got 'best'"):
+    kmeans.fit(KEY, x_ND, 4, init="best")
+  with pytest.raises(ValueError, match=r"\(120,\), got \(119,\)"):
+    kmeans.fit(KEY, x_ND, 4, weights_N=jnp.ones(119))

@@ -1,0 +1,240 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from qinco_cases import CASES, make_params, vectors
+
+from vqjax.codecs import qinco, qinco_learning, rq
+
+KNOBS = dict(num_candidates=3, beam_size=3)
+
+
+def _knobs(params):
+  if params.preselect_TKD is None:
+    return dict(num_candidates=0, beam_size=1)
+  return KNOBS
+
+
+def _init(x_ND, **kwargs):
+  sizes = dict(
+    num_steps=3, codebook_size=8, network_dim=4, hidden_dim=5, num_blocks=2
+  )
+  return qinco_learning.init(
+    jax.random.key(0), jnp.asarray(x_ND), **{**sizes, **kwargs}
+  )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_matches_the_plain_sums(case):
+  params = make_params(**CASES[case])
+  x_ND = vectors()
+  loss_fn = jax.jit(partial(qinco_learning.loss, **_knobs(params)))
+  total, aux = loss_fn(params, jax.random.key(0), jnp.asarray(x_ND))
+  codes_NM = np.asarray(qinco.encode(params, x_ND, **_knobs(params)))
+  z_ND = (x_ND - np.asarray(params.mean_D)) / float(params.std)
+  main, preselect = [], []
+  first = 1 if params.is_ivf else 0
+  for m in range(first, codes_NM.shape[1]):
+    decoded = oracles.qinco_decode(params, codes_NM[:, : m + 1])
+    xhat = (decoded - np.asarray(params.mean_D)) / float(params.std)
+    main.append(np.mean((xhat - z_ND) ** 2))
+    if m > 0 and params.preselect_TKD is not None:
+      before = oracles.qinco_decode(params, codes_NM[:, :m])
+      before = (before - np.asarray(params.mean_D)) / float(params.std)
+      plain = np.asarray(params.preselect_TKD)[m - 1, codes_NM[:, m]]
+      preselect.append(np.mean((before + plain - z_ND) ** 2))
+  assert float(aux["metrics"]["mse_loss"]) == pytest.approx(sum(main), rel=1e-5)
+  assert float(aux["metrics"]["preselect_loss"]) == pytest.approx(
+    sum(preselect), rel=1e-5
+  )
+  assert float(total) == pytest.approx(sum(main) + sum(preselect), rel=1e-5)
+  mse = np.mean(np.sum((x_ND - decoded) ** 2, axis=1))
+  assert float(aux["metrics"]["mse"]) == pytest.approx(mse, rel=1e-5)
+  used_MK = np.asarray(aux["stats"].used_MK)
+  for m, used_K in enumerate(used_MK, start=first):
+    np.testing.assert_array_equal(
+      used_K, np.bincount(codes_NM[:, m], minlength=len(used_K))
+    )
+
+
+@pytest.mark.parametrize("case", ["qinco2", "ivf", "low_rank"])
+def test_gradient_matches_finite_differences(case):
+  # Of the main term, with the codes held: they are chosen without gradient.
+  params = make_params(**CASES[case])
+  x_ND = vectors(8)
+  grads = jax.jit(
+    jax.grad(
+      lambda p: qinco_learning.loss(
+        p, jax.random.key(0), jnp.asarray(x_ND), **_knobs(params)
+      )[1]["metrics"]["mse_loss"]
+    )
+  )(params)
+  codes_NM = np.asarray(qinco.encode(params, x_ND, **_knobs(params)))
+  rng = np.random.default_rng(0)
+  frozen = qinco_learning.frozen(params)
+  direction = jax.tree.map(
+    lambda leaf, is_frozen: rng.normal(size=leaf.shape) * (not is_frozen),
+    params,
+    frozen,
+  )
+
+  def main_term(eps):
+    moved = jax.tree.map(
+      lambda p, d: np.asarray(p) + eps * d, params, direction
+    )
+    decoded = [
+      oracles.qinco_decode(moved, codes_NM[:, : m + 1])
+      for m in range(params.is_ivf, codes_NM.shape[1])
+    ]
+    return (
+      sum(np.mean((x - x_ND) ** 2) for x in decoded) / float(params.std) ** 2
+    )
+
+  numeric = (main_term(1e-5) - main_term(-1e-5)) / 2e-5
+  exact = jax.tree.map(lambda g, d: np.vdot(g, d), grads, direction)
+  assert sum(jax.tree.leaves(exact)) == pytest.approx(numeric, rel=1e-4)
+
+
+def test_frozen_parts_have_no_gradient():
+  params = make_params(num_lists=11)
+  loss_fn = lambda p: qinco_learning.loss(
+    p, jax.random.key(0), jnp.asarray(vectors()), **KNOBS
+  )[0]
+  grads = jax.jit(jax.grad(loss_fn))(params)
+  for name in ("first_KD", "mean_D", "std"):
+    assert not np.asarray(getattr(grads, name)).any()
+  assert np.asarray(grads.codebooks_TKD).any()
+  frozen = qinco_learning.frozen(params)
+  assert frozen.first_KD
+  assert frozen.mean_D
+  assert not frozen.codebooks_TKD
+
+
+@pytest.mark.parametrize("network_dim", [4, 6])
+def test_init_is_residual_quantisation(network_dim):
+  x_ND = vectors(200)
+  params = _init(x_ND, network_dim=network_dim, noise=0.0)
+  z_ND = qinco.normalise(params, x_ND)
+  quantiser = rq.fit(
+    jax.random.split(jax.random.key(0), 3)[0],
+    z_ND,
+    num_codes=3,
+    codebook_size=8,
+  )
+  codes_NM = rq.encode(quantiser, z_ND, beam_size=4)
+  want_ND = rq.decode(quantiser, codes_NM) * params.std + params.mean_D[None]
+  np.testing.assert_allclose(
+    qinco.decode(params, codes_NM), want_ND, rtol=1e-5, atol=1e-5
+  )
+
+
+def test_init_normalises_the_data():
+  x_ND = vectors(300) * 5 + 3
+  params = _init(x_ND)
+  z_ND = np.asarray(qinco.normalise(params, x_ND))
+  np.testing.assert_allclose(z_ND.mean(axis=0), 0, atol=1e-5)
+  assert z_ND.std() == pytest.approx(1, rel=1e-5)
+  one = _init(x_ND, is_qinco1=True, network_dim=None)
+  assert np.abs(qinco.normalise(one, x_ND)).max() == pytest.approx(1)
+  assert not np.asarray(one.mean_D).any()
+
+
+def test_init_with_lists_quantises_what_they_leave():
+  x_ND = vectors(200)
+  centroids_LD = x_ND[:20]
+  params = _init(x_ND, centroids_LD=jnp.asarray(centroids_LD), noise=0.0)
+  assert params.is_ivf
+  np.testing.assert_allclose(
+    params.first_KD * params.std + params.mean_D[None],
+    centroids_LD,
+    rtol=1e-5,
+    atol=1e-5,
+  )
+  codes_NM = np.asarray(qinco.encode(params, x_ND, **KNOBS))
+  np.testing.assert_array_equal(
+    codes_NM[:, 0], oracles.nearest(x_ND, centroids_LD)
+  )
+  assert codes_NM.shape[1] == 4
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_end_epoch_redraws_dead_words_only(case):
+  params = make_params(**CASES[case])
+  stats = qinco_learning.empty_stats(params)
+  m, k = stats.used_MK.shape
+  used_MK = np.ones((m, k), np.float32)
+  used_MK[m - 1, 2] = used_MK[0, 4] = 0
+  mean_MD = 100 + jnp.zeros_like(stats.mean_MD)
+  stats = stats.replace(
+    used_MK=jnp.asarray(used_MK),
+    mean_MD=mean_MD * 0.5,
+    std_MD=0.5 * jnp.ones_like(mean_MD),
+    weight=jnp.float32(0.5),
+  )
+  new, fresh, report = qinco_learning.end_epoch(
+    params, jax.random.key(3), stats
+  )
+  assert int(report["dead_words"]) == 2
+  assert not np.asarray(fresh.used_MK).any()
+  np.testing.assert_array_equal(fresh.mean_MD, stats.mean_MD)
+  if params.preselect_TKD is None:  # QINCo1 keeps them.
+    jax.tree.map(np.testing.assert_array_equal, new, params)
+    return
+  changed_TK = np.any(
+    np.asarray(new.codebooks_TKD != params.codebooks_TKD), axis=-1
+  )
+  want_TK = (used_MK == 0)[-changed_TK.shape[0] :]
+  np.testing.assert_array_equal(changed_TK, want_TK)
+  if params.is_ivf:
+    np.testing.assert_array_equal(new.first_KD, params.first_KD)
+  else:
+    changed_K = np.any(np.asarray(new.first_KD != params.first_KD), axis=-1)
+    np.testing.assert_array_equal(changed_K, used_MK[0] == 0)
+    assert np.abs(np.asarray(new.first_KD)[4] - 100).max() <= 3**0.5 + 1e-3
+  word_D = np.asarray(new.codebooks_TKD)[-1, 2]
+  gain = 2 if params.in_TDE is None else 1  # f(c) = c + c without projections.
+  assert np.abs(gain * word_D - 100).max() <= 3**0.5 + 1e-3
+  preselect_D = np.asarray(new.preselect_TKD)[-1, 2]
+  gap = np.abs(preselect_D - gain * word_D)
+  assert 0 < gap.max() < 0.25  # A quarter of a tenth of std 1, normal.
+
+
+def test_merge_stats_forgets_slowly_and_counts_all():
+  params = make_params()
+  old = qinco_learning.empty_stats(params)
+  one = jax.tree.map(jnp.ones_like, old)
+  twice = qinco_learning.merge_stats(qinco_learning.merge_stats(old, one), one)
+  assert float(twice.used_MK[0, 0]) == 2
+  assert float(twice.mean_MD[0, 0]) == pytest.approx(1.9)
+  assert float(twice.weight) == pytest.approx(1.9)
+
+
+def test_usage_reports_entropy_in_bits():
+  params = make_params(num_words=8)
+  stats = qinco_learning.empty_stats(params)
+  used_MK = np.zeros(stats.used_MK.shape, np.float32)
+  used_MK[:, :4] = 5
+  report = qinco_learning.usage(stats.replace(used_MK=jnp.asarray(used_MK)))
+  np.testing.assert_allclose(report["entropy_M"], 2, rtol=1e-6)
+  np.testing.assert_allclose(report["usage_M"], 0.5)
+
+
+@pytest.mark.parametrize(
+  ("sizes", "message"),
+  [
+    (dict(num_steps=0), "num_steps must lie between 1 and 256, got 0"),
+    (dict(codebook_size=1), "codebook_size must lie between 2"),
+    (dict(codebook_size=201), "201.*200|200.*201"),
+    (dict(network_dim=0), "network_dim must lie between 1"),
+    (dict(hidden_dim=0), "hidden_dim must lie between 1"),
+    (dict(num_blocks=0), "num_blocks must lie between 1"),
+    (dict(low_rank=11), "low_rank must lie between 1 and 10, got 11"),
+    (dict(is_qinco1=True), "network_dim must be None or 6, got 4"),
+  ],
+)
+def test_senseless_models_are_refused(sizes, message):
+  with pytest.raises(ValueError, match=message):
+    _init(vectors(200), **sizes)

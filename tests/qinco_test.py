@@ -1,0 +1,159 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from qinco_cases import CASES, make_params, vectors
+
+from vqjax.codecs import qinco
+
+KNOBS = [
+  dict(num_candidates=0, beam_size=1),
+  dict(num_candidates=0, beam_size=4),
+  dict(num_candidates=2, beam_size=1),
+  dict(num_candidates=3, beam_size=5),
+  dict(num_candidates=7, beam_size=7),
+  dict(num_candidates=3, beam_size=3, num_joint_candidates=3),
+  dict(num_candidates=3, beam_size=4, num_joint_candidates=9),
+  dict(num_candidates=0, beam_size=5, num_joint_candidates=35),
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_decode_matches_the_plain_network(case):
+  params = make_params(**CASES[case])
+  rng = np.random.default_rng(0)
+  sizes = qinco.codebook_sizes(params)
+  codes_NM = np.stack([rng.integers(k, size=9) for k in sizes], axis=1)
+  for num_codes in range(1, len(sizes) + 1):
+    prefix_NM = jnp.asarray(codes_NM[:, :num_codes])
+    np.testing.assert_allclose(
+      qinco.decode(params, prefix_NM),
+      oracles.qinco_decode(params, prefix_NM),
+      rtol=2e-5,
+      atol=2e-5,  # float32 sums in another order.
+    )
+
+
+@pytest.mark.parametrize("knobs", KNOBS, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_encode_matches_the_plain_search(case, knobs):
+  params = make_params(**CASES[case])
+  if params.preselect_TKD is None and (
+    knobs["num_candidates"] or knobs.get("num_joint_candidates")
+  ):
+    pytest.skip("QINCo1 has no pre-selection")
+  x_ND = vectors()
+  codes_NM = qinco.encode(params, jnp.asarray(x_ND), **knobs)
+  assert codes_NM.dtype == jnp.int32
+  np.testing.assert_array_equal(
+    codes_NM, oracles.qinco_encode(params, x_ND, **knobs)
+  )
+
+
+@pytest.mark.parametrize("case", ["qinco2", "ivf"])
+def test_num_steps_gives_the_code_of_the_shorter_codec(case):
+  params = make_params(**CASES[case])
+  tables = qinco.prepare(params)
+  x_ND = jnp.asarray(vectors())
+  num_codes = 2 + params.is_ivf
+  short = jax.tree.map(lambda leaf: leaf[: num_codes - 1], {
+    name: getattr(params, name)
+    for name in (
+      "codebooks_TKD", "preselect_TKD", "in_TDE", "word_TEU", "state_TDU",
+      "bias_TE", "up_TJEH", "down_TJHE", "out_TED",
+    )
+  })  # fmt: skip
+  want_NM = oracles.qinco_encode(params.replace(**short), x_ND, 3, 4)
+  got_NM = qinco.encode(
+    tables, x_ND, num_candidates=3, beam_size=4, num_steps=2
+  )
+  assert got_NM.shape[1] == num_codes
+  np.testing.assert_array_equal(got_NM, want_NM)
+
+
+def test_bfloat16_products_stay_close():
+  params = make_params(dim=16, network_dim=12, hidden_dim=16, num_words=16)
+  x_ND = jnp.asarray(vectors(200, 16))
+  knobs = dict(num_candidates=4, beam_size=4)
+  error = lambda codes_NM: float(
+    jnp.mean((x_ND - qinco.decode(params, codes_NM)) ** 2)
+  )
+  exact = error(qinco.encode(params, x_ND, **knobs))
+  rough = error(qinco.encode(params, x_ND, **knobs, dtype="bfloat16"))
+  assert rough != exact  # The option does something.
+  assert abs(rough / exact - 1) < 0.01  # 8 bits of mantissa.
+
+
+@pytest.mark.parametrize(
+  ("knobs", "message"),
+  [
+    (dict(beam_size=8), "beam_size must lie between 1 and 7, got 8: the first"),
+    (dict(beam_size=0), "beam_size must lie between 1 and 7, got 0"),
+    (dict(num_candidates=9, beam_size=2), "num_candidates.* 0 and 7, got 9"),
+    (dict(num_candidates=-1, beam_size=2), "num_candidates.*got -1"),
+    (dict(num_steps=5), "num_steps must lie between 1 and 4, got 5"),
+    (
+      dict(beam_size=4, num_joint_candidates=3),
+      "num_joint_candidates must lie between 4 and 28, got 3",
+    ),
+  ],
+)
+def test_senseless_sizes_are_refused_with_the_rule(knobs, message):
+  params = make_params()
+  knobs = {"num_candidates": 3, "beam_size": 4, **knobs}
+  with pytest.raises(ValueError, match=message):
+    qinco.encode(params, jnp.asarray(vectors()), **knobs)
+
+
+def test_preselection_is_refused_without_its_codebooks():
+  params = make_params(is_qinco1=True)
+  with pytest.raises(ValueError, match="num_candidates=0"):
+    qinco.encode(params, jnp.asarray(vectors()), num_candidates=2, beam_size=1)
+
+
+def test_wrong_shapes_are_refused():
+  params = make_params()
+  with pytest.raises(ValueError, match=r"x must have shape \(None, 6\)"):
+    qinco.encode(params, jnp.zeros((3, 5)))
+  with pytest.raises(ValueError, match=r"\(N, 1 to 4\), got \(2, 5\)"):
+    qinco.decode(params, jnp.zeros((2, 5), jnp.int32))
+  with pytest.raises(TypeError, match="codes must be integers, got float32"):
+    qinco.decode(params, jnp.zeros((2, 4)))
+
+
+def test_encode_block_fits_the_budget():
+  tables = qinco.prepare(make_params())
+  knobs = dict(num_candidates=3, beam_size=4)
+  small = qinco.encode_block(tables, budget_bytes=1 << 16, **knobs)
+  large = qinco.encode_block(tables, budget_bytes=1 << 20, **knobs)
+  assert small % 8 == 0
+  assert 8 <= small < large
+  wide = qinco.encode_block(
+    tables, budget_bytes=1 << 20, num_candidates=0, beam_size=4
+  )
+  assert wide < large
+
+
+@pytest.mark.parametrize("size", ["s", "m", "l"])
+def test_presets_have_the_published_sizes(size):
+  width = dict(
+    s=dict(network_dim=128, hidden_dim=256, num_blocks=2),
+    m=dict(network_dim=384, hidden_dim=384, num_blocks=4),
+    l=dict(network_dim=384, hidden_dim=384, num_blocks=16),
+  )[size]
+  count = dict(s=1.64e6, m=10.8e6, l=35.6e6)[size]  # spec of the papers.
+  from vqjax.codecs import qinco_learning
+
+  xt_ND = jax.ShapeDtypeStruct((1000, 128), jnp.float32)
+  params = jax.eval_shape(
+    lambda x_ND: qinco_learning.init(jax.random.key(0), x_ND, **width), xt_ND
+  )
+  sizes = [leaf.size for leaf in jax.tree.leaves(params)]
+  assert abs(sum(sizes) / count - 1) < 0.02
+  codes_NM = jax.eval_shape(
+    lambda p, x_ND: qinco.encode(p, x_ND[:8]), params, xt_ND
+  )
+  assert codes_NM.shape == (8, 8)
+  decoded_ND = jax.eval_shape(qinco.decode, params, codes_NM)
+  assert decoded_ND.shape == (8, 128)

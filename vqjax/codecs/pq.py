@@ -1,0 +1,143 @@
+"""Product quantisation: a codebook for each slice of the vector.
+
+With a rotation it is optimised product quantisation (OPQ): vectors are rotated
+before they are cut, decoded vectors are rotated back. Errors are in squared
+data units either way.
+
+References: Jegou et al., TPAMI 2011 (PQ); Ge et al., TPAMI 2014 (OPQ).
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from vqjax.codecs import kmeans
+from vqjax.codecs.distances import nearest, sq_distances
+from vqjax.core import Array, check_codes, check_shape
+
+
+@struct.dataclass
+class PQParams:
+  """Slice m of `x_D @ rotation_DD` is coded by the words `codebooks_MKS[m]`."""
+
+  codebooks_MKS: Array
+  rotation_DD: Array | None = None  # Orthonormal; None for none.
+
+
+Params = PQParams
+
+
+def dim(params: PQParams) -> int:
+  """Returns the number of dimensions of the vectors."""
+  m, _, s = params.codebooks_MKS.shape
+  return m * s
+
+
+def codebook_sizes(params: PQParams) -> tuple[int, ...]:
+  """Returns the number of words at each code position."""
+  m, k, _ = params.codebooks_MKS.shape
+  return (k,) * m
+
+
+def prepare(params: PQParams) -> PQParams:
+  """Returns what encode and decode take: the parameters themselves."""
+  return params
+
+
+def fit(
+  key: Array,
+  x_ND: Array,
+  *,
+  num_codes: int,
+  codebook_size: int = 256,
+  num_iterations: int = 25,
+  rotation: Array | None = None,
+  init: str = "random",
+  block_size: int = 4096,
+) -> PQParams:
+  """Runs k-means on each of `num_codes` equal slices of `[N, D]`.
+
+  `rotation`, `[D, D]` and orthonormal, is applied first as `x_ND @ rotation`;
+  `vqjax.interop.faiss_io.train_opq` makes one.
+  """
+  check_shape("x", x_ND, (None, None))
+  n, d = x_ND.shape
+  if num_codes < 1 or d % num_codes:
+    raise ValueError(
+      f"num_codes must divide the {d} dimensions of the vectors, "
+      f"got {num_codes}."
+    )
+  if rotation is not None:
+    check_shape("rotation", rotation, (d, d))
+    rotation = jnp.asarray(rotation, jnp.float32)
+  x_ND = _rotate(jnp.asarray(x_ND, jnp.float32), rotation)
+  x_NMS = x_ND.reshape(n, num_codes, -1)
+  codebooks = [
+    kmeans.fit(
+      jax.random.fold_in(key, m),
+      x_NMS[:, m],
+      codebook_size,
+      num_iterations=num_iterations,
+      init=init,
+      block_size=block_size,
+    )
+    for m in range(num_codes)
+  ]
+  return PQParams(jnp.stack(codebooks), rotation)
+
+
+def encode(
+  params: PQParams,
+  x_ND: Array,
+  *,
+  num_steps: int | None = None,
+  block_size: int = 4096,
+) -> Array:
+  """Nearest word of each slice: `[N, D]` data units to `[N, M]` int32.
+
+  `num_steps` must be None or M: a prefix of this code leaves dimensions out.
+  """
+  check_shape("x", x_ND, (None, dim(params)))
+  m, _, s = params.codebooks_MKS.shape
+  if num_steps not in (None, m):
+    raise ValueError(
+      f"num_steps must be None or {m} for a product quantiser, whose codes "
+      f"have no usable prefix; got {num_steps}."
+    )
+  x_ND = _rotate(x_ND.astype(jnp.float32), params.rotation_DD)
+  x_MNS = x_ND.reshape(-1, m, s).swapaxes(0, 1)
+  slice_fn = lambda args: nearest(*args, block_size=block_size)
+  return lax.map(slice_fn, (x_MNS, params.codebooks_MKS)).T
+
+
+def decode(params: PQParams, codes_NM: Array) -> Array:
+  """Vectors `[N, D]` in data units of codes `[N, M]`."""
+  m = params.codebooks_MKS.shape[0]
+  check_codes(codes_NM, m)
+  check_shape("codes", codes_NM, (None, m))
+  pick = jax.vmap(lambda book_KS, code_N: book_KS[code_N])
+  x_MNS = pick(params.codebooks_MKS, codes_NM.T)
+  x_ND = x_MNS.swapaxes(0, 1).reshape(codes_NM.shape[0], dim(params))
+  if params.rotation_DD is None:
+    return x_ND
+  return _rotate(x_ND, params.rotation_DD.T)
+
+
+def lookup(params: PQParams, queries_QD: Array) -> Array:
+  """Squared distances of query slices to words, `[Q, M, K]`, data units.
+
+  The sum of the entries that a code names is the squared distance between the
+  query and the decoded vector.
+  """
+  check_shape("queries", queries_QD, (None, dim(params)))
+  m, _, s = params.codebooks_MKS.shape
+  x_QD = _rotate(queries_QD.astype(jnp.float32), params.rotation_DD)
+  x_MQS = x_QD.reshape(-1, m, s).swapaxes(0, 1)
+  return jax.vmap(sq_distances)(x_MQS, params.codebooks_MKS).swapaxes(0, 1)
+
+
+def _rotate(x_ND: Array, rotation_DD: Array | None) -> Array:
+  if rotation_DD is None:
+    return x_ND
+  return jnp.matmul(x_ND, rotation_DD, precision="highest")

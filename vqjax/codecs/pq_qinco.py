@@ -1,0 +1,199 @@
+"""PQ-QINCo: an optional rotation, then one QINCo per block of dimensions.
+
+A vector of `D` dimensions is rotated, cut into `P` equal blocks, and block p
+is coded by a QINCo of its own with its own scale. Codes are concatenated block
+by block: `[block 0 step 0, block 0 step 1, ..., block 1 step 0, ...]`. All
+blocks have the same sizes, so one `vmap` serves them.
+
+Reference: arXiv 2401.14732, section 3.3.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from vqjax.codecs import qinco
+from vqjax.codecs.qinco import QincoParams, QincoTables
+from vqjax.core import Array, check_shape
+
+
+@struct.dataclass
+class PqQincoParams:
+  """`x_ND @ rotation_DD` is cut into blocks; None for no rotation.
+
+  Every array of `blocks` has a leading axis `P`.
+  """
+
+  rotation_DD: Array | None
+  blocks: QincoParams
+
+
+@struct.dataclass
+class PqQincoTables:
+  """What encode and decode need of `PqQincoParams`; made by `prepare`."""
+
+  rotation_DD: Array | None
+  blocks: QincoTables
+
+
+Params = PqQincoParams
+
+
+def _one_block(params: PqQincoParams | PqQincoTables):
+  """Shapes of one block, as a pytree of the same class."""
+  one = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+  return jax.tree.map(one, params.blocks)
+
+
+def num_blocks(params: PqQincoParams | PqQincoTables) -> int:
+  """Returns P, the number of blocks."""
+  return params.blocks.mean_D.shape[0]
+
+
+def dim(params: PqQincoParams | PqQincoTables) -> int:
+  """Returns the number of dimensions of the vectors."""
+  return num_blocks(params) * qinco.dim(_one_block(params))
+
+
+def codebook_sizes(params: PqQincoParams | PqQincoTables) -> tuple[int, ...]:
+  """Returns the number of words at each code position, block by block."""
+  return qinco.codebook_sizes(_one_block(params)) * num_blocks(params)
+
+
+def recombine(
+  blocks: Sequence[QincoParams], rotation_DD: Array | None = None
+) -> PqQincoParams:
+  """Makes one codec of a QINCo per block, trained apart.
+
+  Raises:
+    ValueError: Where the blocks differ in anything but their numbers.
+  """
+  if not blocks:
+    raise ValueError("A PQ-QINCo needs at least one block, got none.")
+  described = [jax.tree.map(jnp.shape, block) for block in blocks]
+  for at, block in enumerate(blocks):
+    if block.is_ivf:
+      raise ValueError(
+        f"Block {at} is an IVF model; the blocks of a PQ-QINCo have no lists."
+      )
+    if block.add_word != blocks[0].add_word:
+      raise ValueError(
+        f"All blocks must be of one kind, but one of block 0 and block {at} "
+        "is a QINCo1 and the other a QINCo2."
+      )
+    if described[at] != described[0]:
+      raise ValueError(
+        f"All blocks must have the same shapes; {_difference(blocks, at)}."
+      )
+  params = PqQincoParams(
+    rotation_DD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+  )
+  if rotation_DD is not None:
+    check_shape("rotation", rotation_DD, (dim(params), dim(params)))
+  return params
+
+
+def _difference(blocks: Sequence[QincoParams], at: int) -> str:
+  """Says in which field block `at` is unlike block 0."""
+  for name, x in vars(blocks[0]).items():
+    y = getattr(blocks[at], name)
+    shapes = [getattr(z, "shape", None) for z in (x, y)]
+    if shapes[0] != shapes[1]:
+      return f"{name} is {shapes[0]} in block 0, {shapes[1]} in block {at}"
+  return f"block {at} is unlike block 0"
+
+
+def split(x_ND: Array, params: PqQincoParams | PqQincoTables) -> Array:
+  """Rotates vectors and cuts them: `[N, D]` to `[P, N, S]`.
+
+  Block p is what QINCo p is trained on and encodes.
+  """
+  p = num_blocks(params)
+  check_shape("x", x_ND, (None, dim(params)))
+  x_ND = x_ND.astype(jnp.float32)
+  if params.rotation_DD is not None:
+    x_ND = jnp.matmul(x_ND, params.rotation_DD, precision="highest")
+  return x_ND.reshape(x_ND.shape[0], p, -1).swapaxes(0, 1)
+
+
+def prepare(params: PqQincoParams) -> PqQincoTables:
+  """Makes the tables of every block; differentiable."""
+  return PqQincoTables(
+    params.rotation_DD, jax.vmap(qinco.prepare)(params.blocks)
+  )
+
+
+def _tables(params: PqQincoParams | PqQincoTables) -> PqQincoTables:
+  return prepare(params) if isinstance(params, PqQincoParams) else params
+
+
+def encode(
+  params: PqQincoParams | PqQincoTables,
+  x_ND: Array,
+  *,
+  num_candidates: int = 16,
+  beam_size: int = 32,
+  num_joint_candidates: int = 0,
+  num_steps: int | None = None,
+  dtype: str = "float32",
+) -> Array:
+  """Finds codes of vectors `[N, D]` in data units: `[N, P * M]` int32.
+
+  Args:
+    params: Parameters, or their tables from `prepare`.
+    x_ND: Vectors.
+    num_candidates: A, see `qinco.encode`; must be 0 for blocks of QINCo1.
+    beam_size: B, hypotheses kept in every block.
+    num_joint_candidates: C, see `qinco.encode`.
+    num_steps: Code positions to fill in all blocks together, a multiple of P;
+      None for all. Every block is cut, so the result is no prefix of the full
+      codes.
+    dtype: Type of the network's products.
+  """
+  tables = _tables(params)
+  per_block = None if num_steps is None else _per_block(tables, num_steps)
+  one_fn = lambda block, x_NS: qinco.encode(
+    block,
+    x_NS,
+    num_candidates=num_candidates,
+    beam_size=beam_size,
+    num_joint_candidates=num_joint_candidates,
+    num_steps=per_block,
+    dtype=dtype,
+  )
+  codes_PNM = jax.vmap(one_fn)(tables.blocks, split(x_ND, tables))
+  return codes_PNM.swapaxes(0, 1).reshape(x_ND.shape[0], -1)
+
+
+def decode(
+  params: PqQincoParams | PqQincoTables,
+  codes_NM: Array,
+  *,
+  dtype: str = "float32",
+) -> Array:
+  """Vectors `[N, D]` in data units of the codes that `encode` returns."""
+  tables = _tables(params)
+  check_shape("codes", codes_NM, (None, None))
+  n, num_codes = codes_NM.shape
+  shape = (n, num_blocks(tables), _per_block(tables, num_codes))
+  one_fn = lambda block, codes: qinco.decode(block, codes, dtype=dtype)
+  x_PNS = jax.vmap(one_fn)(
+    tables.blocks, codes_NM.reshape(shape).swapaxes(0, 1)
+  )
+  x_ND = x_PNS.swapaxes(0, 1).reshape(n, -1)
+  if tables.rotation_DD is None:
+    return x_ND
+  return jnp.matmul(x_ND, tables.rotation_DD.T, precision="highest")
+
+
+def _per_block(tables: PqQincoTables, num_codes: int) -> int:
+  """Code positions of one block where all have `num_codes` together."""
+  p, most = num_blocks(tables), len(codebook_sizes(tables))
+  if num_codes % p or not p <= num_codes <= most:
+    raise ValueError(
+      f"A PQ-QINCo of {p} blocks has codes of {p} to {most} positions, a "
+      f"multiple of {p}; got {num_codes}."
+    )
+  return num_codes // p

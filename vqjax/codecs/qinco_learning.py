@@ -1,0 +1,347 @@
+"""How QINCo and QINCo2 learn: start from RQ, loss, redraw of dead words.
+
+Codes are chosen without gradient by the encoder; decoding them step by step
+is differentiated. References: arXiv 2401.14732 section 3.2, arXiv 2501.03078
+section 3 and appendix.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from vqjax.codecs import qinco, rq
+from vqjax.codecs.distances import nearest
+from vqjax.codecs.qinco import QincoParams
+from vqjax.core import Array, check_range, check_shape
+
+_MOMENTUM = 0.1  # Of the running moments of a step's target.
+
+
+@struct.dataclass
+class WordStats:
+  """What `end_epoch` needs to know of the epoch, per learned codebook.
+
+  The moments are running sums that `weight` normalises. `M` leaves out the
+  frozen list centroids of an IVF model.
+  """
+
+  used_MK: Array  # Vectors that chose the word, float32.
+  mean_MD: Array  # Of the residual that the step should reconstruct.
+  std_MD: Array
+  weight: Array
+
+
+def init(
+  key: Array,
+  xt_ND: Array,
+  *,
+  num_steps: int = 8,
+  codebook_size: int = 256,
+  network_dim: int | None = None,
+  hidden_dim: int = 256,
+  num_blocks: int = 2,
+  low_rank: int | None = None,
+  is_qinco1: bool = False,
+  noise: float = 0.1,
+  zero_output: bool = True,
+  centroids_LD: Array | None = None,
+  num_iterations: int = 10,
+) -> QincoParams:
+  """Returns a codec that starts as the residual quantiser of `xt_ND`.
+
+  Args:
+    key: Random key.
+    xt_ND: Training vectors in data units, float32.
+    num_steps: M, code positions, the list number not counted.
+    codebook_size: K.
+    network_dim: E, width of the network; None for D.
+    hidden_dim: H, width inside a residual block.
+    num_blocks: J, residual blocks.
+    low_rank: U, rank of the concatenation; None for a full one with bias.
+    is_qinco1: QINCo1: no pre-selection, no outer sum, scale but no mean.
+    noise: Gaussian noise on the words, in standard deviations of the words.
+    zero_output: Starts `W_out` at zero, so that the model is RQ at first;
+      False is the released start, which kills most words.
+    centroids_LD: Centroids of the lists in data units, for an IVF model.
+    num_iterations: k-means iterations per level.
+
+  Raises:
+    ValueError: Where a size breaks a rule of the method.
+  """
+  d = xt_ND.shape[1]
+  e = d if network_dim is None else network_dim
+  _check_sizes(
+    d, e, num_steps, codebook_size, hidden_dim, num_blocks, low_rank, is_qinco1
+  )
+  mean_D, std = _scale(xt_ND, is_qinco1)
+  z_ND = (xt_ND - mean_D[None]) / std
+  kmeans_key, noise_key, network_key = jax.random.split(key, 3)
+  first_KD = None
+  if centroids_LD is not None:
+    check_shape("centroids", centroids_LD, (None, d))
+    first_KD = (centroids_LD - mean_D[None]) / std
+    z_ND = z_ND - first_KD[nearest(z_ND, first_KD)]
+  words_MKD = rq.fit(
+    kmeans_key,
+    z_ND,
+    num_codes=num_steps,
+    codebook_size=codebook_size,
+    num_iterations=num_iterations,
+  ).codebooks_MKD
+  if noise and not is_qinco1:
+    spread_M1D = jnp.std(words_MKD, axis=1, keepdims=True)
+    draw_MKD = jax.random.normal(noise_key, words_MKD.shape)
+    words_MKD = words_MKD + noise * spread_M1D * draw_MKD
+  if first_KD is None:
+    first_KD, words_MKD = words_MKD[0], words_MKD[1:]
+  has_projection = e != d
+  network = _init_networks(
+    network_key,
+    (words_MKD.shape[0], d, e, hidden_dim, num_blocks, low_rank or 0),
+    zero_output=zero_output,
+  )
+  return QincoParams(
+    mean_D=mean_D,
+    std=std,
+    first_KD=first_KD,
+    codebooks_TKD=words_MKD / _gain(not is_qinco1, has_projection),
+    preselect_TKD=None if is_qinco1 else jnp.array(words_MKD),
+    add_word=not is_qinco1,
+    is_ivf=centroids_LD is not None,
+    **network,
+  )
+
+
+def loss(
+  params: QincoParams,
+  key: Array,
+  x_ND: Array,
+  *,
+  num_candidates: int = 16,
+  beam_size: int = 32,
+  num_joint_candidates: int = 0,
+  dtype: str = "float32",
+) -> tuple[Array, dict]:
+  """Training loss of vectors `[N, D]` in data units.
+
+  Returns the loss and `{"metrics": scalars, "stats": WordStats}` of the batch.
+  Reference: the sum over steps of the mean squared error in normalised units,
+  plus that of the pre-selection codebooks, arXiv 2501.03078.
+  """
+  del key
+  params = params.replace(
+    mean_D=lax.stop_gradient(params.mean_D), std=lax.stop_gradient(params.std)
+  )
+  if params.is_ivf:
+    params = params.replace(first_KD=lax.stop_gradient(params.first_KD))
+  tables = qinco.prepare(params)
+  z_ND = qinco.normalise(params, x_ND)
+  codes_NM = qinco.encode_normalised(
+    lax.stop_gradient(tables),
+    z_ND,
+    num_candidates=num_candidates,
+    beam_size=beam_size,
+    num_joint_candidates=num_joint_candidates,
+    dtype=dtype,
+  )
+  errors_M, preselect_T, moments = _decode_losses(tables, z_ND, codes_NM, dtype)
+  num_words = params.codebooks_TKD.shape[1]
+  used_MK = jax.vmap(partial(jnp.bincount, length=num_words))(codes_NM.T)
+  if params.is_ivf:
+    errors_M, used_MK = errors_M[1:], used_MK[1:]
+    moments = jax.tree.map(lambda x_MD: x_MD[1:], moments)
+  stats = WordStats(
+    used_MK.astype(jnp.float32),
+    *[_MOMENTUM * x_MD for x_MD in moments],
+    weight=jnp.float32(_MOMENTUM),
+  )
+  metrics = {
+    "mse": errors_M[-1] * x_ND.shape[1] * params.std**2,
+    "mse_loss": errors_M.sum(),
+    "preselect_loss": preselect_T.sum(),
+  }
+  total = metrics["mse_loss"] + metrics["preselect_loss"]
+  return total, {"metrics": metrics, "stats": lax.stop_gradient(stats)}
+
+
+def empty_stats(params: QincoParams) -> WordStats:
+  """Returns the `WordStats` before the first step."""
+  t, k, d = params.codebooks_TKD.shape
+  m = t if params.is_ivf else t + 1
+  zeros_MD = jnp.zeros((m, d))
+  return WordStats(
+    jnp.zeros((m, k)), zeros_MD, jnp.array(zeros_MD), jnp.float32(0)
+  )
+
+
+def merge_stats(old: WordStats, new: WordStats) -> WordStats:
+  """Adds the `WordStats` of one more batch."""
+  merged = jax.tree.map(lambda a, b: (1 - _MOMENTUM) * a + b, old, new)
+  return merged.replace(used_MK=old.used_MK + new.used_MK)
+
+
+def end_epoch(
+  params: QincoParams, key: Array, stats: WordStats, *, noise: float = 0.1
+) -> tuple[QincoParams, WordStats, dict]:
+  """Redraws the words that no vector used in the epoch that ends.
+
+  A dead word becomes uniform noise of the mean and spread of what its step
+  should reconstruct; its pre-selection word the same plus a quarter of the
+  initial noise. QINCo1 keeps its dead words. Returns the parameters, the
+  statistics for the next epoch and `{"dead_words", "usage_M", "entropy_M"}`:
+  share of words in use and entropy of their use in bits.
+  """
+  report = usage(stats)
+  fresh = stats.replace(used_MK=jnp.zeros_like(stats.used_MK))
+  if params.preselect_TKD is None:
+    return params, fresh, report
+  word_key, preselect_key = jax.random.split(key)
+  is_dead_MK1 = (stats.used_MK == 0)[..., None]
+  weight = jnp.maximum(stats.weight, 1e-6)
+  mean_M1D, std_M1D = (
+    (x_MD / weight)[:, None] for x_MD in (stats.mean_MD, stats.std_MD)
+  )
+  shape = stats.used_MK.shape + stats.mean_MD.shape[1:]
+  unit_MKD = jax.random.uniform(
+    word_key, shape, minval=-(3**0.5), maxval=3**0.5
+  )
+  drawn_MKD = mean_M1D + std_M1D * unit_MKD
+  jitter_MKD = 0.25 * noise * std_M1D * jax.random.normal(preselect_key, shape)
+  first_KD = params.first_KD
+  if not params.is_ivf:
+    first_KD = jnp.where(is_dead_MK1[0], drawn_MKD[0], first_KD)
+  t = params.codebooks_TKD.shape[0]
+  is_dead_TK1, drawn_TKD = is_dead_MK1[-t:], drawn_MKD[-t:]
+  gain = _gain(params.add_word, params.in_TDE is not None)
+  params = params.replace(
+    first_KD=first_KD,
+    codebooks_TKD=jnp.where(
+      is_dead_TK1, drawn_TKD / gain, params.codebooks_TKD
+    ),
+    preselect_TKD=jnp.where(
+      is_dead_TK1, drawn_TKD + jitter_MKD[-t:], params.preselect_TKD
+    ),
+  )
+  return params, fresh, report
+
+
+def usage(stats: WordStats) -> dict:
+  """Returns dead words, and per step share in use and entropy in bits."""
+  share_MK = stats.used_MK / jnp.maximum(
+    stats.used_MK.sum(axis=1, keepdims=True), 1
+  )
+  bits_MK = jnp.where(share_MK > 0, -share_MK * jnp.log2(share_MK), 0)
+  return {
+    "dead_words": jnp.sum(stats.used_MK == 0),
+    "usage_M": jnp.mean(stats.used_MK > 0, axis=1),
+    "entropy_M": bits_MK.sum(axis=1),
+  }
+
+
+def frozen(params: QincoParams) -> QincoParams:
+  """Returns a tree of bools like `params`: True where nothing is learned."""
+  is_frozen = jax.tree.map(lambda leaf: False, params)
+  return is_frozen.replace(mean_D=True, std=True, first_KD=params.is_ivf)
+
+
+def _decode_losses(tables, z_ND, codes_NM, dtype):
+  """Losses `[M]` of the steps, `[T]` of the pre-selection, and the moments.
+
+  The moments `[M, D]` are mean and standard deviation of each step's target.
+  """
+  mse = lambda xhat_ND: jnp.mean((xhat_ND - z_ND) ** 2)
+  moments_of = lambda r_ND: (r_ND.mean(axis=0), r_ND.std(axis=0))
+
+  def body(xhat_ND, step):
+    weights, ids_N = step
+    target_ND = z_ND - lax.stop_gradient(xhat_ND)
+    preselect = jnp.float32(0)
+    if weights["preselect_TKD"] is not None:
+      plain_ND = weights["preselect_TKD"][ids_N]
+      preselect = jnp.mean((plain_ND - target_ND) ** 2)
+    xhat_ND = xhat_ND + qinco.words_at(weights, ids_N, xhat_ND, dtype)
+    return xhat_ND, (mse(xhat_ND), preselect, moments_of(target_ND))
+
+  xhat_ND = tables.first_KD[codes_NM[:, 0]]
+  _, (errors_T, preselect_T, moments_TD) = lax.scan(
+    body, xhat_ND, (qinco.per_step(tables), codes_NM[:, 1:].T)
+  )
+  errors_M = jnp.concatenate([mse(xhat_ND)[None], errors_T])
+  moments = jax.tree.map(
+    lambda first_D, x_TD: jnp.concatenate([first_D[None], x_TD]),
+    moments_of(z_ND),
+    moments_TD,
+  )
+  return errors_M, preselect_T, moments
+
+
+def _gain(add_word: bool, has_projection: bool) -> int:
+  """Multiple of its word that an untrained network returns.
+
+  Without projections e starts as the word itself and the word is added again.
+  """
+  return 2 if add_word and not has_projection else 1
+
+
+def _scale(xt_ND, is_qinco1):
+  """Mean and scale of the data: QINCo1 maps it to [-1, 1]."""
+  if is_qinco1:
+    return jnp.zeros(xt_ND.shape[1]), jnp.max(jnp.abs(xt_ND))
+  head_ND = xt_ND[:100_000]
+  mean_D = head_ND.mean(axis=0)
+  return mean_D, jnp.sqrt(jnp.mean((head_ND - mean_D[None]) ** 2))
+
+
+def _init_networks(key, sizes, *, zero_output):
+  """Weights of `T` networks that add nothing to their word at first."""
+  t, d, e, h, j, u = sizes
+  in_key, up_key, out_key, word_key, state_key = jax.random.split(key, 5)
+
+  def kaiming(key, *shape):
+    bound = (6 / shape[-2]) ** 0.5
+    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+  low_rank = {}
+  if u:
+    # The product must be zero, but not both factors: nothing would learn.
+    low_rank = dict(
+      word_TEU=kaiming(word_key, t, e, u),
+      state_TDU=kaiming(state_key, t, d, u),
+      mix_TUE=jnp.zeros((t, u, e)),
+      bias_TE=None,
+    )
+  full = dict(
+    word_TEU=jnp.zeros((t, e, e)),
+    state_TDU=jnp.zeros((t, d, e)),
+    mix_TUE=None,
+    bias_TE=jnp.zeros((t, e)),
+  )
+  out_TED = kaiming(out_key, t, e, d) * (not zero_output)
+  return dict(
+    in_TDE=None if e == d else kaiming(in_key, t, d, e),
+    up_TJEH=kaiming(up_key, t, j, e, h),
+    down_TJHE=jnp.zeros((t, j, h, e)),
+    out_TED=None if e == d else out_TED,
+    **(low_rank or full),
+  )
+
+
+def _check_sizes(
+  d, e, num_steps, codebook_size, hidden_dim, num_blocks, low_rank, is_qinco1
+):
+  """Raises ValueError with the rule that a size breaks."""
+  check_range("num_steps", num_steps, 1, 256, "M code positions")
+  check_range("codebook_size", codebook_size, 2, 65536, "K words per step")
+  check_range("hidden_dim", hidden_dim, 1, 65536)
+  check_range("num_blocks", num_blocks, 1, 256, "residual blocks L")
+  check_range("network_dim", e, 1, 65536, "d_e, or None for the data's")
+  if is_qinco1 and e != d:
+    raise ValueError(
+      f"QINCo1 works in the dimension of the data: network_dim must be None "
+      f"or {d}, got {e}."
+    )
+  if low_rank is not None:
+    check_range("low_rank", low_rank, 1, d + e, "a larger rank saves nothing")

@@ -1,0 +1,46 @@
+"""Axis letters, the array alias and the checks that every layer uses.
+
+Array names end in their axes, one letter each (`x_ND`, `codes_NM`):
+
+  N vectors              Q queries               D dimensions
+  E network width        H hidden width          J residual blocks
+  U low-rank width       T steps with a network  M code positions
+  K words per position   S dims per sub-vector   P sub-vectors
+  F beam width           C candidates            L lists
+  R results              G true neighbours       1 a kept axis
+
+Reduced dimensions of a learned reduction are `E` too, probed lists are `P`:
+in either case the number of vectors of numbers that one vector becomes.
+"""
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def check_shape(name: str, x, want: tuple[int | None, ...]) -> None:
+  """Raises ValueError unless `x` has shape `want`; None fits any size."""
+  fits = [w in (None, size) for w, size in zip(want, x.shape, strict=False)]
+  if len(want) != x.ndim or not all(fits):
+    raise ValueError(f"{name} must have shape {want}, got {tuple(x.shape)}.")
+
+
+def check_range(name: str, value, low, high, rule: str = "") -> None:
+  """Raises ValueError unless `low <= value <= high`; `rule` says why."""
+  if not low <= value <= high:
+    why = f": {rule}" if rule else ""
+    raise ValueError(
+      f"{name} must lie between {low} and {high}, got {value}{why}."
+    )
+
+
+def check_codes(codes_NM, num_codes: int) -> None:
+  """Raises unless `codes_NM` holds integers, at most `num_codes` a row."""
+  if not jnp.issubdtype(codes_NM.dtype, jnp.integer):
+    raise TypeError(f"codes must be integers, got {codes_NM.dtype}.")
+  if codes_NM.ndim != 2 or not 1 <= codes_NM.shape[1] <= num_codes:
+    raise ValueError(
+      f"codes must have shape (N, 1 to {num_codes}), "
+      f"got {tuple(codes_NM.shape)}."
+    )

@@ -1,0 +1,1 @@
+"""Vectors come in: file formats, named data sets, batches."""

@@ -1,0 +1,289 @@
+"""Which rows make batch number `i`, and reading them ahead of the device.
+
+Batches have no state: the rows of a batch follow from the seed and the number
+of the step alone, so that a resumed run sees what the uninterrupted one saw.
+A pass over the set is a pseudo-random permutation of its rows, evaluated where
+it is needed; a billion rows cost no more memory than ten.
+"""
+
+import concurrent.futures
+import contextlib
+import itertools
+
+import jax
+import numpy as np
+
+from vqjax.data import formats
+
+_FEISTEL_ROUNDS = 8
+_SUBSAMPLE_ROUND = 1 << 62  # No pass over the data has this number.
+_PAGES_BYTES = 1 << 28  # Mapped memory that may pile up before its release.
+_FAULT_BYTES = 1 << 21  # What one page fault may map: Linux 6.18 on ext4 does.
+
+
+def permute(index_N, size: int, seed: int, round: int) -> np.ndarray:
+  """Images `[N]` of `index_N` under a pseudo-random permutation of `size` rows.
+
+  A balanced Feistel network over the next power of four, walked until it lands
+  below `size`. Each `(seed, round)` is another permutation.
+  Reference: Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002.
+  """
+  if size < 1:
+    raise ValueError(f"There must be at least 1 row to permute, got {size}.")
+  index_N = np.asarray(index_N)
+  if index_N.size and not 0 <= index_N.min() <= index_N.max() < size:
+    raise ValueError(
+      f"Positions must lie between 0 and {size - 1}, got {index_N.min()} to "
+      f"{index_N.max()}."
+    )
+  bits = max(1, ((size - 1).bit_length() + 1) // 2)
+  keys = np.random.SeedSequence([seed, round]).generate_state(
+    _FEISTEL_ROUNDS, np.uint64
+  )
+  out_N = _feistel(index_N.astype(np.uint64), bits, keys)
+  while (outside_N := out_N >= size).any():
+    out_N[outside_N] = _feistel(out_N[outside_N], bits, keys)
+  return out_N.astype(np.int64)
+
+
+def _feistel(x_N: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
+  """One-to-one map of the numbers of `2 * bits` bits."""
+  shift, mask = np.uint64(bits), np.uint64((1 << bits) - 1)
+  left_N, right_N = x_N >> shift, x_N & mask
+  for key in keys:
+    left_N, right_N = right_N, left_N ^ (_mix(right_N ^ key) & mask)
+  return (left_N << shift) | right_N
+
+
+def _mix(x_N: np.ndarray) -> np.ndarray:
+  """Hashes 64 bits (the finaliser of SplitMix64); the product wraps."""
+  x_N = (x_N ^ (x_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+  x_N = (x_N ^ (x_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+  return x_N ^ (x_N >> np.uint64(31))
+
+
+def batch_rows(
+  seed: int, step: int, batch_size: int, num_rows: int
+) -> np.ndarray:
+  """Rows `[batch_size]` of batch number `step`.
+
+  Batches walk on through the shuffled set, over the end of a pass too; each
+  pass takes every row once, in a new order.
+  """
+  if step < 0 or batch_size < 1 or num_rows < 1:
+    raise ValueError(
+      "A batch needs step >= 0, batch_size >= 1 and num_rows >= 1, got "
+      f"{step}, {batch_size} and {num_rows}."
+    )
+  step = int(step)  # Its product overflows int32 in a long run.
+  at_N = step * batch_size + np.arange(batch_size, dtype=np.int64)
+  pass_N, at_N = np.divmod(at_N, num_rows)
+  parts = [
+    permute(at_N[pass_N == number], num_rows, seed, int(number))
+    for number in np.unique(pass_N)
+  ]
+  return np.concatenate(parts)
+
+
+def split(num_vectors: int, validation_size: int = 10_000) -> tuple[int, slice]:
+  """Number of training rows, and the slice of the last rows to validate on.
+
+  At most half of the vectors are held out, however many are asked for.
+  """
+  if validation_size < 1:
+    raise ValueError(
+      f"validation_size must be at least 1, got {validation_size}."
+    )
+  if num_vectors < 2:
+    raise ValueError(
+      "Training needs at least 2 vectors, one of them to validate on, got "
+      f"{num_vectors}."
+    )
+  num_train_rows = num_vectors - min(validation_size, num_vectors // 2)
+  return num_train_rows, slice(num_train_rows, num_vectors)
+
+
+def read_rows(vectors, rows) -> np.ndarray:
+  """Reads rows `[N]` of an open file as float32 `[N, D]`, in their order.
+
+  Reads in the order of the file, and refuses NaN and Inf by their row number.
+  """
+  rows = np.asarray(rows, np.int64)
+  num, dim = vectors.shape
+  if rows.size and not 0 <= rows.min() <= rows.max() < num:
+    raise ValueError(
+      f"Rows must lie between 0 and {num - 1}, got {rows.min()} to "
+      f"{rows.max()}."
+    )
+  out_ND = np.empty((len(rows), dim), np.float32)
+  order_N = np.argsort(rows, kind="stable")
+  # A file larger than memory: drop pages before too many pile up.
+  large = isinstance(vectors, np.memmap) and vectors.nbytes > _PAGES_BYTES
+  step = _PAGES_BYTES // _FAULT_BYTES if large else max(1, len(rows))
+  for i in range(0, len(rows), step):
+    at_N = order_N[i : i + step]
+    with np.errstate(over="ignore"):  # Becomes Inf, which is refused below.
+      out_ND[at_N] = vectors[rows[at_N]]
+    if large and len(rows) > step:
+      formats.release_pages(vectors)
+  if np.dtype(vectors.dtype).kind == "f":
+    formats.check_vectors(out_ND, rows=rows)
+  return out_ND
+
+
+def _release_large(vectors) -> None:
+  """Drops pages, except of files so small that they may well stay."""
+  if vectors.nbytes > _PAGES_BYTES:
+    formats.release_pages(vectors)
+
+
+class BatchReader:
+  """`reader(step)` is this process's part of batch `step`, float32 `[n, D]`.
+
+  All processes draw the same batch of `batch_size` rows out of the first
+  `num_rows`; process `i` of `c` reads its `i`-th part, `n = batch_size / c`.
+  """
+
+  def __init__(
+    self,
+    vectors,
+    seed: int,
+    batch_size: int,
+    num_rows: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+  ):
+    """Reads from open `vectors`; `num_rows` None means all of them."""
+    num_rows = len(vectors) if num_rows is None else num_rows
+    if not 1 <= num_rows <= len(vectors):
+      raise ValueError(
+        f"num_rows must lie between 1 and {len(vectors)}, got {num_rows}."
+      )
+    if batch_size < 1 or batch_size % process_count:
+      raise ValueError(
+        f"The batch size must be a multiple of the {process_count} processes, "
+        f"got {batch_size}."
+      )
+    if not 0 <= process_index < process_count:
+      raise ValueError(
+        f"process_index must be below {process_count}, got {process_index}."
+      )
+    local = batch_size // process_count
+    self._mine = slice(process_index * local, (process_index + 1) * local)
+    self._args = (batch_size, num_rows)
+    self._vectors, self._seed, self._num_read = vectors, seed, 0
+
+  def __call__(self, step: int) -> np.ndarray:
+    """Reads this process's rows of batch number `step`."""
+    rows = batch_rows(self._seed, step, *self._args)[self._mine]
+    x_ND = read_rows(self._vectors, rows)
+    self._num_read += len(rows)
+    if self._num_read * _FAULT_BYTES > _PAGES_BYTES:
+      _release_large(self._vectors)
+      self._num_read = 0
+    return x_ND
+
+
+def prefetch(make_item, steps, *, depth: int = 2):
+  """Yields `make_item(step)` in order, up to `depth` made ahead in a thread.
+
+  An exception of `make_item` is raised here, at its step. Closing the
+  generator, or leaving a loop over it, ends the thread. `steps` may be
+  endless.
+  """
+  if depth < 1:
+    raise ValueError(f"depth must be at least 1, got {depth}.")
+  return _prefetch(make_item, iter(steps), depth)
+
+
+def _prefetch(make_item, steps, depth: int):
+  pool = concurrent.futures.ThreadPoolExecutor(1, "vqjax-prefetch")
+  try:
+    ahead = [
+      pool.submit(make_item, step) for step in itertools.islice(steps, depth)
+    ]
+    while ahead:
+      item = ahead.pop(0).result()
+      ahead += [
+        pool.submit(make_item, step) for step in itertools.islice(steps, 1)
+      ]
+      yield item
+  finally:
+    pool.shutdown(wait=True, cancel_futures=True)
+
+
+def map_blocks(fn, vectors, *, block_size: int, progress=None):
+  """Yields `(start, fn(block))` for consecutive blocks of rows, as numpy.
+
+  The next block is read in a thread and its `fn` dispatched before the result
+  of the one before is fetched. All blocks have one size, so that a jitted
+  `fn` compiles once: the last is padded with its last row, and its results
+  are cut back.
+
+  Args:
+    fn: takes float32 `[n, D]`, returns arrays `[n, ...]` or a pytree of them.
+    vectors: `[N, D]`, an open file or an array.
+    block_size: rows per block; a shorter input is one block of its own size.
+    progress: called with `(rows done, rows in all)` after each block.
+  """
+  if block_size < 1:
+    raise ValueError(f"block_size must be at least 1, got {block_size}.")
+  return _map_blocks(fn, vectors, min(block_size, len(vectors)), progress)
+
+
+def _map_blocks(fn, vectors, block_size: int, progress):
+  num = len(vectors)
+  waiting = None
+
+  def fetch(start, result):
+    stop = min(start + block_size, num)
+    cut_fn = lambda a: np.asarray(a)[: stop - start]
+    out = jax.tree.map(cut_fn, result)
+    if progress is not None:
+      progress(stop, num)
+    return start, out
+
+  starts = range(0, num, block_size or 1)
+  read_fn = lambda start: (start, _read_block(vectors, start, block_size))
+  with contextlib.closing(prefetch(read_fn, starts)) as blocks:
+    for start, block_ND in blocks:
+      result = fn(block_ND)
+      if waiting is not None:
+        yield fetch(*waiting)
+      waiting = (start, result)
+  if waiting is not None:
+    yield fetch(*waiting)
+
+
+def _read_block(vectors, start: int, block_size: int) -> np.ndarray:
+  """Rows from `start` on as float32; repeats the last one to fill the block."""
+  x_ND = np.asarray(vectors[start : start + block_size])
+  with np.errstate(over="ignore"):  # Becomes Inf, which is refused below.
+    x_ND = x_ND.astype(np.float32)
+  formats.check_vectors(x_ND, first_row=start)
+  row_bytes = vectors.nbytes // len(vectors)
+  if start * row_bytes // _PAGES_BYTES != (
+    (start + block_size) * row_bytes // _PAGES_BYTES
+  ):
+    _release_large(vectors)
+  return np.pad(x_ND, ((0, block_size - len(x_ND)), (0, 0)), "edge")
+
+
+def subsample(
+  vectors, num: int, seed: int, *, num_rows: int | None = None
+) -> np.ndarray:
+  """A random sample of `num` of the first `num_rows` rows, float32 `[num, D]`.
+
+  No row comes twice; the rows keep the order of the file. The same seed gives
+  the same sample. All rows are taken where there are no more than `num`.
+  """
+  num_rows = len(vectors) if num_rows is None else num_rows
+  if num < 1 or not 1 <= num_rows <= len(vectors):
+    raise ValueError(
+      f"A sample needs num >= 1 and 1 <= num_rows <= {len(vectors)}, got "
+      f"{num} and {num_rows}."
+    )
+  at_N = np.arange(min(num, num_rows))
+  if num < num_rows:
+    at_N = np.sort(permute(at_N, num_rows, seed, _SUBSAMPLE_ROUND))
+  return read_rows(vectors, at_N)

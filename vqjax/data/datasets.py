@@ -1,0 +1,336 @@
+"""Named data sets: their files, dimension, metric and reporting scale.
+
+A `Dataset` has up to four files: vectors to train on, the base to compress and
+search, queries, and the ids of their true neighbours in the base. The two
+samples come with a clone of the repository; the others are read from a data
+root, the argument `root` or the environment variable VQJAX_DATA:
+
+  ROOT/bigann/bigann_learn.bvecs, ROOT/deep1b/..., ROOT/contriever/...
+
+A file that is missing is no error before it is opened; then the message says
+how to get it.
+"""
+
+import dataclasses
+import os
+import pathlib
+
+import numpy as np
+
+from vqjax.data import formats
+
+METRICS = ("l2", "ip")
+SPLITS = ("train", "base", "queries", "groundtruth")
+_MILLION = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """Files of one data set; `num_*` is how many first rows of a file count.
+
+  `metric` is "l2" (squared, less is nearer) or "ip" (inner product, more is
+  nearer). Errors are reported as squared L2 times `scale`.
+  """
+
+  name: str
+  dim: int
+  train: str | None = None
+  base: str | None = None
+  queries: str | None = None
+  groundtruth: str | None = None
+  num_train: int | None = None
+  num_base: int | None = None
+  num_queries: int | None = None
+  metric: str = "l2"
+  scale: float = 1.0
+  how_to_get: str = ""
+
+  @property
+  def units(self) -> str:
+    """What a reported error is measured in."""
+    return "squared L2" + ("" if self.scale == 1 else f" x {self.scale:g}")
+
+
+_CLONE = (
+  "The samples come with a clone of the vqjax repository, in its folder "
+  "third_party; run from a clone installed with pip install -e."
+)
+_BIGANN = (
+  "BIGANN is at http://corpus-texmex.irisa.fr (ANN_SIFT1B): unpack "
+  "bigann_learn.bvecs, bigann_base.bvecs and bigann_query.bvecs here, and the "
+  "ground truth with its folder gnd. The first 1,000,000 rows of the base are "
+  "enough for bigann1M."
+)
+_DEEP1M = (
+  "Deep1B's learn.fvecs, base.fvecs (its first 1,000,000 rows are enough), "
+  "deep1B_queries.fvecs and deep1M_groundtruth.ivecs go here: see the "
+  "instructions of the authors' QINCo repository."
+)
+_DEEP1B = (
+  "Yandex publishes Deep1B for the billion-scale benchmarks "
+  "(https://big-ann-benchmarks.com): put base.1B.fbin, learn.350M.fbin, "
+  "query.public.10K.fbin and groundtruth.public.10K.ibin here."
+)
+_CONTRIEVER = (
+  "Make or download training_set.npy, database1M.npy, queries.npy and "
+  "ground_truth1M.npy by the instructions of the authors' QINCo repository."
+)
+_SSNPP = (
+  "FB_ssnpp_database.u8bin (FB SimSearchNet++) and "
+  "FB_ssnpp_public_queries.u8bin are listed at https://big-ann-benchmarks.com; "
+  "for the training vectors and the neighbours among the first 1,000,000 rows "
+  "see the instructions of the authors' QINCo repository, or name files of "
+  "your own."
+)
+
+
+def _bigann(name: str, num_base: int) -> Dataset:
+  return Dataset(
+    name,
+    128,
+    train="bigann/bigann_learn.bvecs",
+    base="bigann/bigann_base.bvecs",
+    queries="bigann/bigann_query.bvecs",
+    groundtruth=f"bigann/gnd/idx_{num_base // _MILLION}M.ivecs",
+    num_base=num_base,
+    how_to_get=_BIGANN,
+    scale=1e-4,
+  )
+
+
+_BUNDLED = (
+  Dataset(
+    "sample_sift",
+    128,
+    train="sample_sift/learn.bvecs",
+    base="sample_sift/base.bvecs",
+    queries="sample_sift/query.bvecs",
+    groundtruth="sample_sift/groundtruth.ivecs",
+    how_to_get=_CLONE,
+    scale=1e-4,
+  ),
+  Dataset(
+    "sample_text",
+    384,
+    train="sample_text/base.npy",
+    base="sample_text/base.npy",
+    queries="sample_text/query.npy",
+    groundtruth="sample_text/groundtruth.npy",
+    metric="ip",
+    how_to_get=_CLONE,
+  ),
+)
+_NAMED = (
+  _bigann("bigann1M", _MILLION),
+  _bigann("bigann10M", 10 * _MILLION),
+  _bigann("bigann1B", 1000 * _MILLION),
+  Dataset(
+    "deep1M",
+    96,
+    train="deep1b/learn.fvecs",
+    base="deep1b/base.fvecs",
+    queries="deep1b/deep1B_queries.fvecs",
+    groundtruth="deep1b/deep1M_groundtruth.ivecs",
+    num_base=_MILLION,
+    how_to_get=_DEEP1M,
+  ),
+  Dataset(
+    "deep1B",
+    96,
+    train="deep1b/learn.350M.fbin",
+    base="deep1b/base.1B.fbin",
+    queries="deep1b/query.public.10K.fbin",
+    groundtruth="deep1b/groundtruth.public.10K.ibin",
+    how_to_get=_DEEP1B,
+  ),
+  Dataset(
+    "contriever1M",
+    768,
+    train="contriever/training_set.npy",
+    base="contriever/database1M.npy",
+    queries="contriever/queries.npy",
+    groundtruth="contriever/ground_truth1M.npy",
+    num_base=_MILLION,
+    how_to_get=_CONTRIEVER,
+  ),
+  Dataset(
+    "fb_ssnpp1M",
+    256,
+    train="FB_ssnpp/training_set10010000.npy",
+    base="FB_ssnpp/FB_ssnpp_database.u8bin",
+    queries="FB_ssnpp/FB_ssnpp_public_queries.u8bin",
+    groundtruth="FB_ssnpp/ground_truth1M.npy",
+    num_base=_MILLION,
+    how_to_get=_SSNPP,
+    scale=1e-4,
+  ),
+)
+NAMES = tuple(d.name for d in (*_BUNDLED, *_NAMED))
+
+
+def _bundled_root() -> pathlib.Path:
+  return pathlib.Path(__file__).resolve().parents[2] / "third_party"
+
+
+def get_dataset(name: str, root=None) -> Dataset:
+  """Looks up a data set by name; its paths lie under `root` or VQJAX_DATA."""
+  found = [d for d in (*_BUNDLED, *_NAMED) if d.name == name]
+  if not found:
+    raise ValueError(
+      f"Unknown data set {name!r}; the known ones are {', '.join(NAMES)}. For "
+      "files of your own give their paths instead."
+    )
+  dataset = found[0]
+  if dataset in _BUNDLED:
+    root = _bundled_root()
+  else:
+    root = root or os.environ.get("VQJAX_DATA")
+  if not root:
+    raise ValueError(
+      f"Data set {name} needs a data root: set the environment variable "
+      "VQJAX_DATA to the folder that holds "
+      f"{pathlib.Path(dataset.base).parent}/. {dataset.how_to_get}"
+    )
+  root = pathlib.Path(root).expanduser()
+  paths = {part: str(root / getattr(dataset, part)) for part in SPLITS}
+  return dataclasses.replace(dataset, **paths)
+
+
+def own_dataset(
+  *,
+  train=None,
+  base=None,
+  queries=None,
+  groundtruth=None,
+  metric: str = "l2",
+  scale: float = 1.0,
+  num_train: int | None = None,
+  num_base: int | None = None,
+  num_queries: int | None = None,
+) -> Dataset:
+  """Describes files of the user's own; their dimensions must agree.
+
+  Give what is at hand; `train`, `base` or `queries` at least. Paths are as
+  in `formats.open_vectors`; `num_*` limits a file to its first rows.
+  """
+  if metric not in METRICS:
+    raise ValueError(f"The metric must be one of {METRICS}, got {metric!r}.")
+  paths = dict(train=train, base=base, queries=queries, groundtruth=groundtruth)
+  paths = {k: os.fspath(path) for k, path in paths.items() if path}
+  dims = {
+    f"{part} {path}": formats.open_vectors(path).shape[1]
+    for part, path in paths.items()
+    if part != "groundtruth"
+  }
+  if not dims:
+    raise ValueError(
+      "Files of your own need at least one of train, base and queries."
+    )
+  if len(set(dims.values())) > 1:
+    listed = ", ".join(f"{name} has {dim}" for name, dim in dims.items())
+    raise ValueError(f"All files must have one dimension, but {listed}.")
+  return Dataset(
+    "own",
+    next(iter(dims.values())),
+    **paths,
+    num_train=num_train,
+    num_base=num_base,
+    num_queries=num_queries,
+    metric=metric,
+    scale=scale,
+  )
+
+
+def resolve(
+  name: str | None = None,
+  root=None,
+  *,
+  train=None,
+  base=None,
+  queries=None,
+  groundtruth=None,
+  metric: str | None = None,
+  scale: float | None = None,
+  num_train: int | None = None,
+  num_base: int | None = None,
+  num_queries: int | None = None,
+) -> Dataset:
+  """Data set `name`, or files of one's own as soon as one path is given.
+
+  Paths of one's own are never mixed with those of a named data set, whose
+  queries would not fit. `None` leaves every other value as it is.
+  """
+  values = dict(metric=metric, scale=scale, num_train=num_train)
+  values |= dict(num_base=num_base, num_queries=num_queries)
+  values = {k: value for k, value in values.items() if value is not None}
+  paths = dict(train=train, base=base, queries=queries, groundtruth=groundtruth)
+  if any(paths.values()):
+    return own_dataset(**paths, **values)
+  if not name:
+    raise ValueError(
+      f"No data: give paths, or a name out of {', '.join(NAMES)}."
+    )
+  if values.get("metric", "l2") not in METRICS:
+    raise ValueError(f"The metric must be one of {METRICS}, got {metric!r}.")
+  return dataclasses.replace(get_dataset(name, root), **values)
+
+
+def open_split(dataset: Dataset, split: str, *, max_vectors=None):
+  """Opens "train", "base", "queries" or "groundtruth" as an array `[N, D]`.
+
+  Checks the dimension, and that ground truth fits the queries and the base.
+
+  Args:
+    dataset: from `get_dataset`, `own_dataset` or `resolve`.
+    split: which of its files.
+    max_vectors: a further limit on the number of rows.
+  """
+  if split not in SPLITS:
+    raise ValueError(f"The split must be one of {SPLITS}, got {split!r}.")
+  path = getattr(dataset, split)
+  if not path:
+    raise ValueError(
+      f"Data set {dataset.name} has no {split} file; give one with its path."
+    )
+  limit = dataset.num_queries if split == "groundtruth" else None
+  limit = getattr(dataset, f"num_{split}", limit)
+  limits = [n for n in (limit, max_vectors) if n is not None]
+  try:
+    vectors = formats.open_vectors(path, max_vectors=min(limits, default=None))
+  except FileNotFoundError as e:
+    file = pathlib.Path(path)
+    raise FileNotFoundError(
+      f"Data set {dataset.name} lacks {file.name} ({split}): looked in "
+      f"{file.parent}. {dataset.how_to_get or 'Check the path.'}"
+    ) from e
+  if split == "groundtruth":
+    _check_groundtruth(dataset, vectors, max_vectors)
+  elif vectors.shape[1] != dataset.dim:
+    raise ValueError(
+      f"{path} must have dimension {dataset.dim} for data set {dataset.name}, "
+      f"got {vectors.shape[1]}."
+    )
+  return vectors
+
+
+def _check_groundtruth(dataset: Dataset, ids_QG, max_vectors) -> None:
+  if ids_QG.dtype.kind not in "iu":
+    raise ValueError(
+      f"{dataset.groundtruth} must hold integer ids, got {ids_QG.dtype}."
+    )
+  if dataset.queries:
+    queries_QD = open_split(dataset, "queries", max_vectors=max_vectors)
+    num_queries = len(queries_QD)
+    if len(ids_QG) < num_queries:
+      raise ValueError(
+        f"{dataset.groundtruth} must have a row for each of the {num_queries} "
+        f"queries, got {len(ids_QG)}."
+      )
+  if dataset.base:
+    num_base = len(open_split(dataset, "base"))
+    largest = int(np.max(ids_QG[:1000]))
+    if largest >= num_base:
+      raise ValueError(
+        f"{dataset.groundtruth} names row {largest}, but the base has only "
+        f"{num_base}: it belongs to another base or number of vectors."
+      )

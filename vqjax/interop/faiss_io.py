@@ -1,0 +1,237 @@
+"""The door to faiss: exact search, OPQ, classical codecs, export of ours.
+
+Nothing else in this package imports faiss. Vectors go in and out as float32 in
+data units, codes as int32 `[N, M]`; faiss keeps the bits of a code packed.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import faiss
+import numpy as np
+
+from vqjax.codecs.pq import PQParams
+from vqjax.codecs.rq import RQParams
+from vqjax.core import check_range, check_shape
+
+METRICS = {"l2": faiss.METRIC_L2, "ip": faiss.METRIC_INNER_PRODUCT}
+ADDITIVE = ("PQ", "OPQ", "RQ", "LSQ")
+
+
+class FaissCodec(NamedTuple):
+  """A faiss index used as a codec."""
+
+  index: faiss.Index
+  encode: Callable[[np.ndarray], np.ndarray]  # x_ND to codes_NM, int32.
+  decode: Callable[[np.ndarray], np.ndarray]  # codes_NM to x_ND.
+
+
+def knn(
+  queries_QD: np.ndarray,
+  base: np.ndarray | Iterable[np.ndarray],
+  k: int,
+  metric: str = "l2",
+) -> tuple[np.ndarray, np.ndarray]:
+  """Exact search: distances `[Q, k]` float32 and ids `[Q, k]` int64.
+
+  Args:
+    queries_QD: Queries, of any numeric type.
+    base: `[N, D]`, or an iterable of its blocks of rows in order, for a base
+      that does not fit in memory. Of any numeric type.
+    k: Results per query, best first. Where the base has fewer vectors the
+      slots left are id -1, at distance inf (-inf for "ip").
+    metric: "l2" for squared distances, "ip" for inner products.
+
+  Raises:
+    ValueError: Where the metric is unknown or dimensions differ.
+  """
+  if metric not in METRICS:
+    raise ValueError(f"metric must be one of {tuple(METRICS)}, got {metric!r}.")
+  check_range("k", k, 1, 2**31 - 1)
+  queries_QD = _float_rows("queries", queries_QD)
+  is_ip = metric == "ip"
+  heap = faiss.ResultHeap(len(queries_QD), k, keep_max=is_ip)
+  num_seen = 0
+  for block in [base] if hasattr(base, "shape") else base:
+    block_ND = _float_rows("base", block, queries_QD.shape[1])
+    if not len(block_ND):
+      continue
+    num_here = min(k, len(block_ND))
+    found = faiss.knn(queries_QD, block_ND, num_here, metric=METRICS[metric])
+    heap.add_result(found[0], found[1] + num_seen)
+    num_seen += len(block_ND)
+  heap.finalize()
+  worst = -np.inf if is_ip else np.inf
+  return np.where(heap.I < 0, worst, heap.D).astype(np.float32), heap.I
+
+
+def train_opq(
+  x_ND: np.ndarray,
+  num_codes: int,
+  num_bits: int = 8,
+  *,
+  num_iterations: int = 50,
+  max_vectors: int = 65536,
+) -> np.ndarray:
+  """Orthonormal `[D, D]` that makes slices of `x_ND @ rotation` easy to code.
+
+  Goes to `pq.fit(..., rotation=)`. faiss keeps the transpose.
+
+  Args:
+    x_ND: Training vectors, of any numeric type.
+    num_codes: M, slices.
+    num_bits: Slices are coded by `2 ** num_bits` words in training; the right
+      rotation depends on it.
+    num_iterations: Rounds of codebooks and rotation in turn.
+    max_vectors: A sample of at most so many rows is used.
+  """
+  x_ND = _float_rows("x", x_ND)
+  d = x_ND.shape[1]
+  _check_training(len(x_ND), d, num_codes, num_bits, has_slices=True)
+  opq, slices = _new_opq(d, num_codes, num_bits)
+  opq.niter, opq.max_train_points = num_iterations, max_vectors
+  opq.train(x_ND)
+  del slices  # Was borrowed by `opq` until here.
+  return faiss.vector_to_array(opq.A).reshape(d, d).T.copy()
+
+
+def fit_additive(
+  name: str,
+  x_ND: np.ndarray,
+  num_codes: int,
+  num_bits: int = 8,
+  *,
+  beam_size: int = 5,
+) -> FaissCodec:
+  """Trains a classical codec of faiss, to compare with.
+
+  Args:
+    name: "PQ", "OPQ", "RQ" or "LSQ".
+    x_ND: Training vectors.
+    num_codes: M.
+    num_bits: Each position has `2 ** num_bits` words.
+    beam_size: Of "RQ", in training and in encoding.
+
+  Raises:
+    ValueError: Where a name or a size makes no sense.
+  """
+  if name not in ADDITIVE:
+    raise ValueError(f"name must be one of {ADDITIVE}, got {name!r}.")
+  x_ND = _float_rows("x", x_ND)
+  n, d = x_ND.shape
+  has_slices = name in ("PQ", "OPQ")
+  _check_training(n, d, num_codes, num_bits, has_slices=has_slices)
+  if has_slices:
+    index = faiss.IndexPQ(d, num_codes, num_bits)
+    index.pq.cp.min_points_per_centroid = 1
+  elif name == "RQ":
+    index = faiss.IndexResidualQuantizer(d, num_codes, num_bits)
+    index.rq.max_beam_size = beam_size
+    index.rq.cp.min_points_per_centroid = 1
+  else:
+    index = faiss.IndexLocalSearchQuantizer(d, num_codes, num_bits)
+  if name == "OPQ":
+    opq, slices = _new_opq(d, num_codes, num_bits)
+    index = faiss.IndexPreTransform(opq, index)
+    index.train(x_ND)
+    opq.pq = None  # Do not outlive the loan.
+    del slices
+  else:
+    index.train(x_ND)
+  return to_codec(index, num_codes, num_bits)
+
+
+def pq_to_faiss(params: PQParams) -> faiss.Index:
+  """A trained, empty `IndexPQ`, behind the rotation where there is one."""
+  m, k, s = params.codebooks_MKS.shape
+  index = faiss.IndexPQ(m * s, m, _num_bits(k))
+  words = np.ascontiguousarray(params.codebooks_MKS, np.float32)
+  faiss.copy_array_to_vector(words.ravel(), index.pq.centroids)
+  index.is_trained = True
+  if params.rotation_DD is None:
+    return index
+  turn = faiss.LinearTransform(m * s, m * s, False)
+  matrix_DD = np.ascontiguousarray(np.asarray(params.rotation_DD).T, np.float32)
+  faiss.copy_array_to_vector(matrix_DD.ravel(), turn.A)
+  turn.is_trained = True
+  turn.set_is_orthonormal()
+  if not turn.is_orthonormal:
+    raise ValueError(
+      "rotation must be orthonormal, got a matrix that is not; decoding "
+      "rotates back by its transpose."
+    )
+  return faiss.IndexPreTransform(turn, index)
+
+
+def rq_to_faiss(params: RQParams, *, beam_size: int = 5) -> faiss.Index:
+  """A trained, empty `IndexResidualQuantizer` that encodes with a beam."""
+  m, k, d = params.codebooks_MKD.shape
+  index = faiss.IndexResidualQuantizer(d, m, _num_bits(k))
+  words = np.ascontiguousarray(params.codebooks_MKD, np.float32)
+  faiss.copy_array_to_vector(words.ravel(), index.rq.codebooks)
+  index.rq.max_beam_size = beam_size
+  index.rq.is_trained = index.is_trained = True
+  return index
+
+
+def to_codec(index: faiss.Index, num_codes: int, num_bits: int) -> FaissCodec:
+  """Wraps a trained index whose codes have `num_codes` equal positions."""
+  dim = index.d
+  code_size = (num_codes * num_bits + 7) // 8
+  if index.sa_code_size() != code_size:
+    raise ValueError(
+      f"{num_codes} positions of {num_bits} bits make {code_size} bytes, but "
+      f"the codes of this index have {index.sa_code_size()}."
+    )
+
+  def encode(x_ND):
+    packed = index.sa_encode(_float_rows("x", x_ND, dim))
+    return faiss.unpack_bitstrings(packed, num_codes, num_bits).astype(np.int32)
+
+  def decode(codes_NM):
+    check_shape("codes", codes_NM, (None, num_codes))
+    packed = faiss.pack_bitstrings(np.asarray(codes_NM, np.int32), num_bits)
+    return index.sa_decode(packed)
+
+  return FaissCodec(index, encode, decode)
+
+
+def _float_rows(name: str, x_ND, dim: int | None = None) -> np.ndarray:
+  """A contiguous float32 matrix, as faiss wants it."""
+  check_shape(name, x_ND, (None, dim))
+  return np.ascontiguousarray(x_ND, np.float32)
+
+
+def _num_bits(num_words: int) -> int:
+  if num_words < 2 or num_words & (num_words - 1):
+    raise ValueError(
+      f"faiss needs a power of two of words per position, got {num_words}."
+    )
+  return num_words.bit_length() - 1
+
+
+def _new_opq(dim: int, num_codes: int, num_bits: int):
+  """An untrained OPQ and the quantiser that it borrows for its training."""
+  slices = faiss.ProductQuantizer(dim, num_codes, num_bits)
+  slices.cp.min_points_per_centroid = 1  # faiss warns below 39.
+  opq = faiss.OPQMatrix(dim, num_codes)
+  opq.pq = slices
+  return opq, slices
+
+
+def _check_training(n, dim, num_codes, num_bits, *, has_slices):
+  """Raises ValueError where a codec of these sizes cannot be trained."""
+  check_range("num_codes", num_codes, 1, 4096)
+  check_range("num_bits", num_bits, 1, 16)
+  check_range(
+    "the number of vectors",
+    n,
+    2**num_bits,
+    np.inf,
+    f"each position has 2^{num_bits} words",
+  )
+  if has_slices and dim % num_codes:
+    raise ValueError(
+      f"num_codes must divide the {dim} dimensions of the vectors, "
+      f"got {num_codes}."
+    )

@@ -1,0 +1,293 @@
+"""Portable codecs: `codec.safetensors` and `codec.json`, without pickle.
+
+The arrays of the parameters are stored under the names of their fields
+(`blocks.codebooks_TKD` in a nested one; None is left out). The header, which
+says what codec it is and how it was made, is in the metadata of the
+.safetensors, so that this file alone is a codec, and for people and other
+programs once more in codec.json:
+
+  format, version    "vqjax codec" and the version of this layout
+  codec, static      name in the registry; fields that are no arrays
+  dim, codebook_sizes
+  fingerprint        of the parameters; checked whenever a codec is loaded
+  vqjax_version, created
+  info               what the caller knows: encode (keyword arguments of
+                     `encode`), metric, scale and unit of reports, training
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import pathlib
+import typing
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from safetensors import numpy as safetensors_numpy
+
+from vqjax import __version__
+from vqjax.codecs import registry
+from vqjax.data.formats import atomic_output
+from vqjax.interop import torch_io
+
+TENSORS_NAME = "codec.safetensors"
+HEADER_NAME = "codec.json"
+_FORMAT = "vqjax codec"
+_VERSION = 1
+_RELEASED = (".pt", ".pth")
+
+
+class LoadedCodec(NamedTuple):
+  """A codec from a file; `registry.get(name)` has its functions."""
+
+  name: str
+  params: Any
+  info: dict
+  fingerprint: str
+
+
+def _flatten(params, prefix: str = "") -> tuple[dict, dict]:
+  """Splits parameters into arrays and static values by field path."""
+  arrays, static = {}, {}
+  for field in dataclasses.fields(params):
+    value, name = getattr(params, field.name), prefix + field.name
+    if not field.metadata.get("pytree_node", True):
+      static[name] = value
+    elif dataclasses.is_dataclass(value):
+      inner = _flatten(value, f"{name}.")
+      arrays |= inner[0]
+      static |= inner[1]
+    elif value is not None:
+      arrays[name] = np.asarray(value, order="C")
+  return arrays, static
+
+
+def _rebuild(cls: type, arrays: dict, static: dict, prefix: str = ""):
+  """Inverse of `_flatten`; takes what it uses out of the dicts."""
+  hints, values = typing.get_type_hints(cls), {}
+  for field in dataclasses.fields(cls):
+    hint, name = hints[field.name], prefix + field.name
+    if not field.metadata.get("pytree_node", True):
+      if name not in static:
+        raise ValueError(f"its header lacks the value {name}")
+      values[field.name] = static.pop(name)
+    elif dataclasses.is_dataclass(hint):
+      values[field.name] = _rebuild(hint, arrays, static, f"{name}.")
+    elif name in arrays:
+      values[field.name] = jnp.asarray(arrays.pop(name))
+    elif type(None) in typing.get_args(hint):
+      values[field.name] = None
+    else:
+      raise ValueError(f"it lacks the array {name}")
+  if not prefix and (arrays or static):
+    names = ", ".join(sorted([*arrays, *static]))
+    raise ValueError(f"{cls.__name__} has no field for {names}")
+  return cls(**values)
+
+
+def _digest(arrays: dict, static: dict) -> str:
+  digest = hashlib.sha256(json.dumps(static, sort_keys=True).encode())
+  for name, x in sorted(arrays.items()):
+    digest.update(f"\n{name} {x.dtype.name} {x.shape}\n".encode())
+    digest.update(x.astype(x.dtype.newbyteorder("<"), copy=False).tobytes())
+  return digest.hexdigest()[:16]
+
+
+def fingerprint(params) -> str:
+  """Returns 16 hex digits that tell any two sets of parameters apart.
+
+  They depend on the names, types, shapes and numbers of all arrays and on the
+  static fields, and are the same on every machine.
+  """
+  return _digest(*_flatten(params))
+
+
+def _plain(value):
+  """Turns scalars of numpy and JAX into what JSON knows."""
+  if isinstance(value, np.generic | np.ndarray | jax.Array):
+    return np.asarray(value).tolist()
+  raise TypeError(f"info must hold plain values, got {type(value).__name__}.")
+
+
+def _make_header(name: str, params, info: dict) -> dict:
+  module = registry.get(name)
+  if not isinstance(params, module.Params):
+    raise TypeError(
+      f"Codec {name!r} has parameters {module.Params.__name__}, got "
+      f"{type(params).__name__}."
+    )
+  return {
+    "format": _FORMAT,
+    "version": _VERSION,
+    "codec": name,
+    "dim": module.dim(params),
+    "codebook_sizes": list(module.codebook_sizes(params)),
+    "static": _flatten(params)[1],
+    "fingerprint": fingerprint(params),
+    "vqjax_version": __version__,
+    "created": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"),
+    "info": info,
+  }
+
+
+def save_codec(
+  folder, codec_name: str, params, *, info: dict, overwrite: bool = False
+) -> pathlib.Path:
+  """Writes a codec into a folder, whole or not at all; returns its file.
+
+  Args:
+    folder: made where it is missing.
+    codec_name: name in the registry.
+    params: the codec's `Params`.
+    info: what else to keep, plain JSON values; see the file's docstring.
+    overwrite: replaces a codec that is there instead of refusing.
+  """
+  folder = pathlib.Path(folder)
+  header = _make_header(codec_name, params, info)
+  try:
+    text = json.dumps(header, indent=2, default=_plain, allow_nan=False)
+  except ValueError as error:
+    raise ValueError(f"info must hold finite numbers ({error}).") from error
+  arrays = _flatten(params)[0]
+  # The inner file appears first: a codec.json has its arrays beside it.
+  with atomic_output(folder / HEADER_NAME, overwrite) as header_path:
+    header_path.write_text(text + "\n", encoding="utf-8")
+    with atomic_output(folder / TENSORS_NAME, overwrite) as tensors_path:
+      safetensors_numpy.save_file(
+        arrays, tensors_path, metadata={"vqjax": text}
+      )
+  return folder / TENSORS_NAME
+
+
+def _find(path: pathlib.Path) -> pathlib.Path:
+  """The file of a codec, given that file or the folder it is in."""
+  if path.is_file():
+    return path
+  if not path.exists():
+    raise FileNotFoundError(
+      f"There is no {path}; expected a run folder, a {TENSORS_NAME} or a "
+      "released .pt checkpoint."
+    )
+  if (path / TENSORS_NAME).is_file():
+    return path / TENSORS_NAME
+  if (path / "checkpoints").is_dir() or (path / "config.json").is_file():
+    raise FileNotFoundError(
+      f"{path} holds no {TENSORS_NAME} yet: training has not finished. Resume "
+      "it with python -m experiments.train --config=CONFIG "
+      f"--workdir={path} --resume."
+    )
+  suffixes = (".safetensors", *_RELEASED)
+  found = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes)
+  if len(found) != 1:
+    names = ", ".join(p.name for p in found[:5]) or "none"
+    raise FileNotFoundError(
+      f"Folder {path} must hold {TENSORS_NAME}, or exactly one .safetensors "
+      f"or .pt file; found {len(found)}: {names}."
+    )
+  return found[0]
+
+
+def _parse_header(path: pathlib.Path, text: str | None) -> dict:
+  """Reads and checks the header of `path`."""
+  if text is None:
+    raise ValueError(
+      f"{path} is no codec of vqjax: its metadata has no entry 'vqjax'. "
+      "Expected a file that vqjax has written."
+    )
+  try:
+    header = json.loads(text)
+  except ValueError as error:
+    raise ValueError(f"{path} has a damaged header ({error}).") from error
+  if not isinstance(header, dict) or header.get("format") != _FORMAT:
+    raise ValueError(f"{path} must have a header of format {_FORMAT!r}.")
+  if header.get("version") != _VERSION:
+    raise ValueError(
+      f"{path} has format version {header.get('version')!r}, this vqjax "
+      f"{__version__} reads version {_VERSION}; use the vqjax that "
+      f"wrote it, {header.get('vqjax_version')}."
+    )
+  if header.get("codec") not in registry.names():
+    raise ValueError(
+      f"{path} holds codec {header.get('codec')!r}, which this vqjax does not "
+      f"know; it has {', '.join(registry.names())}."
+    )
+  for key, kind in (("static", dict), ("info", dict), ("fingerprint", str)):
+    if not isinstance(header.get(key), kind):
+      raise ValueError(f"{path} has a damaged header: no valid {key!r}.")
+  return header
+
+
+def _check_json(path: pathlib.Path, header: dict) -> None:
+  """Refuses a codec.json that describes another codec than its neighbour."""
+  json_path = path.with_name(HEADER_NAME)
+  if path.name != TENSORS_NAME or not json_path.is_file():
+    return
+  beside = _parse_header(json_path, json_path.read_text(encoding="utf-8"))
+  if beside["fingerprint"] != header["fingerprint"]:
+    raise ValueError(
+      f"{json_path} describes codec {beside['fingerprint']}, but {path.name} "
+      f"beside it is codec {header['fingerprint']}; remove {HEADER_NAME} to "
+      f"use {path.name}, which is complete without it."
+    )
+
+
+def load_codec(path) -> LoadedCodec:
+  """Loads a codec from a run folder, a .safetensors or a released .pt file.
+
+  A folder may hold `codec.safetensors`, or else one such file of any name.
+
+  Raises:
+    FileNotFoundError: Where there is no codec.
+    ValueError: Where the file is no codec, damaged or changed.
+  """
+  path = _find(pathlib.Path(path))
+  if path.suffix.lower() in _RELEASED:
+    name, params, info = torch_io.load_checkpoint(path)
+    return LoadedCodec(name, params, info, fingerprint(params))
+  if path.suffix.lower() != ".safetensors":
+    raise ValueError(
+      f"{path} must be a run folder, a .safetensors file or a .pt checkpoint, "
+      f"got suffix {path.suffix!r}."
+    )
+  try:
+    with safetensors.safe_open(path, framework="numpy") as file:
+      text = (file.metadata() or {}).get("vqjax")
+      names = file.keys()
+      arrays = {name: file.get_tensor(name) for name in names}
+  except safetensors.SafetensorError as error:
+    raise ValueError(
+      f"{path} is truncated or no safetensors file ({error})."
+    ) from error
+  header = _parse_header(path, text)
+  _check_json(path, header)
+  found = _digest(arrays, header["static"])
+  if found != header["fingerprint"]:
+    raise ValueError(
+      f"{path} was changed after it was written: its parameters have "
+      f"fingerprint {found}, expected {header['fingerprint']}."
+    )
+  params = _make_params(path, header, arrays)
+  return LoadedCodec(header["codec"], params, header["info"], found)
+
+
+def _make_params(path: pathlib.Path, header: dict, arrays: dict):
+  """Builds the parameters and compares their sizes with the header."""
+  module = registry.get(header["codec"])
+  try:
+    params = _rebuild(module.Params, arrays, dict(header["static"]))
+    sizes = [module.dim(params), list(module.codebook_sizes(params))]
+  except (ValueError, TypeError, AttributeError, IndexError) as error:
+    raise ValueError(
+      f"{path} is no codec {header['codec']!r}: {error}."
+    ) from error
+  wanted = [header.get("dim"), header.get("codebook_sizes")]
+  if sizes != wanted:
+    raise ValueError(
+      f"{path} has a header that does not fit its arrays: dim and "
+      f"codebook_sizes are {sizes}, expected {wanted}."
+    )
+  return params

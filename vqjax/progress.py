@@ -1,0 +1,23 @@
+"""The progress line: rate, time left and a few figures, on standard error."""
+
+import sys
+
+from tqdm import tqdm
+
+
+def progress_bar(
+  total: int, what: str, *, unit: str = "vec", start: int = 0
+) -> tqdm:
+  """Returns a bar over `total` units; one line every 20 s into a log file."""
+  is_terminal = sys.stderr.isatty()
+  return tqdm(
+    total=total,
+    initial=start,
+    desc=what,
+    unit=" " + unit,
+    unit_scale=True,
+    dynamic_ncols=is_terminal,
+    ncols=None if is_terminal else 100,
+    mininterval=0.5 if is_terminal else 20,
+    file=sys.stderr,
+  )

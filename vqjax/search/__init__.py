@@ -1,0 +1,1 @@
+"""Codes to neighbours: indexes, re-ranking and how good they are."""

@@ -1,0 +1,1 @@
+"""Loss to parameters: one loop for every learned codec."""

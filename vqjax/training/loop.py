@@ -1,0 +1,312 @@
+"""The training loop of every learned codec.
+
+The state holds all that the run depends on, the sums of the epoch included,
+and batches depend on the step alone. A run that is killed anywhere and resumed
+from a checkpoint therefore ends with the same bits as one that was not.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from flax import struct
+
+from vqjax import devices
+from vqjax.core import Array
+from vqjax.data.batches import prefetch
+from vqjax.progress import progress_bar
+from vqjax.training import optimisers
+from vqjax.training.checkpoints import Checkpoints
+from vqjax.training.writers import Writer
+
+
+class Learner(NamedTuple):
+  """What the loop asks of a learned codec."""
+
+  loss_fn: Callable  # (params, key, x_ND) -> (loss, {"metrics", "stats"})
+  merge_stats_fn: Callable  # (stats, stats of a batch) -> stats
+  end_epoch_fn: Callable  # (params, key, stats) -> (params, stats, report)
+  usage_fn: Callable  # stats -> report
+  validate_fn: Callable  # params -> squared error per vector, float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """How long to train and how often to report and save."""
+
+  seed: int
+  num_epochs: int
+  steps_per_epoch: int
+  batch_size: int  # Over all devices and accumulated parts.
+  accumulate: int = 1  # Parts of a batch whose gradients are added up.
+  redraw: bool = True  # Dead words at the end of an epoch.
+  stop_patience: int | None = None  # Epochs without a new best.
+  cut_patience: int | None = None  # Epochs before the learning rate is cut.
+  log_every: int = 50
+  checkpoint_minutes: float = 10.0
+  scale: float = 1.0  # Of the errors in the progress line.
+
+  @property
+  def total_steps(self) -> int:
+    """Steps of the whole run."""
+    return self.num_epochs * self.steps_per_epoch
+
+
+@struct.dataclass
+class TrainState:
+  """Everything a run continues from."""
+
+  step: Array
+  params: Any
+  opt: Any
+  stats: Any  # Of the codec, over the epoch so far.
+  sums: dict  # Of the metrics, over the epoch so far.
+  plateau: optimisers.Plateau
+
+
+class Outcome(NamedTuple):
+  """How a run ended; `is_done` is False after a signal."""
+
+  state: TrainState
+  is_done: bool
+
+
+def make_state(
+  params: Any, tx: optax.GradientTransformation, stats: Any, metrics: list[str]
+) -> TrainState:
+  """Returns the state before the first step."""
+  return TrainState(
+    step=jnp.int32(0),
+    params=params,
+    opt=tx.init(params),
+    stats=stats,
+    sums={name: jnp.float32(0) for name in metrics},
+    plateau=optimisers.make_plateau(),
+  )
+
+
+def make_train_step(
+  learner: Learner,
+  tx: optax.GradientTransformation,
+  *,
+  seed: int,
+  accumulate: int = 1,
+) -> Callable:
+  """Returns jitted `(state, x_ND) -> (state, metrics)`; donates the state."""
+
+  def grads_of(params, key, stats, x_ND):
+    grad_fn = jax.value_and_grad(learner.loss_fn, has_aux=True)
+    (loss, aux), grads = grad_fn(params, key, x_ND)
+    stats = learner.merge_stats_fn(stats, aux["stats"])
+    return stats, {"loss": loss, **aux["metrics"]}, grads
+
+  def accumulated(params, key, stats, x_ND):
+    parts = x_ND.reshape(accumulate, -1, x_ND.shape[-1])
+
+    def body(stats, x_ND):
+      stats, metrics, grads = grads_of(params, key, stats, x_ND)
+      return stats, (metrics, grads)
+
+    # One part at a time; adding up inside would need zeros like the grads.
+    def add(carry, x_ND):
+      stats, total = carry
+      stats, new = body(stats, x_ND)
+      return (stats, jax.tree.map(jnp.add, total, new)), None
+
+    first = body(stats, parts[0])
+    (stats, total), _ = jax.lax.scan(add, first, parts[1:])
+    metrics, grads = jax.tree.map(lambda leaf: leaf / accumulate, total)
+    return stats, metrics, grads
+
+  def train_step(state, x_ND):
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    compute = grads_of if accumulate == 1 else accumulated
+    stats, metrics, grads = compute(state.params, key, state.stats, x_ND)
+    updates, opt = tx.update(grads, state.opt, state.params)
+    updates = jax.tree.map(lambda u: u * state.plateau.scale, updates)
+    state = state.replace(
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      opt=opt,
+      stats=stats,
+      sums=jax.tree.map(jnp.add, state.sums, metrics),
+    )
+    return state, metrics
+
+  return jax.jit(train_step, donate_argnums=0)
+
+
+def train(
+  learner: Learner,
+  tx: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  state: TrainState,
+  batch_fn: Callable[[int], np.ndarray],
+  plan: Plan,
+  *,
+  checkpoints: Checkpoints,
+  writer: Writer,
+) -> Outcome:
+  """Trains from `state` to the end of the plan, or to a signal.
+
+  Args:
+    learner: The codec.
+    tx: Optimiser.
+    schedule: Learning rate by step, for the report.
+    state: From `make_state` or a checkpoint; consumed.
+    batch_fn: Step to this process's float32 vectors of that batch.
+    plan: Lengths and intervals.
+    checkpoints: Where to save.
+    writer: Where to report.
+
+  Raises:
+    FloatingPointError: The loss of a step is not finite.
+  """
+  devices.check_batch(plan.batch_size // plan.accumulate)
+  step_fn = make_train_step(
+    learner, tx, seed=plan.seed, accumulate=plan.accumulate
+  )
+  step, started = int(state.step), time.monotonic()
+  saved = started
+  state = devices.replicate(state)
+  pending = collections.deque()
+  bar = progress_bar(
+    plan.total_steps * plan.batch_size, "train", start=step * plan.batch_size
+  )
+  batches = prefetch(batch_fn, range(step, plan.total_steps))
+  with contextlib.closing(batches), _catch_signals() as stop, bar:
+    for x_ND in batches:
+      state, metrics = step_fn(state, devices.shard(x_ND))
+      step += 1
+      pending.append((step, metrics))
+      _report(pending, plan, writer, schedule, checkpoints, keep=2)
+      bar.update(plan.batch_size)
+      is_epoch_end = step % plan.steps_per_epoch == 0
+      is_due = time.monotonic() - saved > 60 * plan.checkpoint_minutes
+      if not (is_epoch_end or is_due or stop.is_set()):
+        continue
+      _report(pending, plan, writer, schedule, checkpoints, keep=0)
+      validation = None
+      if is_epoch_end:
+        state, row = _end_epoch(learner, state, plan, step)
+        validation = row["validation_mse"]
+        row.update(lr=schedule(step), seconds=time.monotonic() - started)
+        writer.write(step, row)
+        bar.set_postfix_str(_epoch_text(row, plan, step))
+      checkpoints.save(
+        step, jax.tree.map(jnp.copy, state), validation=validation
+      )
+      saved = time.monotonic()
+      since_best = int(state.plateau.since_best)
+      if plan.stop_patience and since_best >= plan.stop_patience:
+        logging.info("No better validation for %d epochs: done.", since_best)
+        return Outcome(state, True)
+      if stop.is_set():
+        return Outcome(state, step == plan.total_steps)
+  return Outcome(state, True)
+
+
+def _report(pending, plan, writer, schedule, checkpoints, *, keep):
+  """Writes the metrics of all but the last `keep` steps, which may be running.
+
+  Fetching late lets the device run ahead of the host.
+  """
+  while len(pending) > keep:
+    step, metrics = pending.popleft()
+    if not math.isfinite(metrics["loss"]):
+      checkpoints.wait()
+      good = checkpoints.latest()
+      raise FloatingPointError(
+        f"The loss of step {step} is {float(metrics['loss'])}. "
+        + (
+          f"The last good checkpoint is that of step {good}. "
+          if good is not None
+          else "There is no checkpoint yet. "
+        )
+        + "A lower train.peak_lr, a longer ramp or train.dtype=float32 helps."
+      )
+    if step % plan.log_every == 0:
+      writer.write(step, {**metrics, "lr": schedule(step)})
+
+
+def _end_epoch(learner, state, plan, step):
+  """Redraws dead words, validates, and returns state and report."""
+  key = jax.random.fold_in(jax.random.key(plan.seed + 1), step)
+  if plan.redraw and step < plan.total_steps:
+    params, stats, row = jax.jit(learner.end_epoch_fn)(
+      state.params, key, state.stats
+    )
+  else:
+    params, row = state.params, learner.usage_fn(state.stats)
+    stats = jax.tree.map(jnp.zeros_like, state.stats)
+  means = {
+    f"train_{name}": total / plan.steps_per_epoch
+    for name, total in state.sums.items()
+  }
+  validation = float(learner.validate_fn(params))
+  plateau = optimisers.advance_plateau(
+    state.plateau,
+    jnp.float32(validation),
+    patience=plan.cut_patience or plan.num_epochs + 1,
+  )
+  state = state.replace(
+    params=params,
+    stats=stats,
+    sums=jax.tree.map(jnp.zeros_like, state.sums),
+    plateau=plateau,
+  )
+  row = {
+    "epoch": step // plan.steps_per_epoch,
+    "validation_mse": validation,
+    **means,
+    **row,
+  }
+  return devices.replicate(state), row
+
+
+def _epoch_text(row, plan, step):
+  return (
+    f"epoch {step // plan.steps_per_epoch}/{plan.num_epochs}, "
+    f"validation MSE {row['validation_mse'] * plan.scale:.4g}, "
+    f"{int(row['dead_words'])} dead words"
+  )
+
+
+@contextlib.contextmanager
+def _catch_signals():
+  """Sets an event on SIGTERM or Ctrl-C; a second signal acts at once."""
+  stop = threading.Event()
+  if threading.current_thread() is not threading.main_thread():
+    yield stop
+    return
+
+  def handle(number, frame):
+    del frame
+    stop.set()
+    signal.signal(number, before[number])
+    logging.warning(
+      "%s: saving a checkpoint, then stopping.", signal.Signals(number).name
+    )
+
+  before = {
+    number: signal.getsignal(number)
+    for number in (signal.SIGTERM, signal.SIGINT)
+  }
+  for number in before:
+    signal.signal(number, handle)
+  try:
+    yield stop
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)

@@ -74,8 +74,16 @@ def test_rows_of_no_weight_leave_no_trace(init):
   x_ND = _vectors()
   far_ND = x_ND.at[60:].add(1e3)
   weights_N = jnp.where(jnp.arange(120) < 60, 1.0, 0.0)
-  words_KD = kmeans.fit(KEY, far_ND, 9, init=init, weights_N=weights_N)
-  assert float(jnp.abs(words_KD).max()) < 10
+  for num_iterations in (0, 5):
+    words_KD = kmeans.fit(
+      KEY,
+      far_ND,
+      9,
+      init=init,
+      weights_N=weights_N,
+      num_iterations=num_iterations,
+    )
+    assert float(jnp.abs(words_KD).max()) < 10
 
 
 def test_weight_two_is_a_row_twice():

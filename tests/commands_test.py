@@ -1,0 +1,311 @@
+"""The commands on the bundled sample, the way a user calls them."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from configs import qinco2_s
+from experiments import common, decode, encode, evaluate, train
+from vqjax.codecs import packing
+from vqjax.data import formats
+from vqjax.interop import safetensors_io
+
+ROOT = pathlib.Path(__file__).parents[1]
+SAMPLE = ROOT / "third_party" / "sample_sift"
+
+
+def _config(module, **values):
+  config = common.get_config(module.OPTIONS)
+  config.update(values)
+  return config
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("runs") / "smoke"
+  train.run(qinco2_s.get_config("smoke"), folder)
+  return str(folder)
+
+
+@pytest.fixture
+def base_file(tmp_path):
+  path = str(tmp_path / "base.fvecs")
+  x_ND = formats.open_vectors(SAMPLE / "base.bvecs")[:333]
+  formats.write_vectors(path, x_ND, dtype=np.float32)
+  return path
+
+
+def test_evaluate_agrees_with_its_definition(run_dir, tmp_path):
+  output = str(tmp_path / "out" / "figures.json")
+  result = evaluate.run(
+    _config(evaluate, codec=run_dir, baselines="RQ", output=output)
+  )
+  assert json.loads(pathlib.Path(output).read_text()) == result
+  row, baseline = result["rows"]
+  codec = common.open_codec(run_dir)
+  x_ND = formats.open_vectors(SAMPLE / "base.bvecs")[:500].astype(np.float32)
+  xq_QD = formats.open_vectors(SAMPLE / "query.bvecs")[:50].astype(np.float32)
+  codes_NM = codec.module.encode(codec.tables, x_ND, **codec.info["encode"])
+  xhat_ND = np.asarray(codec.module.decode(codec.tables, codes_NM))
+  mse = ((x_ND - xhat_ND) ** 2).sum(axis=1).mean()
+  assert row["mse"] == pytest.approx(mse, rel=1e-5)
+  sq = lambda a, b: ((a[:, None] - b[None]) ** 2).sum(axis=-1)
+  true_Q = sq(xq_QD, x_ND).argmin(axis=1)
+  order_QN = sq(xq_QD, xhat_ND).argsort(axis=1, kind="stable")
+  for r in (1, 10, 100):
+    hit = (order_QN[:, :r] == true_Q[:, None]).any(axis=1).mean()
+    assert row[f"1-recall@{r}"] == pytest.approx(hit, abs=0.021)  # Ties.
+  assert row["bytes"] == 3 * 4 / 8
+  assert baseline["name"] == "faiss RQ"
+  assert baseline["mse"] > 0
+
+
+def test_evaluate_the_held_out_part(run_dir):
+  result = evaluate.run(_config(evaluate, codec=run_dir, split="validation"))
+  assert result["num_vectors"] == 200
+  summary = json.loads((pathlib.Path(run_dir) / "summary.json").read_text())
+  assert result["rows"][0]["mse"] == pytest.approx(
+    summary["validation_mse"], rel=1e-4
+  )
+  assert "1-recall@1" not in result["rows"][0]
+
+
+def test_search_sizes_change_the_code(run_dir):
+  mse = lambda **knobs: evaluate.run(
+    _config(evaluate, codec=run_dir, num_vectors=300, **knobs)
+  )["rows"][0]["mse"]
+  greedy = mse(beam_size=1, num_candidates=1)
+  assert mse(beam_size=8, num_candidates=8) < greedy
+  assert mse(beam_size=8, num_joint_candidates=16) < greedy
+  assert mse(num_steps=1) > mse()
+
+
+def test_encode_then_decode(run_dir, base_file, tmp_path):
+  codes_file, raw_file = (
+    str(tmp_path / "codes.npy"),
+    str(tmp_path / "codes.bin"),
+  )
+  encode.run(_config(encode, codec=run_dir, data=base_file, output=codes_file))
+  encode.run(
+    _config(encode, codec=run_dir, data=base_file, output=raw_file, raw=True)
+  )
+  codes_NM = np.load(codes_file)
+  assert codes_NM.shape == (333, 3)
+  assert codes_NM.dtype == np.int32
+  assert os.path.getsize(raw_file) == 333 * 2  # 3 codes of 4 bits.
+  sizes = (16, 16, 16)
+  packed = np.fromfile(raw_file, np.uint8).reshape(333, 2)
+  np.testing.assert_array_equal(packing.unpack(packed, sizes), codes_NM)
+  codec = common.open_codec(os.path.join(run_dir, "codec.safetensors"))
+  want_ND = codec.module.decode(codec.tables, codes_NM)
+  for codes, name in ((codes_file, "a.npy"), (raw_file, "b.fvecs")):
+    output = str(tmp_path / name)
+    decode.run(_config(decode, codec=run_dir, codes=codes, output=output))
+    np.testing.assert_allclose(
+      formats.open_vectors(output), want_ND, rtol=1e-5, atol=1e-3
+    )
+
+
+def test_a_prefix_is_a_code(run_dir, base_file, tmp_path):
+  codes, output = str(tmp_path / "codes.npy"), str(tmp_path / "x.npy")
+  encode.run(
+    _config(encode, codec=run_dir, data=base_file, output=codes, num_steps=2)
+  )
+  assert np.load(codes).shape == (333, 2)
+  decode.run(_config(decode, codec=run_dir, codes=codes, output=output))
+  assert np.load(output).shape == (333, 128)
+
+
+def test_a_released_checkpoint_encodes(tmp_path):
+  golden = ROOT / "third_party" / "golden"
+  data = np.load(golden / "ivf_qinco2_tiny.npz")
+  vectors, codes = str(tmp_path / "x.npy"), str(tmp_path / "codes.npy")
+  formats.write_vectors(vectors, data["x"])
+  encode.run(
+    _config(
+      encode,
+      codec=str(golden / "ivf_qinco2_tiny.pt"),
+      data=vectors,
+      output=codes,
+    )  # fmt: skip
+  )
+  np.testing.assert_array_equal(np.load(codes), data["codes"])
+
+
+@pytest.mark.parametrize(
+  ("values", "error", "message"),
+  [
+    (dict(data="no.bvecs"), OSError, "no.bvecs"),
+    (dict(output="codes.txt"), ValueError, r"must end in \.npy, got codes.txt"),
+    (dict(beam_size=99), ValueError, "beam_size .* between 1 and 16, got 99"),
+    (dict(codec="nowhere"), OSError, "nowhere"),
+    (dict(codec=None), ValueError, "--codec is needed"),
+  ],
+)
+def test_encode_refuses(values, error, message, run_dir, base_file, tmp_path):
+  output = str(tmp_path / "codes.npy")
+  good = dict(codec=run_dir, data=base_file, output=output)
+  with pytest.raises(error, match=message):
+    encode.run(_config(encode, **{**good, **values}))
+  assert not os.path.exists(output)
+
+
+def test_encode_refuses_vectors_of_another_kind(run_dir, tmp_path):
+  output, data = str(tmp_path / "codes.npy"), str(tmp_path / "x.npy")
+  config = _config(encode, codec=run_dir, data=data, output=output)
+  np.save(data, np.zeros((9, 64), np.float32))
+  with pytest.raises(ValueError, match="vectors of 128 dimensions, got 64"):
+    encode.run(config)
+  bad_ND = np.zeros((9, 128), np.float32)
+  bad_ND[5, 3] = np.nan
+  np.save(data, bad_ND)
+  with pytest.raises(ValueError, match="5"):
+    encode.run(config)
+  pathlib.Path(data).write_bytes(pathlib.Path(data).read_bytes()[:-100])
+  with pytest.raises(ValueError, match="bytes"):
+    encode.run(config)
+  assert not os.path.exists(output)
+  np.save(data, np.zeros((9, 128), np.float32))
+  encode.run(config)
+  with pytest.raises(FileExistsError, match="exists already"):
+    encode.run(config)
+
+
+@pytest.mark.parametrize(
+  ("codes_NM", "message"),
+  [
+    (
+      np.full((4, 3), 16),
+      "Code 16 in row 0, column 0 must lie between 0 and 15",
+    ),
+    (np.full((4, 3), -1), "Code -1 in row 0"),
+    (np.zeros((4, 4), int), "4 codes per vector, .* at most 3"),
+  ],
+)
+def test_decode_refuses_foreign_codes(codes_NM, message, run_dir, tmp_path):
+  codes, output = str(tmp_path / "codes.npy"), str(tmp_path / "x.npy")
+  np.save(codes, codes_NM)
+  with pytest.raises(ValueError, match=message):
+    decode.run(_config(decode, codec=run_dir, codes=codes, output=output))
+  assert not os.path.exists(output)
+
+
+def test_decode_refuses_a_cut_raw_file(run_dir, tmp_path):
+  codes = tmp_path / "codes.bin"
+  codes.write_bytes(b"\0" * 7)
+  with pytest.raises(ValueError, match="7 bytes, .* multiple of the 2 bytes"):
+    decode.run(_config(decode, codec=run_dir, codes=str(codes), output="x.npy"))
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (dict(num_train=100), "A step takes 128 vectors"),
+    (dict(train="missing.fvecs"), "missing.fvecs"),
+    (dict(name="sift1B"), "Unknown data set 'sift1B'"),
+    (dict(name="bigann1M"), "VQJAX_DATA"),
+  ],
+)
+def test_train_refuses_data(change, message, tmp_path, monkeypatch):
+  monkeypatch.delenv("VQJAX_DATA", raising=False)
+  config = qinco2_s.get_config("smoke")
+  config.data.update(change)
+  with pytest.raises((ValueError, OSError), match=message):
+    train.run(config, tmp_path / "run")
+
+
+def test_train_refuses_more_words_than_vectors(tmp_path):
+  config = qinco2_s.get_config("smoke")
+  config.data.update(num_train=300, validation_size=100)
+  config.model.codebook_size = 256
+  with pytest.raises(ValueError, match="256.*200|200.*256"):
+    train.run(config, tmp_path / "run")
+
+
+def test_train_refuses_nan(tmp_path):
+  x_ND = np.random.default_rng(0).normal(size=(900, 8)).astype(np.float32)
+  x_ND[400, 2] = np.nan
+  np.save(tmp_path / "x.npy", x_ND)
+  config = qinco2_s.get_config("smoke")
+  config.data.update(train=str(tmp_path / "x.npy"))
+  with pytest.raises(ValueError, match="400"):
+    train.run(config, tmp_path / "run")
+
+
+def test_resume_refuses_another_configuration(tmp_path):
+  config = qinco2_s.get_config("smoke")
+  with pytest.raises(ValueError, match="no run to resume .* no config.json"):
+    train.run(config, tmp_path / "run", resume=True)
+  train.run(config, tmp_path / "run")
+  config.train.peak_lr = 1e-5
+  with pytest.raises(
+    ValueError, match="started with train.peak_lr=0.0008, now it is 1e-05"
+  ):
+    train.run(config, tmp_path / "run", resume=True)
+
+
+def _command(name, *args):
+  return [sys.executable, "-m", f"experiments.{name}", *args]
+
+
+def test_killed_and_resumed_from_the_shell_equals_uninterrupted(tmp_path):
+  whole, part = tmp_path / "whole", tmp_path / "part"
+  # Every step is slow enough to be hit, and the epochs are long.
+  config = [
+    "--config=configs/qinco2_s.py:smoke", "--config.train.epoch_size=1000",
+    "--config.train.batch_size=16", "--config.train.num_epochs=3",
+    "--config.train.log_every=1",
+  ]  # fmt: skip
+  subprocess.run(
+    _command("train", *config, f"--workdir={whole}"), cwd=ROOT, check=True,
+    capture_output=True,
+  )  # fmt: skip
+  with subprocess.Popen(
+    _command("train", *config, f"--workdir={part}"), cwd=ROOT,
+    stderr=subprocess.PIPE, text=True,
+  ) as process:  # fmt: skip
+    metrics = part / "metrics.jsonl"
+    while process.poll() is None:
+      if metrics.exists() and metrics.read_text().count("\n") >= 70:
+        process.send_signal(signal.SIGTERM)
+        break
+    message = process.stderr.read()
+  assert process.returncode == 0
+  assert "run the same command with --resume" in message
+  stopped = int(re.search(r"Stopped at step (\d+) of 186", message)[1])
+  assert stopped % 62, "stopped at the end of an epoch; nothing was tested"
+  assert not (part / "codec.safetensors").exists()
+  with pytest.raises((ValueError, OSError), match="resume"):
+    safetensors_io.load_codec(part)
+  subprocess.run(
+    _command("train", *config, f"--workdir={part}", "--resume"), cwd=ROOT,
+    check=True, capture_output=True,
+  )  # fmt: skip
+  a, b = (safetensors_io.load_codec(folder) for folder in (whole, part))
+  assert a.fingerprint == b.fingerprint
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "encode", "decode"])
+def test_help_says_how_to_use_it(name):
+  done = subprocess.run(
+    _command(name, "--help"), cwd=ROOT, capture_output=True, text=True
+  )
+  assert f"python -m experiments.{name}" in done.stdout
+  assert "--config" in done.stdout if name == "train" else "--codec"
+
+
+def test_an_error_is_one_line_for_the_user():
+  done = subprocess.run(
+    _command("evaluate", "--codec=nowhere"), cwd=ROOT, capture_output=True,
+    text=True,
+  )  # fmt: skip
+  assert done.returncode == 1
+  assert "nowhere" in done.stderr
+  assert "Traceback" not in done.stderr

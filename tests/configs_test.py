@@ -1,0 +1,67 @@
+"""Every configuration: runs, saves, and knows its arguments."""
+
+import importlib
+import json
+import pathlib
+
+import pytest
+from ml_collections import config_dict
+
+from experiments import train
+from vqjax.data import datasets
+
+ROOT = pathlib.Path(__file__).parents[1]
+NAMES = sorted(
+  p.stem
+  for p in (ROOT / "configs").glob("*.py")
+  if p.stem not in ("__init__", "base")
+)
+
+
+def _config(name, arg=""):
+  return importlib.import_module(f"configs.{name}").get_config(arg)
+
+
+def test_all_are_there():
+  assert {"pq", "rq", "qinco1", "qinco2_s", "qinco2_m", "qinco2_l"} <= set(
+    NAMES
+  )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_smoke_trains_a_codec(name, tmp_path):
+  summary = train.run(_config(name, "smoke"), tmp_path)
+  for file in ("config.json", "codec.safetensors", "codec.json"):
+    assert (tmp_path / file).exists()
+  assert summary["validation_mse"] > 0
+  # Nothing to do the second time, and no mixing of two runs.
+  again = train.run(_config(name, "smoke"), tmp_path, resume=True)
+  assert again == summary
+  with pytest.raises(ValueError, match="already holds a run. Add --resume"):
+    train.run(_config(name, "smoke"), tmp_path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("arg", ["", "smoke", *datasets.NAMES])
+def test_arguments_give_plain_values(name, arg):
+  config = _config(name, arg)
+  again = config_dict.ConfigDict(json.loads(config.to_json_best_effort()))
+  assert again.to_dict() == config.to_dict()
+  want = arg if arg in datasets.NAMES else "sample_sift"
+  assert config.data.name == want
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unknown_arguments_are_refused(name):
+  with pytest.raises(ValueError, match="Unknown argument 'sift'.*bigann1M"):
+    _config(name, "sift")
+
+
+def test_the_published_setting():
+  config = _config("qinco2_s", "bigann1M")
+  assert (config.model.num_candidates, config.model.beam_size) == (16, 32)
+  assert config.model.num_joint_candidates == 0
+  assert config.train.num_epochs == 60
+  assert config.train.batch_size == 1024
+  assert config.data.validation_size == 10_000
+  assert _config("qinco1", "bigann1M").model.num_blocks == 16

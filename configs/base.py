@@ -95,7 +95,7 @@ def make_learned(
       ramp_epochs=3,
       weight_decay=0.1,
       clip_value=0.1,  # 0: no clipping.
-      redraw=True,  # Dead words at the end of an epoch.
+      redraw="split",  # Idle words; "published" as in the paper, "none".
       cut_patience=10,  # Epochs, of the schedule "plateau".
       stop_patience=20,
       log_every=50,  # Steps.

@@ -27,7 +27,7 @@ def get_config(arg: str = ""):
       peak_lr=1e-4,
       weight_decay=0.0,
       clip_value=0.0,
-      redraw=False,
+      redraw="none",
       num_epochs=200,
     ),
   )

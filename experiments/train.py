@@ -206,7 +206,6 @@ def _make_plan(config, num_rows: int, scale: float) -> loop.Plan:
     steps_per_epoch=max(min(train.epoch_size, num_rows) // batch_size, 1),
     batch_size=batch_size,
     accumulate=train.accumulate,
-    redraw=train.redraw,
     stop_patience=train.stop_patience if is_plateau else None,
     cut_patience=train.cut_patience if is_plateau else None,
     log_every=train.log_every,
@@ -276,7 +275,7 @@ def _make_learner(config, params, xv_ND, schedule):
     ),
     merge_stats_fn=qinco_learning.merge_stats,
     end_epoch_fn=functools.partial(
-      qinco_learning.end_epoch, noise=config.init.noise
+      qinco_learning.end_epoch, redraw=config.train.redraw
     ),
     usage_fn=qinco_learning.usage,
     validate_fn=validate,

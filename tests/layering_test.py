@@ -19,7 +19,7 @@ DOORS = {  # Module to the only place that may import it.
   "optax": "vqjax/training/",
   "orbax": "vqjax/training/",
 }
-CONFIG_IMPORTS = {"ml_collections"}
+CONFIG_IMPORTS = {"ml_collections", "configs"}
 NEVER = {
   "experiments",
   "configs",

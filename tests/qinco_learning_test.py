@@ -3,10 +3,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from qinco_cases import CASES, make_params, vectors
 
+from tests import oracles
+from tests.qinco_cases import CASES, make_params, vectors
 from vqjax.codecs import qinco, qinco_learning, rq
 
 KNOBS = dict(num_candidates=3, beam_size=3)
@@ -160,46 +160,89 @@ def test_init_with_lists_quantises_what_they_leave():
   assert codes_NM.shape[1] == 4
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_end_epoch_redraws_dead_words_only(case):
-  params = make_params(**CASES[case])
+def _stats_with_dead_words(params):
+  """Word 2 of the last step and word 4 of the first were not used."""
   stats = qinco_learning.empty_stats(params)
   m, k = stats.used_MK.shape
-  used_MK = np.ones((m, k), np.float32)
+  used_MK = np.full((m, k), 30, np.float32)
   used_MK[m - 1, 2] = used_MK[0, 4] = 0
-  mean_MD = 100 + jnp.zeros_like(stats.mean_MD)
-  stats = stats.replace(
+  used_MK[1, 3] = 1  # Below a twentieth of the mean.
+  mean_MD = jnp.full(stats.mean_MD.shape, 100.0)
+  return stats.replace(
     used_MK=jnp.asarray(used_MK),
     mean_MD=mean_MD * 0.5,
     std_MD=0.5 * jnp.ones_like(mean_MD),
     weight=jnp.float32(0.5),
   )
+
+
+def _changed(params, new):
+  """Which words of the learned codebooks changed, `[M, K]`."""
+  differ = lambda a, b: np.any(np.asarray(a != b), axis=-1)
+  changed = differ(new.codebooks_TKD, params.codebooks_TKD)
+  if params.preselect_TKD is not None:
+    np.testing.assert_array_equal(
+      changed, differ(new.preselect_TKD, params.preselect_TKD)
+    )
+  if params.is_ivf:
+    np.testing.assert_array_equal(new.first_KD, params.first_KD)
+    return changed
+  return np.concatenate([differ(new.first_KD, params.first_KD)[None], changed])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_split_copies_used_words_over_idle_ones(case):
+  params = make_params(**CASES[case])
+  stats = _stats_with_dead_words(params)
   new, fresh, report = qinco_learning.end_epoch(
-    params, jax.random.key(3), stats
+    params, jax.random.key(3), stats, redraw="split", noise=1e-4
   )
   assert int(report["dead_words"]) == 2
   assert not np.asarray(fresh.used_MK).any()
   np.testing.assert_array_equal(fresh.mean_MD, stats.mean_MD)
-  if params.preselect_TKD is None:  # QINCo1 keeps them.
-    jax.tree.map(np.testing.assert_array_equal, new, params)
-    return
-  changed_TK = np.any(
-    np.asarray(new.codebooks_TKD != params.codebooks_TKD), axis=-1
+  used_MK = np.asarray(stats.used_MK)
+  np.testing.assert_array_equal(_changed(params, new), used_MK < 30)
+  old_KD, new_D = params.codebooks_TKD[-1], new.codebooks_TKD[-1, 2]
+  gaps_K = np.abs(np.asarray(old_KD) - np.asarray(new_D)).max(axis=1)
+  parent = gaps_K.argmin()
+  assert parent != 2
+  assert 0 < gaps_K[parent] < 1e-3
+  if params.preselect_TKD is not None:  # The same parent.
+    gap_D = params.preselect_TKD[-1, parent] - new.preselect_TKD[-1, 2]
+    assert np.abs(gap_D).max() < 1e-3
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_published_redraw_is_noise_like_the_residual(case):
+  params = make_params(**CASES[case])
+  stats = _stats_with_dead_words(params)
+  new, _, _ = qinco_learning.end_epoch(
+    params, jax.random.key(3), stats, redraw="published"
   )
-  want_TK = (used_MK == 0)[-changed_TK.shape[0] :]
-  np.testing.assert_array_equal(changed_TK, want_TK)
-  if params.is_ivf:
-    np.testing.assert_array_equal(new.first_KD, params.first_KD)
-  else:
-    changed_K = np.any(np.asarray(new.first_KD != params.first_KD), axis=-1)
-    np.testing.assert_array_equal(changed_K, used_MK[0] == 0)
+  np.testing.assert_array_equal(
+    _changed(params, new), np.asarray(stats.used_MK) == 0
+  )
+  if not params.is_ivf:
     assert np.abs(np.asarray(new.first_KD)[4] - 100).max() <= 3**0.5 + 1e-3
   word_D = np.asarray(new.codebooks_TKD)[-1, 2]
-  gain = 2 if params.in_TDE is None else 1  # f(c) = c + c without projections.
-  assert np.abs(gain * word_D - 100).max() <= 3**0.5 + 1e-3
-  preselect_D = np.asarray(new.preselect_TKD)[-1, 2]
-  gap = np.abs(preselect_D - gain * word_D)
-  assert 0 < gap.max() < 0.25  # A quarter of a tenth of std 1, normal.
+  is_doubled = params.add_word and params.in_TDE is None  # f(c) = c + c.
+  word_D = 2 * word_D if is_doubled else word_D
+  assert np.abs(word_D - 100).max() <= 3**0.5 + 1e-3
+  if params.preselect_TKD is not None:
+    gap_D = np.abs(np.asarray(new.preselect_TKD)[-1, 2] - word_D)
+    assert 0 < gap_D.max() < 0.25  # A quarter of a tenth of std 1, normal.
+
+
+def test_redraw_none_keeps_words_and_others_are_refused():
+  params = make_params()
+  stats = _stats_with_dead_words(params)
+  new, fresh, _ = qinco_learning.end_epoch(
+    params, jax.random.key(3), stats, redraw="none"
+  )
+  jax.tree.map(np.testing.assert_array_equal, new, params)
+  assert not np.asarray(fresh.used_MK).any()
+  with pytest.raises(ValueError, match="split, published, none; got 'reset'"):
+    qinco_learning.end_epoch(params, jax.random.key(3), stats, redraw="reset")
 
 
 def test_merge_stats_forgets_slowly_and_counts_all():

@@ -1,10 +1,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from qinco_cases import CASES, make_params, vectors
 
+from tests import oracles
+from tests.qinco_cases import CASES, make_params, vectors
 from vqjax.codecs import qinco
 
 KNOBS = [

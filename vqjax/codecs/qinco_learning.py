@@ -17,6 +17,7 @@ from vqjax.codecs.distances import nearest
 from vqjax.codecs.qinco import QincoParams
 from vqjax.core import Array, check_range, check_shape
 
+REDRAWS = ("split", "published", "none")
 _MOMENTUM = 0.1  # Of the running moments of a step's target.
 
 
@@ -184,20 +185,73 @@ def merge_stats(old: WordStats, new: WordStats) -> WordStats:
 
 
 def end_epoch(
-  params: QincoParams, key: Array, stats: WordStats, *, noise: float = 0.1
+  params: QincoParams,
+  key: Array,
+  stats: WordStats,
+  *,
+  redraw: str = "split",
+  noise: float = 0.1,
+  min_share: float = 0.05,
 ) -> tuple[QincoParams, WordStats, dict]:
-  """Redraws the words that no vector used in the epoch that ends.
+  """Gives the words that the epoch hardly used another chance.
 
-  A dead word becomes uniform noise of the mean and spread of what its step
-  should reconstruct; its pre-selection word the same plus a quarter of the
-  initial noise. QINCo1 keeps its dead words. Returns the parameters, the
-  statistics for the next epoch and `{"dead_words", "usage_M", "entropy_M"}`:
-  share of words in use and entropy of their use in bits.
+  `split`: a word used less than `min_share` of the mean becomes a copy of
+  another word, drawn in proportion to its use, plus `noise` standard
+  deviations of the words. `published` (arXiv 2501.03078): a word not used at
+  all becomes uniform noise of the mean and spread of what its step should
+  reconstruct; such words are too long and mostly die again. `none` keeps all.
+
+  Returns the parameters, the statistics for the next epoch and the report of
+  `usage`.
   """
-  report = usage(stats)
+  if redraw not in REDRAWS:
+    raise ValueError(
+      f"redraw must be one of {', '.join(REDRAWS)}; got {redraw!r}."
+    )
   fresh = stats.replace(used_MK=jnp.zeros_like(stats.used_MK))
-  if params.preselect_TKD is None:
-    return params, fresh, report
+  if redraw == "split":
+    params = _split_words(params, key, stats.used_MK, noise, min_share)
+  elif redraw == "published":
+    params = _draw_words(params, key, stats, noise)
+  return params, fresh, usage(stats)
+
+
+def _split_words(params, key, used_MK, noise, min_share):
+  """Replaces words that are hardly used by copies of words that are."""
+  parent_key, noise_key = jax.random.split(key)
+  mean_M1 = used_MK.mean(axis=1, keepdims=True)
+  is_dead_MK = used_MK <= min_share * mean_M1
+  logits_MK = jnp.log(jnp.where(is_dead_MK, 0, used_MK))
+  parents_MK = jax.random.categorical(
+    parent_key, logits_MK[:, None], axis=-1, shape=used_MK.shape
+  )
+  shape = used_MK.shape + params.mean_D.shape
+  draw_MKD = noise * jax.random.normal(noise_key, shape)
+
+  def refill(words_KD, is_dead_K, parents_K, draw_KD):
+    copy_KD = words_KD[parents_K] + draw_KD * jnp.std(
+      words_KD, axis=0, keepdims=True
+    )
+    return jnp.where(is_dead_K[:, None], copy_KD, words_KD)
+
+  t = params.codebooks_TKD.shape[0]
+  new = (is_dead_MK, parents_MK, draw_MKD)
+  last = jax.tree.map(lambda x_MK: x_MK[-t:], new)
+  params = params.replace(
+    codebooks_TKD=jax.vmap(refill)(params.codebooks_TKD, *last)
+  )
+  if params.preselect_TKD is not None:
+    params = params.replace(
+      preselect_TKD=jax.vmap(refill)(params.preselect_TKD, *last)
+    )
+  if not params.is_ivf:
+    first = jax.tree.map(lambda x_MK: x_MK[0], new)
+    params = params.replace(first_KD=refill(params.first_KD, *first))
+  return params
+
+
+def _draw_words(params, key, stats, noise):
+  """Replaces unused words by noise like the residual of their step."""
   word_key, preselect_key = jax.random.split(key)
   is_dead_MK1 = (stats.used_MK == 0)[..., None]
   weight = jnp.maximum(stats.weight, 1e-6)
@@ -209,23 +263,22 @@ def end_epoch(
     word_key, shape, minval=-(3**0.5), maxval=3**0.5
   )
   drawn_MKD = mean_M1D + std_M1D * unit_MKD
-  jitter_MKD = 0.25 * noise * std_M1D * jax.random.normal(preselect_key, shape)
-  first_KD = params.first_KD
-  if not params.is_ivf:
-    first_KD = jnp.where(is_dead_MK1[0], drawn_MKD[0], first_KD)
   t = params.codebooks_TKD.shape[0]
   is_dead_TK1, drawn_TKD = is_dead_MK1[-t:], drawn_MKD[-t:]
   gain = _gain(params.add_word, params.in_TDE is not None)
   params = params.replace(
-    first_KD=first_KD,
-    codebooks_TKD=jnp.where(
-      is_dead_TK1, drawn_TKD / gain, params.codebooks_TKD
-    ),
-    preselect_TKD=jnp.where(
-      is_dead_TK1, drawn_TKD + jitter_MKD[-t:], params.preselect_TKD
-    ),
+    codebooks_TKD=jnp.where(is_dead_TK1, drawn_TKD / gain, params.codebooks_TKD)
   )
-  return params, fresh, report
+  if not params.is_ivf:
+    first_KD = jnp.where(is_dead_MK1[0], drawn_MKD[0], params.first_KD)
+    params = params.replace(first_KD=first_KD)
+  if params.preselect_TKD is not None:
+    draw_TKD = jax.random.normal(preselect_key, drawn_TKD.shape)
+    near_TKD = drawn_TKD + 0.25 * noise * std_M1D[-t:] * draw_TKD
+    params = params.replace(
+      preselect_TKD=jnp.where(is_dead_TK1, near_TKD, params.preselect_TKD)
+    )
+  return params
 
 
 def usage(stats: WordStats) -> dict:

@@ -50,7 +50,6 @@ class Plan:
   steps_per_epoch: int
   batch_size: int  # Over all devices and accumulated parts.
   accumulate: int = 1  # Parts of a batch whose gradients are added up.
-  redraw: bool = True  # Dead words at the end of an epoch.
   stop_patience: int | None = None  # Epochs without a new best.
   cut_patience: int | None = None  # Epochs before the learning rate is cut.
   log_every: int = 50
@@ -243,7 +242,7 @@ def _report(pending, plan, writer, schedule, checkpoints, *, keep):
 def _end_epoch(learner, state, plan, step):
   """Redraws dead words, validates, and returns state and report."""
   key = jax.random.fold_in(jax.random.key(plan.seed + 1), step)
-  if plan.redraw and step < plan.total_steps:
+  if step < plan.total_steps:
     params, stats, row = jax.jit(learner.end_epoch_fn)(
       state.params, key, state.stats
     )

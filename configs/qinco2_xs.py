@@ -1,0 +1,28 @@
+"""QINCo2 with one narrow residual block: for processors without accelerator.
+
+  python -m experiments.train --config=configs/qinco2_xs.py
+
+Not a published size; it trains at tens of microseconds per vector on two
+cores, and decodes below one.
+"""
+
+from configs import base
+
+
+def get_config(arg: str = ""):
+  return base.make_learned(
+    arg,
+    model=dict(
+      network_dim=64,
+      hidden_dim=32,
+      num_blocks=1,
+      num_candidates=4,
+      beam_size=4,
+      num_joint_candidates=8,
+    ),
+    sample=dict(
+      encode=dict(beam_size=32, num_joint_candidates=64),
+      train=dict(num_epochs=60, ramp_epochs=2),
+    ),
+    train={},
+  )

@@ -30,8 +30,9 @@ def check_argument(arg: str) -> None:
     )
 
 
-def make_data(arg: str, *, validation_size: int) -> config_dict.ConfigDict:
+def make_data(arg: str) -> config_dict.ConfigDict:
   """Returns `config.data`: a named data set, or paths of one's own."""
+  is_small = arg in ("", "smoke", *SAMPLES)
   named = arg if arg and arg != "smoke" else "sample_sift"
   data = config_dict.create(
     name=named,
@@ -43,8 +44,9 @@ def make_data(arg: str, *, validation_size: int) -> config_dict.ConfigDict:
     num_train=config_dict.placeholder(int),  # First rows of a file.
     num_base=config_dict.placeholder(int),
     num_queries=config_dict.placeholder(int),
+    metric=config_dict.placeholder(str),  # "l2" or "ip".
     scale=config_dict.placeholder(float),  # Of reported errors.
-    validation_size=validation_size,
+    validation_size=3000 if is_small else 10_000,  # Last training vectors.
   )
   if arg == "smoke":
     data.update(num_train=1200, num_base=500, num_queries=50)
@@ -106,8 +108,14 @@ def make_learned(
   )
   config.model.update(model)
   config.train.update(train)
-  config.data = make_data(arg, validation_size=3000 if is_small else 10_000)
+  if config.model.is_qinco1:
+    config.encode.update(num_candidates=0, beam_size=1)
+  config.data = make_data(arg)
   if is_small:
+    # A fixed amount of work, whatever the size of the file; steps are many
+    # and large, which a small set needs.
+    config.train.update(epoch_size=60_000, batch_size=256, ramp_epochs=1)
+    config.init.max_vectors = 100_000
     for group, values in sample.items():
       config[group].update(values)
   if arg == "smoke":
@@ -128,4 +136,5 @@ def make_learned(
       num_joint_candidates=config.model.num_joint_candidates,
     )
     config.train.update(num_epochs=2, epoch_size=512, batch_size=128)
+    config.train.ramp_epochs = 1
   return config

@@ -17,7 +17,7 @@ def get_config(arg: str = ""):
     encode=dict(),
     init=dict(max_vectors=1_000_000, num_iterations=25),
   )
-  config.data = base.make_data(arg, validation_size=3000)
+  config.data = base.make_data(arg)
   if arg == "smoke":
     config.model.update(num_codes=4, codebook_size=16)
   return config

@@ -20,7 +20,9 @@ def get_config(arg: str = ""):
     ),
     sample=dict(
       model=dict(num_blocks=2),
-      train=dict(num_epochs=5),
+      train=dict(
+        num_epochs=6, schedule="ramp_cosine", peak_lr=1e-3, redraw="split"
+      ),
     ),
     train=dict(
       schedule="plateau",

@@ -13,9 +13,9 @@ def get_config(arg: str = ""):
     arg,
     model=dict(network_dim=384, hidden_dim=384, num_blocks=16),
     sample=dict(
-      model=dict(beam_size=8, num_joint_candidates=16),
+      model=dict(beam_size=4, num_joint_candidates=8),
       encode=dict(beam_size=32, num_joint_candidates=64),
-      train=dict(num_epochs=4, ramp_epochs=1),
+      train=dict(num_epochs=4, peak_lr=0.0005),
     ),
     train={},
   )

@@ -14,9 +14,9 @@ def get_config(arg: str = ""):
     arg,
     model=dict(network_dim=128, hidden_dim=256, num_blocks=2),
     sample=dict(
-      model=dict(beam_size=8, num_joint_candidates=16),
+      model=dict(beam_size=4, num_joint_candidates=8),
       encode=dict(beam_size=32, num_joint_candidates=64),
-      train=dict(num_epochs=24, ramp_epochs=1),
+      train=dict(num_epochs=40, peak_lr=2e-3),
     ),
     train={},
   )

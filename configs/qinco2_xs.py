@@ -22,7 +22,7 @@ def get_config(arg: str = ""):
     ),
     sample=dict(
       encode=dict(beam_size=32, num_joint_candidates=64),
-      train=dict(num_epochs=60, ramp_epochs=2),
+      train=dict(num_epochs=60, peak_lr=4e-3),
     ),
     train={},
   )

@@ -5,6 +5,7 @@ import inspect
 import logging as std_logging
 import os
 import pathlib
+import signal
 import sys
 import time
 from typing import Any, NamedTuple
@@ -139,8 +140,12 @@ def keep_compiled() -> None:
 
 
 @contextlib.contextmanager
-def user_errors():
-  """Turns the errors that tell a user what to do into one line, exit code 1."""
+def user_errors(how_to_go_on: str = "Run the same command again."):
+  """Turns errors that tell a user what to do into one line, exit code 1.
+
+  SIGTERM acts like Ctrl-C: the program cleans up and says how to go on.
+  """
+  before = signal.signal(signal.SIGTERM, signal.default_int_handler)
   try:
     yield
   except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as e:
@@ -148,6 +153,11 @@ def user_errors():
       raise
     logging.error("%s\n(--verbosity=1 shows where this comes from.)", e)
     sys.exit(1)
+  except KeyboardInterrupt:
+    logging.warning("Stopped. %s", how_to_go_on)
+    sys.exit(130)
+  finally:
+    signal.signal(signal.SIGTERM, before)
 
 
 def require(config, *names: str) -> None:
@@ -229,7 +239,9 @@ def resolve_data(codec: Codec, config, **paths) -> datasets.Dataset:
   trained_on = {k: v for k, v in codec.info.get("data", {}).items() if v}
   trained_on.pop("validation_size", None)
   if any(paths.values()):
-    dataset = datasets.resolve(scale=codec.info.get("scale"), **paths)
+    dataset = datasets.resolve(
+      scale=codec.info.get("scale"), metric=codec.info.get("metric"), **paths
+    )
   elif trained_on:
     root = config.get("data_root") or trained_on.pop("root", None)
     dataset = datasets.resolve(**{**trained_on, "root": root})

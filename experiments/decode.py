@@ -15,6 +15,7 @@ from absl import logging
 
 from experiments import common
 from vqjax.codecs import packing
+from vqjax.core import check_range
 from vqjax.data import formats
 
 OPTIONS = {
@@ -37,8 +38,12 @@ def run(config, workdir=None) -> dict:
   codec = common.open_codec(config.codec)
   sizes = codec.module.codebook_sizes(codec.tables)
   if config.num_steps is not None:
-    sizes = sizes[: config.num_steps + getattr(codec.tables, "is_ivf", False)]
-  codes_NM, sizes = _open_codes(config.codes, sizes)
+    is_ivf = getattr(codec.tables, "is_ivf", False)
+    check_range("num_steps", config.num_steps, 1, len(sizes) - is_ivf)
+    sizes = sizes[: config.num_steps + is_ivf]
+  is_packed = not config.codes.endswith(".npy")
+  open_fn = _open_packed if is_packed else _open_codes
+  codes_NM, sizes = open_fn(config.codes, sizes, config.num_steps)
   decode_fn = common.make_decode_fn(codec)
   num, seconds = len(codes_NM), {}
   block_size = min(_BLOCK, num)
@@ -46,10 +51,11 @@ def run(config, workdir=None) -> dict:
   def decoded(done):
     for start in range(0, num, block_size):
       block_NM = np.asarray(codes_NM[start : start + block_size])
-      block_NM = _unpacked(block_NM, sizes)
+      if is_packed:
+        block_NM = packing.unpack(block_NM, sizes)
       _check_ids(block_NM, sizes, start)
       missing = block_size - len(block_NM)
-      padded_NM = np.pad(block_NM, ((0, missing), (0, 0)), "edge")
+      padded_NM = np.pad(block_NM.astype(np.int32), ((0, missing), (0, 0)))
       yield np.asarray(decode_fn(padded_NM))[: len(block_NM)]
       done(start + len(block_NM), num)
 
@@ -63,18 +69,24 @@ def run(config, workdir=None) -> dict:
   return {"output": config.output, "num_vectors": num}
 
 
-def _open_codes(path: str, sizes):
-  """Codes `[N, <= M]`, or `[N, bytes]` uint8 if packed; and their sizes."""
-  if path.endswith(".npy"):
-    codes_NM = formats.open_vectors(path)
-    if codes_NM.dtype.kind not in "iu":
-      raise TypeError(f"{path} must hold integer codes, got {codes_NM.dtype}.")
-    if codes_NM.shape[1] > len(sizes):
-      raise ValueError(
-        f"{path} has {codes_NM.shape[1]} codes per vector, but the codec "
-        f"decodes at most {len(sizes)}."
-      )
-    return codes_NM, sizes[: codes_NM.shape[1]]
+def _open_codes(path: str, sizes, num_steps):
+  """Codes `[N, <= M]` of a .npy file, and the sizes of their codebooks."""
+  codes_NM = formats.open_vectors(path)
+  if codes_NM.dtype.kind not in "iu":
+    raise TypeError(f"{path} must hold integer codes, got {codes_NM.dtype}.")
+  if num_steps is not None:
+    codes_NM = codes_NM[:, : len(sizes)]
+  if codes_NM.shape[1] > len(sizes):
+    raise ValueError(
+      f"{path} has {codes_NM.shape[1]} codes per vector, but the codec "
+      f"decodes at most {len(sizes)}."
+    )
+  return codes_NM, sizes[: codes_NM.shape[1]]
+
+
+def _open_packed(path: str, sizes, num_steps):
+  """Packed codes `[N, bytes]` uint8, and the sizes of their codebooks."""
+  del num_steps
   row_bytes, total = packing.num_bytes(sizes), os.path.getsize(path)
   if not total or total % row_bytes:
     raise ValueError(
@@ -82,16 +94,8 @@ def _open_codes(path: str, sizes):
       f"bytes of {len(sizes)} packed codes: it is of another codec, of fewer "
       "steps (--num_steps), or cut."
     )
-  codes_NB = np.memmap(
-    path, np.uint8, "r", shape=(total // row_bytes, row_bytes)
-  )
-  return codes_NB, sizes
-
-
-def _unpacked(block, sizes):
-  if block.shape[1] == len(sizes) and block.dtype != np.uint8:
-    return block.astype(np.int32)
-  return packing.unpack(block, sizes)
+  shape = (total // row_bytes, row_bytes)
+  return np.memmap(path, np.uint8, "r", shape=shape), sizes
 
 
 def _check_ids(codes_NM, sizes, start: int) -> None:

@@ -19,7 +19,7 @@ from vqjax.data import batches, datasets, formats
 
 OPTIONS = {
   "codec": common.CODEC_OPTION,
-  **common.DATA_OPTIONS,
+  "data": common.DATA_OPTIONS["data"],
   "num_vectors": common.Option(int, None, "Only the first so many vectors."),
   **common.SEARCH_OPTIONS,
   "output": common.Option(str, None, "File to write."),
@@ -32,10 +32,10 @@ def run(config, workdir=None) -> dict:
   """Writes the codes; returns what was written."""
   del workdir
   common.require(config, "codec", "data", "output")
-  if not config.raw and not config.output.endswith(".npy"):
+  if config.output.endswith(".npy") == config.raw:
     raise ValueError(
-      f"--output must end in .npy, got {config.output}; --raw writes packed "
-      "bytes under any name."
+      f"--output must end in .npy, and in anything else with --raw; got "
+      f"{config.output}."
     )
   formats.check_output(config.output, overwrite=config.overwrite)
   codec = common.open_codec(config.codec)
@@ -57,9 +57,10 @@ def run(config, workdir=None) -> dict:
     )
     _write(config, blocks, sizes)
   num_codes = _num_codes(codec, config.num_steps)
+  is_cut = config.raw and config.num_steps  # Bytes do not tell how many steps.
   logging.info(
     "%d vectors in %.1f s, %.1f us each: %d codes per vector in %s\nNext:\n"
-    "  python -m experiments.decode --codec=%s --codes=%s --output=decoded.npy",
+    "  python -m experiments.decode --codec=%s --codes=%s%s --output=x.npy",
     len(x_ND),
     seconds["encode"],
     seconds["encode"] / len(x_ND) * 1e6,
@@ -67,6 +68,7 @@ def run(config, workdir=None) -> dict:
     config.output,
     config.codec,
     config.output,
+    f" --num_steps={config.num_steps}" if is_cut else "",
   )
   return {"output": config.output, "shape": (len(x_ND), num_codes)}
 

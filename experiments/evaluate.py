@@ -12,8 +12,10 @@ vectors. 1-recall@R is the share of queries whose true nearest neighbour is
 among the first R found. Without --data the data are those of the training.
 """
 
+import dataclasses
 import json
 import pathlib
+import time
 
 import jax
 import numpy as np
@@ -25,6 +27,7 @@ from vqjax.interop import faiss_io
 from vqjax.search import metrics
 
 _RANKS = (1, 10, 100)
+_BLOCK = 16384  # Vectors decoded at once.
 
 OPTIONS = {
   "codec": common.CODEC_OPTION,
@@ -67,16 +70,25 @@ def run(config, workdir=None) -> dict:
   )
   knobs = common.search_knobs(codec, config)
   xb_ND = _open_base(codec, config, dataset)
-  xq_QD, true_QG = _open_queries(codec, config, dataset, xb_ND)
-  names = [name for name in config.baselines.split(",") if name]
+  xq_QD, true_QG = _open_queries(config, dataset, xb_ND)
+  names = [name.strip().upper() for name in config.baselines.split(",") if name]
+  unknown = set(names) - set(faiss_io.ADDITIVE)
+  if unknown:
+    raise ValueError(
+      f"--baselines may name {', '.join(faiss_io.ADDITIVE)}; got "
+      f"{', '.join(sorted(unknown))}."
+    )
   if names and not dataset.train:
     raise ValueError(
       "--baselines need training vectors, and --data names only a base; leave "
       "--data out to use the data the codec was trained on."
     )
-  rows = [_measure(codec, knobs, config, xb_ND, xq_QD, true_QG)]
+  search = (xb_ND, xq_QD, true_QG, dataset.metric)
+  rows = [_measure(codec, knobs, config.num_steps, search)]
   for name in names:
-    rows.append(_measure_baseline(name, codec, dataset, xb_ND, xq_QD, true_QG))
+    rows.append(
+      _measure_baseline(name, codec, config.num_steps, dataset, search)
+    )
   result = {
     "codec": str(config.codec),
     "fingerprint": codec.fingerprint,
@@ -102,22 +114,34 @@ def _open_base(codec, config, dataset):
     raise ValueError(
       f"--split must be 'base' or 'validation', got {config.split!r}."
     )
-  size = codec.info.get("data", {}).get("validation_size", 10_000)
+  if config.data or config.queries or config.groundtruth:
+    raise ValueError(
+      "--split=validation are training vectors that the codec knows of; leave "
+      "--data, --queries and --groundtruth out."
+    )
   xt_ND = datasets.open_split(dataset, "train")
-  _, held_out = batches.split(len(xt_ND), size)
+  _, held_out = batches.split(len(xt_ND), _validation_size(codec))
   return xt_ND[held_out][: config.num_vectors]
 
 
-def _open_queries(codec, config, dataset, xb_ND):
+def _validation_size(codec) -> int:
+  return codec.info.get("data", {}).get("validation_size", 10_000)
+
+
+def _open_queries(config, dataset, xb_ND):
   """Queries and the ids of their true neighbours, or None twice."""
   if config.split != "base" or not dataset.queries:
     return None, None
   xq_QD = datasets.open_split(dataset, "queries")
   xq_QD = batches.read_rows(xq_QD, np.arange(len(xq_QD)))
-  is_cut = config.num_vectors or codec.info.get("data", {}).get("num_base")
-  if dataset.groundtruth and not is_cut:
-    ids_QG = datasets.open_split(dataset, "groundtruth")
-    return xq_QD, np.asarray(ids_QG[: len(xq_QD)])
+  if dataset.groundtruth:
+    whole = dataclasses.replace(dataset, num_base=None)
+    ids_QG = np.asarray(datasets.open_split(whole, "groundtruth"))[: len(xq_QD)]
+    if ids_QG.max() < len(xb_ND):
+      return xq_QD, ids_QG
+    logging.info(
+      "The ground truth names vectors beyond the first %d.", len(xb_ND)
+    )
   logging.info("Searching the true neighbours of %d queries.", len(xq_QD))
   blocks = (
     block
@@ -129,77 +153,74 @@ def _open_queries(codec, config, dataset, xb_ND):
   return xq_QD, ids_QG
 
 
-def _measure(codec, knobs, config, xb_ND, xq_QD, true_QG):
+def _measure(codec, knobs, num_steps, search) -> dict:
   """Figures of the codec itself."""
-  seconds = {}
-  encode_fn, block_size = common.make_encode_fn(codec, knobs, config.num_steps)
+  xb_ND, seconds = search[0], {}
+  encode_fn, block_size = common.make_encode_fn(codec, knobs, num_steps)
   decode_fn = common.make_decode_fn(codec)
   num = len(xb_ND)
   first = batches.read_rows(xb_ND, np.arange(min(block_size, num)))
-  jax.block_until_ready(decode_fn(encode_fn(first)))  # Compiles.
+  jax.block_until_ready(encode_fn(first))  # Compiles.
   with common.progress(num, "encode") as done, common.timed(seconds, "encode"):
     blocks = batches.map_blocks(
       encode_fn, xb_ND, block_size=block_size, progress=done
     )
     codes_NM = np.concatenate([codes for _, codes in blocks])
+  is_ivf = getattr(codec.tables, "is_ivf", False)
   sizes = codec.module.codebook_sizes(codec.tables)[: codes_NM.shape[1]]
-  bits = sum(int(np.ceil(np.log2(size))) for size in sizes)
   return {
     "name": codec.name,
-    "bytes": bits / 8,
+    "bytes": _num_bits(sizes[is_ivf:]) / 8,  # An index keeps lists, not ids.
     **knobs,
-    **_quality(
-      codes_NM,
-      lambda codes_NM: np.asarray(decode_fn(codes_NM)),
-      xb_ND,
-      xq_QD,
-      true_QG,
-      seconds,
-    ),
+    **_quality(codes_NM, decode_fn, search, seconds),
   }
 
 
-def _measure_baseline(name, codec, dataset, xb_ND, xq_QD, true_QG):
+def _num_bits(sizes) -> int:
+  return sum(int(size - 1).bit_length() for size in sizes)
+
+
+def _measure_baseline(name, codec, num_steps, dataset, search) -> dict:
   """Figures of a faiss quantiser of as many bytes."""
-  seconds = {}
+  xb_ND, seconds = search[0], {}
   sizes = codec.module.codebook_sizes(codec.tables)
-  sizes = sizes[-(len(sizes) - codec.info.get("is_ivf", False)) :]
-  num_bits = int(np.ceil(np.log2(sizes[-1])))
+  sizes = sizes[getattr(codec.tables, "is_ivf", False) :][:num_steps]
+  num_bits = int(sizes[0] - 1).bit_length()
   xt_ND = datasets.open_split(dataset, "train")
-  size = codec.info.get("data", {}).get("validation_size", 10_000)
-  num_rows, _ = batches.split(len(xt_ND), size)
+  num_rows, _ = batches.split(len(xt_ND), _validation_size(codec))
   logging.info("Training faiss %s %dx%d.", name, len(sizes), num_bits)
   with common.timed(seconds, "train"):
     xt_ND = batches.subsample(xt_ND, 1_000_000, 0, num_rows=num_rows)
     baseline = faiss_io.fit_additive(name, xt_ND, len(sizes), num_bits)
+  parts = np.array_split(np.arange(len(xb_ND)), -(-len(xb_ND) // _BLOCK))
   with common.timed(seconds, "encode"):
-    blocks = batches.map_blocks(baseline.encode, xb_ND, block_size=16384)
-    codes_NM = np.concatenate([codes for _, codes in blocks])
+    codes_NM = np.concatenate(
+      [baseline.encode(batches.read_rows(xb_ND, rows)) for rows in parts]
+    )
   return {
     "name": f"faiss {name}",
     "bytes": len(sizes) * num_bits / 8,
-    **_quality(codes_NM, baseline.decode, xb_ND, xq_QD, true_QG, seconds),
+    **_quality(codes_NM, baseline.decode, search, seconds),
   }
 
 
-def _quality(codes_NM, decode_fn, xb_ND, xq_QD, true_QG, seconds):
+def _quality(codes_NM, decode_fn, search, seconds) -> dict:
   """MSE, 1-recall and times of codes, decoded once in blocks."""
-  error, decode_seconds, step = 0.0, {}, 16384
-  total = 0.0
+  xb_ND, xq_QD, true_QG, metric = search
+  num, size = len(codes_NM), min(_BLOCK, len(codes_NM))
+  jax.block_until_ready(decode_fn(codes_NM[:size]))  # Compiles.
+  error, decode_seconds, num_decoded = 0.0, 0.0, 0
 
   def decoded():
-    nonlocal error, total
-    for start in range(0, len(codes_NM), step):
-      codes = codes_NM[start : start + step]
-      padded = np.pad(
-        codes, ((0, min(step, len(codes_NM)) - len(codes)), (0, 0))
-      )
-      with common.timed(decode_seconds, "decode"):
-        xhat_ND = np.asarray(decode_fn(padded))[: len(codes)]
-      if start or len(codes_NM) <= step:  # The first block compiles.
-        total += decode_seconds["decode"] / len(codes)
-      rows = np.arange(start, start + len(codes))
-      x_ND = batches.read_rows(xb_ND, rows)
+    nonlocal error, decode_seconds, num_decoded
+    for start in range(0, num, size):
+      codes = codes_NM[start : start + size]
+      padded = np.pad(codes, ((0, size - len(codes)), (0, 0)))
+      began = time.perf_counter()
+      xhat_ND = np.asarray(decode_fn(padded))[: len(codes)]
+      decode_seconds += time.perf_counter() - began
+      num_decoded += size
+      x_ND = batches.read_rows(xb_ND, np.arange(start, start + len(codes)))
       error += float(np.sum((x_ND - xhat_ND) ** 2, dtype=np.float64))
       yield xhat_ND
 
@@ -208,16 +229,16 @@ def _quality(codes_NM, decode_fn, xb_ND, xq_QD, true_QG, seconds):
     for _ in decoded():
       pass
   else:
-    _, ids_QR = faiss_io.knn(xq_QD, decoded(), min(100, len(codes_NM)))
+    _, ids_QR = faiss_io.knn(xq_QD, decoded(), max(_RANKS), metric=metric)
     found = {
-      f"1-recall@{r}": metrics.nn_recall_at(ids_QR, true_QG, r) for r in _RANKS
+      f"1-recall@{r}": float(metrics.nn_recall_at(ids_QR, true_QG, r))
+      for r in _RANKS
     }
-  num_blocks = max(-(-len(codes_NM) // step) - 1, 1)
   return {
-    "mse": error / len(codes_NM),
-    **{name: float(value) for name, value in found.items()},
-    "encode_us": seconds["encode"] / len(codes_NM) * 1e6,
-    "decode_us": total / num_blocks * 1e6,
+    "mse": error / num,
+    **found,
+    "encode_us": seconds["encode"] / num * 1e6,
+    "decode_us": decode_seconds / num_decoded * 1e6,
     **({"train_s": seconds["train"]} if "train" in seconds else {}),
   }
 

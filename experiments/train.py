@@ -20,18 +20,20 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags, logging
+from absl import app, flags, logging
 from ml_collections import config_dict, config_flags
 
 from experiments import common
+from vqjax import devices
 from vqjax.codecs import pq, qinco, qinco_learning, rq
+from vqjax.core import check_range
 from vqjax.data import batches, datasets, formats
 from vqjax.interop import faiss_io, safetensors_io
 from vqjax.training import checkpoints as checkpoints_lib
 from vqjax.training import loop, optimisers, writers
 
 _METRICS = ["loss", "mse", "mse_loss", "preselect_loss"]
-_SEARCH = ("num_candidates", "beam_size", "num_joint_candidates")
+SEARCH = ("num_candidates", "beam_size", "num_joint_candidates")
 
 
 def run(config: config_dict.ConfigDict, workdir: str, *, resume: bool = False):
@@ -41,7 +43,11 @@ def run(config: config_dict.ConfigDict, workdir: str, *, resume: bool = False):
   dataset = _resolve(config)
   xt_ND = datasets.open_split(dataset, "train")
   num_rows, held_out = batches.split(len(xt_ND), config.data.validation_size)
-  if _is_finished(workdir, config, resume):
+  plan = None
+  if config.codec == "qinco":
+    _check_options(config)
+    plan = _make_plan(config, num_rows, dataset.scale)
+  if _is_finished(workdir, config, plan, num_rows, resume):
     logging.info("%s is finished already: nothing to do.", workdir)
     return json.loads((workdir / "summary.json").read_text())
   logging.info(
@@ -52,11 +58,16 @@ def run(config: config_dict.ConfigDict, workdir: str, *, resume: bool = False):
     dataset.dim,
   )
   began = time.monotonic()
-  train_fn = _train_learned if config.codec == "qinco" else _fit_classic
-  params = train_fn(config, workdir, dataset, xt_ND, resume)
+  if plan is None:
+    params, seconds = _fit_classic(config, xt_ND), 0
+  else:
+    params, seconds = _train_learned(
+      config, workdir, dataset, xt_ND, plan, resume
+    )
   if params is None:
     return None
-  return _finish(config, workdir, dataset, xt_ND, params, began)
+  seconds += time.monotonic() - began
+  return _finish(config, workdir, dataset, xt_ND, params, seconds)
 
 
 def _resolve(config) -> datasets.Dataset:
@@ -65,27 +76,56 @@ def _resolve(config) -> datasets.Dataset:
   return datasets.resolve(**names)
 
 
-def _is_finished(workdir, config, resume) -> bool:
+def _check_options(config) -> None:
+  """Raises ValueError for values of `config.train` that make no sense."""
+  train = config.train
+  for name in ("num_epochs", "epoch_size", "batch_size", "accumulate"):
+    check_range(f"train.{name}", train[name], 1, 1 << 40)
+  for name in ("log_every", "keep_checkpoints", "cut_patience"):
+    check_range(f"train.{name}", train[name], 1, 1 << 40)
+  check_range("train.ramp_epochs", train.ramp_epochs, 0, train.num_epochs)
+  for name, known in (
+    ("redraw", qinco_learning.REDRAWS),
+    ("schedule", optimisers.SCHEDULES),
+    ("dtype", ("float32", "bfloat16")),
+  ):
+    if train[name] not in known:
+      raise ValueError(
+        f"train.{name} must be one of {', '.join(known)}; got {train[name]!r}."
+      )
+
+
+def _is_finished(workdir, config, plan, num_rows: int, resume: bool) -> bool:
   """Prepares the run folder; refuses to mix two runs."""
-  file = workdir / "config.json"
-  text = json.dumps(config.to_dict(), indent=2)
-  if file.exists() and not resume:
+  file, new = workdir / "config.json", config.to_dict()
+  # What batches and schedule follow from, beside the configuration.
+  new["derived"] = {"training_vectors": num_rows}
+  if plan is not None:
+    new["derived"] |= {
+      "vectors_per_step": plan.batch_size,
+      "steps_per_epoch": plan.steps_per_epoch,
+    }
+  is_finished = (workdir / "summary.json").exists()
+  has_begun = file.exists() and (
+    is_finished or (workdir / "checkpoints").exists()
+  )
+  if not has_begun:
+    if resume and not file.exists():
+      raise ValueError(
+        f"There is no run to resume in {workdir}: it has no config.json. Leave "
+        "--resume out to start one."
+      )
+    with formats.atomic_output(file, overwrite=True) as temporary:
+      pathlib.Path(temporary).write_text(json.dumps(new, indent=2))
+    return False
+  old = json.loads(file.read_text())
+  if not resume and not (is_finished and old == new):
     raise ValueError(
       f"{workdir} already holds a run. Add --resume to go on with it, or "
       "choose another --workdir."
     )
-  if resume and not file.exists():
-    raise ValueError(
-      f"There is no run to resume in {workdir}: it has no config.json. Leave "
-      "--resume out to start one."
-    )
-  if resume and file.read_text() != text:
-    _check_same(json.loads(file.read_text()), config.to_dict(), workdir)
-  if resume:
-    return (workdir / "summary.json").exists()
-  with formats.atomic_output(file) as temporary:
-    pathlib.Path(temporary).write_text(text)
-  return False
+  _check_same(old, new, workdir)
+  return is_finished
 
 
 def _check_same(old: dict, new: dict, workdir, prefix: str = "") -> None:
@@ -109,14 +149,14 @@ def _sample(config, xt_ND) -> np.ndarray:
   )
 
 
-def _fit_classic(config, workdir, dataset, xt_ND, resume):
+def _fit_classic(config, xt_ND):
   """Fits PQ or RQ: closed form, nothing to resume."""
-  del workdir, dataset, resume
   x_ND = _sample(config, xt_ND)
   model = config.model.to_dict()
   rotation = None
   if model.pop("opq", False):
-    rotation = faiss_io.train_opq(x_ND, model["num_codes"])
+    num_bits = max(model["codebook_size"] - 1, 1).bit_length()
+    rotation = faiss_io.train_opq(x_ND, model["num_codes"], num_bits)
     rotation = jnp.asarray(rotation)
   kwargs = {"rotation": rotation} if config.codec == "pq" else {}
   module = {"pq": pq, "rq": rq}[config.codec]
@@ -129,27 +169,31 @@ def _fit_classic(config, workdir, dataset, xt_ND, resume):
   )
 
 
-def _train_learned(config, workdir, dataset, xt_ND, resume):
-  """Trains a QINCo; returns the best parameters, None when interrupted."""
+def _train_learned(config, workdir, dataset, xt_ND, plan, resume):
+  """Trains a QINCo: the best parameters, and seconds of earlier processes.
+
+  The parameters are None when the run was interrupted.
+  """
   num_rows, held_out = batches.split(len(xt_ND), config.data.validation_size)
-  plan = _make_plan(config, num_rows, dataset.scale)
   schedule = _make_schedule(config, plan)
   xv_ND = batches.read_rows(xt_ND, np.arange(held_out.start, held_out.stop))
   make_state = functools.partial(_make_state, config, schedule)
+  abstract = jax.eval_shape(
+    make_state, jax.ShapeDtypeStruct((num_rows, dataset.dim), jnp.float32)
+  )
+  check_search(config, abstract.params)
+  state = None
+  if not (workdir / "checkpoints").exists():
+    state = make_state(jnp.asarray(_sample(config, xt_ND)))
   checkpoints = checkpoints_lib.Checkpoints(
     workdir / "checkpoints", num_latest=config.train.keep_checkpoints
   )
   step = checkpoints.latest() if resume else None
-  abstract = jax.eval_shape(
-    make_state, jax.ShapeDtypeStruct((num_rows, dataset.dim), jnp.float32)
-  )
-  _check_search(config, abstract.params)
-  if step is None:
-    logging.info("Starting from residual quantisation.")
-    state = make_state(jnp.asarray(_sample(config, xt_ND)))
-  else:
-    state = checkpoints.restore(step, abstract)
+  if step is not None:
+    state = checkpoints.restore(step, devices.abstract(abstract))
     logging.info("Going on from step %d of %d.", step, plan.total_steps)
+  elif state is None:  # Killed before the first checkpoint.
+    state = make_state(jnp.asarray(_sample(config, xt_ND)))
   learner, tx = _make_learner(config, state.params, xv_ND, schedule)
   reader = batches.BatchReader(
     xt_ND,
@@ -181,10 +225,10 @@ def _train_learned(config, workdir, dataset, xt_ND, resume):
         int(outcome.state.step),
         plan.total_steps,
       )
-      return None
+      return None, writer.seconds
     best = checkpoints.best()
     logging.info("The best validation error is that of step %d.", best)
-    return checkpoints.restore(best, outcome.state).params
+    return checkpoints.restore(best, outcome.state).params, writer.seconds
   finally:
     writer.close()
     checkpoints.close()
@@ -233,7 +277,7 @@ def _make_tx(config, params, schedule):
 
 
 def _make_state(config, schedule, x_ND):
-  sizes = {k: v for k, v in config.model.items() if k not in _SEARCH}
+  sizes = {k: v for k, v in config.model.items() if k not in SEARCH}
   start = {k: v for k, v in config.init.items() if k != "max_vectors"}
   params = qinco_learning.init(
     jax.random.key(config.seed), x_ND, **sizes, **start
@@ -244,14 +288,15 @@ def _make_state(config, schedule, x_ND):
   )
 
 
-def _check_search(config, params) -> None:
+def check_search(config, params) -> None:
+  """Raises ValueError unless the searches of the config fit the model."""
   for group in (config.model, config.encode):
-    qinco.check_search(params, *[group[name] for name in _SEARCH])
+    qinco.check_search(params, *[group[name] for name in SEARCH])
 
 
 def _make_learner(config, params, xv_ND, schedule):
   """Returns what the loop needs of a QINCo, and its optimiser."""
-  knobs = {name: config.model[name] for name in _SEARCH}
+  knobs = {name: config.model[name] for name in SEARCH}
 
   def errors(tables, x_ND):
     codes_NM = qinco.encode(tables, x_ND, **knobs)
@@ -287,7 +332,7 @@ def _unit(dataset) -> str:
   return "" if dataset.scale == 1 else f" (x {dataset.scale:g})"
 
 
-def _finish(config, workdir, dataset, xt_ND, params, began):
+def _finish(config, workdir, dataset, xt_ND, params, seconds):
   """Writes the portable codec and the summary, and says what to do next."""
   _, held_out = batches.split(len(xt_ND), config.data.validation_size)
   module = common.registry.get(config.codec)
@@ -304,7 +349,6 @@ def _finish(config, workdir, dataset, xt_ND, params, began):
   validation = float(
     np.mean(np.concatenate([e for _, e in blocks]), dtype=float)
   )
-  seconds = time.monotonic() - began
   info = {
     "encode": knobs,
     "metric": dataset.metric,
@@ -326,13 +370,14 @@ def _finish(config, workdir, dataset, xt_ND, params, began):
     pathlib.Path(file).write_text(json.dumps(summary, indent=2))
   logging.info(
     "Done in %.0f s. Validation MSE%s: %.4f\nWritten to %s: %s\nNext:\n"
-    "  python -m experiments.evaluate --codec=%s",
+    "  python -m experiments.evaluate --codec=%s%s",
     seconds,
     _unit(dataset),
     validation * dataset.scale,
     workdir,
     ", ".join(sorted(p.name for p in workdir.iterdir())),
     workdir,
+    "" if dataset.base else " --split=validation",
   )
   return summary
 
@@ -356,10 +401,11 @@ if __name__ == "__main__":
   flags.mark_flag_as_required("config")
 
   def main(argv):
-    del argv
+    if len(argv) > 1:
+      raise app.UsageError(f"Unexpected argument {argv[1]!r}.")
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = _WORKDIR.value or _default_workdir(file)
-    with common.user_errors():
+    with common.user_errors("To go on, add --resume to the same command."):
       run(_CONFIG.value, workdir, resume=_RESUME.value)
 
   common.start(main)

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqjax.codecs import pq, registry, rq
+from tests import qinco_cases
+from vqjax.codecs import pq, pq_qinco, registry, rq
 from vqjax.interop import safetensors_io
 
 KEY = jax.random.key(0)
@@ -42,6 +43,7 @@ class Row:
   wider: tuple[tuple[tuple[str, Any], ...], ...] = ()
   # Parameters that code sums of their words exactly; None where there are none.
   exact_fn: Callable[[], Any] | None = None
+  is_fitted: bool = True  # To `_vectors(60, 0)`.
 
   def __str__(self):
     return self.name
@@ -85,6 +87,32 @@ def _make_exact_rq():
   return rq.RQParams(jnp.asarray(scales_M11 * signs_KD[None], jnp.float32))
 
 
+def _make_pq_qinco():
+  sizes = dict(dim=D // 2, network_dim=3)
+  blocks = [qinco_cases.make_params(seed, **sizes) for seed in (0, 1)]
+  return pq_qinco.recombine(blocks, jnp.linalg.qr(_vectors(D, 5))[0])
+
+
+def _qinco_row(name, case, num_joint_candidates=0, **sizes):
+  """A QINCo with random weights; pre-selection only where it has one."""
+  sizes = {**dict(dim=D), **qinco_cases.CASES[case], **sizes}
+  num_candidates = 0 if sizes.get("is_qinco1") else 3
+  every = lambda beam_size: _knobs(num_candidates=0, beam_size=beam_size)
+  return Row(
+    name,
+    "qinco",
+    lambda: qinco_cases.make_params(**sizes),
+    knobs=_knobs(
+      num_candidates=num_candidates,
+      beam_size=3,
+      num_joint_candidates=num_joint_candidates,
+    ),
+    greedy=every(1),
+    is_fitted=False,
+    wider=tuple(every(size) for size in (1, 2, 4, 7)),
+  )
+
+
 ROWS = (
   Row("pq", "pq", _make_pq, exact_fn=_make_pq),
   Row(
@@ -101,6 +129,19 @@ ROWS = (
     greedy=_knobs(beam_size=1),
     wider=tuple(_knobs(beam_size=size) for size in (1, 2, 4, 12)),
     exact_fn=_make_exact_rq,
+  ),
+  _qinco_row("qinco2", "qinco2"),
+  _qinco_row("qinco2_joint", "qinco2", num_joint_candidates=6),
+  _qinco_row("qinco2_same_dim", "qinco2", network_dim=D),
+  _qinco_row("qinco1", "qinco1"),
+  _qinco_row("low_rank", "low_rank"),
+  _qinco_row("ivf", "ivf"),
+  _qinco_row("ivf_joint", "ivf", num_joint_candidates=6),
+  Row(
+    "pq_qinco",
+    "pq_qinco",
+    _make_pq_qinco,
+    knobs=_knobs(num_candidates=3, beam_size=3),
   ),
 )
 
@@ -268,7 +309,7 @@ def _num_steps(row, params):
   return num_codes - getattr(params, "is_ivf", False)
 
 
-@_over(lambda row: row.greedy is not None)
+@_over(lambda row: row.greedy is not None and row.is_fitted)
 def test_6_longer_prefixes_leave_less(row):
   params, x_ND = _params(row), _vectors(60, 0)  # Those that it was fitted to.
   codes_NM = _encode(row, row.greedy)(params, x_ND)

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -143,7 +144,12 @@ def test_a_released_checkpoint_encodes(tmp_path):
   ("values", "error", "message"),
   [
     (dict(data="no.bvecs"), OSError, "no.bvecs"),
-    (dict(output="codes.txt"), ValueError, r"must end in \.npy, got codes.txt"),
+    (
+      dict(output="codes.txt"),
+      ValueError,
+      r"must end in \.npy.* got codes.txt",
+    ),
+    (dict(raw=True), ValueError, "in anything else with --raw"),
     (dict(beam_size=99), ValueError, "beam_size .* between 1 and 16, got 99"),
     (dict(codec="nowhere"), OSError, "nowhere"),
     (dict(codec=None), ValueError, "--codec is needed"),
@@ -197,6 +203,34 @@ def test_decode_refuses_foreign_codes(codes_NM, message, run_dir, tmp_path):
   assert not os.path.exists(output)
 
 
+def test_decode_cuts_codes_to_num_steps(run_dir, tmp_path):
+  codes, output = str(tmp_path / "codes.npy"), str(tmp_path / "x.npy")
+  codes_NM = np.random.default_rng(0).integers(16, size=(9, 3))
+  np.save(codes, codes_NM.astype(np.uint8))
+  decode.run(
+    _config(decode, codec=run_dir, codes=codes, output=output, num_steps=2)
+  )
+  codec = common.open_codec(run_dir)
+  want_ND = codec.module.decode(codec.tables, codes_NM[:, :2].astype(np.int32))
+  np.testing.assert_allclose(np.load(output), want_ND, rtol=1e-5, atol=1e-3)
+  for num_steps in (0, 4):
+    config = _config(decode, codec=run_dir, codes=codes, output=output)
+    config.num_steps = num_steps
+    with pytest.raises((ValueError, OSError), match="between 1 and 3|exists"):
+      decode.run(config)
+
+
+def test_a_large_code_does_not_wrap(run_dir, tmp_path):
+  codes = str(tmp_path / "codes.npy")
+  np.save(codes, np.full((4, 3), 2**32 + 3))
+  with pytest.raises(ValueError, match="Code 4294967299 in row 0"):
+    decode.run(
+      _config(
+        decode, codec=run_dir, codes=codes, output=str(tmp_path / "x.npy")
+      )
+    )
+
+
 def test_decode_refuses_a_cut_raw_file(run_dir, tmp_path):
   codes = tmp_path / "codes.bin"
   codes.write_bytes(b"\0" * 7)
@@ -229,6 +263,66 @@ def test_train_refuses_more_words_than_vectors(tmp_path):
     train.run(config, tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    (dict(batch_size=0), "train.batch_size must lie between 1"),
+    (dict(log_every=0), "train.log_every must lie between 1"),
+    (dict(redraw="reset"), "train.redraw must be one of split, .* 'reset'"),
+    (dict(dtype="float8"), "train.dtype must be one of .* 'float8'"),
+    (dict(schedule="cosine"), "train.schedule must be one of .* 'cosine'"),
+  ],
+)
+def test_train_refuses_options(options, message, tmp_path):
+  config = qinco2_s.get_config("smoke")
+  config.train.update(options)
+  with pytest.raises(ValueError, match=message):
+    train.run(config, tmp_path / "run")
+
+
+def test_a_typo_does_not_spoil_the_run_folder(tmp_path):
+  config = qinco2_s.get_config("smoke")
+  config.model.beam_size = 99
+  with pytest.raises(ValueError, match="beam_size .* between 1 and 16, got 99"):
+    train.run(config, tmp_path / "run")
+  config.model.beam_size = 2
+  assert train.run(config, tmp_path / "run")["validation_mse"] > 0
+
+
+def test_other_ways_to_train(tmp_path):
+  config = qinco2_s.get_config("smoke")
+  config.train.update(
+    dtype="bfloat16", accumulate=2, batch_size=64, tensorboard=True
+  )
+  config.model.low_rank = 4
+  plain = train.run(qinco2_s.get_config("smoke"), tmp_path / "plain")
+  other = train.run(config, tmp_path / "other")
+  assert other["validation_mse"] == pytest.approx(
+    plain["validation_mse"], rel=0.05
+  )
+  assert list((tmp_path / "other" / "tensorboard").iterdir())
+
+
+def test_inner_product_data_are_searched_by_it(tmp_path):
+  rng = np.random.default_rng(0)
+  files = {}
+  for name, num in (("train", 900), ("base", 400), ("queries", 30)):
+    scale = rng.uniform(0.2, 3, size=(num, 1))  # Norms matter.
+    files[name] = str(tmp_path / f"{name}.npy")
+    np.save(files[name], (scale * rng.normal(size=(num, 8))).astype("f4"))
+  config = qinco2_s.get_config("smoke")
+  config.data.update(files, num_train=None, num_base=None, num_queries=None)
+  config.data.metric = "ip"
+  train.run(config, tmp_path / "run")
+  result = evaluate.run(_config(evaluate, codec=str(tmp_path / "run")))
+  codec = common.open_codec(str(tmp_path / "run"))
+  xb_ND, xq_QD = np.load(files["base"]), np.load(files["queries"])
+  codes_NM = codec.module.encode(codec.tables, xb_ND, **codec.info["encode"])
+  xhat_ND = np.asarray(codec.module.decode(codec.tables, codes_NM))
+  hit = (xq_QD @ xhat_ND.T).argmax(axis=1) == (xq_QD @ xb_ND.T).argmax(axis=1)
+  assert result["rows"][0]["1-recall@1"] == pytest.approx(hit.mean(), abs=0.04)
+
+
 def test_train_refuses_nan(tmp_path):
   x_ND = np.random.default_rng(0).normal(size=(900, 8)).astype(np.float32)
   x_ND[400, 2] = np.nan
@@ -246,7 +340,7 @@ def test_resume_refuses_another_configuration(tmp_path):
   train.run(config, tmp_path / "run")
   config.train.peak_lr = 1e-5
   with pytest.raises(
-    ValueError, match="started with train.peak_lr=0.0008, now it is 1e-05"
+    ValueError, match="started with train.peak_lr=0.002, now it is 1e-05"
   ):
     train.run(config, tmp_path / "run", resume=True)
 
@@ -276,6 +370,7 @@ def test_killed_and_resumed_from_the_shell_equals_uninterrupted(tmp_path):
       if metrics.exists() and metrics.read_text().count("\n") >= 70:
         process.send_signal(signal.SIGTERM)
         break
+      time.sleep(0.02)
     message = process.stderr.read()
   assert process.returncode == 0
   assert "run the same command with --resume" in message
@@ -298,7 +393,7 @@ def test_help_says_how_to_use_it(name):
     _command(name, "--help"), cwd=ROOT, capture_output=True, text=True
   )
   assert f"python -m experiments.{name}" in done.stdout
-  assert "--config" in done.stdout if name == "train" else "--codec"
+  assert ("--config" if name == "train" else "--codec") in done.stdout
 
 
 def test_an_error_is_one_line_for_the_user():

@@ -4,10 +4,13 @@ import importlib
 import json
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import pytest
 from ml_collections import config_dict
 
 from experiments import train
+from vqjax.codecs import qinco_learning
 from vqjax.data import datasets
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -37,8 +40,11 @@ def test_smoke_trains_a_codec(name, tmp_path):
   # Nothing to do the second time, and no mixing of two runs.
   again = train.run(_config(name, "smoke"), tmp_path, resume=True)
   assert again == summary
+  assert train.run(_config(name, "smoke"), tmp_path) == summary
+  other = _config(name, "smoke")
+  other.seed = 1
   with pytest.raises(ValueError, match="already holds a run. Add --resume"):
-    train.run(_config(name, "smoke"), tmp_path)
+    train.run(other, tmp_path)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -49,6 +55,22 @@ def test_arguments_give_plain_values(name, arg):
   assert again.to_dict() == config.to_dict()
   want = arg if arg in datasets.NAMES else "sample_sift"
   assert config.data.name == want
+
+
+LEARNED = [name for name in NAMES if name.startswith("qinco")]
+
+
+@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("arg", ["", "sample_text", "bigann1M", "contriever1M"])
+def test_sizes_fit_the_model(name, arg):
+  config = _config(name, arg)
+  sizes = {k: v for k, v in config.model.items() if k not in train.SEARCH}
+  dim = {"sample_text": 384, "contriever1M": 768}.get(arg, 128)
+  params = jax.eval_shape(
+    lambda x_ND: qinco_learning.init(jax.random.key(0), x_ND, **sizes),
+    jax.ShapeDtypeStruct((1000, dim), jnp.float32),
+  )
+  train.check_search(config, params)
 
 
 @pytest.mark.parametrize("name", NAMES)

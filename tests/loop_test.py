@@ -154,6 +154,22 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path):
   saved.close()
 
 
+def test_a_gradient_that_is_not_finite_stops_before_it_is_saved(tmp_path):
+  def cliff(params, key, x_ND):
+    # sqrt(0): a finite loss without a finite gradient, from step 5 on.
+    loss, aux = _loss(params, key, x_ND)
+    return loss + jnp.sqrt(jnp.where(x_ND[0, 0] > 90, 0.0, 1.0) * loss), aux
+
+  def batch_fn(step):
+    return _batch(step) + (100 if step >= 4 else 0)
+
+  with pytest.raises(FloatingPointError, match="grad_norm of step 5 is"):
+    _run(tmp_path, batch_fn=batch_fn, learner=_learner(cliff))
+  saved = checkpoints_lib.Checkpoints(tmp_path / "checkpoints")
+  assert saved.steps() == [4]
+  saved.close()
+
+
 def test_accumulated_parts_equal_one_batch(tmp_path):
   def plain_loss(params, key, x_ND):  # Without noise, which parts would share.
     del key
@@ -209,9 +225,12 @@ def test_the_last_epoch_redraws_nothing(tmp_path):
 def test_plateau_stops_the_run(tmp_path):
   learner = _learner(validate_fn=lambda params: 1.0)
   plan = _plan(num_epochs=50, stop_patience=2, cut_patience=1)
-  outcome, _ = _run(tmp_path, plan=plan, learner=learner)
-  assert outcome.is_done
-  assert int(outcome.state.step) == 12  # One best, two without a better one.
+  for _ in range(2):  # Resumed, it knows that it is done.
+    outcome, _ = _run(tmp_path, plan=plan, learner=learner)
+    assert outcome.is_done
+    assert int(outcome.state.step) == 12  # One best, two no better.
+  lrs = [row["lr"] for row in _rows(tmp_path) if "epoch" in row]
+  assert lrs[2] == pytest.approx(0.1 * lrs[1], rel=0.1)  # The cut is reported.
 
 
 def test_train_step_is_traced_once(tmp_path):

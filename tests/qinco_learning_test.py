@@ -268,7 +268,7 @@ def test_usage_reports_entropy_in_bits():
 @pytest.mark.parametrize(
   ("sizes", "message"),
   [
-    (dict(num_steps=0), "num_steps must lie between 1 and 256, got 0"),
+    (dict(num_steps=1), "num_steps must lie between 2 and 256, got 1"),
     (dict(codebook_size=1), "codebook_size must lie between 2"),
     (dict(codebook_size=201), "201.*200|200.*201"),
     (dict(network_dim=0), "network_dim must lie between 1"),

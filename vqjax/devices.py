@@ -29,6 +29,14 @@ def replicate(tree):
   return jax.device_put(tree, NamedSharding(data_mesh(), PartitionSpec()))
 
 
+def abstract(tree):
+  """Returns shapes and dtypes of a tree, placed as `replicate` would."""
+  sharding = NamedSharding(data_mesh(), PartitionSpec())
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+  )
+
+
 def check_batch(batch_size: int) -> None:
   """Raises ValueError unless the devices can share a batch evenly."""
   if batch_size % jax.device_count():

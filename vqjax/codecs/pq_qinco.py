@@ -115,7 +115,8 @@ def split(x_ND: Array, params: PqQincoParams | PqQincoTables) -> Array:
   x_ND = x_ND.astype(jnp.float32)
   if params.rotation_DD is not None:
     x_ND = jnp.matmul(x_ND, params.rotation_DD, precision="highest")
-  return x_ND.reshape(x_ND.shape[0], p, -1).swapaxes(0, 1)
+  n, d = x_ND.shape
+  return x_ND.reshape(n, p, d // p).swapaxes(0, 1)
 
 
 def prepare(params: PqQincoParams) -> PqQincoTables:
@@ -164,7 +165,17 @@ def encode(
     dtype=dtype,
   )
   codes_PNM = jax.vmap(one_fn)(tables.blocks, split(x_ND, tables))
-  return codes_PNM.swapaxes(0, 1).reshape(x_ND.shape[0], -1)
+  p, n, m = codes_PNM.shape
+  return codes_PNM.swapaxes(0, 1).reshape(n, p * m)
+
+
+def encode_block(tables: PqQincoTables, *, budget_bytes: int, **sizes) -> int:
+  """Returns how many vectors `encode` can take at once, see `qinco`."""
+  return qinco.encode_block(
+    _one_block(tables),
+    budget_bytes=budget_bytes // num_blocks(tables),
+    **sizes,
+  )
 
 
 def decode(
@@ -182,7 +193,7 @@ def decode(
   x_PNS = jax.vmap(one_fn)(
     tables.blocks, codes_NM.reshape(shape).swapaxes(0, 1)
   )
-  x_ND = x_PNS.swapaxes(0, 1).reshape(n, -1)
+  x_ND = x_PNS.swapaxes(0, 1).reshape(n, dim(tables))
   if tables.rotation_DD is None:
     return x_ND
   return jnp.matmul(x_ND, tables.rotation_DD.T, precision="highest")

@@ -356,7 +356,8 @@ def _select(weights, residual_NFD, error_NF, num_candidates, num_joint):
   parents_NFA = jnp.broadcast_to(
     jnp.arange(f, dtype=jnp.int32)[:, None], ids_NFA.shape
   )
-  return parents_NFA.reshape(n, -1), ids_NFA.reshape(n, -1)
+  flat = (n, f * num_candidates)
+  return parents_NFA.reshape(flat), ids_NFA.reshape(flat)
 
 
 def _propose(weights, x_ND, beam, *, num_candidates, num_joint, dtype):

@@ -386,7 +386,9 @@ def _check_sizes(
   d, e, num_steps, codebook_size, hidden_dim, num_blocks, low_rank, is_qinco1
 ):
   """Raises ValueError with the rule that a size breaks."""
-  check_range("num_steps", num_steps, 1, 256, "M code positions")
+  check_range(
+    "num_steps", num_steps, 2, 256, "M code positions; one alone is k-means"
+  )
   check_range("codebook_size", codebook_size, 2, 65536, "K words per step")
   check_range("hidden_dim", hidden_dim, 1, 65536)
   check_range("num_blocks", num_blocks, 1, 256, "residual blocks L")

@@ -98,6 +98,7 @@ def make_state(
 def make_train_step(
   learner: Learner,
   tx: optax.GradientTransformation,
+  schedule: optax.Schedule,
   *,
   seed: int,
   accumulate: int = 1,
@@ -141,7 +142,11 @@ def make_train_step(
       stats=stats,
       sums=jax.tree.map(jnp.add, state.sums, metrics),
     )
-    return state, metrics
+    extra = {
+      "grad_norm": optax.tree.norm(grads),
+      "lr": schedule(state.step - 1) * state.plateau.scale,
+    }
+    return state, {**metrics, **extra}
 
   return jax.jit(train_step, donate_argnums=0)
 
@@ -162,7 +167,7 @@ def train(
   Args:
     learner: The codec.
     tx: Optimiser.
-    schedule: Learning rate by step, for the report.
+    schedule: Learning rate by step, for the report; `tx` has its own.
     state: From `make_state` or a checkpoint; consumed.
     batch_fn: Step to this process's float32 vectors of that batch.
     plan: Lengths and intervals.
@@ -174,10 +179,12 @@ def train(
   """
   devices.check_batch(plan.batch_size // plan.accumulate)
   step_fn = make_train_step(
-    learner, tx, seed=plan.seed, accumulate=plan.accumulate
+    learner, tx, schedule, seed=plan.seed, accumulate=plan.accumulate
   )
-  step, started = int(state.step), time.monotonic()
-  saved = started
+  step, saved = int(state.step), time.monotonic()
+  started = saved - writer.seconds
+  if _is_stale(state, plan):  # A run that had stopped by itself.
+    return Outcome(state, True)
   state = devices.replicate(state)
   pending = collections.deque()
   bar = progress_bar(
@@ -189,54 +196,70 @@ def train(
       state, metrics = step_fn(state, devices.shard(x_ND))
       step += 1
       pending.append((step, metrics))
-      _report(pending, plan, writer, schedule, checkpoints, keep=2)
+      _report(pending, plan, writer, checkpoints, keep=2)
       bar.update(plan.batch_size)
       is_epoch_end = step % plan.steps_per_epoch == 0
       is_due = time.monotonic() - saved > 60 * plan.checkpoint_minutes
       if not (is_epoch_end or is_due or stop.is_set()):
         continue
-      _report(pending, plan, writer, schedule, checkpoints, keep=0)
+      _report(pending, plan, writer, checkpoints, keep=0)
       validation = None
       if is_epoch_end:
         state, row = _end_epoch(learner, state, plan, step)
         validation = row["validation_mse"]
-        row.update(lr=schedule(step), seconds=time.monotonic() - started)
+        if not math.isfinite(validation):
+          _stop_on("validation_mse", validation, step, checkpoints)
+        row.update(lr=metrics["lr"], seconds=time.monotonic() - started)
         writer.write(step, row)
         bar.set_postfix_str(_epoch_text(row, plan, step))
       checkpoints.save(
         step, jax.tree.map(jnp.copy, state), validation=validation
       )
       saved = time.monotonic()
-      since_best = int(state.plateau.since_best)
-      if plan.stop_patience and since_best >= plan.stop_patience:
-        logging.info("No better validation for %d epochs: done.", since_best)
+      if _is_stale(state, plan):
+        logging.info(
+          "No better validation for %d epochs: done.", plan.stop_patience
+        )
         return Outcome(state, True)
       if stop.is_set():
         return Outcome(state, step == plan.total_steps)
   return Outcome(state, True)
 
 
-def _report(pending, plan, writer, schedule, checkpoints, *, keep):
+def _report(pending, plan, writer, checkpoints, *, keep):
   """Writes the metrics of all but the last `keep` steps, which may be running.
 
   Fetching late lets the device run ahead of the host.
   """
   while len(pending) > keep:
     step, metrics = pending.popleft()
-    if not math.isfinite(metrics["loss"]):
-      checkpoints.wait()
-      good = checkpoints.latest()
-      raise FloatingPointError(
-        f"The loss of step {step} is {float(metrics['loss'])}. "
-        + (
-          f"The last good checkpoint is that of step {good}. "
-          if good is not None
-          else "There is no checkpoint yet. "
-        )
-        + "A lower train.peak_lr, a longer ramp or train.dtype=float32 helps."
-      )
+    for name in ("loss", "grad_norm"):
+      if not math.isfinite(metrics[name]):
+        _stop_on(name, float(metrics[name]), step, checkpoints)
     if step % plan.log_every == 0:
-      writer.write(step, {**metrics, "lr": schedule(step)})
+      writer.write(step, metrics)
+
+
+def _stop_on(name, value, step, checkpoints):
+  """Raises FloatingPointError, naming the checkpoint to go on from."""
+  checkpoints.wait()
+  good = checkpoints.latest()
+  kept = (
+    "There is no checkpoint yet."
+    if good is None
+    else f"The last good checkpoint is that of step {good}."
+  )
+  raise FloatingPointError(
+    f"The {name} of step {step} is {value}. {kept} A lower train.peak_lr, a "
+    "longer ramp or train.dtype=float32 helps."
+  )
+
+
+def _is_stale(state, plan) -> bool:
+  """True where the validation error has not fallen for long enough."""
+  if not plan.stop_patience:
+    return False
+  return int(state.plateau.since_best) >= plan.stop_patience
 
 
 def _end_epoch(learner, state, plan, step):

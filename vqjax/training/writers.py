@@ -24,6 +24,8 @@ class Writer:
     kept = [row for row in read_rows(self._path) if row["step"] <= first_step]
     if not first_step:
       kept = []
+    # Of training so far, over all processes that worked on the run.
+    self.seconds = max([row.get("seconds", 0) for row in kept], default=0)
     self._path.write_text("".join(json.dumps(row) + "\n" for row in kept))
     self._file = self._path.open("a")
     self._tensorboard = None

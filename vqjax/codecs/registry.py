@@ -4,8 +4,9 @@ Every codec module has the same functions, so that commands, evaluation and
 files need not know which codec they hold:
 
   Params                      frozen dataclass of arrays
-  fit(key, x_ND, ...)         closed form; learned codecs have
-                              init(...) and loss(...) instead
+  fit(key, x_ND, ...)         closed form; qinco has init and loss instead,
+                              in qinco_learning, and pq_qinco is put together
+                              from QINCos by recombine
   prepare(params)             what encode and decode take, computed once;
                               they take the parameters as well
   encode(tables, x_ND, *, num_steps=None, ...)   codes_NM, int32

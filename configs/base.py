@@ -62,8 +62,27 @@ def make_learned(
   `model` and `train` hold what differs from QINCo2 as published.
   """
   check_argument(arg)
-  is_small = arg in ("", "smoke", *SAMPLES)
-  config = config_dict.create(
+  config = _published()
+  config.model.update(model)
+  config.train.update(train)
+  if config.model.is_qinco1:
+    config.encode.update(num_candidates=0, beam_size=1)
+  config.data = make_data(arg)
+  if arg in ("", "smoke", *SAMPLES):
+    # A fixed amount of work, whatever the size of the file, in the many large
+    # steps that a small set needs.
+    config.train.update(epoch_size=60_000, batch_size=256, ramp_epochs=1)
+    config.init.max_vectors = 100_000
+    for group, values in sample.items():
+      config[group].update(values)
+  if arg == "smoke":
+    _shrink(config)
+  return config
+
+
+def _published() -> config_dict.ConfigDict:
+  """Returns QINCo2-S trained as in the paper, idle words aside."""
+  return config_dict.create(
     seed=0,
     codec="qinco",
     model=dict(
@@ -106,35 +125,25 @@ def make_learned(
       tensorboard=False,
     ),
   )
-  config.model.update(model)
-  config.train.update(train)
-  if config.model.is_qinco1:
-    config.encode.update(num_candidates=0, beam_size=1)
-  config.data = make_data(arg)
-  if is_small:
-    # A fixed amount of work, whatever the size of the file; steps are many
-    # and large, which a small set needs.
-    config.train.update(epoch_size=60_000, batch_size=256, ramp_epochs=1)
-    config.init.max_vectors = 100_000
-    for group, values in sample.items():
-      config[group].update(values)
-  if arg == "smoke":
-    config.model.update(
-      num_steps=3,
-      codebook_size=16,
-      hidden_dim=16,
-      num_blocks=min(config.model.num_blocks, 2),
-      num_candidates=min(config.model.num_candidates, 4),
-      num_joint_candidates=min(config.model.num_joint_candidates, 8),
-      beam_size=min(config.model.beam_size, 4),
-    )
-    if config.model.network_dim:
-      config.model.network_dim = 16
-    config.encode = config_dict.create(
-      num_candidates=config.model.num_candidates,
-      beam_size=4,
-      num_joint_candidates=config.model.num_joint_candidates,
-    )
-    config.train.update(num_epochs=2, epoch_size=512, batch_size=128)
-    config.train.ramp_epochs = 1
-  return config
+
+
+def _shrink(config: config_dict.ConfigDict) -> None:
+  """Makes the model and the schedule so small that they run in seconds."""
+  config.model.update(
+    num_steps=3,
+    codebook_size=16,
+    hidden_dim=16,
+    num_blocks=min(config.model.num_blocks, 2),
+    num_candidates=min(config.model.num_candidates, 4),
+    num_joint_candidates=min(config.model.num_joint_candidates, 8),
+    beam_size=min(config.model.beam_size, 4),
+  )
+  if config.model.network_dim:
+    config.model.network_dim = 16
+  config.encode = config_dict.create(
+    num_candidates=config.model.num_candidates,
+    beam_size=4,
+    num_joint_candidates=config.model.num_joint_candidates,
+  )
+  config.train.update(num_epochs=2, epoch_size=512, batch_size=128)
+  config.train.ramp_epochs = 1

@@ -15,7 +15,8 @@ def get_config(arg: str = ""):
     codec="rq",
     model=dict(num_codes=8, codebook_size=256, beam_size=5),
     encode=dict(beam_size=5),
-    init=dict(max_vectors=1_000_000, num_iterations=20),
+    # A beam of 5 learns from five residuals per vector.
+    init=dict(max_vectors=200_000, num_iterations=20),
   )
   config.data = base.make_data(arg)
   if arg == "smoke":

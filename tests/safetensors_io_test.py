@@ -90,7 +90,9 @@ def test_saves_classical_codecs(tmp_path, codec):
   books = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 3)))
   params = registry.get(codec).Params(books)
   save_codec(tmp_path, codec, params, info={})
-  _equal(load_codec(tmp_path).params, params)
+  loaded = load_codec(tmp_path)
+  assert loaded.name == codec
+  _equal(loaded.params, params)
 
 
 def test_header_says_what_is_needed(folder):

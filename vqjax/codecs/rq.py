@@ -59,14 +59,14 @@ def fit(
 ) -> RQParams:
   """Runs k-means on the residuals of `[N, D]`, step after step.
 
-  With a beam, a step is fitted to the residuals of the best hypothesis of
-  each vector so far; memory is then `N * beam_size * D` numbers.
+  With a beam, a step is fitted to the residuals of all hypotheses so far;
+  memory is then `N * beam_size * D` numbers.
   """
   check_shape("x", x_ND, (None, None))
   check_range("num_codes", num_codes, 1, 4096)
   check_range("beam_size", beam_size, 1, 4096)
   x_ND = jnp.asarray(x_ND, jnp.float32)
-  residual_ND, codebooks = x_ND, []
+  residual_ND, weights_N, codebooks = x_ND, None, []
   beam = None if beam_size == 1 else _start(x_ND, beam_size)
   for m in range(num_codes):
     words_KD = kmeans.fit(
@@ -75,6 +75,7 @@ def fit(
       codebook_size,
       num_iterations=num_iterations,
       init=init,
+      weights_N=weights_N,
       block_size=block_size,
     )
     codebooks.append(words_KD)
@@ -85,7 +86,10 @@ def fit(
     else:
       size = max(1, block_size // beam_size)
       beam = _grow(words_KD, x_ND, beam, block_size=size)
-      residual_ND = x_ND - beam.xhat_NFD[:, 0]
+      residual_NFD = x_ND[:, None] - beam.xhat_NFD
+      residual_ND = residual_NFD.reshape(-1, x_ND.shape[1])
+      # An empty slot counts for nothing.
+      weights_N = jnp.isfinite(beam.error_NF).astype(jnp.float32).reshape(-1)
   return RQParams(jnp.stack(codebooks))
 
 

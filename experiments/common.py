@@ -104,7 +104,21 @@ def start(absl_main) -> None:
   logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().setFormatter(_PlainFormatter())
   logging.get_absl_handler().addFilter(_is_for_people)
-  app.run(absl_main)
+  app.run(absl_main, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv):
+  try:
+    return app.parse_flags_with_usage(argv)
+  except (AttributeError, KeyError, TypeError) as error:
+    # ConfigDict's answer to --config.model.no_such_field=1, or to a wrong type.
+    reason = error
+    while isinstance(reason, Exception) and reason.args:
+      reason = reason.args[0]  # str() of a KeyError would escape it.
+    sys.exit(
+      f"A --config option does not fit the configuration: {reason}. Its file in "
+      "configs/ and configs/base.py list the fields and their types."
+    )
 
 
 class _PlainFormatter(std_logging.Formatter):

@@ -404,3 +404,24 @@ def test_an_error_is_one_line_for_the_user():
   assert done.returncode == 1
   assert "nowhere" in done.stderr
   assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+  ("option", "field"), [("model.beam=3", "beam"), ("modl.beam_size=3", "modl")]
+)
+def test_a_misspelt_field_is_named(option, field, tmp_path):
+  done = subprocess.run(
+    _command(
+      "train",
+      "--config=configs/qinco2_s.py:smoke",
+      f"--config.{option}",
+      f"--workdir={tmp_path}",
+    ),
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 1
+  assert "does not fit the configuration" in done.stderr
+  assert f"'{field}'" in done.stderr
+  assert "Traceback" not in done.stderr

@@ -116,8 +116,8 @@ def _parse_flags(argv):
     while isinstance(reason, Exception) and reason.args:
       reason = reason.args[0]  # str() of a KeyError would escape it.
     sys.exit(
-      f"A --config option does not fit the configuration: {reason}. Its file in "
-      "configs/ and configs/base.py list the fields and their types."
+      f"A --config option does not fit the configuration: {reason}. Its file "
+      "in configs/ and configs/base.py list the fields and their types."
     )
 
 

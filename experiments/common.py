@@ -248,10 +248,14 @@ def block_rows(codec: Codec, knobs: dict) -> int:
   return min(rows, 65536)
 
 
-def resolve_data(codec: Codec, config, **paths) -> datasets.Dataset:
+def resolve_data(
+  codec: Codec, config, *, needs_base: bool = True, **paths
+) -> datasets.Dataset:
   """Returns the data of the options, else those the codec was trained on."""
   trained_on = {k: v for k, v in codec.info.get("data", {}).items() if v}
   trained_on.pop("validation_size", None)
+  if paths.get("base") is None and any(paths.values()):
+    raise ValueError("--queries and --groundtruth need --data, their base.")
   if any(paths.values()):
     dataset = datasets.resolve(
       scale=codec.info.get("scale"), metric=codec.info.get("metric"), **paths
@@ -259,6 +263,12 @@ def resolve_data(codec: Codec, config, **paths) -> datasets.Dataset:
   elif trained_on:
     root = config.get("data_root") or trained_on.pop("root", None)
     dataset = datasets.resolve(**{**trained_on, "root": root})
+    if needs_base and not dataset.base:
+      raise ValueError(
+        "The codec was trained on a file without a base: give --data=FILE "
+        "(and --queries=FILE), or measure the held-out vectors with "
+        "--split=validation."
+      )
   else:
     raise ValueError(
       "This codec does not say what it was trained on; give --data=FILE."

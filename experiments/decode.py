@@ -87,6 +87,8 @@ def _open_codes(path: str, sizes, num_steps):
 def _open_packed(path: str, sizes, num_steps):
   """Packed codes `[N, bytes]` uint8, and the sizes of their codebooks."""
   del num_steps
+  if os.path.isdir(path):
+    raise ValueError(f"{path} is a folder; name a file of codes in it.")
   row_bytes, total = packing.num_bytes(sizes), os.path.getsize(path)
   if not total or total % row_bytes:
     raise ValueError(

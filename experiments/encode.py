@@ -7,9 +7,11 @@ r"""Turns a file of vectors into codes.
 
 Codes are int32 `[N, M]` in a .npy file; for an IVF model the list number comes
 first. --raw packs every code into the bits it needs, rows padded to whole
-bytes, without a header: exactly N*M bytes for 8-bit codes.
+bytes, without a header: exactly N*M bytes for 8-bit codes. Nothing in such a
+file tells which codec and --num_steps made it: decode it with the same.
 """
 
+import jax
 import numpy as np
 from absl import logging
 
@@ -44,7 +46,11 @@ def run(config, workdir=None) -> dict:
   knobs = common.search_knobs(codec, config)
   encode_fn, block_size = common.make_encode_fn(codec, knobs, config.num_steps)
   sizes = codec.module.codebook_sizes(codec.tables)
-  seconds = {}
+  seconds, first = (
+    {},
+    batches.read_rows(x_ND, range(min(block_size, len(x_ND)))),
+  )
+  jax.block_until_ready(encode_fn(first))  # Compiles, and refuses bad sizes.
   with (
     common.progress(len(x_ND), "encode") as done,
     common.timed(seconds, "encode"),

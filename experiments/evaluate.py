@@ -9,7 +9,8 @@ r"""Measures a codec: error, recall of exact search in the decoded base, time.
 
 MSE is the squared error per vector: the sum over dimensions, the mean over
 vectors. 1-recall@R is the share of queries whose true nearest neighbour is
-among the first R found. Without --data the data are those of the training.
+among the first R found. Bytes are those of the code without a list number.
+Without --data the data are those of the training.
 """
 
 import dataclasses
@@ -60,17 +61,6 @@ def run(config, workdir=None) -> dict:
   """Returns `{"codec", "rows": [...]}`; logs the table."""
   del workdir
   common.require(config, "codec")
-  codec = common.open_codec(config.codec)
-  dataset = common.resolve_data(
-    codec,
-    config,
-    base=config.data,
-    queries=config.queries,
-    groundtruth=config.groundtruth,
-  )
-  knobs = common.search_knobs(codec, config)
-  xb_ND = _open_base(codec, config, dataset)
-  xq_QD, true_QG = _open_queries(config, dataset, xb_ND)
   names = [name.strip().upper() for name in config.baselines.split(",") if name]
   unknown = set(names) - set(faiss_io.ADDITIVE)
   if unknown:
@@ -78,21 +68,30 @@ def run(config, workdir=None) -> dict:
       f"--baselines may name {', '.join(faiss_io.ADDITIVE)}; got "
       f"{', '.join(sorted(unknown))}."
     )
-  if names and not dataset.train:
-    raise ValueError(
-      "--baselines need training vectors, and --data names only a base; leave "
-      "--data out to use the data the codec was trained on."
-    )
+  codec = common.open_codec(config.codec)
+  dataset = common.resolve_data(
+    codec,
+    config,
+    needs_base=config.split == "base",
+    base=config.data,
+    queries=config.queries,
+    groundtruth=config.groundtruth,
+  )
+  xt_ND = _open_train(codec, config) if names else None
+  knobs = common.search_knobs(codec, config)
+  xb_ND = _open_base(codec, config, dataset)
+  xq_QD, true_QG = _open_queries(config, dataset, xb_ND)
   search = (xb_ND, xq_QD, true_QG, dataset.metric)
   rows = [_measure(codec, knobs, config.num_steps, search)]
   for name in names:
-    rows.append(
-      _measure_baseline(name, codec, config.num_steps, dataset, search)
-    )
+    rows.append(_measure_baseline(name, codec, config.num_steps, xt_ND, search))
   result = {
     "codec": str(config.codec),
     "fingerprint": codec.fingerprint,
+    "split": config.split,
     "data": dataset.base if config.split == "base" else dataset.train,
+    "queries": None if xq_QD is None else dataset.queries,
+    "num_steps": config.num_steps,
     "num_vectors": len(xb_ND),
     "scale": dataset.scale,
     "device": jax.devices()[0].device_kind,
@@ -122,6 +121,17 @@ def _open_base(codec, config, dataset):
   xt_ND = datasets.open_split(dataset, "train")
   _, held_out = batches.split(len(xt_ND), _validation_size(codec))
   return xt_ND[held_out][: config.num_vectors]
+
+
+def _open_train(codec, config):
+  """The vectors that the codec was trained on, for the baselines."""
+  if not codec.info.get("data"):
+    raise ValueError(
+      "--baselines are trained on what the codec was trained on, which this "
+      "codec does not say; leave --baselines out."
+    )
+  dataset = common.resolve_data(codec, config, needs_base=False)
+  return datasets.open_split(dataset, "train")
 
 
 def _validation_size(codec) -> int:
@@ -167,11 +177,12 @@ def _measure(codec, knobs, num_steps, search) -> dict:
     )
     codes_NM = np.concatenate([codes for _, codes in blocks])
   is_ivf = getattr(codec.tables, "is_ivf", False)
+  is_joint = bool(knobs.get("num_joint_candidates"))
   sizes = codec.module.codebook_sizes(codec.tables)[: codes_NM.shape[1]]
   return {
     "name": codec.name,
     "bytes": _num_bits(sizes[is_ivf:]) / 8,  # An index keeps lists, not ids.
-    **knobs,
+    **({**knobs, "num_candidates": None} if is_joint else knobs),
     **_quality(codes_NM, decode_fn, search, seconds),
   }
 
@@ -180,13 +191,12 @@ def _num_bits(sizes) -> int:
   return sum(int(size - 1).bit_length() for size in sizes)
 
 
-def _measure_baseline(name, codec, num_steps, dataset, search) -> dict:
+def _measure_baseline(name, codec, num_steps, xt_ND, search) -> dict:
   """Figures of a faiss quantiser of as many bytes."""
   xb_ND, seconds = search[0], {}
   sizes = codec.module.codebook_sizes(codec.tables)
   sizes = sizes[getattr(codec.tables, "is_ivf", False) :][:num_steps]
   num_bits = int(sizes[0] - 1).bit_length()
-  xt_ND = datasets.open_split(dataset, "train")
   num_rows, _ = batches.split(len(xt_ND), _validation_size(codec))
   logging.info("Training faiss %s %dx%d.", name, len(sizes), num_bits)
   with common.timed(seconds, "train"):
@@ -260,8 +270,6 @@ def _log_table(result) -> None:
       )
       if row.get(name)
     ]
-    if row.get("num_joint_candidates"):
-      search = [part for part in search if part[0] != "A"]
     rows.append(
       [
         " ".join([row["name"], *search]),

@@ -8,13 +8,16 @@ r"""Trains a codec from a configuration and writes a run folder.
       --config.data.train=my.fvecs --config.model.beam_size=8
 
 Ctrl-C or SIGTERM saves and stops; the same command with --resume goes on, to
-the same result bit for bit. The run folder ends with codec.safetensors and
-codec.json, which evaluate, encode and decode take.
+the same result bit for bit. Every field of the file and of configs/base.py can
+be set, as --config.train.num_epochs=10. The run folder ends with
+codec.safetensors and codec.json, which evaluate, encode and decode take.
 """
 
 import functools
 import json
+import os
 import pathlib
+import sys
 import time
 
 import jax
@@ -120,9 +123,10 @@ def _is_finished(workdir, config, plan, num_rows: int, resume: bool) -> bool:
     return False
   old = json.loads(file.read_text())
   if not resume and not (is_finished and old == new):
+    way = "Add --resume to go on with it, or choose" if old == new else "Choose"
     raise ValueError(
-      f"{workdir} already holds a run. Add --resume to go on with it, or "
-      "choose another --workdir."
+      f"{workdir} already holds a run{'' if old == new else ' of another'}"
+      f"{'' if old == new else ' configuration'}. {way} another --workdir."
     )
   _check_same(old, new, workdir)
   return is_finished
@@ -353,7 +357,7 @@ def _finish(config, workdir, dataset, xt_ND, params, seconds):
     "encode": knobs,
     "metric": dataset.metric,
     "scale": dataset.scale,
-    "data": config.data.to_dict(),
+    "data": _data_record(config),
     "training": {"seconds": round(seconds, 1), "validation_mse": validation},
   }
   path = safetensors_io.save_codec(
@@ -369,10 +373,12 @@ def _finish(config, workdir, dataset, xt_ND, params, seconds):
   with formats.atomic_output(workdir / "summary.json", overwrite=True) as file:
     pathlib.Path(file).write_text(json.dumps(summary, indent=2))
   logging.info(
-    "Done in %.0f s. Validation MSE%s: %.4f\nWritten to %s: %s\nNext:\n"
+    "Done in %.0f s. Validation MSE%s, encoded with %s: %.4f\n"
+    "Written to %s: %s\nNext:\n"
     "  python -m experiments.evaluate --codec=%s%s",
     seconds,
     _unit(dataset),
+    ", ".join(f"{k}={v}" for k, v in knobs.items()) or "the only search",
     validation * dataset.scale,
     workdir,
     ", ".join(sorted(p.name for p in workdir.iterdir())),
@@ -380,6 +386,14 @@ def _finish(config, workdir, dataset, xt_ND, params, seconds):
     "" if dataset.base else " --split=validation",
   )
   return summary
+
+
+def _data_record(config) -> dict:
+  """`config.data`, so that it can be found from any folder."""
+  data = config.data.to_dict()
+  paths = [name for name in datasets.SPLITS if data[name]]
+  data |= {name: os.path.abspath(data[name]) for name in paths}
+  return {**data, "name": None} if paths else data
 
 
 def _default_workdir(config_file: str) -> str:
@@ -406,6 +420,7 @@ if __name__ == "__main__":
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = _WORKDIR.value or _default_workdir(file)
     with common.user_errors("To go on, add --resume to the same command."):
-      run(_CONFIG.value, workdir, resume=_RESUME.value)
+      if run(_CONFIG.value, workdir, resume=_RESUME.value) is None:
+        sys.exit(130)  # Interrupted: a job scheduler must not take it for done.
 
   common.start(main)

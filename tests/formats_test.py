@@ -209,7 +209,7 @@ def test_names_refused(tmp_path):
   with pytest.raises(ValueError, match=r"x\.csv.*\.bvecs .*\.npy \.hdf5"):
     formats.open_vectors(tmp_path / "x.csv")
   (tmp_path / "d.npy").mkdir()
-  with pytest.raises(ValueError, match="not a regular file"):
+  with pytest.raises(ValueError, match="is a folder; name a file"):
     formats.open_vectors(tmp_path / "d.npy")
   with pytest.raises(ValueError, match="at least 1, got 0"):
     formats.open_vectors(tmp_path / "d.npy", max_vectors=0)

@@ -76,6 +76,8 @@ def _split_path(path) -> tuple[pathlib.Path, str]:
 
 def _suffix(path: pathlib.Path) -> str:
   suffix = path.suffix.lower()
+  if path.is_dir():
+    raise ValueError(f"{path} is a folder; name a file of vectors in it.")
   if suffix not in SUFFIXES:
     raise ValueError(
       f"Unknown kind of vector file {path.name!r}: the suffix must be one of "
@@ -217,8 +219,8 @@ def check_output(path, overwrite: bool = False) -> None:
     raise ValueError(f"{path} must name a regular file to write, not a folder.")
   if path.exists() and not overwrite:
     raise FileExistsError(
-      f"{path} exists already; choose another name, or allow replacing it "
-      "with overwrite=True."
+      f"{path} exists already; choose another name, or allow replacing it: "
+      "--overwrite, overwrite=True in Python."
     )
 
 

@@ -212,7 +212,7 @@ def test_names_refused(tmp_path):
   with pytest.raises(ValueError, match="is a folder; name a file"):
     formats.open_vectors(tmp_path / "d.npy")
   with pytest.raises(ValueError, match="at least 1, got 0"):
-    formats.open_vectors(tmp_path / "d.npy", max_vectors=0)
+    formats.open_vectors(tmp_path / "e.npy", max_vectors=0)
 
 
 @pytest.mark.parametrize(

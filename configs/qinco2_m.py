@@ -14,7 +14,6 @@ def get_config(arg: str = ""):
     model=dict(network_dim=384, hidden_dim=384, num_blocks=4),
     sample=dict(
       model=dict(beam_size=4, num_joint_candidates=8),
-      encode=dict(beam_size=32, num_joint_candidates=64),
       train=dict(num_epochs=12, peak_lr=0.001),
     ),
     train={},

@@ -15,7 +15,6 @@ def get_config(arg: str = ""):
     model=dict(network_dim=128, hidden_dim=256, num_blocks=2),
     sample=dict(
       model=dict(beam_size=4, num_joint_candidates=8),
-      encode=dict(beam_size=32, num_joint_candidates=64),
       train=dict(num_epochs=40, peak_lr=2e-3),
     ),
     train={},

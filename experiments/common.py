@@ -1,6 +1,7 @@
 """What the commands share: options, codecs from files, blocks, messages."""
 
 import contextlib
+import functools
 import inspect
 import logging as std_logging
 import os
@@ -11,11 +12,13 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_dict
 
+from vqjax import devices
 from vqjax.codecs import registry
-from vqjax.data import datasets
+from vqjax.data import batches, datasets
 from vqjax.interop import safetensors_io
 from vqjax.progress import progress_bar
 
@@ -55,7 +58,14 @@ SEARCH_OPTIONS = {
   "num_steps": Option(
     int, None, "Code positions to use, list number not counted; all if unset."
   ),
+  "dtype": Option(
+    str,
+    "auto",
+    "Type of the network's products: float32, bfloat16, or auto: float32 on "
+    "CPUs and bfloat16 on accelerators. Sums and distances are float32.",
+  ),
 }
+RULE = ("num_candidates", "beam_size", "num_joint_candidates")  # A, B, C.
 CODEC_OPTION = Option(
   str, None, "Run folder, codec.safetensors, or released .pt checkpoint."
 )
@@ -100,11 +110,37 @@ def main(run, options: dict[str, Option], doc: str) -> None:
 
 
 def start(absl_main) -> None:
-  """Hands over to absl, with messages made for people."""
+  """Hands over to absl, with messages made for people.
+
+  With --multihost joins the other processes before JAX is used.
+  """
+  multihost = flags.DEFINE_boolean(
+    "multihost",
+    False,
+    "Work with the other processes of this run, on one or many hosts: started "
+    "by srun or mpirun, or found by JAX_COORDINATOR_ADDRESS, "
+    "JAX_NUM_PROCESSES and JAX_PROCESS_ID.",
+    module_name=sys.argv[0],
+  )
+
+  def joined_main(argv):
+    if not multihost.value:
+      absl_main(argv)
+      return
+    with user_errors():
+      devices.start_processes()
+    if not devices.is_first():
+      logging.set_verbosity(logging.WARNING)
+    try:
+      absl_main(argv)
+    except Exception:
+      logging.exception("This is an error in the program.")
+      _leave(1)
+
   logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().setFormatter(_PlainFormatter())
   logging.get_absl_handler().addFilter(_is_for_people)
-  app.run(absl_main, flags_parser=_parse_flags)
+  app.run(joined_main, flags_parser=_parse_flags)
 
 
 def _parse_flags(argv):
@@ -166,12 +202,31 @@ def user_errors(how_to_go_on: str = "Run the same command again."):
     if logging.level_debug():
       raise
     logging.error("%s\n(--verbosity=1 shows where this comes from.)", e)
-    sys.exit(1)
+    _leave(1)
+  except jax.errors.JaxRuntimeError as e:
+    if not jax.distributed.is_initialized():
+      raise
+    reason = str(e).splitlines()[0][:300]
+    logging.error(
+      "Lost another process of the run: %s. %s", reason, how_to_go_on
+    )
+    _leave(1)
   except KeyboardInterrupt:
     logging.warning("Stopped. %s", how_to_go_on)
-    sys.exit(130)
+    _leave(130)
   finally:
     signal.signal(signal.SIGTERM, before)
+
+
+def _leave(code: int) -> None:
+  """Exits; as one process of many at once.
+
+  An orderly end waits for the others, which may be waiting for this one.
+  """
+  if not jax.distributed.is_initialized():
+    sys.exit(code)
+  logging.flush()
+  os._exit(code)
 
 
 def require(config, *names: str) -> None:
@@ -200,17 +255,22 @@ def open_codec(path: str) -> Codec:
   return Codec(loaded.name, module, tables, loaded.info, loaded.fingerprint)
 
 
+def product_dtype(name: str) -> str:
+  """Returns the type of a network's products for `float32|bfloat16|auto`."""
+  if name not in ("auto", "float32", "bfloat16"):
+    raise ValueError(f"dtype must be auto, float32 or bfloat16; got {name!r}.")
+  if name != "auto":
+    return name
+  return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
 def search_knobs(codec: Codec, config) -> dict:
   """Returns the codec's encode options with those the user changed.
 
   Asking for candidates per hypothesis alone switches the joint rule off.
   """
   knobs = dict(codec.info.get("encode", {}))
-  asked = {
-    name: config[name]
-    for name in ("beam_size", "num_candidates", "num_joint_candidates")
-    if config.get(name) is not None
-  }
+  asked = {name: config[name] for name in RULE if config.get(name) is not None}
   if "num_candidates" in asked and "num_joint_candidates" not in asked:
     knobs.pop("num_joint_candidates", None)
   knobs.update(asked)
@@ -219,23 +279,93 @@ def search_knobs(codec: Codec, config) -> dict:
     raise ValueError(
       f"--{unknown[0]} means nothing to a {codec.name} codec; leave it out."
     )
+  if _has_knob(codec, "dtype"):
+    knobs["dtype"] = product_dtype(config.get("dtype", "auto"))
+  return knobs
+
+
+def try_joint_rule(codec: Codec, knobs: dict, x_ND, *, num_vectors=512) -> dict:
+  """Returns `knobs`, with the joint rule where it costs no quality.
+
+  For codecs whose own options are the published rule (see
+  `vqjax.codecs.qinco`). The first `num_vectors` are encoded by both; the joint
+  rule is taken where its error is at most 0.2 % higher. There must be many
+  more vectors than that, or trying would cost more than it saves.
+  """
+  if not _has_knob(codec, "num_joint_candidates"):
+    return knobs
+  num_candidates, beam_size, joint = (knobs.get(name, 0) for name in RULE)
+  if joint or not num_candidates or len(x_ND) < 8 * num_vectors:
+    return knobs
+  num_words = codec.module.codebook_sizes(codec.tables)[-1]
+  first_ND = batches.read_rows(x_ND, range(num_vectors))
+  decode_fn = make_decode_fn(codec, knobs.get("dtype", "float32"))
+
+  def mse(knobs):
+    encode_fn, num_rows = make_encode_fn(codec, knobs)
+    errors_fn = lambda x_ND: np.sum(
+      (x_ND - np.asarray(decode_fn(np.asarray(encode_fn(x_ND))))) ** 2, axis=1
+    )
+    blocks = batches.map_blocks(errors_fn, first_ND, block_size=num_rows)
+    return float(np.mean(np.concatenate([e for _, e in blocks]), dtype=float))
+
+  published = mse(knobs)
+  for beam, joint in (
+    (beam_size, 2 * beam_size),
+    (min(3 * beam_size // 2, num_words), 4 * beam_size),
+  ):
+    if joint >= beam_size * num_candidates:
+      continue
+    new = {**knobs, "beam_size": beam, "num_joint_candidates": joint}
+    loss = mse(new) / published - 1
+    if loss <= 0.002:
+      logging.info(
+        "On the first %d vectors B=%d C=%d errs %+.2f %% against A=%d B=%d and "
+        "asks the network %.1f times less: taken. (--num_candidates=%d for the "
+        "published rule.)",
+        *(num_vectors, beam, joint, 100 * loss, num_candidates, beam_size),
+        *(beam_size * num_candidates / joint, num_candidates),
+      )
+      return new
   return knobs
 
 
 def make_encode_fn(codec: Codec, knobs: dict, num_steps: int | None = None):
-  """Returns a jitted `x_ND -> codes_NM` and how many vectors to give it."""
-  encode_fn = jax.jit(
+  """Returns `x_ND -> codes_NM` and how many vectors to give it.
+
+  It runs on all devices of this process.
+  """
+  encode_fn = devices.data_parallel(
     lambda tables, x_ND: codec.module.encode(
       tables, x_ND, num_steps=num_steps, **knobs
     )
   )
-  return lambda x_ND: encode_fn(codec.tables, x_ND), block_rows(codec, knobs)
+  num_rows = block_rows(codec, knobs) * jax.local_device_count()
+  return functools.partial(encode_fn, devices.local(codec.tables)), num_rows
 
 
-def make_decode_fn(codec: Codec):
-  """Returns a jitted `codes_NM -> x_ND`."""
-  decode_fn = jax.jit(codec.module.decode)
-  return lambda codes_NM: decode_fn(codec.tables, codes_NM)
+def make_decode_fn(codec: Codec, dtype: str = "float32"):
+  """Returns `codes_NM -> x_ND`, on all devices of this process.
+
+  `dtype` is the type of a network's products; other codecs have none.
+  """
+  decode_fn = codec.module.decode
+  if "dtype" in inspect.signature(decode_fn).parameters:
+    decode_fn = functools.partial(decode_fn, dtype=dtype)
+  decode_fn = devices.data_parallel(decode_fn)
+  return functools.partial(decode_fn, devices.local(codec.tables))
+
+
+def mean_of_rows(fn, vectors, block_size: int) -> float:
+  """Returns the mean of `fn`, `x_ND` to numbers `[N]`, over all rows.
+
+  Every process computes its share, and all return the same.
+  """
+  mine = vectors[devices.share(len(vectors))]
+  blocks = batches.map_blocks(fn, mine, block_size=block_size)
+  parts = [np.zeros(0, np.float32), *(value_N for _, value_N in blocks)]
+  value_N = devices.gather_rows(np.concatenate(parts), len(vectors))
+  return float(np.mean(value_N, dtype=float))
 
 
 def block_rows(codec: Codec, knobs: dict) -> int:
@@ -244,7 +374,8 @@ def block_rows(codec: Codec, knobs: dict) -> int:
     return _BLOCK
   is_cpu = jax.default_backend() == "cpu"
   budget = _CPU_BUDGET if is_cpu else _DEVICE_BUDGET
-  rows = codec.module.encode_block(codec.tables, budget_bytes=budget, **knobs)
+  sizes = {name: knobs[name] for name in RULE if name in knobs}
+  rows = codec.module.encode_block(codec.tables, budget_bytes=budget, **sizes)
   return min(rows, 65536)
 
 

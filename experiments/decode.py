@@ -3,11 +3,13 @@ r"""Turns codes back into vectors.
   python -m experiments.decode --codec=runs/qinco2_s --codes=codes.npy \
       --output=decoded.fvecs
 
-Codes are a .npy file of integers `[N, M]`, or the packed bytes of
-`experiments.encode --raw` (any other suffix). Fewer columns than the codec has
-are a code of lower rate.
+Codes are a folder of shards, a .npy file of integers `[N, M]`, or the packed
+bytes of `experiments.encode --raw` (any other suffix). Those that say which
+codec made them (manifest.json, codes.npy.json) are refused by another. Fewer
+columns than the codec has are a code of lower rate.
 """
 
+import functools
 import os
 
 import numpy as np
@@ -16,12 +18,15 @@ from absl import logging
 from experiments import common
 from vqjax.codecs import packing
 from vqjax.core import check_range
-from vqjax.data import formats
+from vqjax.data import codes, formats
 
 OPTIONS = {
   "codec": common.CODEC_OPTION,
-  "codes": common.Option(str, None, "Codes: .npy, or packed bytes."),
+  "codes": common.Option(
+    str, None, "Codes: folder of shards, .npy, or packed bytes."
+  ),
   "num_steps": common.SEARCH_OPTIONS["num_steps"],
+  "dtype": common.SEARCH_OPTIONS["dtype"],
   "output": common.Option(
     str, None, "File to write: .npy, .fvecs, .fbin, ... float32."
   ),
@@ -37,27 +42,33 @@ def run(config, workdir=None) -> dict:
   formats.check_output(config.output, overwrite=config.overwrite)
   codec = common.open_codec(config.codec)
   sizes = codec.module.codebook_sizes(codec.tables)
+  width = len(sizes)
   if config.num_steps is not None:
     is_ivf = getattr(codec.tables, "is_ivf", False)
     check_range("num_steps", config.num_steps, 1, len(sizes) - is_ivf)
-    sizes = sizes[: config.num_steps + is_ivf]
-  is_packed = not config.codes.endswith(".npy")
-  open_fn = _open_packed if is_packed else _open_codes
-  codes_NM, sizes = open_fn(config.codes, sizes, config.num_steps)
-  decode_fn = common.make_decode_fn(codec)
-  num, seconds = len(codes_NM), {}
+    width = config.num_steps + is_ivf
+  found = _open(config.codes, sizes[:width])
+  _check_codec(config, found.meta, codec.fingerprint)
+  width = width if config.num_steps else found.shape[1]
+  if not 1 <= min(width, found.shape[1]) <= len(sizes):
+    raise ValueError(
+      f"{config.codes} has {found.shape[1]} codes per vector, but the codec "
+      f"decodes at most {len(sizes)}."
+    )
+  decode_fn = common.make_decode_fn(codec, common.product_dtype(config.dtype))
+  num, seconds = len(found), {}
   block_size = min(_BLOCK, num)
 
   def decoded(done):
-    for start in range(0, num, block_size):
-      block_NM = np.asarray(codes_NM[start : start + block_size])
-      if is_packed:
-        block_NM = packing.unpack(block_NM, sizes)
-      _check_ids(block_NM, sizes, start)
+    first = 0
+    for block_NM in found.blocks(block_size):
+      block_NM = block_NM[:, :width]
+      codes.check_ids(block_NM, sizes[: block_NM.shape[1]], first)
       missing = block_size - len(block_NM)
-      padded_NM = np.pad(block_NM.astype(np.int32), ((0, missing), (0, 0)))
+      padded_NM = np.pad(block_NM, ((0, missing), (0, 0)))
       yield np.asarray(decode_fn(padded_NM))[: len(block_NM)]
-      done(start + len(block_NM), num)
+      first += len(block_NM)
+      done(first, num)
 
   with common.progress(num, "decode") as done, common.timed(seconds, "decode"):
     formats.write_vectors(
@@ -69,27 +80,13 @@ def run(config, workdir=None) -> dict:
   return {"output": config.output, "num_vectors": num}
 
 
-def _open_codes(path: str, sizes, num_steps):
-  """Codes `[N, <= M]` of a .npy file, and the sizes of their codebooks."""
-  codes_NM = formats.open_vectors(path)
-  if codes_NM.dtype.kind not in "iu":
-    raise TypeError(f"{path} must hold integer codes, got {codes_NM.dtype}.")
-  if num_steps is not None:
-    codes_NM = codes_NM[:, : len(sizes)]
-  if codes_NM.shape[1] > len(sizes):
-    raise ValueError(
-      f"{path} has {codes_NM.shape[1]} codes per vector, but the codec "
-      f"decodes at most {len(sizes)}."
-    )
-  return codes_NM, sizes[: codes_NM.shape[1]]
-
-
-def _open_packed(path: str, sizes, num_steps):
-  """Packed codes `[N, bytes]` uint8, and the sizes of their codebooks."""
-  del num_steps
-  if os.path.isdir(path):
-    raise ValueError(f"{path} is a folder; name a file of codes in it.")
-  row_bytes, total = packing.num_bytes(sizes), os.path.getsize(path)
+def _open(path: str, sizes) -> codes.Codes:
+  """Opens codes of any kind; packed bytes without a description by `sizes`."""
+  if os.path.isdir(path) or path.endswith(".npy"):
+    return codes.open_codes(path)
+  meta, total = codes.read_description(path), os.path.getsize(path)
+  sizes = meta.get("codebook_sizes", sizes)
+  row_bytes = packing.num_bytes(sizes)
   if not total or total % row_bytes:
     raise ValueError(
       f"{path} has {total} bytes, which is no multiple of the {row_bytes} "
@@ -97,18 +94,20 @@ def _open_packed(path: str, sizes, num_steps):
       "steps (--num_steps), or cut."
     )
   shape = (total // row_bytes, row_bytes)
-  return np.memmap(path, np.uint8, "r", shape=shape), sizes
+  codes.check_described(path, meta, (shape[0], len(sizes)))
+  packed = np.memmap(path, np.uint8, "r", shape=shape)
+  unpack_fn = functools.partial(packing.unpack, sizes=sizes)
+  return codes.Codes([packed], meta, sizes=sizes, unpack_fn=unpack_fn)
 
 
-def _check_ids(codes_NM, sizes, start: int) -> None:
-  """Raises ValueError where a code is not an id of its codebook."""
-  bad = (codes_NM < 0) | (codes_NM >= np.array(sizes))
-  if bad.any():
-    row, column = np.argwhere(bad)[0]
+def _check_codec(config, meta: dict, fingerprint: str) -> None:
+  """Raises ValueError where the codes say that another codec made them."""
+  if meta and meta["codec_fingerprint"] != fingerprint:
     raise ValueError(
-      f"Code {codes_NM[row, column]} in row {start + row}, column {column} "
-      f"must lie between 0 and {sizes[column] - 1}: the codes are of another "
-      "codec, or damaged."
+      f"{config.codes} was made by the {meta['codec']} codec "
+      f"{meta['codec_fingerprint']}, but {config.codec} is codec "
+      f"{fingerprint}; decode with the codec that made it. It was: "
+      f"{meta['command']}"
     )
 
 

@@ -7,9 +7,38 @@ r"""Turns a file of vectors into codes.
 
 Codes are int32 `[N, M]` in a .npy file; for an IVF model the list number comes
 first. --raw packs every code into the bits it needs, rows padded to whole
-bytes, without a header: exactly N*M bytes for 8-bit codes. Nothing in such a
-file tells which codec and --num_steps made it: decode it with the same.
+bytes, without a header: exactly N*M bytes for 8-bit codes. What made them is
+written beside them, in codes.npy.json. Memory does not grow with the file.
+
+A released codec is encoded by the joint rule (C pairs over all hypotheses),
+where a trial on the first vectors shows it to be as good as the published one
+(A words of each); --num_candidates=A asks for the published rule.
+
+Large files go into a folder of shards, by one process or by many which need
+nothing but the same command; shards are counted from 0:
+
+  ... --output=codes --shards=16                         all of them
+  ... --output=codes --shard=3/16                        one of them
+  ... --output=codes --shard=$SLURM_ARRAY_TASK_ID/16     sbatch --array=0-15
+  ... --output=codes --shard=$JOB_COMPLETION_INDEX/16    a Kubernetes Job
+  ... --output=codes --multihost [--shards=16]           each process its part
+
+Run again, the same command keeps the shards that are finished and whole, and
+makes the others. It refuses a folder of another codec, data file or options.
+
+  python -m experiments.encode --verify --output=codes [--codec=... --data=...]
+
+reads all shards and says which are missing or damaged, and how to make them;
+exit code 1 then. With --codec and --data it also compares those.
 """
+
+import functools
+import inspect
+import pathlib
+import re
+import shlex
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,88 +46,326 @@ from absl import logging
 
 from experiments import common
 from vqjax.codecs import packing
-from vqjax.data import batches, datasets, formats
+from vqjax.core import check_range
+from vqjax.data import batches, codes, datasets, formats
+from vqjax.interop import safetensors_io
 
 OPTIONS = {
   "codec": common.CODEC_OPTION,
   "data": common.DATA_OPTIONS["data"],
   "num_vectors": common.Option(int, None, "Only the first so many vectors."),
   **common.SEARCH_OPTIONS,
-  "output": common.Option(str, None, "File to write."),
+  "output": common.Option(str, None, "File to write; with shards a folder."),
   "raw": common.Option(bool, False, "Write packed bytes without a header."),
-  "overwrite": common.Option(bool, False, "Replace an existing output."),
+  "shards": common.Option(int, None, "n, files to cut the codes into."),
+  "shard": common.Option(
+    str, None, "i/n, make only shard i of n; i from 0 to n-1."
+  ),
+  "verify": common.Option(bool, False, "Check the shards in --output."),
+  "overwrite": common.Option(bool, False, "Replace an existing output file."),
 }
+_WHERE = ("output", "shards", "shard", "multihost", "overwrite")
 
 
 def run(config, workdir=None) -> dict:
-  """Writes the codes; returns what was written."""
+  """Writes the codes, or checks them; returns what is there."""
   del workdir
+  if config.verify:
+    return _verify(config)
   common.require(config, "codec", "data", "output")
-  if config.output.endswith(".npy") == config.raw:
-    raise ValueError(
-      f"--output must end in .npy, and in anything else with --raw; got "
-      f"{config.output}."
-    )
-  formats.check_output(config.output, overwrite=config.overwrite)
+  num_shards, mine = _share(config)
+  _check_output(config, num_shards)
   codec = common.open_codec(config.codec)
   dataset = common.resolve_data(codec, config, base=config.data)
   x_ND = datasets.open_split(dataset, "base", max_vectors=config.num_vectors)
   knobs = common.search_knobs(codec, config)
-  encode_fn, block_size = common.make_encode_fn(codec, knobs, config.num_steps)
-  sizes = codec.module.codebook_sizes(codec.tables)
-  seconds, first = (
-    {},
-    batches.read_rows(x_ND, range(min(block_size, len(x_ND)))),
+  if config.num_candidates is None:
+    knobs = common.try_joint_rule(codec, knobs, x_ND)
+  meta = codes.describe(
+    x_ND,
+    codec=codec.name,
+    fingerprint=codec.fingerprint,
+    codebook_sizes=_sizes(codec, knobs, config.num_steps),
+    encode=_settings(codec, knobs),
+    command=_command(config, knobs),
+    num_shards=num_shards,
   )
-  jax.block_until_ready(encode_fn(first))  # Compiles, and refuses bad sizes.
+  encoder = _Encoder(
+    *common.make_encode_fn(codec, knobs, config.num_steps), x_ND
+  )
+  if num_shards:
+    _write_shards(config, meta, mine, encoder)
+  else:
+    _write_file(config, meta, encoder)
+  return {"output": config.output, "shape": tuple(meta["shape"])}
+
+
+def _share(config) -> tuple[int, list[int]]:
+  """Number of shards, 0 for a single file, and those of this process."""
+  count = jax.process_count()
+  if config.shard is None:
+    num = config.shards
+    if num is None:
+      num = count if count > 1 else 0
+    else:
+      check_range("--shards", num, 1, 99_999)
+    return num, list(range(jax.process_index(), num, count))
+  if config.shards is not None or count > 1:
+    raise ValueError(
+      f"--shard={config.shard} makes one shard in a process of its own: leave "
+      "--shards and --multihost out."
+    )
+  match = re.fullmatch(r"(\d+)/(\d+)", config.shard)
+  if not match or int(match[2]) < 1:
+    raise ValueError(
+      "--shard must be i/n, shard i of n counted from 0, as 0/16 to 15/16; got "
+      f"{config.shard!r}."
+    )
+  shard, num = int(match[1]), int(match[2])
+  if shard >= num:
+    raise ValueError(
+      f"--shard must lie between 0/{num} and {num - 1}/{num}: shards are "
+      f"counted from 0; got {config.shard}."
+    )
+  return num, [shard]
+
+
+def _check_output(config, num_shards: int) -> None:
+  """Raises before any work where the output cannot be written."""
+  output = pathlib.Path(config.output)
+  if num_shards:
+    if config.raw or config.overwrite or output.suffix == ".npy":
+      raise ValueError(
+        "Shards go into a folder and are never replaced by others: give "
+        "--output=FOLDER, and leave --raw and --overwrite out; got "
+        f"--output={output}."
+      )
+    if output.exists() and not output.is_dir():
+      raise ValueError(f"--output={output} must be a folder for the shards.")
+    return
+  if output.is_dir():
+    raise ValueError(
+      f"--output={output} is a folder: give --shards=n or --shard=i/n to fill "
+      "it, or name a file."
+    )
+  if (output.suffix == ".npy") == config.raw:
+    raise ValueError(
+      "--output must end in .npy, and in anything else with --raw; got "
+      f"{output}."
+    )
+  for path in (output, codes.description_path(output)):
+    formats.check_output(path, overwrite=config.overwrite)
+
+
+def _sizes(codec, knobs, num_steps) -> list[int]:
+  """Codebook sizes of the codes; refuses search sizes that do not fit."""
+  encode_fn = functools.partial(
+    codec.module.encode, num_steps=num_steps, **knobs
+  )
+  x_ND = jax.ShapeDtypeStruct((1, codec.module.dim(codec.tables)), np.float32)
+  width = jax.eval_shape(encode_fn, codec.tables, x_ND).shape[1]
+  return codec.module.codebook_sizes(codec.tables)[:width]
+
+
+def _settings(codec, knobs: dict) -> dict:
+  """All options of the search, those left at their defaults too."""
+  known = inspect.signature(codec.module.encode).parameters.values()
+  defaults = {p.name: p.default for p in known if p.kind is p.KEYWORD_ONLY}
+  # The steps are in the shape of the codes; blocks change nothing.
+  for name in ("num_steps", "block_size"):
+    defaults.pop(name, None)
+  return defaults | knobs
+
+
+def _command(config, knobs: dict) -> str:
+  """What was asked for, but for where the codes go."""
+  default = common.get_config(OPTIONS)
+  asked = {
+    name: value
+    for name, value in config.items()
+    if name not in _WHERE and value != default.get(name)
+  }
+  # What was chosen here; another device might choose another.
+  if knobs.get("num_joint_candidates"):
+    chosen = ("beam_size", "num_joint_candidates", "dtype")
+  else:
+    chosen = ("dtype",)
+  asked.update({name: knobs[name] for name in chosen if name in knobs})
+  words = [f"--{name}={value}" for name, value in asked.items()]
+  return shlex.join(["python", "-m", "experiments.encode", *words])
+
+
+class _Encoder(NamedTuple):
+  """Vectors in, codes out, in blocks."""
+
+  encode_fn: Callable
+  block_size: int
+  vectors: Any
+
+  def blocks(self, rows: range, done=None):
+    """Yields the codes of `rows`, `[n, M]`; calls `done(rows, in all)`."""
+    for _, codes_NM in batches.map_blocks(
+      self.encode_fn,
+      self.vectors,
+      block_size=self.block_size,
+      rows=rows,
+      progress=done,
+    ):
+      yield codes_NM
+
+  def compile(self, rows: range) -> None:
+    """Encodes one block, so that no time counts the compilation."""
+    for _ in self.blocks(rows[: self.block_size]):
+      pass
+
+
+def _write_file(config, meta, encoder) -> None:
+  """Writes all codes into one file, and their description beside it."""
+  rows, seconds = range(meta["shape"][0]), {}
+  encoder.compile(rows)
   with (
-    common.progress(len(x_ND), "encode") as done,
+    common.progress(len(rows), "encode") as done,
     common.timed(seconds, "encode"),
   ):
-    blocks = (
-      codes_NM
-      for _, codes_NM in batches.map_blocks(
-        encode_fn, x_ND, block_size=block_size, progress=done
+    blocks = encoder.blocks(rows, done)
+    if config.raw:
+      _write_raw(config, meta["codebook_sizes"], blocks)
+    else:
+      formats.write_vectors(
+        config.output, blocks, dtype=np.int32, overwrite=config.overwrite
       )
-    )
-    _write(config, blocks, sizes)
-  num_codes = _num_codes(codec, config.num_steps)
-  is_cut = config.raw and config.num_steps  # Bytes do not tell how many steps.
+  beside = codes.description_path(config.output)
+  codes.write_json(beside, meta, overwrite=config.overwrite)
   logging.info(
-    "%d vectors in %.1f s, %.1f us each: %d codes per vector in %s\nNext:\n"
-    "  python -m experiments.decode --codec=%s --codes=%s%s --output=x.npy",
-    len(x_ND),
-    seconds["encode"],
-    seconds["encode"] / len(x_ND) * 1e6,
-    num_codes,
+    "%s: %d codes per vector in %s, what made them in %s.\nNext:\n  %s",
+    _rate(len(rows), seconds["encode"]),
+    meta["shape"][1],
     config.output,
-    config.codec,
-    config.output,
-    f" --num_steps={config.num_steps}" if is_cut else "",
+    beside,
+    _after(config),
   )
-  return {"output": config.output, "shape": (len(x_ND), num_codes)}
 
 
-def _num_codes(codec, num_steps) -> int:
-  num_codes = len(codec.module.codebook_sizes(codec.tables))
-  if num_steps is None:
-    return num_codes
-  return num_steps + getattr(codec.tables, "is_ivf", False)
-
-
-def _write(config, blocks, sizes) -> None:
-  if not config.raw:
-    formats.write_vectors(
-      config.output, blocks, dtype=np.int32, overwrite=config.overwrite
-    )
-    return
+def _write_raw(config, sizes, blocks) -> None:
   with (
     formats.atomic_output(config.output, config.overwrite) as path,
     open(path, "wb") as file,
   ):
     for codes_NM in blocks:
-      packed = packing.pack(codes_NM, sizes[: codes_NM.shape[1]])
-      file.write(packed.tobytes())
+      file.write(packing.pack(codes_NM, sizes).tobytes())
+
+
+def _write_shards(config, meta, mine: list[int], encoder) -> None:
+  """Makes those shards of this process that are not finished yet."""
+  folder = config.output
+  manifest = codes.claim(folder, meta)
+  todo = codes.unfinished(folder, manifest, mine)
+  if len(todo) < len(mine):
+    skipped, what = len(mine) - len(todo), f"{len(mine)} shards of this process"
+    logging.info("%d of the %s are finished already.", skipped, what)
+  if todo:
+    try:
+      _make_shards(folder, manifest, todo, encoder)
+    except KeyboardInterrupt:
+      logging.warning("The finished shards stay in %s.", folder)
+      raise
+  left = codes.find_problems(folder, is_thorough=False)
+  logging.info(
+    "%s has %d of its %d shards.\nNext:\n  %s",
+    folder,
+    manifest["num_shards"] - len(left),
+    manifest["num_shards"],
+    _remedy(folder, manifest, left) if left else _after(config),
+  )
+
+
+def _make_shards(folder, manifest, todo: list[int], encoder) -> None:
+  """Encodes shards one after the other, behind one progress line."""
+  total, seconds = sum(len(_rows_of(manifest, i)) for i in todo), {}
+  encoder.compile(_rows_of(manifest, todo[0]))
+  with (
+    common.progress(total, "encode") as done,
+    common.timed(seconds, "encode"),
+  ):
+    before = 0
+    for shard in todo:
+      rows = _rows_of(manifest, shard)
+      count = lambda num, _, before=before: done(before + num, total)
+      blocks = encoder.blocks(rows, count)
+      codes.write_shard(folder, manifest, shard, blocks)
+      before += len(rows)
+  logging.info("%s.", _rate(total, seconds["encode"]))
+
+
+def _rows_of(manifest, shard: int) -> range:
+  return codes.shard_rows(manifest["shape"][0], manifest["num_shards"], shard)
+
+
+def _rate(num: int, seconds: float) -> str:
+  each = seconds / num * 1e6
+  return f"{num} vectors in {seconds:.1f} s, {each:.1f} us each"
+
+
+def _after(config) -> str:
+  """Commands for codes that are complete."""
+  output = shlex.quote(config.output)
+  verify = f"python -m experiments.encode --verify --output={output}"
+  decode = (
+    f"python -m experiments.decode --codec={shlex.quote(config.codec)} "
+    f"--codes={output} --output=x.npy"
+  )
+  return f"{verify}\n  {decode}" if _is_folder(config) else decode
+
+
+def _is_folder(config) -> bool:
+  return pathlib.Path(config.output).is_dir()
+
+
+def _remedy(folder, manifest, shards) -> str:
+  """The command that makes these shards."""
+  num = manifest["num_shards"]
+  command = f"{manifest['command']} --output={shlex.quote(str(folder))}"
+  if len(shards) == 1:
+    return f"{command} --shard={min(shards)}/{num}"
+  array = ",".join(map(str, sorted(shards)))
+  return (
+    f"{command} --shards={num}\n"
+    f"or, each in a process of its own, --shard=i/{num} for i in {array}"
+  )
+
+
+def _verify(config) -> dict:
+  """Checks a folder of shards; raises ValueError where it is not whole."""
+  common.require(config, "output")
+  folder = config.output
+  manifest = codes.load_manifest(folder)
+  wanted = {"num_shards": config.shards} if config.shards else {}
+  if config.codec:
+    fingerprint = safetensors_io.load_codec(config.codec).fingerprint
+    wanted["codec_fingerprint"] = fingerprint
+  if config.data:
+    num = config.num_vectors or manifest["shape"][0]
+    x_ND = formats.open_vectors(config.data, max_vectors=num)
+    wanted["data"] = codes.identify(x_ND)
+    wanted["shape"] = [len(x_ND), manifest["shape"][1]]
+  codes.check_same(folder, {k: manifest[k] for k in wanted}, wanted)
+  with common.progress(manifest["num_shards"], "verify", unit="shard") as done:
+    problems = codes.find_problems(folder, progress=done)
+  if problems:
+    path_fn = functools.partial(codes.shard_path, "", manifest["num_shards"])
+    lines = [f"  {path_fn(i)} {what}" for i, what in problems.items()]
+    raise ValueError(
+      f"{len(problems)} of the {manifest['num_shards']} shards in {folder} "
+      "are not as they should be:\n" + "\n".join(lines) + "\nTo make them:\n"
+      f"  {_remedy(folder, manifest, problems)}"
+    )
+  num, num_codes = manifest["shape"]
+  logging.info(
+    "All %d shards in %s are whole: %d x %d codes of the %s codec %s.",
+    *(manifest["num_shards"], folder, num, num_codes),
+    *(manifest["codec"], manifest["codec_fingerprint"]),
+  )
+  return {"output": folder, "shape": (num, num_codes)}
 
 
 if __name__ == "__main__":

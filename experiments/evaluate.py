@@ -10,19 +10,22 @@ r"""Measures a codec: error, recall of exact search in the decoded base, time.
 MSE is the squared error per vector: the sum over dimensions, the mean over
 vectors. 1-recall@R is the share of queries whose true nearest neighbour is
 among the first R found. Bytes are those of the code without a list number.
-Without --data the data are those of the training.
+Without --data the data are those of the training. With --multihost every
+process encodes, decodes and searches its share of the base.
 """
 
 import dataclasses
 import json
 import pathlib
 import time
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import logging
 
 from experiments import common
+from vqjax import devices
 from vqjax.data import batches, datasets, formats
 from vqjax.interop import faiss_io
 from vqjax.search import metrics
@@ -57,6 +60,15 @@ OPTIONS = {
 }
 
 
+class Search(NamedTuple):
+  """A base, and queries with the ids of their true neighbours or None twice."""
+
+  xb_ND: Any  # Array or open file.
+  xq_QD: np.ndarray | None
+  true_QG: np.ndarray | None
+  metric: str
+
+
 def run(config, workdir=None) -> dict:
   """Returns `{"codec", "rows": [...]}`; logs the table."""
   del workdir
@@ -68,6 +80,8 @@ def run(config, workdir=None) -> dict:
       f"--baselines may name {', '.join(faiss_io.ADDITIVE)}; got "
       f"{', '.join(sorted(unknown))}."
     )
+  if names and jax.process_count() > 1:
+    raise ValueError("--baselines run on one host: leave --multihost out.")
   codec = common.open_codec(config.codec)
   dataset = common.resolve_data(
     codec,
@@ -81,7 +95,7 @@ def run(config, workdir=None) -> dict:
   knobs = common.search_knobs(codec, config)
   xb_ND = _open_base(codec, config, dataset)
   xq_QD, true_QG = _open_queries(config, dataset, xb_ND)
-  search = (xb_ND, xq_QD, true_QG, dataset.metric)
+  search = Search(xb_ND, xq_QD, true_QG, dataset.metric)
   rows = [_measure(codec, knobs, config.num_steps, search)]
   for name in names:
     rows.append(_measure_baseline(name, codec, config.num_steps, xt_ND, search))
@@ -98,7 +112,7 @@ def run(config, workdir=None) -> dict:
     "rows": rows,
   }
   _log_table(result)
-  if config.output:
+  if config.output and devices.is_first():
     with formats.atomic_output(config.output, overwrite=True) as file:
       pathlib.Path(file).write_text(json.dumps(result, indent=2) + "\n")
     logging.info("Written to %s", config.output)
@@ -153,22 +167,39 @@ def _open_queries(config, dataset, xb_ND):
       "The ground truth names vectors beyond the first %d.", len(xb_ND)
     )
   logging.info("Searching the true neighbours of %d queries.", len(xq_QD))
+  mine = xb_ND[devices.share(len(xb_ND))]
   blocks = (
     block
     for _, block in batches.map_blocks(
-      lambda x_ND: x_ND, xb_ND, block_size=65536
+      lambda x_ND: x_ND, mine, block_size=65536
     )
   )
-  _, ids_QG = faiss_io.knn(xq_QD, blocks, 1, metric=dataset.metric)
-  return xq_QD, ids_QG
+  return xq_QD, _find(xq_QD, blocks, 1, len(xb_ND), dataset.metric)
+
+
+def _find(xq_QD, blocks, k: int, num_base: int, metric: str) -> np.ndarray:
+  """Ids `[Q, k]` of the nearest in the base; blocks are of our share of it."""
+  error_QR, ids_QR = faiss_io.knn(xq_QD, blocks, k, metric=metric)
+  ids_QR = np.where(ids_QR < 0, ids_QR, ids_QR + devices.share(num_base).start)
+  sign = -1 if metric == "ip" else 1  # Inner products: the greatest first.
+  error_QR = np.concatenate(devices.gather(sign * error_QR), axis=1)
+  ids_QR = np.concatenate(devices.gather(ids_QR), axis=1)
+  order_QR = np.argsort(error_QR, axis=1, kind="stable")[:, :k]
+  return np.take_along_axis(ids_QR, order_QR, axis=1)
 
 
 def _measure(codec, knobs, num_steps, search) -> dict:
-  """Figures of the codec itself."""
-  xb_ND, seconds = search[0], {}
+  """Figures of the codec itself; every process encodes its share."""
+  seconds = {}
+  xb_ND = search.xb_ND[devices.share(len(search.xb_ND))]
   encode_fn, block_size = common.make_encode_fn(codec, knobs, num_steps)
-  decode_fn = common.make_decode_fn(codec)
+  decode_fn = common.make_decode_fn(codec, knobs.get("dtype", "float32"))
   num = len(xb_ND)
+  if len(search.xb_ND) < jax.process_count():
+    raise ValueError(
+      f"{len(search.xb_ND)} vectors are too few for "
+      f"{jax.process_count()} processes."
+    )
   first = batches.read_rows(xb_ND, np.arange(min(block_size, num)))
   jax.block_until_ready(encode_fn(first))  # Compiles.
   with common.progress(num, "encode") as done, common.timed(seconds, "encode"):
@@ -193,7 +224,7 @@ def _num_bits(sizes) -> int:
 
 def _measure_baseline(name, codec, num_steps, xt_ND, search) -> dict:
   """Figures of a faiss quantiser of as many bytes."""
-  xb_ND, seconds = search[0], {}
+  xb_ND, seconds = search.xb_ND, {}
   sizes = codec.module.codebook_sizes(codec.tables)
   sizes = sizes[getattr(codec.tables, "is_ivf", False) :][:num_steps]
   num_bits = int(sizes[0] - 1).bit_length()
@@ -215,8 +246,12 @@ def _measure_baseline(name, codec, num_steps, xt_ND, search) -> dict:
 
 
 def _quality(codes_NM, decode_fn, search, seconds) -> dict:
-  """MSE, 1-recall and times of codes, decoded once in blocks."""
-  xb_ND, xq_QD, true_QG, metric = search
+  """MSE, 1-recall and times of codes, decoded once in blocks.
+
+  The codes are those of this process's share of the base.
+  """
+  num_base, xq_QD = len(search.xb_ND), search.xq_QD
+  xb_ND = search.xb_ND[devices.share(num_base)]
   num, size = len(codes_NM), min(_BLOCK, len(codes_NM))
   jax.block_until_ready(decode_fn(codes_NM[:size]))  # Compiles.
   error, decode_seconds, num_decoded = 0.0, 0.0, 0
@@ -239,16 +274,19 @@ def _quality(codes_NM, decode_fn, search, seconds) -> dict:
     for _ in decoded():
       pass
   else:
-    _, ids_QR = faiss_io.knn(xq_QD, decoded(), max(_RANKS), metric=metric)
+    ids_QR = _find(xq_QD, decoded(), max(_RANKS), num_base, search.metric)
     found = {
-      f"1-recall@{r}": float(metrics.nn_recall_at(ids_QR, true_QG, r))
+      f"1-recall@{r}": float(metrics.nn_recall_at(ids_QR, search.true_QG, r))
       for r in _RANKS
     }
+  slowest = lambda value: float(devices.gather(value).max())
   return {
-    "mse": error / num,
+    "mse": float(devices.gather(error).sum()) / num_base,
     **found,
-    "encode_us": seconds["encode"] / num * 1e6,
-    "decode_us": decode_seconds / num_decoded * 1e6,
+    "encode_us": slowest(seconds["encode"]) / num_base * 1e6,
+    "decode_us": slowest(decode_seconds / num_decoded)
+    / jax.process_count()
+    * 1e6,
     **({"train_s": seconds["train"]} if "train" in seconds else {}),
   }
 

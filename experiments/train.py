@@ -90,7 +90,7 @@ def _check_options(config) -> None:
   for name, known in (
     ("redraw", qinco_learning.REDRAWS),
     ("schedule", optimisers.SCHEDULES),
-    ("dtype", ("float32", "bfloat16")),
+    ("dtype", ("auto", "float32", "bfloat16")),
   ):
     if train[name] not in known:
       raise ValueError(
@@ -112,14 +112,18 @@ def _is_finished(workdir, config, plan, num_rows: int, resume: bool) -> bool:
   has_begun = file.exists() and (
     is_finished or (workdir / "checkpoints").exists()
   )
+  _check_shared(workdir, has_begun)  # Before the first process writes there.
   if not has_begun:
     if resume and not file.exists():
       raise ValueError(
         f"There is no run to resume in {workdir}: it has no config.json. Leave "
         "--resume out to start one."
       )
-    with formats.atomic_output(file, overwrite=True) as temporary:
-      pathlib.Path(temporary).write_text(json.dumps(new, indent=2))
+    if devices.is_first():
+      with formats.atomic_output(file, overwrite=True) as temporary:
+        pathlib.Path(temporary).write_text(json.dumps(new, indent=2))
+    devices.gather(0)  # It is there for all.
+    _check_shared(workdir, file.exists())
     return False
   old = json.loads(file.read_text())
   if not resume and not (is_finished and old == new):
@@ -130,6 +134,15 @@ def _is_finished(workdir, config, plan, num_rows: int, resume: bool) -> bool:
     )
   _check_same(old, new, workdir)
   return is_finished
+
+
+def _check_shared(workdir, is_there: bool) -> None:
+  """Raises ValueError unless all processes find the same in the folder."""
+  if len(set(devices.gather(is_there))) > 1:
+    raise ValueError(
+      f"The processes find different files in {workdir}: --workdir must be a "
+      "folder that all of them share."
+    )
 
 
 def _check_same(old: dict, new: dict, workdir, prefix: str = "") -> None:
@@ -221,7 +234,8 @@ def _train_learned(config, workdir, dataset, xt_ND, plan, resume):
       checkpoints=checkpoints,
       writer=writer,
     )
-    writers.plot_curves(workdir, scale=dataset.scale, unit=_unit(dataset))
+    if devices.is_first():
+      writers.plot_curves(workdir, scale=dataset.scale, unit=_unit(dataset))
     if not outcome.is_done:
       logging.warning(
         "Stopped at step %d of %d. To go on, run the same command with "
@@ -232,7 +246,8 @@ def _train_learned(config, workdir, dataset, xt_ND, plan, resume):
       return None, writer.seconds
     best = checkpoints.best()
     logging.info("The best validation error is that of step %d.", best)
-    return checkpoints.restore(best, outcome.state).params, writer.seconds
+    params = checkpoints.restore(best, outcome.state).params
+    return devices.local(params), writer.seconds
   finally:
     writer.close()
     checkpoints.close()
@@ -306,22 +321,23 @@ def _make_learner(config, params, xv_ND, schedule):
     codes_NM = qinco.encode(tables, x_ND, **knobs)
     return jnp.sum((x_ND - qinco.decode(tables, codes_NM)) ** 2, axis=-1)
 
-  prepare_fn, errors_fn = jax.jit(qinco.prepare), jax.jit(errors)
+  prepare_fn, errors_fn = jax.jit(qinco.prepare), devices.data_parallel(errors)
 
   def validate(params):
-    tables = prepare_fn(params)
+    tables = prepare_fn(devices.local(params))
     codec = common.Codec("qinco", qinco, tables, {}, "")
-    blocks = batches.map_blocks(
-      functools.partial(errors_fn, tables),
-      xv_ND,
-      block_size=common.block_rows(codec, knobs),
+    num_rows = common.block_rows(codec, knobs) * jax.local_device_count()
+    return common.mean_of_rows(
+      functools.partial(errors_fn, tables), xv_ND, num_rows
     )
-    return float(np.mean(np.concatenate([e for _, e in blocks]), dtype=float))
 
   learner = loop.Learner(
     loss_fn=functools.partial(
-      qinco_learning.loss, dtype=config.train.dtype, **knobs
+      qinco_learning.loss,
+      dtype=common.product_dtype(config.train.dtype),
+      **knobs,
     ),
+    join_stats_fn=qinco_learning.join_stats,
     merge_stats_fn=qinco_learning.merge_stats,
     end_epoch_fn=functools.partial(
       qinco_learning.end_epoch, redraw=config.train.redraw
@@ -349,10 +365,7 @@ def _finish(config, workdir, dataset, xt_ND, params, seconds):
     return jnp.sum((x_ND - decode_fn(encode_fn(x_ND))) ** 2, axis=-1)
 
   xv_ND = batches.read_rows(xt_ND, np.arange(held_out.start, held_out.stop))
-  blocks = batches.map_blocks(errors, xv_ND, block_size=block_size)
-  validation = float(
-    np.mean(np.concatenate([e for _, e in blocks]), dtype=float)
-  )
+  validation = common.mean_of_rows(errors, xv_ND, block_size)
   info = {
     "encode": knobs,
     "metric": dataset.metric,
@@ -360,16 +373,18 @@ def _finish(config, workdir, dataset, xt_ND, params, seconds):
     "data": _data_record(config),
     "training": {"seconds": round(seconds, 1), "validation_mse": validation},
   }
-  path = safetensors_io.save_codec(
-    workdir, config.codec, params, info=info, overwrite=True
-  )
   summary = {
-    "codec": str(path),
+    "codec": str(workdir / "codec.safetensors"),
     "validation_mse": validation,
     "scale": dataset.scale,
     "encode": knobs,
     "seconds": round(seconds, 1),
   }
+  if not devices.is_first():
+    return summary
+  safetensors_io.save_codec(
+    workdir, config.codec, params, info=info, overwrite=True
+  )
   with formats.atomic_output(workdir / "summary.json", overwrite=True) as file:
     pathlib.Path(file).write_text(json.dumps(summary, indent=2))
   logging.info(

@@ -302,3 +302,23 @@ def test_subsample():
   assert abs(np.mean(means) - 249.5) < 4 * 19.4 / np.sqrt(30)
   with pytest.raises(ValueError, match="num_rows <= 500, got 5 and 501"):
     batches.subsample(x, 5, 0, num_rows=501)
+
+
+def test_map_blocks_over_some_rows():
+  x_ND = np.arange(40, dtype=np.float32).reshape(20, 2)
+  seen = []
+  out = list(
+    batches.map_blocks(
+      lambda x_ND: x_ND + 1,
+      x_ND,
+      block_size=4,
+      rows=range(7, 17),
+      progress=lambda *args: seen.append(args),
+    )
+  )
+  assert [start for start, _ in out] == [7, 11, 15]
+  got_ND = np.concatenate([block_ND for _, block_ND in out])
+  np.testing.assert_array_equal(got_ND, x_ND[7:17] + 1)
+  assert seen == [(4, 10), (8, 10), (10, 10)]
+  with pytest.raises(ValueError, match="consecutive ones of the 20"):
+    batches.map_blocks(np.sin, x_ND, block_size=4, rows=range(15, 21))

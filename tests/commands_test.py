@@ -120,8 +120,52 @@ def test_a_prefix_is_a_code(run_dir, base_file, tmp_path):
     _config(encode, codec=run_dir, data=base_file, output=codes, num_steps=2)
   )
   assert np.load(codes).shape == (333, 2)
+  raw = str(tmp_path / "codes.bin")
+  encode.run(
+    _config(
+      encode, codec=run_dir, data=base_file, output=raw, num_steps=2, raw=True
+    )
+  )
+  output_2 = str(tmp_path / "x_2.npy")  # Its description tells the steps.
+  decode.run(_config(decode, codec=run_dir, codes=raw, output=output_2))
   decode.run(_config(decode, codec=run_dir, codes=codes, output=output))
   assert np.load(output).shape == (333, 128)
+  np.testing.assert_array_equal(np.load(output), np.load(output_2))
+
+
+@pytest.mark.parametrize("name", ["codes.npy", "codes.bin"])
+def test_codes_say_what_made_them(name, run_dir, base_file, tmp_path):
+  output, raw = str(tmp_path / name), not name.endswith(".npy")
+  given = dict(codec=run_dir, data=base_file, output=output, raw=raw)
+  encode.run(_config(encode, **given))
+  file = pathlib.Path(f"{output}.json")
+  meta = json.loads(file.read_text())
+  codec = common.open_codec(run_dir)
+  assert meta["shape"] == [333, 3]
+  assert meta["codec_fingerprint"] == codec.fingerprint
+  assert meta["encode"].items() >= codec.info["encode"].items()
+  assert f"--codec={run_dir}" in meta["command"]
+  meta["codec_fingerprint"] = "0123456789abcdef"
+  file.write_text(json.dumps(meta))
+  config = _config(decode, codec=run_dir, codes=output)
+  config.output = str(tmp_path / "x.fvecs")
+  with pytest.raises(ValueError, match="qinco codec 0123456789abcdef, but"):
+    decode.run(config)
+  pathlib.Path(output).unlink()
+  with pytest.raises(FileExistsError, match="json exists already"):
+    encode.run(_config(encode, **given))
+  assert not os.path.exists(output)  # Refused before the work.
+  encode.run(_config(encode, **given, overwrite=True))
+  decode.run(config)
+  pathlib.Path(config.output).unlink()
+  meta["codec_fingerprint"], meta["shape"] = codec.fingerprint, [332, 3]
+  file.write_text(json.dumps(meta))
+  with pytest.raises(
+    ValueError, match=r"of shape \[332, 3\], but .*\[333, 3\]"
+  ):
+    decode.run(config)
+  file.unlink()  # Made elsewhere, for all that is known.
+  decode.run(config)
 
 
 def test_a_released_checkpoint_encodes(tmp_path):

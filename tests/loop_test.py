@@ -1,6 +1,7 @@
 """The loop over a toy codec: one number per dimension, drawn to the mean."""
 
 import os
+import re
 import signal
 
 import jax
@@ -35,6 +36,7 @@ def _usage(stats):
 def _learner(loss_fn=_loss, validate_fn=None):
   return loop.Learner(
     loss_fn=loss_fn,
+    join_stats_fn=jax.lax.psum,
     merge_stats_fn=lambda old, new: jax.tree.map(jnp.add, old, new),
     end_epoch_fn=_end_epoch,
     usage_fn=_usage,
@@ -116,6 +118,21 @@ def test_resumed_equals_uninterrupted(tmp_path, at_step, number):
   assert resumed.is_done
   _assert_same(resumed.state, whole.state)
   assert _rows(part) == _rows(tmp_path / "whole")
+
+
+def test_the_clock_saves_between_epochs(tmp_path):
+  whole, _ = _run(_made(tmp_path, "whole"))
+  often, saved = _run(
+    _made(tmp_path, "often"), plan=_plan(checkpoint_minutes=0)
+  )
+  assert saved.steps()[-2:] == [11, 12]  # Epochs end at 4, 8 and 12.
+  _assert_same(often.state, whole.state)
+
+
+def test_the_progress_line_has_both_rates(tmp_path, capsys):
+  _run(tmp_path, plan=_plan(scale=10.0))
+  line = capsys.readouterr().err.splitlines()[-1]
+  assert re.search(r"vec/s, [\d.e+]+ step/s, epoch 3/3, MSE [-\d.]+", line)
 
 
 def test_killed_at_once_goes_on_from_the_last_epoch(tmp_path):

@@ -148,7 +148,8 @@ def qinco_encode(params, x, num_candidates, beam_size, num_joint_candidates=0):
 
   `num_candidates` = 0 sends every word through the network. Ties go to the
   lower slot: hypothesis by hypothesis, in each by rank in the pre-selection;
-  under the joint rule by rank among all pairs.
+  under the joint rule by rank among all pairs. The last step looks at a
+  quarter of the joint candidates, at least 16.
   """
   first = _weight(params, "first_KD")
   num_networks, num_words = params.codebooks_TKD.shape[:2]
@@ -166,6 +167,8 @@ def qinco_encode(params, x, num_candidates, beam_size, num_joint_candidates=0):
       if params.is_ivf and t == 0:
         # One hypothesis must offer enough words for the whole beam.
         one, joint = max(joint or one, beam_size), 0
+      elif joint and t == num_networks - 1:
+        joint = max((joint + 3) // 4, min(joint, 16))
       if is_all:
         pairs = [(f, k) for f in range(len(kept)) for k in range(num_words)]
       else:

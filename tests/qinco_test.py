@@ -16,6 +16,7 @@ KNOBS = [
   dict(num_candidates=3, beam_size=3, num_joint_candidates=3),
   dict(num_candidates=3, beam_size=4, num_joint_candidates=9),
   dict(num_candidates=0, beam_size=5, num_joint_candidates=35),
+  dict(num_candidates=3, beam_size=7, num_joint_candidates=20),
 ]
 
 

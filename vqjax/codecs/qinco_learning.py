@@ -148,7 +148,7 @@ def loss(
     num_joint_candidates=num_joint_candidates,
     dtype=dtype,
   )
-  errors_M, preselect_T, moments = _decode_losses(tables, z_ND, codes_NM, dtype)
+  errors_M, preselect_T, moments = decode_losses(tables, z_ND, codes_NM, dtype)
   num_words = params.codebooks_TKD.shape[1]
   used_MK = jax.vmap(partial(jnp.bincount, length=num_words))(codes_NM.T)
   if params.is_ivf:
@@ -182,6 +182,17 @@ def merge_stats(old: WordStats, new: WordStats) -> WordStats:
   """Adds the `WordStats` of one more batch."""
   merged = jax.tree.map(lambda a, b: (1 - _MOMENTUM) * a + b, old, new)
   return merged.replace(used_MK=old.used_MK + new.used_MK)
+
+
+def join_stats(stats: WordStats, axis_name: str) -> WordStats:
+  """Joins the `WordStats` of the parts of a batch, under `shard_map`."""
+  mean_MD = lax.pmean(stats.mean_MD, axis_name)
+  spread_MD = stats.std_MD**2 + (stats.mean_MD - mean_MD) ** 2
+  return stats.replace(
+    used_MK=lax.psum(stats.used_MK, axis_name),
+    mean_MD=mean_MD,
+    std_MD=jnp.sqrt(lax.pmean(spread_MD, axis_name)),
+  )
 
 
 def end_epoch(
@@ -300,10 +311,12 @@ def frozen(params: QincoParams) -> QincoParams:
   return is_frozen.replace(mean_D=True, std=True, first_KD=params.is_ivf)
 
 
-def _decode_losses(tables, z_ND, codes_NM, dtype):
-  """Losses `[M]` of the steps, `[T]` of the pre-selection, and the moments.
+def decode_losses(tables, z_ND, codes_NM, dtype):
+  """Returns what `loss` differentiates, for vectors and codes of its encode.
 
-  The moments `[M, D]` are mean and standard deviation of each step's target.
+  Losses `[M]` of the steps and `[T]` of the pre-selection, in normalised units
+  as `z_ND`, and the moments `[M, D]`: mean and standard deviation of each
+  step's target.
   """
   mse = lambda xhat_ND: jnp.mean((xhat_ND - z_ND) ** 2)
   moments_of = lambda r_ND: (r_ND.mean(axis=0), r_ND.std(axis=0))

@@ -212,7 +212,9 @@ def _prefetch(make_item, steps, depth: int):
     pool.shutdown(wait=True, cancel_futures=True)
 
 
-def map_blocks(fn, vectors, *, block_size: int, progress=None):
+def map_blocks(
+  fn, vectors, *, block_size: int, rows: range | None = None, progress=None
+):
   """Yields `(start, fn(block))` for consecutive blocks of rows, as numpy.
 
   The next block is read in a thread and its `fn` dispatched before the result
@@ -224,27 +226,35 @@ def map_blocks(fn, vectors, *, block_size: int, progress=None):
     fn: takes float32 `[n, D]`, returns arrays `[n, ...]` or a pytree of them.
     vectors: `[N, D]`, an open file or an array.
     block_size: rows per block; a shorter input is one block of its own size.
+    rows: consecutive rows to go through; None for all.
     progress: called with `(rows done, rows in all)` after each block.
   """
   if block_size < 1:
     raise ValueError(f"block_size must be at least 1, got {block_size}.")
-  return _map_blocks(fn, vectors, min(block_size, len(vectors)), progress)
+  rows = range(len(vectors)) if rows is None else rows
+  if not 0 <= rows.start <= rows.stop <= len(vectors) or rows.step != 1:
+    raise ValueError(
+      f"rows must be consecutive ones of the {len(vectors)}, got {rows}."
+    )
+  return _map_blocks(fn, vectors, min(block_size, len(rows)), rows, progress)
 
 
-def _map_blocks(fn, vectors, block_size: int, progress):
-  num = len(vectors)
+def _map_blocks(fn, vectors, block_size: int, rows: range, progress):
   waiting = None
 
   def fetch(start, result):
-    stop = min(start + block_size, num)
+    stop = min(start + block_size, rows.stop)
     cut_fn = lambda a: np.asarray(a)[: stop - start]
     out = jax.tree.map(cut_fn, result)
     if progress is not None:
-      progress(stop, num)
+      progress(stop - rows.start, len(rows))
     return start, out
 
-  starts = range(0, num, block_size or 1)
-  read_fn = lambda start: (start, _read_block(vectors, start, block_size))
+  starts = rows[:: block_size or 1]
+  read_fn = lambda start: (
+    start,
+    _read_block(vectors, start, min(start + block_size, rows.stop), block_size),
+  )
   with contextlib.closing(prefetch(read_fn, starts)) as blocks:
     for start, block_ND in blocks:
       result = fn(block_ND)
@@ -255,9 +265,9 @@ def _map_blocks(fn, vectors, block_size: int, progress):
     yield fetch(*waiting)
 
 
-def _read_block(vectors, start: int, block_size: int) -> np.ndarray:
-  """Rows from `start` on as float32; repeats the last one to fill the block."""
-  x_ND = np.asarray(vectors[start : start + block_size])
+def _read_block(vectors, start: int, stop: int, block_size: int) -> np.ndarray:
+  """Rows `start` to `stop` as float32; repeats the last to fill the block."""
+  x_ND = np.asarray(vectors[start:stop])
   with np.errstate(over="ignore"):  # Becomes Inf, which is refused below.
     x_ND = x_ND.astype(np.float32)
   formats.check_vectors(x_ND, first_row=start)

@@ -21,6 +21,7 @@ import numpy as np
 import optax
 from absl import logging
 from flax import struct
+from tqdm import tqdm
 
 from vqjax import devices
 from vqjax.core import Array
@@ -30,11 +31,18 @@ from vqjax.training import optimisers
 from vqjax.training.checkpoints import Checkpoints
 from vqjax.training.writers import Writer
 
+_GO_ON, _SAVE, _STOP = range(3)  # What a process wants; the greatest is done.
+
 
 class Learner(NamedTuple):
-  """What the loop asks of a learned codec."""
+  """What the loop asks of a learned codec.
+
+  Every device calls `loss_fn` with its part of the batch and the same key;
+  loss and metrics are means over vectors.
+  """
 
   loss_fn: Callable  # (params, key, x_ND) -> (loss, {"metrics", "stats"})
+  join_stats_fn: Callable  # (stats of a part, name of a mesh axis) -> stats
   merge_stats_fn: Callable  # (stats, stats of a batch) -> stats
   end_epoch_fn: Callable  # (params, key, stats) -> (params, stats, report)
   usage_fn: Callable  # stats -> report
@@ -103,12 +111,17 @@ def make_train_step(
   seed: int,
   accumulate: int = 1,
 ) -> Callable:
-  """Returns jitted `(state, x_ND) -> (state, metrics)`; donates the state."""
+  """Returns jitted `(state, wish_N, x_ND) -> (state, metrics, order)`.
+
+  The state is donated. `wish_N` is a number per device, and `order` the
+  greatest: what one process wants, all know at the same step.
+  """
 
   def grads_of(params, key, stats, x_ND):
     grad_fn = jax.value_and_grad(learner.loss_fn, has_aux=True)
     (loss, aux), grads = grad_fn(params, key, x_ND)
-    stats = learner.merge_stats_fn(stats, aux["stats"])
+    new = learner.join_stats_fn(aux["stats"], devices.DATA_AXIS)
+    stats = learner.merge_stats_fn(stats, new)
     return stats, {"loss": loss, **aux["metrics"]}, grads
 
   def accumulated(params, key, stats, x_ND):
@@ -129,10 +142,18 @@ def make_train_step(
     metrics, grads = jax.tree.map(lambda leaf: leaf / accumulate, total)
     return stats, metrics, grads
 
-  def train_step(state, x_ND):
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
+  def on_device(params, key, stats, rows):
+    wish_1, x_ND = rows
     compute = grads_of if accumulate == 1 else accumulated
-    stats, metrics, grads = compute(state.params, key, state.stats, x_ND)
+    stats, metrics, grads = compute(params, key, stats, x_ND)
+    metrics, grads = jax.lax.pmean((metrics, grads), devices.DATA_AXIS)
+    return stats, metrics, grads, jax.lax.pmax(wish_1[0], devices.DATA_AXIS)
+
+  def train_step(state, wish_N, x_ND):
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    stats, metrics, grads, order = devices.on_shares(on_device)(
+      state.params, key, state.stats, (wish_N, x_ND)
+    )
     updates, opt = tx.update(grads, state.opt, state.params)
     updates = jax.tree.map(lambda u: u * state.plateau.scale, updates)
     state = state.replace(
@@ -146,7 +167,7 @@ def make_train_step(
       "grad_norm": optax.tree.norm(grads),
       "lr": schedule(state.step - 1) * state.plateau.scale,
     }
-    return state, {**metrics, **extra}
+    return state, {**metrics, **extra}, order
 
   return jax.jit(train_step, donate_argnums=0)
 
@@ -163,6 +184,10 @@ def train(
   writer: Writer,
 ) -> Outcome:
   """Trains from `state` to the end of the plan, or to a signal.
+
+  All processes call it. A signal to one of them, or its clock, stops or saves
+  all at the same step: what each wants goes to the device with its batch, and
+  the answer comes back with the metrics.
 
   Args:
     learner: The codec.
@@ -187,23 +212,30 @@ def train(
     return Outcome(state, True)
   state = devices.replicate(state)
   pending = collections.deque()
-  bar = progress_bar(
-    plan.total_steps * plan.batch_size, "train", start=step * plan.batch_size
+  bar, text = _make_bar(plan, step), ""
+  # Placed by the thread that reads, so that no step waits for a copy.
+  batches = prefetch(
+    lambda step: devices.shard(batch_fn(step)), range(step, plan.total_steps)
   )
-  batches = prefetch(batch_fn, range(step, plan.total_steps))
+  wishes = [
+    devices.shard(np.full(jax.local_device_count(), wish, np.int32))
+    for wish in (_GO_ON, _SAVE, _STOP)
+  ]
   with contextlib.closing(batches), _catch_signals() as stop, bar:
     for x_ND in batches:
-      state, metrics = step_fn(state, devices.shard(x_ND))
-      step += 1
-      pending.append((step, metrics))
-      _report(pending, plan, writer, checkpoints, keep=2)
-      bar.update(plan.batch_size)
-      is_epoch_end = step % plan.steps_per_epoch == 0
       is_due = time.monotonic() - saved > 60 * plan.checkpoint_minutes
-      if not (is_epoch_end or is_due or stop.is_set()):
+      wish = _STOP if stop.is_set() else _SAVE if is_due else _GO_ON
+      state, metrics, order = step_fn(state, wishes[wish], x_ND)
+      step += 1
+      pending.append((step, metrics, order))
+      order = _report(pending, plan, writer, checkpoints, keep=2)
+      bar.update(plan.batch_size)
+      bar.set_postfix_str(_rate_text(bar, plan, text), refresh=False)
+      is_epoch_end = step % plan.steps_per_epoch == 0
+      if order == _GO_ON and not is_epoch_end:
         continue
-      _report(pending, plan, writer, checkpoints, keep=0)
-      validation = None
+      rest = _report(pending, plan, writer, checkpoints, keep=0)
+      order, validation = max(order, rest), None
       if is_epoch_end:
         state, row = _end_epoch(learner, state, plan, step)
         validation = row["validation_mse"]
@@ -211,7 +243,8 @@ def train(
           _stop_on("validation_mse", validation, step, checkpoints)
         row.update(lr=metrics["lr"], seconds=time.monotonic() - started)
         writer.write(step, row)
-        bar.set_postfix_str(_epoch_text(row, plan, step))
+        text = _epoch_text(row, plan, step)
+        bar.set_postfix_str(_rate_text(bar, plan, text), refresh=False)
       checkpoints.save(
         step, jax.tree.map(jnp.copy, state), validation=validation
       )
@@ -221,23 +254,27 @@ def train(
           "No better validation for %d epochs: done.", plan.stop_patience
         )
         return Outcome(state, True)
-      if stop.is_set():
+      if order == _STOP:
         return Outcome(state, step == plan.total_steps)
   return Outcome(state, True)
 
 
-def _report(pending, plan, writer, checkpoints, *, keep):
+def _report(pending, plan, writer, checkpoints, *, keep) -> int:
   """Writes the metrics of all but the last `keep` steps, which may be running.
 
-  Fetching late lets the device run ahead of the host.
+  Fetching late lets the device run ahead of the host. Returns the greatest
+  order of these steps.
   """
+  greatest = _GO_ON
   while len(pending) > keep:
-    step, metrics = pending.popleft()
+    step, metrics, order = pending.popleft()
+    greatest = max(greatest, int(order))
     for name in ("loss", "grad_norm"):
       if not math.isfinite(metrics[name]):
         _stop_on(name, float(metrics[name]), step, checkpoints)
     if step % plan.log_every == 0:
       writer.write(step, metrics)
+  return greatest
 
 
 def _stop_on(name, value, step, checkpoints):
@@ -297,11 +334,29 @@ def _end_epoch(learner, state, plan, step):
   return devices.replicate(state), row
 
 
+def _make_bar(plan, step):
+  """The progress line, shown by the first process."""
+  if not devices.is_first():
+    return tqdm(disable=True)
+  return progress_bar(
+    plan.total_steps * plan.batch_size, "train", start=step * plan.batch_size
+  )
+
+
+def _rate_text(bar, plan, text):
+  """Steps per second, as late as the vectors per second of the bar."""
+  if bar.disable:
+    return ""
+  now = bar.format_dict
+  rate = now["rate"] or (now["n"] - now["initial"]) / max(now["elapsed"], 1e-9)
+  return f"{rate / plan.batch_size:.3g} step/s" + f", {text}" * bool(text)
+
+
 def _epoch_text(row, plan, step):
   return (
     f"epoch {step // plan.steps_per_epoch}/{plan.num_epochs}, "
-    f"validation MSE {row['validation_mse'] * plan.scale:.4g}, "
-    f"{int(row['dead_words'])} dead words"
+    f"MSE {row['validation_mse'] * plan.scale:.4g}, "
+    f"{int(row['dead_words'])} dead"
   )
 
 

@@ -1,16 +1,20 @@
 """Where training reports to: JSON lines, TensorBoard, a picture of curves."""
 
 import json
+import os
 import pathlib
 
 import numpy as np
+
+from vqjax import devices
 
 
 class Writer:
   """Appends `{"step", ...}` lines to `metrics.jsonl` of a run folder.
 
   A run that goes on from `first_step` first drops the lines after it, which
-  an interrupted run may have written without keeping their checkpoint.
+  an interrupted run may have written without keeping their checkpoint. Only
+  the first process writes; what the others have to say is the same.
   """
 
   def __init__(
@@ -20,7 +24,10 @@ class Writer:
     first_step: int = 0,
     tensorboard: bool = False,
   ):
+    is_first = devices.is_first()
     self._path = pathlib.Path(folder) / "metrics.jsonl"
+    if not is_first:
+      self._path = pathlib.Path(os.devnull)
     kept = [row for row in read_rows(self._path) if row["step"] <= first_step]
     if not first_step:
       kept = []
@@ -29,7 +36,7 @@ class Writer:
     self._path.write_text("".join(json.dumps(row) + "\n" for row in kept))
     self._file = self._path.open("a")
     self._tensorboard = None
-    if tensorboard:
+    if tensorboard and is_first:
       self._tensorboard = _open_tensorboard(folder, first_step)
 
   def write(self, step: int, values: dict) -> None:

@@ -1,0 +1,189 @@
+r"""Measures error against time of encoding, to choose --beam_size and C.
+
+  python -m experiments.tradeoff --codec=runs/qinco2_s --output=tradeoff.png
+
+Encodes the same vectors by the published rule (A words of each hypothesis go
+through the network) and by the joint one (the best C of all pairs), at growing
+beam sizes, and draws both curves. A JSON file of the figures lies beside the
+picture. Without --data the vectors are those of the codec's own base.
+"""
+
+import json
+import pathlib
+import time
+
+import jax
+import matplotlib
+import numpy as np
+from absl import logging
+
+from experiments import common
+from vqjax.data import batches, datasets, formats
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+OPTIONS = {
+  "codec": common.CODEC_OPTION,
+  **common.DATA_OPTIONS,
+  "num_vectors": common.Option(int, 2000, "Vectors to encode."),
+  "beam_sizes": common.Option(str, "4,8,16,32,48,64", "Values of B."),
+  "num_candidates": common.Option(
+    str, "4,16", "Values of A, up to B, for the published rule."
+  ),
+  "joint_factors": common.Option(
+    str, "1,2,4", "Values of C / B, for the joint rule."
+  ),
+  "dtype": common.SEARCH_OPTIONS["dtype"],
+  "repeats": common.Option(int, 3, "Runs, of which the median time counts."),
+  "output": common.Option(str, None, "Picture to write (.png, .svg, .pdf)."),
+  "overwrite": common.Option(bool, False, "Replace existing outputs."),
+}
+
+
+def run(config, workdir=None) -> dict:
+  """Returns `{"rows": [...]}`, one row per pair of sizes."""
+  del workdir
+  common.require(config, "codec", "output")
+  picture = pathlib.Path(config.output)
+  figures = picture.with_suffix(".json")
+  if figures == picture:
+    raise ValueError("--output is the picture, and cannot end in .json.")
+  for path in (picture, figures):
+    formats.check_output(path, overwrite=config.overwrite)
+  codec = common.open_codec(config.codec)
+  if getattr(codec.tables, "preselect_TKD", None) is None:
+    raise ValueError(
+      "Only a QINCo2 has words pre-selected for its network: there is nothing "
+      f"to trade in this {codec.name} codec."
+    )
+  dataset = common.resolve_data(codec, config, base=config.data)
+  x_ND = datasets.open_split(dataset, "base", max_vectors=config.num_vectors)
+  x_ND = batches.read_rows(x_ND, range(len(x_ND)))
+  rows = []
+  sizes = _sizes(config, codec)
+  with common.progress(len(sizes), "encode", unit="size") as done:
+    for knobs in sizes:
+      rows.append(_measure(codec, x_ND, knobs, config, dataset.scale))
+      done(len(rows), len(sizes))
+  rows.sort(key=lambda row: (row["rule"], row["encode_us"]))
+  logging.info("%s", _table(rows))
+  device = jax.devices()[0].device_kind
+  result = {
+    "device": f"{device} x {jax.local_device_count()}",
+    "jax": jax.__version__,
+    "num_vectors": len(x_ND),
+    "fingerprint": codec.fingerprint,
+    "rows": rows,
+  }
+  with formats.atomic_output(figures, config.overwrite) as path:
+    pathlib.Path(path).write_text(json.dumps(result, indent=1))
+  with formats.atomic_output(picture, config.overwrite) as path:
+    _draw(rows, dataset.scale, path, picture.suffix[1:])
+  logging.info("Written: %s, %s", picture, figures)
+  return result
+
+
+def _sizes(config, codec) -> list[dict]:
+  """Returns the knobs to measure."""
+  num_words = codec.module.codebook_sizes(codec.tables)[-1]
+  numbers = lambda text: [int(part) for part in text.split(",")]
+  beams = [b for b in numbers(config.beam_sizes) if b <= num_words]
+  published = [
+    dict(num_candidates=a, beam_size=b, num_joint_candidates=0)
+    for b in beams
+    for a in numbers(config.num_candidates)
+    if a <= min(b, num_words)
+  ]
+  joint = [
+    dict(num_candidates=1, beam_size=b, num_joint_candidates=b * factor)
+    for b in beams
+    for factor in numbers(config.joint_factors)
+    if factor <= num_words
+  ]
+  return published + joint
+
+
+def _measure(codec, x_ND, knobs, config, scale) -> dict:
+  """Encodes all vectors with `knobs`, some times over."""
+  dtype = common.product_dtype(config.dtype)
+  encode_fn, num_rows = common.make_encode_fn(codec, {**knobs, "dtype": dtype})
+  num_rows = min(num_rows, len(x_ND))
+  jax.block_until_ready(encode_fn(x_ND[:num_rows]))  # Compiles.
+  times = []
+  for _ in range(config.repeats):
+    began = time.perf_counter()
+    blocks = batches.map_blocks(encode_fn, x_ND, block_size=num_rows)
+    codes_NM = np.concatenate([codes_NM for _, codes_NM in blocks])
+    times.append(time.perf_counter() - began)
+  decoded_ND = np.asarray(common.make_decode_fn(codec, dtype)(codes_NM))
+  error_N = np.sum((x_ND - decoded_ND) ** 2, axis=1, dtype=np.float64)
+  a, b, c = (knobs[name] for name in common.RULE)
+  return {
+    "rule": "joint" if c else "published",
+    "B": b,
+    "A": None if c else a,
+    "C": c or None,
+    "evaluations": c or a * b,
+    "mse": float(error_N.mean()) * scale,
+    "encode_us": float(np.median(times)) / len(x_ND) * 1e6,
+  }
+
+
+def _table(rows) -> str:
+  return common.table(
+    ["rule", "B", "A", "C", "evaluations", "MSE", "us per vector"],
+    [
+      [
+        row["rule"],
+        row["B"],
+        row["A"] or "",
+        row["C"] or "",
+        row["evaluations"],
+      ]
+      + [f"{row['mse']:.4f}", f"{row['encode_us']:.0f}"]
+      for row in rows
+    ],
+  )
+
+
+def _draw(rows, scale, path, kind) -> None:
+  """Draws each rule's sizes, and the line through those nothing beats."""
+  figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+  for rule, colour in (("published", "tab:orange"), ("joint", "tab:blue")):
+    mine = [row for row in rows if row["rule"] == rule]
+    best, front = np.inf, []
+    for row in mine:  # In the order of time.
+      if row["mse"] < best:
+        best = row["mse"]
+        front.append(row)
+    for chosen, style in (
+      (mine, dict(ls="", marker=".", alpha=0.4)),
+      (front, dict(marker="o", ms=4, label=rule)),
+    ):
+      axes.plot(
+        [row["encode_us"] for row in chosen],
+        [row["mse"] for row in chosen],
+        color=colour,
+        **style,
+      )
+    for row in front:
+      second = f"C={row['C']}" if row["C"] else f"A={row['A']}"
+      axes.annotate(
+        f"B={row['B']} {second}",
+        (row["encode_us"], row["mse"]),
+        fontsize=6,
+        xytext=(3, 3),
+        textcoords="offset points",
+      )
+  axes.set_xscale("log")
+  axes.set_xlabel("microseconds per vector")
+  axes.set_ylabel("MSE" + ("" if scale == 1 else f" (x {scale:g})"))
+  axes.grid(alpha=0.3)
+  axes.legend(title="rule")
+  figure.savefig(path, format=kind, dpi=150)
+  plt.close(figure)
+
+
+if __name__ == "__main__":
+  common.main(run, OPTIONS, __doc__)

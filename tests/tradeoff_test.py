@@ -1,0 +1,98 @@
+"""Which encoding rule is taken, and what each costs."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import common, tradeoff
+from tests import qinco_cases
+from vqjax.codecs import qinco
+from vqjax.data import formats
+from vqjax.interop import safetensors_io
+
+PUBLISHED = dict(num_candidates=10, beam_size=8)
+
+
+def _codec(preselect_fn):
+  """A codec of 16 words without a network, so that its error is plain."""
+  params = qinco_cases.make_params(num_words=16, dim=6)
+  params = params.replace(out_TED=0 * params.out_TED)
+  params = params.replace(preselect_TKD=preselect_fn(params.codebooks_TKD))
+  tables = jax.jit(qinco.prepare)(params)
+  return params, common.Codec("qinco", qinco, tables, {}, "")
+
+
+def _vectors(num=320):
+  return np.random.default_rng(0).normal(size=(num, 6)).astype(np.float32)
+
+
+def test_the_joint_rule_is_taken_where_it_is_as_good():
+  _, codec = _codec(lambda words_TKD: words_TKD)
+  knobs = common.try_joint_rule(codec, PUBLISHED, _vectors(), num_vectors=32)
+  assert knobs == {**PUBLISHED, "num_joint_candidates": 16}
+
+
+def test_the_joint_rule_is_refused_where_it_is_worse():
+  _, codec = _codec(lambda words_TKD: 3 * jnp.flip(words_TKD, axis=1))
+  knobs = common.try_joint_rule(codec, PUBLISHED, _vectors(), num_vectors=32)
+  assert knobs == PUBLISHED
+
+
+@pytest.mark.parametrize(
+  ("knobs", "num"),
+  [
+    (PUBLISHED, 255),  # Too few vectors for a trial.
+    (dict(PUBLISHED, num_joint_candidates=9), 320),
+    (dict(num_candidates=0, beam_size=8), 320),
+  ],
+)
+def test_nothing_is_tried_where_it_cannot_help(knobs, num):
+  _, codec = _codec(lambda words_TKD: words_TKD)
+  got = common.try_joint_rule(codec, knobs, _vectors(num), num_vectors=32)
+  assert got == knobs
+
+
+def _config(**values):
+  config = common.get_config(tradeoff.OPTIONS)
+  config.update(repeats=1, **values)
+  return config
+
+
+def test_tradeoff_measures_both_rules(tmp_path):
+  params, codec = _codec(lambda words_TKD: words_TKD)
+  folder = tmp_path / "codec"
+  safetensors_io.save_codec(folder, "qinco", params, info={})
+  data = tmp_path / "x.fvecs"
+  formats.write_vectors(data, _vectors(), dtype=np.float32)
+  picture = tmp_path / "tradeoff.png"
+  config = _config(
+    codec=str(folder), data=str(data), num_candidates="2", beam_sizes="2,4",
+    joint_factors="2", output=str(picture),
+  )  # fmt: skip
+  rows = tradeoff.run(config)["rows"]
+  assert json.loads(picture.with_suffix(".json").read_text())["rows"] == rows
+  assert picture.stat().st_size > 10_000
+  assert [(r["rule"], r["B"], r["A"], r["C"]) for r in rows if r["B"] == 4] == [
+    ("joint", 4, None, 8),
+    ("published", 4, 2, None),
+  ]
+  assert [row["evaluations"] for row in rows if row["B"] == 4] == [8, 8]
+  codes_NM = qinco.encode(
+    codec.tables, _vectors(), num_candidates=2, beam_size=4
+  )
+  error_ND = _vectors() - np.asarray(qinco.decode(codec.tables, codes_NM))
+  (row,) = (r for r in rows if r["rule"] == "published" and r["B"] == 4)
+  assert row["mse"] == pytest.approx((error_ND**2).sum(1).mean(), rel=1e-5)
+  with pytest.raises(FileExistsError, match="tradeoff.png"):
+    tradeoff.run(config)
+
+
+def test_tradeoff_refuses_a_codec_without_preselection(tmp_path):
+  params = qinco_cases.make_params(**qinco_cases.CASES["qinco1"])
+  safetensors_io.save_codec(tmp_path / "codec", "qinco", params, info={})
+  config = _config(codec=str(tmp_path / "codec"), output="x.png")
+  with pytest.raises(ValueError, match="Only a QINCo2 has words pre-selected"):
+    tradeoff.run(config)

@@ -1,0 +1,439 @@
+"""Codes on disk: shards made apart from each other, and one reader for all.
+
+A folder of shards is filled by any number of processes, in any order:
+
+  manifest.json              what the codes are; the same whoever writes it
+  codes-00003-of-00016.npy   codes of rows 3*N//16 to 4*N//16, uint8
+  codes-00003-of-00016.json  its checksum; with it the shard is finished
+
+A killed process may leave a .codes-*.tmp-* behind, which counts for nothing.
+
+In a shard each code takes the whole bytes that its codebook needs, low byte
+first. For 256 words that is the code itself, uint8 `[n, M]`, a quarter of
+int32. With a million lists in front a row takes 3 + M bytes, where one type
+for all columns would take 4 + 4M. Packed bits would be smaller only below 8
+bits; whole bytes can be read by any program.
+
+A file of codes has the same description beside it, in `codes.npy.json`; one
+without was made elsewhere.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import pathlib
+
+import numpy as np
+
+from vqjax import __version__
+from vqjax.core import check_range
+from vqjax.data import batches, formats
+
+MANIFEST_NAME = "manifest.json"
+_FORMAT, _VERSION = "vqjax codes", 1
+_NOT_COMPARED = ("command", "vqjax_version")
+_SAMPLE_ROWS = 256  # Of the data, for their checksum.
+_MAX_ID = np.iinfo(np.int32).max
+_FOREIGN = "is of another codec, data file or options; remove it first"
+
+
+def describe(
+  vectors, *, codec, fingerprint, codebook_sizes, encode, command, num_shards=0
+) -> dict:
+  """Returns what a manifest, or the description beside a file, says.
+
+  Args:
+    vectors: what is encoded, `[N, D]`; a few rows are read.
+    codec: name of the codec.
+    fingerprint: of its parameters.
+    codebook_sizes: words at each of the M positions of a code.
+    encode: options of the search, plain values.
+    command: makes these codes; kept for people, not compared.
+    num_shards: shards that the rows are cut into; 0 for a single file.
+  """
+  shape = [len(vectors), len(codebook_sizes)]
+  shards = {}
+  if num_shards:
+    check_range(
+      "The number of shards", num_shards, 1, shape[0], "none is empty"
+    )
+    row_bytes = len(_kept_bytes(codebook_sizes))
+    shards = {
+      "num_shards": num_shards,
+      "dtype": "uint8",
+      "row_bytes": row_bytes,
+    }
+  return {
+    "format": _FORMAT,
+    "version": _VERSION,
+    "shape": shape,
+    **shards,
+    "codebook_sizes": [int(size) for size in codebook_sizes],
+    "codec": codec,
+    "codec_fingerprint": fingerprint,
+    "encode": encode,
+    "data": identify(vectors),
+    "command": command,
+    "vqjax_version": __version__,
+  }
+
+
+def identify(vectors) -> dict:
+  """Returns what tells these vectors `[N, D]` from others of their shape.
+
+  The checksum covers rows spread over the file, not a change between them: a
+  terabyte is not read twice.
+  """
+  num, dim = vectors.shape
+  rows = np.unique(np.linspace(0, num - 1, _SAMPLE_ROWS, dtype=np.int64))
+  sample_ND = batches.read_rows(vectors, rows)
+  formats.release_pages(vectors)
+  return {
+    "dim": dim,
+    "dtype": np.dtype(vectors.dtype).name,
+    "checksum_of_sample": hashlib.sha256(sample_ND).hexdigest()[:16],
+  }
+
+
+def shard_rows(num_vectors: int, num_shards: int, shard: int) -> range:
+  """Returns the rows of shard `shard`, counted from 0."""
+  check_range("The shard", shard, 0, num_shards - 1)
+  first, stop = (num_vectors * i // num_shards for i in (shard, shard + 1))
+  return range(first, stop)
+
+
+def shard_path(folder, num_shards: int, shard: int) -> pathlib.Path:
+  """Returns the array file of a shard; its record ends in .json."""
+  return pathlib.Path(folder) / f"codes-{shard:05d}-of-{num_shards:05d}.npy"
+
+
+def claim(folder, manifest: dict) -> dict:
+  """Makes `folder` that of `manifest`, which it returns as written.
+
+  Many processes may do so at once.
+
+  Raises:
+    ValueError: The folder holds other codes; the message names what differs.
+  """
+  with contextlib.suppress(FileExistsError):
+    write_json(pathlib.Path(folder) / MANIFEST_NAME, manifest)
+  found = load_manifest(folder)
+  check_same(folder, found, manifest)
+  return found
+
+
+def load_manifest(folder) -> dict:
+  """Returns the manifest of a folder of shards."""
+  path = pathlib.Path(folder) / MANIFEST_NAME
+  if not path.is_file():
+    raise FileNotFoundError(
+      f"{folder} is no folder of codes: it has no {MANIFEST_NAME}."
+    )
+  return _read_description(path)
+
+
+def check_same(where, found: dict, wanted: dict, prefix: str = "") -> None:
+  """Raises ValueError where codes differ from those wanted, and names it."""
+  for name in [*wanted, *(set(found) - set(wanted))]:
+    a, b = found.get(name), wanted.get(name)
+    if isinstance(a, dict) and isinstance(b, dict):
+      check_same(where, a, b, f"{prefix}{name}.")
+    elif a != b and name not in _NOT_COMPARED:
+      raise ValueError(
+        f"{where} holds other codes: their {prefix}{name} is {a}, now it is "
+        f"{b}. Choose another --output, or remove those codes."
+      )
+
+
+def write_shard(folder, manifest: dict, shard: int, blocks) -> None:
+  """Writes a shard from blocks of codes `[n, M]`, whole or not at all."""
+  num_vectors, num_shards = manifest["shape"][0], manifest["num_shards"]
+  rows = shard_rows(num_vectors, num_shards, shard)
+  path = shard_path(folder, num_shards, shard)
+  sizes = manifest["codebook_sizes"]
+  bytes_fn = lambda codes_NM: to_bytes(codes_NM, sizes)
+  num = formats.write_vectors(
+    path, map(bytes_fn, blocks), dtype=np.uint8, overwrite=True
+  )
+  if num != len(rows):
+    path.unlink()
+    raise ValueError(f"{path} must get {len(rows)} codes, got {num}.")
+  record = {
+    "rows": [rows.start, rows.stop],
+    "bytes": path.stat().st_size,
+    "sha256": _sha256(path),
+    "manifest": _digest(manifest),
+  }
+  write_json(path.with_suffix(".json"), record, overwrite=True)
+
+
+def unfinished(folder, manifest: dict, shards) -> list[int]:
+  """Returns those of `shards` that are still to be made, or made again.
+
+  Raises:
+    ValueError: A shard is of another codec, data file or options.
+  """
+  todo = []
+  for shard in shards:
+    problem = _problem(folder, manifest, shard, is_thorough=True)
+    if problem == _FOREIGN:
+      path = shard_path(folder, manifest["num_shards"], shard)
+      raise ValueError(f"{path} {_FOREIGN}.")
+    todo += [shard] if problem else []
+  return todo
+
+
+def find_problems(folder, *, is_thorough: bool = True, progress=None) -> dict:
+  """Returns `{shard: what is wrong with it}`; empty where all is well.
+
+  Args:
+    folder: a folder of shards.
+    is_thorough: reads the shards, to compare their checksums and ranges.
+    progress: called with `(shards done, shards in all)`.
+  """
+  manifest, problems = load_manifest(folder), {}
+  num_shards = manifest["num_shards"]
+  for shard in range(num_shards):
+    problem = _problem(folder, manifest, shard, is_thorough)
+    problems |= {shard: problem} if problem else {}
+    if progress is not None:
+      progress(shard + 1, num_shards)
+  return problems
+
+
+def _problem(folder, manifest, shard: int, is_thorough: bool) -> str | None:
+  """Says what is wrong with a shard, None for nothing."""
+  num_vectors, num_shards = manifest["shape"][0], manifest["num_shards"]
+  path = shard_path(folder, num_shards, shard)
+  rows = shard_rows(num_vectors, num_shards, shard)
+  if not path.is_file():
+    return "is missing"
+  try:
+    record = json.loads(path.with_suffix(".json").read_text())
+    belongs = [record["rows"], record["manifest"]]
+    wanted, checksum = record["bytes"], record["sha256"]
+  except FileNotFoundError:
+    return "is not finished: it has no record"
+  except (ValueError, KeyError, TypeError):
+    return "has a damaged record"
+  if belongs != [[rows.start, rows.stop], _digest(manifest)]:
+    return _FOREIGN
+  if path.stat().st_size != wanted:
+    return f"has {path.stat().st_size} bytes, expected {wanted}"
+  if is_thorough and _sha256(path) != checksum:
+    return "is damaged: it does not match its checksum"
+  try:
+    codes = Codes([_open_shard(path, manifest, len(rows))], manifest)
+    for _ in codes.blocks(1 << 16) if is_thorough else ():
+      pass
+  except ValueError as error:
+    return f"is damaged: {error}"
+  return None
+
+
+class Codes:
+  """Codes `[N, M]` on disk: `codes[start:stop]` reads them as int32.
+
+  `meta` is their description, empty where there is none.
+  """
+
+  def __init__(self, parts, meta: dict, *, sizes=None, unpack_fn=None):
+    """Joins arrays of rows; for shards `unpack_fn` follows from `meta`.
+
+    Args:
+      parts: arrays `[n, ...]`, the rows of one after those of the other.
+      meta: description of the codes.
+      sizes: codebook sizes, where `meta` does not have them.
+      unpack_fn: turns rows of a part into codes `[n, M]`.
+    """
+    self.meta = meta
+    self.codebook_sizes = tuple(meta.get("codebook_sizes", sizes))
+    self._unpack_fn = unpack_fn or self._from_bytes
+    self._parts = parts
+    self._starts = np.cumsum([0, *map(len, parts)])
+    self.shape = (int(self._starts[-1]), len(self.codebook_sizes))
+
+  def _from_bytes(self, raw) -> np.ndarray:
+    return from_bytes(raw, self.codebook_sizes)
+
+  def __len__(self) -> int:
+    """Number of codes."""
+    return self.shape[0]
+
+  def __getitem__(self, rows: slice) -> np.ndarray:
+    """Reads consecutive rows, int32 `[n, M]`."""
+    start, stop, step = rows.indices(len(self))
+    if step != 1:
+      raise ValueError(f"Codes are read in steps of 1, got {step}.")
+    found = [np.empty((0, self.shape[1]), np.int32)]
+    i = int(np.searchsorted(self._starts, start, "right")) - 1
+    while start < stop:
+      part, first = self._parts[i], self._starts[i]
+      raw = part[start - first : stop - first]
+      codes_NM = self._unpack_fn(raw)
+      check_ids(codes_NM, self.codebook_sizes, start)
+      formats.release_pages(part)
+      found.append(codes_NM.astype(np.int32))
+      start, i = start + len(raw), i + 1
+    return np.concatenate(found) if len(found) > 2 else found[-1]
+
+  def blocks(self, block_size: int):
+    """Yields all codes in order, `block_size` at a time; the last may be less.
+
+    Blocks run on from one shard into the next.
+    """
+    if block_size < 1:
+      raise ValueError(f"block_size must be at least 1, got {block_size}.")
+    starts = range(0, len(self), block_size)
+    return (self[start : start + block_size] for start in starts)
+
+
+def open_codes(path) -> Codes:
+  """Opens a folder of shards, or a .npy of integers `[N, M]`, for reading.
+
+  Checksums are not compared here, see `find_problems`; ranges are, as codes
+  are read.
+
+  Raises:
+    ValueError: Shards are missing or of another run, or the file is no codes.
+  """
+  path = pathlib.Path(path)
+  if path.is_dir():
+    return _open_folder(path)
+  codes_NM, meta = formats.open_vectors(path), read_description(path)
+  if codes_NM.dtype.kind not in "iu":
+    raise TypeError(f"{path} must hold integer codes, got {codes_NM.dtype}.")
+  check_described(path, meta, codes_NM.shape)
+  sizes = [_MAX_ID + 1] * codes_NM.shape[1]
+  return Codes([codes_NM], meta, sizes=sizes, unpack_fn=np.asarray)
+
+
+def _open_folder(folder: pathlib.Path) -> Codes:
+  manifest = load_manifest(folder)
+  num_vectors, num_shards = manifest["shape"][0], manifest["num_shards"]
+  if problems := find_problems(folder, is_thorough=False):
+    shard, problem = min(problems.items())
+    raise ValueError(
+      f"{folder} lacks {len(problems)} of its {num_shards} shards: "
+      f"{shard_path('', num_shards, shard)} {problem}. "
+      f"python -m experiments.encode --verify --output={folder} says how to "
+      "make them."
+    )
+  parts = [
+    _open_shard(
+      shard_path(folder, num_shards, shard),
+      manifest,
+      len(shard_rows(num_vectors, num_shards, shard)),
+    )
+    for shard in range(num_shards)
+  ]
+  return Codes(parts, manifest)
+
+
+def _open_shard(path, manifest: dict, num: int) -> np.ndarray:
+  raw = formats.open_vectors(path)
+  wanted = (num, manifest["row_bytes"])
+  if raw.shape != wanted or raw.dtype != np.uint8:
+    raise ValueError(
+      f"{path} must hold uint8 {wanted}, got {raw.dtype} {raw.shape}."
+    )
+  return raw
+
+
+def description_path(path) -> pathlib.Path:
+  """Returns where the description of a file of codes lies."""
+  return pathlib.Path(f"{os.fspath(path)}.json")
+
+
+def read_description(path) -> dict:
+  """Returns the description beside a file of codes, empty without one."""
+  path = description_path(path)
+  return _read_description(path) if path.is_file() else {}
+
+
+def check_described(path, meta: dict, shape) -> None:
+  """Raises ValueError where a description is that of another file of codes."""
+  if meta and meta["shape"] != list(shape):
+    raise ValueError(
+      f"{description_path(path)} describes codes of shape {meta['shape']}, but "
+      f"{path} beside it has {list(shape)}; remove the description if the "
+      "codes were made elsewhere."
+    )
+
+
+def _read_description(path: pathlib.Path) -> dict:
+  try:
+    found = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path} is damaged, or no JSON file: {error}.") from error
+  if not isinstance(found, dict) or found.get("format") != _FORMAT:
+    raise ValueError(
+      f"{path} must have format {_FORMAT!r}: it is not of vqjax."
+    )
+  if found.get("version") != _VERSION:
+    raise ValueError(
+      f"{path} has version {found.get('version')!r}, this vqjax {__version__} "
+      f"reads version {_VERSION}; use the vqjax that wrote it, "
+      f"{found.get('vqjax_version')}."
+    )
+  return found
+
+
+def write_json(path, value: dict, *, overwrite: bool = False) -> None:
+  """Writes a description or record, whole or not at all."""
+  with formats.atomic_output(path, overwrite) as temporary:
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def check_ids(codes_NM, sizes, first_row: int = 0) -> None:
+  """Raises ValueError where a code is not an id of its codebook.
+
+  Args:
+    codes_NM: integers of any type.
+    sizes: words in each of the M codebooks.
+    first_row: number of the first row, for the message.
+  """
+  bad = (codes_NM < 0) | (codes_NM >= np.array(sizes))
+  if bad.any():
+    row, column = np.argwhere(bad)[0]
+    raise ValueError(
+      f"Code {codes_NM[row, column]} in row {first_row + row}, column {column} "
+      f"must lie between 0 and {sizes[column] - 1}: the codes are of another "
+      "codec, or damaged."
+    )
+
+
+def to_bytes(codes_NM, sizes) -> np.ndarray:
+  """Cuts codes to the whole bytes they need, uint8 `[N, row_bytes]`."""
+  check_ids(codes_NM, sizes)
+  raw = np.ascontiguousarray(codes_NM, "<i4").view(np.uint8)
+  return raw[:, _kept_bytes(sizes)]
+
+
+def from_bytes(raw, sizes) -> np.ndarray:
+  """Inverse of `to_bytes`: int32 codes `[N, M]`."""
+  wide = np.zeros((len(raw), 4 * len(sizes)), np.uint8)
+  wide[:, _kept_bytes(sizes)] = raw
+  return wide.view("<i4")
+
+
+def _kept_bytes(sizes) -> np.ndarray:
+  """Which of the 4M bytes of int32 codes a shard keeps."""
+  num_bytes_M = [
+    max(1, math.ceil(int(size - 1).bit_length() / 8)) for size in sizes
+  ]
+  return np.flatnonzero(np.arange(4) < np.array(num_bytes_M)[:, None])
+
+
+def _sha256(path: pathlib.Path) -> str:
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(manifest: dict) -> str:
+  """A checksum of all in a manifest that is compared."""
+  kept = {k: v for k, v in manifest.items() if k not in _NOT_COMPARED}
+  text = json.dumps(kept, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]

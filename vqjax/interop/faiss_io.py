@@ -65,6 +65,47 @@ def knn(
   return np.where(heap.I < 0, worst, heap.D).astype(np.float32), heap.I
 
 
+def fit_kmeans(
+  x_ND: np.ndarray,
+  num_words: int,
+  *,
+  num_iterations: int = 10,
+  seed: int = 0,
+  start_KD: np.ndarray | None = None,
+) -> np.ndarray:
+  """Words `[K, D]` that faiss's k-means finds in all the vectors `[N, D]`.
+
+  Args:
+    x_ND: Vectors, of any numeric type; no sample of them is taken.
+    num_words: K, at most N.
+    num_iterations: Rounds of assignment and update.
+    seed: Draws the start where none is given, and splits empty words.
+    start_KD: Words to start from; None for rows drawn at random.
+
+  Raises:
+    ValueError: Where a size makes no sense.
+  """
+  x_ND = _float_rows("x", x_ND)
+  n, d = x_ND.shape
+  check_range(
+    "num_words", num_words, 1, n, f"{n} vectors cannot fill {num_words} words"
+  )
+  check_range("num_iterations", num_iterations, 1, 100_000)
+  if start_KD is not None:
+    check_shape("start", start_KD, (num_words, d))
+    start_KD = _float_rows("start", start_KD)
+  kmeans = faiss.Kmeans(
+    d,
+    num_words,
+    niter=num_iterations,
+    seed=seed,
+    min_points_per_centroid=1,
+    max_points_per_centroid=-(-n // num_words),
+  )
+  kmeans.train(x_ND, init_centroids=start_KD)
+  return kmeans.centroids
+
+
 def train_opq(
   x_ND: np.ndarray,
   num_codes: int,

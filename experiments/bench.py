@@ -1,0 +1,321 @@
+r"""Measures how fast this machine encodes, decodes, trains and clusters.
+
+  python -m experiments.bench
+  python -m experiments.bench --tasks=encode,decode
+  python -m experiments.bench --codec=runs/qinco2_s --dtype=float32,bfloat16
+  python -m experiments.bench --config=configs/qinco2_l.py:bigann1M --torch
+
+A trained --codec is measured on the vectors it was trained for. A --config is
+measured with weights drawn for its sizes: residual k-means of the vectors as
+words, so that the search is like that of a trained codec, and a network that
+moves them by a few percent. Its vectors are standard normal unless --data
+names a file.
+
+  encode   by the published rule (A) and at the codec's own sizes (B and C),
+           in the blocks of the encode command, from memory
+  decode   random codes; the vectors stay on the device
+  train    a step of the training loop, beside its encode and its gradient
+           (with --config; its ratio is to the sum of these two)
+  kmeans   beside that of faiss, from the same start
+
+GFLOP/s count multiply-adds, times two, of the matrix products that are left
+once the tables are made; a training step is its encode and three decodes. The
+peak is the best matrix product of the same type, which takes turns with what
+is measured; share and network (candidates alone) are of that. Every result is
+a line of JSON added to --output, with device, versions and spread.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from experiments import (
+  bench_report,
+  bench_subjects,
+  bench_timing,
+  bench_training,
+  common,
+)
+from experiments.bench_arithmetic import Work, decode_work, encode_work
+from vqjax import devices
+from vqjax.codecs import kmeans, qinco
+from vqjax.core import check_range
+from vqjax.data import batches
+from vqjax.interop import faiss_io
+
+TASKS = ("encode", "decode", "train", "kmeans")
+DTYPES = ("float32", "bfloat16")
+_DECODE_BLOCK = 16384  # As in experiments.decode.
+_MSE_ROWS = 256  # The same vectors for all rules and types.
+_ITERATIONS = 10  # Of k-means.
+
+OPTIONS = {
+  "codec": common.CODEC_OPTION,
+  "config": common.Option(
+    str,
+    None,
+    f"Configurations, with commas; {bench_subjects.PRESETS} if unset.",
+  ),
+  **common.DATA_OPTIONS,
+  "dim": common.Option(int, 128, "Dimensions of the vectors, without --data."),
+  "tasks": common.Option(str, ",".join(TASKS), "Which of these to measure."),
+  "dtype": common.Option(str, "float32", "Any of float32,bfloat16."),
+  **{name: common.SEARCH_OPTIONS[name] for name in common.RULE},
+  "kmeans_vectors": common.Option(int, 60_000, "Vectors of k-means."),
+  "kmeans_words": common.Option(int, 1024, "Words of k-means."),
+  "torch": common.Option(bool, False, "Also the same network in PyTorch."),
+  "repeats": common.Option(int, 9, "Timed calls, at most, per result."),
+  "output": common.Option(
+    str, "runs/bench.jsonl", "File that results are added to."
+  ),
+}
+
+
+def run(config, workdir=None) -> list[dict]:
+  """Adds the results to `config.output` and returns them."""
+  del workdir
+  tasks, dtypes = _check(config)
+  subjects = bench_subjects.load(config)
+  _check_searches(config, subjects)
+  about, results = bench_report.machine(), []
+  logging.info(
+    "%(device)s, %(num_devices)d x %(platform)s, %(threads)d threads, "
+    "vqjax %(vqjax)s, jax %(jax)s.",
+    about,
+  )
+  pathlib.Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+  with open(config.output, "a") as file:
+    for found in _results(config, tasks, dtypes, subjects):
+      results.append(found | about)
+      file.write(json.dumps(results[-1], default=float) + "\n")
+      file.flush()
+      if found.get("share", 0) > 1:
+        logging.warning(
+          "%s ran at %.0f %% of the peak: something disturbed the peak. "
+          "Measure again when the machine is quiet.",
+          found["task"],
+          100 * found["share"],
+        )
+  table = common.table(*bench_report.cells(results))
+  logging.info("%s\nAdded to %s", table, config.output)
+  return results
+
+
+def _check(config) -> tuple[list[str], list[str]]:
+  """Returns tasks and dtypes; raises ValueError before any work is done."""
+  lists = []
+  for name, known in (("tasks", TASKS), ("dtype", DTYPES)):
+    lists.append([word for word in config[name].split(",") if word])
+    if not lists[-1] or set(lists[-1]) - set(known):
+      raise ValueError(
+        f"--{name} may name {', '.join(known)}; got {config[name]!r}."
+      )
+  if jax.process_count() > 1:
+    raise ValueError("A single process is measured; leave --multihost out.")
+  check_range("repeats", config.repeats, 1, 100_000)
+  check_range("dim", config.dim, 1, 65536)
+  check_range("kmeans_words", config.kmeans_words, 1, config.kmeans_vectors)
+  if config.codec and config.config:
+    raise ValueError("Give --codec or --config, not both.")
+  if not config.output.endswith(".jsonl"):
+    raise ValueError(f"--output must end in .jsonl, got {config.output}.")
+  if config.torch and importlib.util.find_spec("torch") is None:
+    logging.warning("PyTorch is not installed here: measuring without it.")
+    config.torch = False
+  return tuple(lists)
+
+
+def _check_searches(config, subjects) -> None:
+  """Raises ValueError where a size of the search does not fit a codec."""
+  for subject in subjects:
+    for knobs in bench_subjects.searches(subject, config):
+      if subject.codec.name == "qinco":
+        rule = bench_subjects.rule(knobs)
+        qinco.check_search(subject.codec.tables, **rule)
+
+
+def _results(config, tasks, dtypes, subjects):
+  """Yields a result for each program, as soon as it is measured."""
+  peak_of = functools.cache(bench_timing.find_peak)
+  measure = {"encode": _encode, "decode": _decode, "train": _train}
+  for subject in subjects:
+    for task in measure:
+      for dtype in dtypes if task in tasks else ():
+        if dtype != "float32" and subject.codec.name != "qinco":
+          logging.info("%s has no %s; left out.", subject.codec.name, dtype)
+          continue
+        yield from measure[task](config, subject, dtype, peak_of(dtype))
+  if "kmeans" in tasks:
+    yield from _kmeans(config, subjects[0], peak_of("float32"))
+
+
+def _about(subject, task: str, dtype: str, sizes: dict) -> dict:
+  """What a result is of; says so before the work begins."""
+  text = " ".join(f"{letter}={size}" for letter, size in sizes.items())
+  logging.info("Measuring %s %s %s: %s", subject.name, task, dtype, text)
+  return {"name": subject.name, "task": task, "dtype": dtype, **sizes}
+
+
+def _encode(config, subject, dtype, peak):
+  codec = subject.codec
+  for knobs in bench_subjects.searches(subject, config, dtype):
+    sizes = bench_subjects.sizes(codec, knobs)
+    about = _about(subject, "encode", dtype, sizes)
+    work, rule = None, bench_subjects.rule(knobs)
+    if codec.name == "qinco":
+      work = encode_work(codec.tables, **rule)
+    encode_fn, block = common.make_encode_fn(codec, knobs)
+    contenders = {
+      "vqjax": bench_timing.contender(
+        _encoder(subject, encode_fn), [block], work
+      )
+    }
+    blocks = (block, 8 * block, 32 * block)  # PyTorch may like larger ones.
+    for name, program in _torch(config, subject, dtype, rule).items():
+      with _left_out(name):
+        make_fn = _encoder(subject, program.encode)
+        contenders[name] = bench_timing.contender(make_fn, blocks, work)
+    x_ND = bench_subjects.rows(subject, _MSE_ROWS)
+    codes_NM = _codes(encode_fn, x_ND, block)
+    xhat_ND = np.asarray(common.make_decode_fn(codec)(codes_NM))
+    mse = np.mean(np.sum((x_ND - xhat_ND) ** 2, axis=1))
+    ours, *theirs = _measure(config, contenders, peak)
+    yield about | ours | {"mse": mse}
+    yield from (about | row for row in theirs)
+
+
+def _encoder(subject, encode_fn):
+  """Returns `make_fn` of `bench_timing.contender`."""
+
+  def make_fn(num, block):
+    x_ND = bench_subjects.rows(subject, num)
+    return lambda: _codes(encode_fn, x_ND, block)
+
+  return make_fn
+
+
+def _codes(encode_fn, x_ND, block: int) -> np.ndarray:
+  """All blocks through `encode_fn`, as the commands do it."""
+  blocks = batches.map_blocks(encode_fn, x_ND, block_size=block)
+  return np.concatenate([codes_NM for _, codes_NM in blocks])
+
+
+def _measure(config, contenders, peak) -> list[dict]:
+  """Times ours, the first, beside the others, which need rests in between."""
+  rest = bench_timing.REST if len(contenders) > 1 else 0.0
+  return bench_timing.measure(
+    contenders, peak, repeats=config.repeats, rest=rest
+  )
+
+
+def _decode(config, subject, dtype, peak):
+  codec = subject.codec
+  about = _about(subject, "decode", dtype, bench_subjects.sizes(codec, {}))
+  codebooks = codec.module.codebook_sizes(codec.tables)
+  codes_NM = np.random.default_rng(0).integers(
+    0, codebooks, (_DECODE_BLOCK, len(codebooks)), dtype=np.int32
+  )
+  work, decode = None, codec.module.decode
+  if codec.name == "qinco":
+    work = decode_work(codec.tables)
+    decode = functools.partial(decode, dtype=dtype)
+  decode_fn = functools.partial(
+    devices.data_parallel(decode), devices.local(codec.tables)
+  )
+
+  def contender(decode_fn):
+    def make_fn(num, block):
+      def run_fn():
+        for _ in range(num // block):
+          jax.block_until_ready(decode_fn(codes_NM))
+
+      return run_fn
+
+    return bench_timing.contender(make_fn, [_DECODE_BLOCK], work)
+
+  contenders = {"vqjax": contender(decode_fn)}
+  # The search makes no difference to decoding.
+  rule = {"num_candidates": 0, "beam_size": 1}
+  for name, program in _torch(config, subject, dtype, rule).items():
+    with _left_out(name):
+      contenders[name] = contender(program.decode)
+  yield from (about | row for row in _measure(config, contenders, peak))
+
+
+def _torch(config, subject, dtype, rule: dict) -> dict:
+  """PyTorch's encode and decode by name; none where not wanted."""
+  rule = dict(rule)
+  is_joint = rule.pop("num_joint_candidates", 0)  # Ours alone.
+  if not config.torch or subject.codec.name != "qinco" or is_joint:
+    return {}
+  from experiments import torch_baseline
+
+  return torch_baseline.programs(subject.params, dtype=dtype, **rule)
+
+
+@contextlib.contextmanager
+def _left_out(name: str):
+  """Goes on without a program that does not compile or fit in memory."""
+  try:
+    yield
+  except RuntimeError as error:
+    logging.warning("Measuring without %s: %.300s", name, error)
+
+
+def _train(config, subject, dtype, peak):
+  if subject.config is None:
+    logging.info("A training step is measured with --config; left out.")
+    return
+  rule = bench_subjects.rule(subject.config.model)
+  sizes = bench_subjects.sizes(subject.codec, rule)
+  about = _about(subject, "train", dtype, sizes)
+  step, *parts = bench_timing.measure(
+    bench_training.contenders(subject, rule, dtype),
+    peak,
+    repeats=config.repeats,
+  )
+  step["ratio"] = step["median_us"] / sum(row["median_us"] for row in parts)
+  yield from (about | row for row in (step, *parts))
+
+
+def _kmeans(config, subject, peak):
+  num_words = config.kmeans_words
+  num = config.kmeans_vectors
+  x_ND = bench_subjects.rows(subject, num)
+  sizes = {"N": num, "K": num_words, "D": x_ND.shape[1]}
+  about = _about(subject, "kmeans", "float32", sizes)
+  on_device_ND, key = jnp.asarray(x_ND), jax.random.key(0)
+  start_KD = kmeans.fit(key, on_device_ND, num_words, num_iterations=0)
+  fns = {
+    "vqjax": lambda: kmeans.fit(  # Draws the same start itself.
+      key, on_device_ND, num_words, num_iterations=_ITERATIONS
+    ),
+    "faiss": lambda: faiss_io.fit_kmeans(
+      x_ND,
+      num_words,
+      num_iterations=_ITERATIONS,
+      start_KD=np.asarray(start_KD),
+    ),
+  }
+  words, contenders = {}, {}
+  count = num_words * x_ND.shape[1] * _ITERATIONS
+  for name, fn in fns.items():
+    contenders[name] = bench_timing.Contender(
+      fn, num, Work(count, count), bench_timing.seconds(fn)
+    )
+    words[name] = np.asarray(fn())
+  for row in _measure(config, contenders, peak):
+    error_N1, _ = faiss_io.knn(x_ND, words[row["program"]], 1)
+    mse = error_N1.mean(dtype=float)
+    yield about | row | {"iterations": _ITERATIONS, "mse": mse}
+
+
+if __name__ == "__main__":
+  common.main(run, OPTIONS, __doc__)

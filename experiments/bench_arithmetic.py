@@ -1,0 +1,67 @@
+"""Counts the multiply-adds of QINCo, from the shapes of its tables.
+
+Of the matrix products that are left once `qinco.prepare` has made the tables,
+per vector, with the letters of `vqjax.core` and L residual blocks:
+
+  candidate   H E + (L - 1) 2 E H + E D       the last only where E differs
+  hypothesis  D E + D H + K D                 K D only with pre-selection
+  first step  K D
+
+Candidates are the network; the rest is what surrounds it.
+"""
+
+from typing import NamedTuple
+
+from vqjax.codecs import qinco
+
+
+class Work(NamedTuple):
+  """Multiply-adds per vector."""
+
+  network: int
+  total: int
+
+
+def encode_work(
+  tables: qinco.QincoTables,
+  *,
+  num_candidates: int,
+  beam_size: int,
+  num_joint_candidates: int = 0,
+) -> Work:
+  """Returns the multiply-adds of `qinco.encode`."""
+  num_networks, num_words, _ = tables.base_TKE.shape
+  per_candidate, per_state = _per_evaluation(tables)
+  selection = num_words * qinco.dim(tables)
+  each, joint = num_candidates or num_words, num_joint_candidates
+  # Hypotheses and candidates of each step.
+  steps = [(beam_size, joint or beam_size * each)] * num_networks
+  if joint:
+    steps[-1] = beam_size, qinco.last_candidates(joint)
+  is_joint = [bool(joint)] * num_networks
+  if tables.is_ivf:  # One hypothesis, with words for the whole beam.
+    steps[0] = 1, min(joint or max(each, beam_size), num_words)
+    is_joint[0] = False
+  network, rest = 0, tables.first_KD.size
+  for (hypotheses, candidates), by_pairs in zip(steps, is_joint, strict=True):
+    takes_all = not by_pairs and candidates == hypotheses * num_words
+    network += candidates * per_candidate
+    rest += hypotheses * (per_state + (0 if takes_all else selection))
+  return Work(network, network + rest)
+
+
+def decode_work(tables: qinco.QincoTables) -> Work:
+  """Returns the multiply-adds of `qinco.decode`."""
+  num_networks = tables.base_TKE.shape[0]
+  per_candidate, per_state = _per_evaluation(tables)
+  return Work(
+    num_networks * per_candidate, num_networks * (per_candidate + per_state)
+  )
+
+
+def _per_evaluation(tables) -> tuple[int, int]:
+  """Multiply-adds of a candidate, and of the state of a hypothesis."""
+  _, h, e = tables.first_down_THE.shape
+  d, num_later_blocks = qinco.dim(tables), tables.up_TJEH.shape[1]
+  out = 0 if tables.out_TED is None else e * d
+  return h * e + num_later_blocks * 2 * e * h + out, d * e + d * h

@@ -1,0 +1,131 @@
+"""What the benchmark measures: codecs, trained or drawn, and their vectors."""
+
+import os
+import pathlib
+import runpy
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from experiments import common
+from vqjax.codecs import qinco, qinco_learning
+from vqjax.data import batches, datasets, formats
+from vqjax.interop import safetensors_io
+
+PRESETS = "configs/qinco2_xs.py,configs/qinco2_s.py"
+_PUBLISHED_BEAM = 32  # B of arXiv 2501.03078, beside A = 16.
+_MIN_DRAWN = 1 << 16  # Vectors; more rows than that come round again.
+# Weights that are zero in an untrained network.
+_DRAWN = ("word_TEU", "state_TDU", "mix_TUE", "down_TJHE", "out_TED")
+
+
+class Subject(NamedTuple):
+  """A codec with vectors to give it, in memory or in a file."""
+
+  name: str
+  codec: common.Codec
+  params: Any
+  x_ND: Any
+  config: Any = None  # Where the weights are drawn.
+
+
+def load(config) -> list[Subject]:
+  """Returns the codec of --codec, or those of the configurations."""
+  if config.codec:
+    codec = common.open_codec(config.codec)
+    dataset = common.resolve_data(codec, config, base=config.data)
+    x_ND = datasets.open_split(dataset, "base")
+    params = safetensors_io.load_codec(config.codec).params
+    return [Subject(config.codec, codec, params, x_ND)]
+  files = (config.config or PRESETS).split(",")
+  settings = {file: _load_config(file) for file in files}
+  if config.data:
+    x_ND = formats.open_vectors(config.data)
+  else:
+    shape = max(config.kmeans_vectors, _MIN_DRAWN), config.dim
+    x_ND = np.random.default_rng(0).standard_normal(shape, np.float32)
+  return [_draw(file, drawn, x_ND) for file, drawn in settings.items()]
+
+
+def rows(subject: Subject, num: int) -> np.ndarray:
+  """Returns the first rows, from the start again where there are too few."""
+  return batches.read_rows(subject.x_ND, np.arange(num) % len(subject.x_ND))
+
+
+def searches(subject: Subject, config, dtype: str = "float32") -> list[dict]:
+  """Returns options of `encode`: the published rule and the codec's own.
+
+  Those that the user asks for take the place of both.
+  """
+  asked = {name: config[name] for name in common.RULE}
+  own = common.search_knobs(subject.codec, {**asked, "dtype": dtype})
+  is_asked = any(value is not None for value in asked.values())
+  if is_asked or not own.get("num_joint_candidates"):
+    return [own]
+  beam_size = min(own["beam_size"], _PUBLISHED_BEAM)
+  return [{**own, "beam_size": beam_size, "num_joint_candidates": 0}, own]
+
+
+def rule(knobs: dict) -> dict:
+  """Returns A, B and C alone of the options of `encode`."""
+  return {name: knobs[name] for name in common.RULE if name in knobs}
+
+
+def sizes(codec: common.Codec, knobs: dict) -> dict:
+  """Returns the letters of the papers, and how many of each."""
+  tables = codec.tables
+  codebooks = codec.module.codebook_sizes(tables)
+  found = {"M": len(codebooks), "K": codebooks[-1]}
+  found["D"] = codec.module.dim(tables)
+  if codec.name == "qinco":
+    _, found["H"], found["E"] = tables.first_down_THE.shape
+    found["L"] = 1 + tables.up_TJEH.shape[1]
+  letters = dict(zip(common.RULE, "ABC", strict=True))
+  found |= {letters[name]: size for name, size in rule(knobs).items() if size}
+  if "C" in found:  # Takes the place of A.
+    found.pop("A", None)
+  return found
+
+
+def _load_config(file: str):
+  """Returns the configuration of `configs/NAME.py[:ARGUMENT]`."""
+  path, _, arg = file.partition(":")
+  if not os.path.isfile(path):
+    raise FileNotFoundError(
+      f"--config names {path}, which is no file here: give the path of a "
+      "configuration, such as configs/qinco2_s.py from the root of the clone."
+    )
+  config = runpy.run_path(path)["get_config"](arg)
+  if config.codec != "qinco":
+    raise ValueError(
+      f"{path} is of codec {config.codec!r}, but weights are drawn for qinco "
+      "alone: train it, then measure it with --codec=runs/NAME."
+    )
+  return config
+
+
+def _draw(file: str, config, x_ND) -> Subject:
+  """A codec with residual k-means as words and a network drawn at random."""
+  name = pathlib.Path(file.partition(":")[0]).stem
+  logging.info("Drawing the weights of %s.", name)
+  subject = Subject(name, None, None, x_ND, config)
+  model = {k: v for k, v in config.model.items() if k not in common.RULE}
+  sample_ND = rows(subject, max(8192, 2 * model["codebook_size"]))
+  params = qinco_learning.init(
+    jax.random.key(0), jnp.asarray(sample_ND), **model, num_iterations=2
+  )
+  # By numpy: jax.random compiles a program, for seconds, for every shape.
+  drawn, rng = {}, np.random.default_rng(1)
+  for field in _DRAWN:
+    leaf = getattr(params, field)
+    if leaf is not None:
+      draw = rng.standard_normal(leaf.shape, np.float32)
+      drawn[field] = jnp.asarray(0.1 / leaf.shape[-2] ** 0.5 * draw)
+  params = params.replace(**drawn)
+  info = {"encode": config.encode.to_dict()}
+  tables = jax.jit(qinco.prepare)(params)
+  codec = common.Codec("qinco", qinco, tables, info, "")
+  return subject._replace(codec=codec, params=params)

@@ -52,7 +52,6 @@ from vqjax.interop import faiss_io
 
 TASKS = ("encode", "decode", "train", "kmeans")
 DTYPES = ("float32", "bfloat16")
-_DECODE_BLOCK = 16384  # As in experiments.decode.
 _MSE_ROWS = 256  # The same vectors for all rules and types.
 _ITERATIONS = 10  # Of k-means.
 
@@ -219,8 +218,9 @@ def _decode(config, subject, dtype, peak):
   codec = subject.codec
   about = _about(subject, "decode", dtype, bench_subjects.sizes(codec, {}))
   codebooks = codec.module.codebook_sizes(codec.tables)
+  block = common.decode_rows()
   codes_NM = np.random.default_rng(0).integers(
-    0, codebooks, (_DECODE_BLOCK, len(codebooks)), dtype=np.int32
+    0, codebooks, (block, len(codebooks)), dtype=np.int32
   )
   work, decode = None, codec.module.decode
   if codec.name == "qinco":
@@ -238,7 +238,7 @@ def _decode(config, subject, dtype, peak):
 
       return run_fn
 
-    return bench_timing.contender(make_fn, [_DECODE_BLOCK], work)
+    return bench_timing.contender(make_fn, [block], work)
 
   contenders = {"vqjax": contender(decode_fn)}
   # The search makes no difference to decoding.

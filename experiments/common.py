@@ -356,6 +356,12 @@ def make_decode_fn(codec: Codec, dtype: str = "float32"):
   return functools.partial(decode_fn, devices.local(codec.tables))
 
 
+def decode_rows() -> int:
+  """Returns how many codes to decode at once: what the caches like."""
+  is_cpu = jax.default_backend() == "cpu"
+  return (4096 if is_cpu else 65536) * jax.local_device_count()
+
+
 def mean_of_rows(fn, vectors, block_size: int) -> float:
   """Returns the mean of `fn`, `x_ND` to numbers `[N]`, over all rows.
 

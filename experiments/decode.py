@@ -32,7 +32,6 @@ OPTIONS = {
   ),
   "overwrite": common.Option(bool, False, "Replace an existing output."),
 }
-_BLOCK = 16384
 
 
 def run(config, workdir=None) -> dict:
@@ -57,7 +56,7 @@ def run(config, workdir=None) -> dict:
     )
   decode_fn = common.make_decode_fn(codec, common.product_dtype(config.dtype))
   num, seconds = len(found), {}
-  block_size = min(_BLOCK, num)
+  block_size = min(common.decode_rows(), num)
 
   def decoded(done):
     first = 0

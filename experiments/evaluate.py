@@ -31,7 +31,7 @@ from vqjax.interop import faiss_io
 from vqjax.search import metrics
 
 _RANKS = (1, 10, 100)
-_BLOCK = 16384  # Vectors decoded at once.
+_BASELINE_BLOCK = 16384
 
 OPTIONS = {
   "codec": common.CODEC_OPTION,
@@ -233,7 +233,9 @@ def _measure_baseline(name, codec, num_steps, xt_ND, search) -> dict:
   with common.timed(seconds, "train"):
     xt_ND = batches.subsample(xt_ND, 1_000_000, 0, num_rows=num_rows)
     baseline = faiss_io.fit_additive(name, xt_ND, len(sizes), num_bits)
-  parts = np.array_split(np.arange(len(xb_ND)), -(-len(xb_ND) // _BLOCK))
+  parts = np.array_split(
+    np.arange(len(xb_ND)), -(-len(xb_ND) // _BASELINE_BLOCK)
+  )
   with common.timed(seconds, "encode"):
     codes_NM = np.concatenate(
       [baseline.encode(batches.read_rows(xb_ND, rows)) for rows in parts]
@@ -252,7 +254,7 @@ def _quality(codes_NM, decode_fn, search, seconds) -> dict:
   """
   num_base, xq_QD = len(search.xb_ND), search.xq_QD
   xb_ND = search.xb_ND[devices.share(num_base)]
-  num, size = len(codes_NM), min(_BLOCK, len(codes_NM))
+  num, size = len(codes_NM), min(common.decode_rows(), len(codes_NM))
   jax.block_until_ready(decode_fn(codes_NM[:size]))  # Compiles.
   error, decode_seconds, num_decoded = 0.0, 0.0, 0
 

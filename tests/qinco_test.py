@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import qinco1, qinco2_l, qinco2_m, qinco2_s, qinco2_xs
 from tests import oracles
 from tests.qinco_cases import CASES, make_params, vectors
 from vqjax.codecs import qinco
@@ -162,3 +163,22 @@ def test_presets_have_the_published_sizes(size):
   assert codes_NM.shape == (8, 8)
   decoded_ND = jax.eval_shape(qinco.decode, params, codes_NM)
   assert decoded_ND.shape == (8, 128)
+
+
+@pytest.mark.parametrize(
+  "config", [qinco1, qinco2_xs, qinco2_s, qinco2_m, qinco2_l]
+)
+def test_tables_equal_the_plain_network_at_the_sizes_of_a_preset(config):
+  model = config.get_config("bigann1M").model
+  params = make_params(
+    dim=128, num_networks=1, num_words=4,
+    network_dim=model.network_dim or 128, hidden_dim=model.hidden_dim,
+    num_blocks=model.num_blocks, is_qinco1=model.is_qinco1,
+  )  # fmt: skip
+  tame = lambda w: None if w is None else w / w.shape[-2] ** 0.5
+  names = ("in_TDE", "word_TEU", "state_TDU", "up_TJEH", "down_TJHE", "out_TED")
+  params = params.replace(**{n: tame(getattr(params, n)) for n in names})
+  codes_NM = np.array([[0, 1], [3, 2]], np.int32)
+  want_ND = oracles.qinco_decode(params, codes_NM)
+  got_ND = qinco.decode(qinco.prepare(params), codes_NM)
+  np.testing.assert_allclose(got_ND, want_ND, rtol=1e-4, atol=1e-4)

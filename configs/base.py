@@ -2,7 +2,10 @@
 
 `configs/NAME.py` runs on the bundled sample with a schedule that fits two
 cores, `configs/NAME.py:smoke` in seconds, `configs/NAME.py:bigann1M` (or
-another named data set) at the published setting.
+another named data set) at the published sizes and schedule. All of them train
+and encode by the joint rule (C); for the published one (A) set
+model.num_joint_candidates=0, encode.num_joint_candidates=0 and
+encode.beam_size=32.
 """
 
 from ml_collections import config_dict
@@ -83,7 +86,7 @@ def make_learned(
 
 
 def _published() -> config_dict.ConfigDict:
-  """Returns QINCo2-S trained as in the paper, idle words aside."""
+  """Returns QINCo2-S as in the paper, but for idle words and joint rule."""
   return config_dict.create(
     seed=0,
     codec="qinco",

@@ -2,8 +2,8 @@
 
   python -m experiments.train --config=configs/qinco2_s.py
 
-trains on the bundled SIFT sample on two cores; `:bigann1M` is the paper's
-setting.
+trains on the bundled SIFT sample on two cores; `:bigann1M` has the paper's
+sizes and schedule.
 """
 
 from configs import base

@@ -45,7 +45,7 @@ def _make_step(subject, rule: dict, dtype: str, x_ND):
   loss_fn = functools.partial(qinco_learning.loss, dtype=dtype, **rule)
   learner = loop.Learner(
     loss_fn=loss_fn,
-    join_stats_fn=jax.lax.pmean,
+    join_stats_fn=qinco_learning.join_stats,
     merge_stats_fn=qinco_learning.merge_stats,
     end_epoch_fn=None,  # These belong to the epoch, not to a step.
     usage_fn=None,

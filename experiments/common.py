@@ -284,13 +284,16 @@ def search_knobs(codec: Codec, config) -> dict:
   return knobs
 
 
-def try_joint_rule(codec: Codec, knobs: dict, x_ND, *, num_vectors=512) -> dict:
+def try_joint_rule(
+  codec: Codec, knobs: dict, x_ND, *, may_widen=True, num_vectors=512
+) -> dict:
   """Returns `knobs`, with the joint rule where it costs no quality.
 
   For codecs whose own options are the published rule (see
   `vqjax.codecs.qinco`). The first `num_vectors` are encoded by both; the joint
   rule is taken where its error is at most 0.2 % higher. There must be many
-  more vectors than that, or trying would cost more than it saves.
+  more vectors than that, or trying would cost more than it saves. The beam
+  stays as wide as it is unless `may_widen`.
   """
   if not _has_knob(codec, "num_joint_candidates"):
     return knobs
@@ -313,7 +316,7 @@ def try_joint_rule(codec: Codec, knobs: dict, x_ND, *, num_vectors=512) -> dict:
   for beam, joint in (
     (beam_size, 2 * beam_size),
     (min(3 * beam_size // 2, num_words), 4 * beam_size),
-  ):
+  )[: 2 if may_widen else 1]:
     if joint >= beam_size * num_candidates:
       continue
     new = {**knobs, "beam_size": beam, "num_joint_candidates": joint}
@@ -367,8 +370,8 @@ def mean_of_rows(fn, vectors, block_size: int) -> float:
 
   Every process computes its share, and all return the same.
   """
-  mine = vectors[devices.share(len(vectors))]
-  blocks = batches.map_blocks(fn, mine, block_size=block_size)
+  mine = devices.share(len(vectors))
+  blocks = batches.map_blocks(fn, vectors, block_size=block_size, rows=mine)
   parts = [np.zeros(0, np.float32), *(value_N for _, value_N in blocks)]
   value_N = devices.gather_rows(np.concatenate(parts), len(vectors))
   return float(np.mean(value_N, dtype=float))

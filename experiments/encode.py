@@ -12,7 +12,8 @@ written beside them, in codes.npy.json. Memory does not grow with the file.
 
 A released codec is encoded by the joint rule (C pairs over all hypotheses),
 where a trial on the first vectors shows it to be as good as the published one
-(A words of each); --num_candidates=A asks for the published rule.
+(A words of each) and there are 4,096 vectors or more; --num_candidates=A asks
+for the published rule.
 
 Large files go into a folder of shards, by one process or by many which need
 nothing but the same command; shards are counted from 0:
@@ -79,8 +80,10 @@ def run(config, workdir=None) -> dict:
   dataset = common.resolve_data(codec, config, base=config.data)
   x_ND = datasets.open_split(dataset, "base", max_vectors=config.num_vectors)
   knobs = common.search_knobs(codec, config)
-  if config.num_candidates is None:
-    knobs = common.try_joint_rule(codec, knobs, x_ND)
+  if config.num_candidates is None and config.num_joint_candidates is None:
+    knobs = common.try_joint_rule(
+      codec, knobs, x_ND, may_widen=config.beam_size is None
+    )
   meta = codes.describe(
     x_ND,
     codec=codec.name,
@@ -186,10 +189,9 @@ def _command(config, knobs: dict) -> str:
     if name not in _WHERE and value != default.get(name)
   }
   # What was chosen here; another device might choose another.
-  if knobs.get("num_joint_candidates"):
-    chosen = ("beam_size", "num_joint_candidates", "dtype")
-  else:
-    chosen = ("dtype",)
+  is_joint = bool(knobs.get("num_joint_candidates"))
+  rule = "num_joint_candidates" if is_joint else "num_candidates"
+  chosen = ("beam_size", rule, "dtype")
   asked.update({name: knobs[name] for name in chosen if name in knobs})
   words = [f"--{name}={value}" for name, value in asked.items()]
   return shlex.join(["python", "-m", "experiments.encode", *words])
@@ -269,6 +271,13 @@ def _write_shards(config, meta, mine: list[int], encoder) -> None:
     except KeyboardInterrupt:
       logging.warning("The finished shards stay in %s.", folder)
       raise
+  if jax.process_count() > 1:
+    logging.info(
+      "This process is done; others may be at work. Then:\n  python -m "
+      "experiments.encode --verify --output=%s",
+      shlex.quote(folder),
+    )
+    return
   left = codes.find_problems(folder, is_thorough=False)
   logging.info(
     "%s has %d of its %d shards.\nNext:\n  %s",

@@ -10,8 +10,9 @@ r"""Measures a codec: error, recall of exact search in the decoded base, time.
 MSE is the squared error per vector: the sum over dimensions, the mean over
 vectors. 1-recall@R is the share of queries whose true nearest neighbour is
 among the first R found. Bytes are those of the code without a list number.
-Without --data the data are those of the training. With --multihost every
-process encodes, decodes and searches its share of the base.
+Without --data the data are those of the training. A released codec is measured
+by its own rule (A and B), where `encode` may take the joint one. With
+--multihost every process encodes, decodes and searches its share of the base.
 """
 
 import dataclasses
@@ -167,11 +168,11 @@ def _open_queries(config, dataset, xb_ND):
       "The ground truth names vectors beyond the first %d.", len(xb_ND)
     )
   logging.info("Searching the true neighbours of %d queries.", len(xq_QD))
-  mine = xb_ND[devices.share(len(xb_ND))]
+  mine = devices.share(len(xb_ND))
   blocks = (
     block
     for _, block in batches.map_blocks(
-      lambda x_ND: x_ND, mine, block_size=65536
+      lambda x_ND: x_ND, xb_ND, block_size=65536, rows=mine
     )
   )
   return xq_QD, _find(xq_QD, blocks, 1, len(xb_ND), dataset.metric)
@@ -191,20 +192,19 @@ def _find(xq_QD, blocks, k: int, num_base: int, metric: str) -> np.ndarray:
 def _measure(codec, knobs, num_steps, search) -> dict:
   """Figures of the codec itself; every process encodes its share."""
   seconds = {}
-  xb_ND = search.xb_ND[devices.share(len(search.xb_ND))]
+  xb_ND, mine = search.xb_ND, devices.share(len(search.xb_ND))
   encode_fn, block_size = common.make_encode_fn(codec, knobs, num_steps)
   decode_fn = common.make_decode_fn(codec, knobs.get("dtype", "float32"))
-  num = len(xb_ND)
-  if len(search.xb_ND) < jax.process_count():
+  num = len(mine)
+  if len(xb_ND) < jax.process_count():
     raise ValueError(
-      f"{len(search.xb_ND)} vectors are too few for "
-      f"{jax.process_count()} processes."
+      f"{len(xb_ND)} vectors are too few for {jax.process_count()} processes."
     )
-  first = batches.read_rows(xb_ND, np.arange(min(block_size, num)))
+  first = batches.read_rows(xb_ND, mine[:block_size])
   jax.block_until_ready(encode_fn(first))  # Compiles.
   with common.progress(num, "encode") as done, common.timed(seconds, "encode"):
     blocks = batches.map_blocks(
-      encode_fn, xb_ND, block_size=block_size, progress=done
+      encode_fn, xb_ND, block_size=block_size, rows=mine, progress=done
     )
     codes_NM = np.concatenate([codes for _, codes in blocks])
   is_ivf = getattr(codec.tables, "is_ivf", False)
@@ -253,7 +253,7 @@ def _quality(codes_NM, decode_fn, search, seconds) -> dict:
   The codes are those of this process's share of the base.
   """
   num_base, xq_QD = len(search.xb_ND), search.xq_QD
-  xb_ND = search.xb_ND[devices.share(num_base)]
+  mine = devices.share(num_base)
   num, size = len(codes_NM), min(common.decode_rows(), len(codes_NM))
   jax.block_until_ready(decode_fn(codes_NM[:size]))  # Compiles.
   error, decode_seconds, num_decoded = 0.0, 0.0, 0
@@ -267,7 +267,7 @@ def _quality(codes_NM, decode_fn, search, seconds) -> dict:
       xhat_ND = np.asarray(decode_fn(padded))[: len(codes)]
       decode_seconds += time.perf_counter() - began
       num_decoded += size
-      x_ND = batches.read_rows(xb_ND, np.arange(start, start + len(codes)))
+      x_ND = batches.read_rows(search.xb_ND, mine[start : start + len(codes)])
       error += float(np.sum((x_ND - xhat_ND) ** 2, dtype=np.float64))
       yield xhat_ND
 

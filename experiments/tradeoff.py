@@ -18,6 +18,7 @@ import numpy as np
 from absl import logging
 
 from experiments import common
+from vqjax.core import check_range
 from vqjax.data import batches, datasets, formats
 
 matplotlib.use("Agg")
@@ -47,8 +48,11 @@ def run(config, workdir=None) -> dict:
   common.require(config, "codec", "output")
   picture = pathlib.Path(config.output)
   figures = picture.with_suffix(".json")
-  if figures == picture:
-    raise ValueError("--output is the picture, and cannot end in .json.")
+  if picture.suffix not in (".png", ".svg", ".pdf"):
+    raise ValueError(
+      f"--output must end in .png, .svg or .pdf; got {config.output}."
+    )
+  check_range("--repeats", config.repeats, 1, 1000)
   for path in (picture, figures):
     formats.check_output(path, overwrite=config.overwrite)
   codec = common.open_codec(config.codec)
@@ -87,21 +91,35 @@ def run(config, workdir=None) -> dict:
 def _sizes(config, codec) -> list[dict]:
   """Returns the knobs to measure."""
   num_words = codec.module.codebook_sizes(codec.tables)[-1]
-  numbers = lambda text: [int(part) for part in text.split(",")]
-  beams = [b for b in numbers(config.beam_sizes) if b <= num_words]
+  beams = [b for b in _numbers(config, "beam_sizes") if b <= num_words]
+  if not beams:
+    raise ValueError(
+      f"--beam_sizes={config.beam_sizes}: the codec has {num_words} words, no "
+      "beam may be wider."
+    )
   published = [
     dict(num_candidates=a, beam_size=b, num_joint_candidates=0)
     for b in beams
-    for a in numbers(config.num_candidates)
+    for a in _numbers(config, "num_candidates")
     if a <= min(b, num_words)
   ]
   joint = [
     dict(num_candidates=1, beam_size=b, num_joint_candidates=b * factor)
     for b in beams
-    for factor in numbers(config.joint_factors)
+    for factor in _numbers(config, "joint_factors")
     if factor <= num_words
   ]
   return published + joint
+
+
+def _numbers(config, name: str) -> list[int]:
+  """Positive numbers of an option, as 4,8,16."""
+  parts = config[name].split(",")
+  if not all(part.isdigit() and int(part) for part in parts):
+    raise ValueError(
+      f"--{name} must be numbers from 1 on, as 4,8,16; got {config[name]!r}."
+    )
+  return [int(part) for part in parts]
 
 
 def _measure(codec, x_ND, knobs, config, scale) -> dict:

@@ -107,6 +107,7 @@ def _is_finished(workdir, config, plan, num_rows: int, resume: bool) -> bool:
     new["derived"] |= {
       "vectors_per_step": plan.batch_size,
       "steps_per_epoch": plan.steps_per_epoch,
+      "dtype": common.product_dtype(config.train.dtype),
     }
   is_finished = (workdir / "summary.json").exists()
   has_begun = file.exists() and (
@@ -309,8 +310,12 @@ def _make_state(config, schedule, x_ND):
 
 def check_search(config, params) -> None:
   """Raises ValueError unless the searches of the config fit the model."""
-  for group in (config.model, config.encode):
-    qinco.check_search(params, *[group[name] for name in SEARCH])
+  for name in ("model", "encode"):
+    sizes = [config[name][knob] for knob in SEARCH]
+    try:
+      qinco.check_search(params, *sizes)
+    except ValueError as error:
+      raise ValueError(f"In config.{name}: {error}") from error
 
 
 def _make_learner(config, params, xv_ND, schedule):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import common, tradeoff
+from experiments import common, encode, tradeoff
 from tests import qinco_cases
 from vqjax.codecs import qinco
 from vqjax.data import formats
@@ -57,7 +57,7 @@ def test_nothing_is_tried_where_it_cannot_help(knobs, num):
 
 def _config(**values):
   config = common.get_config(tradeoff.OPTIONS)
-  config.update(repeats=1, **values)
+  config.update({"repeats": 1, **values})
   return config
 
 
@@ -96,3 +96,51 @@ def test_tradeoff_refuses_a_codec_without_preselection(tmp_path):
   config = _config(codec=str(tmp_path / "codec"), output="x.png")
   with pytest.raises(ValueError, match="Only a QINCo2 has words pre-selected"):
     tradeoff.run(config)
+
+
+@pytest.mark.parametrize(
+  ("asked", "candidates"),
+  [
+    ({}, 16),
+    (dict(num_joint_candidates=0), 0),
+    (dict(num_candidates=10), 0),
+    (dict(num_joint_candidates=9), 9),
+  ],
+)
+def test_encode_tries_only_what_was_left_open(tmp_path, asked, candidates):
+  params, _ = _codec(lambda words_TKD: words_TKD)
+  info = {"encode": PUBLISHED}
+  safetensors_io.save_codec(tmp_path / "codec", "qinco", params, info=info)
+  formats.write_vectors(tmp_path / "x.fvecs", _vectors(4100), dtype=np.float32)
+  config = common.get_config(encode.OPTIONS)
+  config.update(
+    codec=str(tmp_path / "codec"), data=str(tmp_path / "x.fvecs"),
+    output=str(tmp_path / "codes.npy"), **asked,
+  )  # fmt: skip
+  encode.run(config)
+  about = json.loads((tmp_path / "codes.npy.json").read_text())
+  assert about["encode"]["num_joint_candidates"] == candidates
+
+
+@pytest.mark.parametrize(
+  ("values", "message"),
+  [
+    (dict(output="x.txt"), "must end in .png, .svg or .pdf; got x.txt"),
+    (dict(repeats=0), "--repeats must lie between 1"),
+    (dict(beam_sizes="4,"), "--beam_sizes must be numbers from 1 on"),
+    (dict(joint_factors="0"), "--joint_factors must be numbers from 1 on"),
+    (dict(beam_sizes="64"), "the codec has 16 words, no beam may be wider"),
+  ],
+)
+def test_tradeoff_refuses_before_any_work(tmp_path, values, message):
+  params, _ = _codec(lambda words_TKD: words_TKD)
+  safetensors_io.save_codec(tmp_path / "codec", "qinco", params, info={})
+  formats.write_vectors(tmp_path / "x.fvecs", _vectors(), dtype=np.float32)
+  config = _config(
+    codec=str(tmp_path / "codec"), data=str(tmp_path / "x.fvecs"),
+    output=str(tmp_path / "x.png"),
+  )  # fmt: skip
+  config.update(values)
+  with pytest.raises(ValueError, match=message):
+    tradeoff.run(config)
+  assert not (tmp_path / "x.png").exists()

@@ -182,10 +182,10 @@ def data_parallel(fn: Callable) -> Callable:
   return run
 
 
-def share(num_rows: int) -> slice:
+def share(num_rows: int) -> range:
   """Returns this process's share of `num_rows`, in the order of processes."""
   cut = lambda i: num_rows * i // jax.process_count()
-  return slice(cut(jax.process_index()), cut(jax.process_index() + 1))
+  return range(cut(jax.process_index()), cut(jax.process_index() + 1))
 
 
 def gather(x) -> np.ndarray:

@@ -120,7 +120,12 @@ def claim(folder, manifest: dict) -> dict:
   with contextlib.suppress(FileExistsError):
     write_json(pathlib.Path(folder) / MANIFEST_NAME, manifest)
   found = load_manifest(folder)
-  check_same(folder, found, manifest)
+  try:
+    check_same(folder, found, manifest)
+  except ValueError as error:
+    raise ValueError(
+      f"{error} Choose another --output, or remove those codes."
+    ) from error
   return found
 
 
@@ -131,7 +136,10 @@ def load_manifest(folder) -> dict:
     raise FileNotFoundError(
       f"{folder} is no folder of codes: it has no {MANIFEST_NAME}."
     )
-  return _read_description(path)
+  manifest = _read_description(path)
+  if not manifest.get("num_shards"):
+    raise ValueError(f"{path} describes a single file, not a folder of shards.")
+  return manifest
 
 
 def check_same(where, found: dict, wanted: dict, prefix: str = "") -> None:
@@ -143,7 +151,7 @@ def check_same(where, found: dict, wanted: dict, prefix: str = "") -> None:
     elif a != b and name not in _NOT_COMPARED:
       raise ValueError(
         f"{where} holds other codes: their {prefix}{name} is {a}, now it is "
-        f"{b}. Choose another --output, or remove those codes."
+        f"{b}."
       )
 
 

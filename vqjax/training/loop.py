@@ -63,6 +63,7 @@ class Plan:
   log_every: int = 50
   checkpoint_minutes: float = 10.0
   scale: float = 1.0  # Of the errors in the progress line.
+  measure: str = "mse"  # What `validate_fn` returns, for its reports.
 
   @property
   def total_steps(self) -> int:
@@ -238,9 +239,10 @@ def train(
       order, validation = max(order, rest), None
       if is_epoch_end:
         state, row = _end_epoch(learner, state, plan, step)
-        validation = row["validation_mse"]
+        name = f"validation_{plan.measure}"
+        validation = row[name]
         if not math.isfinite(validation):
-          _stop_on("validation_mse", validation, step, checkpoints)
+          _stop_on(name, validation, step, checkpoints)
         row.update(lr=metrics["lr"], seconds=time.monotonic() - started)
         writer.write(step, row)
         text = _epoch_text(row, plan, step)
@@ -327,7 +329,7 @@ def _end_epoch(learner, state, plan, step):
   )
   row = {
     "epoch": step // plan.steps_per_epoch,
-    "validation_mse": validation,
+    f"validation_{plan.measure}": validation,
     **means,
     **row,
   }
@@ -353,11 +355,12 @@ def _rate_text(bar, plan, text):
 
 
 def _epoch_text(row, plan, step):
-  return (
-    f"epoch {step // plan.steps_per_epoch}/{plan.num_epochs}, "
-    f"MSE {row['validation_mse'] * plan.scale:.4g}, "
-    f"{int(row['dead_words'])} dead"
-  )
+  error = row[f"validation_{plan.measure}"] * plan.scale
+  text = f"epoch {step // plan.steps_per_epoch}/{plan.num_epochs}, "
+  text += f"{plan.measure.upper()} {error:.4g}"
+  if "dead_words" in row:
+    text += f", {int(row['dead_words'])} dead"
+  return text
 
 
 @contextlib.contextmanager

@@ -1,0 +1,170 @@
+"""The last stage of a HAKES run: recall and speed of base and learned side."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+from absl import logging
+
+from experiments import common, hakes_data
+from vqjax.data import formats
+from vqjax.interop import faiss_index, hakes_io
+from vqjax.search import metrics, operating_points, plots
+
+_RECALLS = (0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.99)
+
+
+def evaluate(config, data, workdir: pathlib.Path) -> bool:
+  """Writes evaluation.json and operating_points.png."""
+  knobs = config.evaluate
+  queries = _queries(data, workdir, knobs.k)
+  if queries is None:
+    logging.warning(
+      "Nothing to measure with: set data.queries (or data.train_queries, some "
+      "of which are held out) and run --stage=evaluate."
+    )
+    return True
+  xq_QD, true_QG = queries
+  num_threads = faiss_index.set_num_threads(knobs.num_threads)
+  index = faiss_index.load(workdir / "index.faiss")
+  sides = {
+    "base": hakes_io.load(workdir / "findex.bin").side,
+    "learned": hakes_io.load(workdir / "uindex.bin").side,
+  }
+  search_fns = {
+    name: _search_fn(index, side, xq_QD, knobs.k)
+    for name, side in sides.items()
+  }
+  if knobs.factory:
+    other = _factory(data, workdir / f"{knobs.factory}.faiss", knobs.factory)
+    search_fns[knobs.factory] = _search_fn(other, None, xq_QD, knobs.k)
+  settings = _settings(knobs, len(sides["base"].centroids_LE))
+  recall_fn = lambda ids_QR: metrics.knn_recall_at(ids_QR, true_QG, knobs.k)
+  with common.progress(len(settings), "search", unit="settings") as done:
+    count = iter(range(1, len(settings) + 1))
+    series = operating_points.measure(
+      search_fns,
+      settings,
+      recall_fn,
+      len(xq_QD),
+      num_rounds=knobs.num_rounds,
+      progress=lambda: done(next(count), len(settings)),
+    )
+  _write(config, data, workdir, series, len(xq_QD), num_threads)
+  return True
+
+
+def _queries(data, workdir, k: int):
+  """Queries, and ids of at least `k` true neighbours; None without any."""
+  if data.queries is None:
+    if data.train_queries is None:
+      return None
+    with np.load(workdir / "samples.npz") as file:
+      held_out = slice(-int(file["num_held_out"]), None)
+      xq_QD = file["queries"][held_out]
+    return xq_QD, hakes_data.neighbours(data, xq_QD, k)
+  xq_QD = hakes_data.read_all(data, data.queries)
+  if data.groundtruth is not None:
+    true_QG = np.asarray(data.groundtruth)[: len(xq_QD)]
+    if true_QG.shape[1] >= k and true_QG.max() < len(data.base):
+      return xq_QD, true_QG
+    logging.info(
+      "The ground truth is of another number of base vectors or neighbours."
+    )
+  logging.info("Searching the true neighbours of %d queries.", len(xq_QD))
+  return xq_QD, hakes_data.neighbours(data, xq_QD, k)
+
+
+def _factory(data, path: pathlib.Path, name: str):
+  """An index of faiss's own training, kept for the next evaluation."""
+  if not path.exists():
+    logging.info("Training faiss %s.", name)
+    x_ND = hakes_data.read_all(data, data.base)
+    index = faiss_index.fit_factory(name, x_ND, data.metric)
+    faiss_index.save(index, path)
+  return faiss_index.load(path)
+
+
+def _search_fn(index, side, xq_QD, k):
+  def search_fn(setting):
+    if side is not None:  # The two sides share one index.
+      faiss_index.set_side(index, side)
+    return faiss_index.search(index, xq_QD, k, **setting)
+
+  return search_fn
+
+
+def _settings(knobs, num_lists: int) -> list[dict]:
+  probes = sorted({min(n, num_lists) for n in knobs.num_probes})
+  return [
+    {"num_probes": n, "refine_factor": factor}
+    for n in probes
+    for factor in knobs.refine_factors
+  ]
+
+
+def _write(config, data, workdir, series, num_queries, num_threads):
+  name = f"knn_recall@{config.evaluate.k}"
+  reached = operating_points.compare(series, _RECALLS)
+  result = {
+    "base": data.name,
+    "num_base": len(data.base),
+    "num_queries": num_queries,
+    "metric": "cosine" if data.is_cosine else data.metric,
+    "recall": name,
+    "num_threads": num_threads,
+    "device": jax.devices()[0].device_kind,
+    "store": config.index.store,
+    "settings": config.evaluate.to_dict(),
+    "points": operating_points.to_json(series),
+    "qps_at_recall": {
+      "recall": [row[0] for row in reached],
+      **{
+        key: [round(row[1 + i], 1) for row in reached]
+        for i, key in enumerate(series)
+      },
+    },
+  }
+  with formats.atomic_output(
+    workdir / "operating_points.png", overwrite=True
+  ) as temporary:
+    plots.plot_operating_points(
+      temporary,
+      series,
+      title=f"{len(data.base):,} vectors, {num_threads} threads",
+      recall_name=name,
+      least_recall=0.5,
+    )
+  with formats.atomic_output(
+    workdir / "evaluation.json", overwrite=True
+  ) as temporary:
+    pathlib.Path(temporary).write_text(json.dumps(result, indent=2) + "\n")
+  logging.info(
+    "%s of %d queries, then queries per second (%d threads)\n%s\n\nQueries per "
+    "second at equal recall\n%s",
+    name,
+    num_queries,
+    num_threads,
+    common.table(*_point_table(series)),
+    common.table(
+      [name, *series],
+      [
+        [f"{row[0]:g}", *(f"{qps:,.0f}" if qps else "-" for qps in row[1:])]
+        for row in reached
+      ],
+    ),
+  )
+
+
+def _point_table(series):
+  header = ["lists", "k'/k", *series, *(f"{name} qps" for name in series)]
+  rows = []
+  for points in zip(*series.values(), strict=True):
+    knobs = points[0].setting
+    rows.append(
+      [knobs["num_probes"], f"{knobs['refine_factor']:g}"]
+      + [f"{point.recall:.4f}" for point in points]
+      + [f"{point.qps:,.0f}" for point in points]
+    )
+  return header, rows

@@ -1,0 +1,343 @@
+"""The stages of a HAKES run up to the index; each writes what the next reads.
+
+base       findex.bin           OPQ, lists and 4-bit words, by faiss
+samples    samples.npz          training queries and their neighbours
+learn      learned.bin          query side, with the centroids of the training
+centroids  uindex.bin           query side with the centroids to search by
+index      index.faiss          for stock faiss
+"""
+
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from experiments import hakes_data
+from vqjax import devices
+from vqjax.codecs import hakes
+from vqjax.data import batches, formats
+from vqjax.interop import faiss_index, hakes_io
+from vqjax.training import checkpoints as checkpoints_lib
+from vqjax.training import hakes_learner, loop, writers
+
+_SAMPLE_PASS = 1 << 61  # Of the permutation that draws training queries.
+
+
+def base(config, data, workdir: pathlib.Path) -> bool:
+  """Learns the base side, or takes that of `config.base.path`."""
+  knobs = config.base.to_dict()
+  path, num_max = knobs.pop("path"), knobs.pop("max_vectors")
+  if path:
+    file = hakes_io.load(path)
+    if file.metric != data.metric:
+      raise ValueError(
+        f"{path} is for {file.metric}, but data.metric is {data.metric}."
+      )
+    _check_dim(path, file.side, data)
+    _save(workdir / "findex.bin", file.side, data)
+    return True
+  d = data.dim
+  e = knobs.pop("reduced_dim") or d // (8 if d >= 1536 else 4)
+  sizes = {
+    "reduced_dim": e,
+    "num_codes": knobs.pop("num_codes") or e // 2,
+    "num_lists": knobs.pop("num_lists")
+    or 1 << math.ceil(math.log2(math.sqrt(len(data.base)))),
+  }
+  x_ND = hakes_data.read(data, data.base, _draw(len(data.base), num_max, 0))
+  logging.info("Base parameters of %d vectors: %s.", len(x_ND), _text(sizes))
+  side = faiss_index.fit_base(x_ND, **sizes, metric=data.metric, **knobs)
+  _save(workdir / "findex.bin", side, data)
+  return True
+
+
+def samples(config, data, workdir: pathlib.Path) -> bool:
+  """Draws training queries and finds their neighbours."""
+  knobs, source = config.samples, data.train_queries
+  is_base = source is None
+  source = data.base if is_base else source
+  num_held = min(knobs.num_validation, max(len(source) // 10, 1))
+  num = min(knobs.num_queries, len(source) - num_held)
+  rows_N = _draw(len(source), num + num_held, config.seed)
+  k = min(knobs.num_neighbours, len(data.base) - 1)
+  x_ND = hakes_data.read(data, source, rows_N)
+  logging.info(
+    "%d training queries of %s, %d held out; %d neighbours of each.",
+    num,
+    "the base itself" if is_base else "data.train_queries",
+    num_held,
+    k,
+  )
+  if data.train_neighbours is not None:
+    near_NG = np.asarray(data.train_neighbours)[rows_N]
+  else:
+    near_NG = _find(config, data, workdir, x_ND, k + is_base)
+    if is_base:
+      near_NG = _without_itself(near_NG, rows_N)
+  if near_NG.min() < 0 or near_NG.max() >= len(data.base):
+    raise ValueError(
+      f"Neighbours must be rows of the base, 0 to {len(data.base) - 1}, got "
+      f"{near_NG.min()} to {near_NG.max()}."
+    )
+  with formats.atomic_output(workdir / "samples.npz") as temporary:
+    np.savez(
+      temporary,
+      queries=x_ND,
+      neighbours=near_NG.astype(np.int32),
+      num_held_out=num_held,
+    )
+  return True
+
+
+def _find(config, data, workdir, x_ND, k):
+  if config.samples.find_by == "exact":
+    return hakes_data.neighbours(data, x_ND, k)
+  if config.samples.find_by != "index":
+    raise ValueError(
+      "samples.find_by must be 'exact' or 'index', got "
+      f"{config.samples.find_by!r}."
+    )
+  side = hakes_io.load(workdir / "findex.bin").side
+  index = _fill(data, side, "float32")
+  num_probes = max(len(side.centroids_LE) // 10, 1)
+  near_NG = faiss_index.search(
+    index, x_ND, k, num_probes=num_probes, refine_factor=10
+  )
+  if near_NG.min() < 0:
+    raise ValueError(
+      f"The base index found fewer than {k} neighbours of some queries in "
+      f"{num_probes} lists; set samples.find_by=exact or fewer "
+      "samples.num_neighbours."
+    )
+  return near_NG
+
+
+def _without_itself(near_NG, rows_N):
+  """Drops the query from its neighbours; the last one where it is not there."""
+  is_self_NG = near_NG == rows_N[:, None]
+  is_self_NG[~is_self_NG.any(axis=1), -1] = True
+  return near_NG[~is_self_NG].reshape(len(near_NG), -1)
+
+
+def learn(config, data, workdir: pathlib.Path) -> bool:
+  """Learns the query side; False when interrupted."""
+  train, params = config.train, _start(workdir)
+  with np.load(workdir / "samples.npz") as file:
+    found = {name: file[name] for name in file}
+  num = len(found["queries"]) - int(found["num_held_out"])
+  held_out = slice(num, len(found["queries"]))
+  if train.batch_size > num:
+    raise ValueError(
+      f"A batch takes {train.batch_size} training queries, but there are only "
+      f"{num}; lower train.batch_size."
+    )
+  near_NG = found["neighbours"][:, : train.num_neighbours]
+  table = _look_up(params.base, data, found["queries"], near_NG)
+  knobs = _loss_knobs(config, data, table)
+  plan = loop.Plan(
+    seed=config.seed,
+    num_epochs=train.num_epochs,
+    steps_per_epoch=num // train.batch_size,
+    batch_size=train.batch_size,
+    stop_patience=train.stop_patience,
+    log_every=train.log_every,
+    measure="kl",
+  )
+  before = hakes_learner.validation(params, table, held_out, knobs)
+  logging.info(
+    "Held-out KL of the base parameters: codes %.3e, reduced %.3e.",
+    before["coded_kl"],
+    before["reduced_kl"],
+  )
+  batch_fn = hakes_learner.make_batch_fn(
+    table, num, train.batch_size, config.seed
+  )
+  learner = hakes_learner.make_learner(table, held_out, knobs)
+  params = _loop(config, workdir, params, learner, batch_fn, plan)
+  if params is None:
+    return False
+  after = hakes_learner.validation(params, table, held_out, knobs)
+  _report(before, after)
+  _save(workdir / "learned.bin", jax.device_get(params.query), data)
+  return True
+
+
+def _loss_knobs(config, data, table) -> dict:
+  names = ("reduction_weight", "neighbour_side", "list_temperature")
+  knobs = {name: config.train[name] for name in names}
+  knobs["score"] = config.train.score or data.metric
+  knobs["temperature"] = (
+    config.train.temperature
+    or hakes_learner.natural_temperature(table, knobs["score"])
+  )
+  return knobs
+
+
+def _start(workdir) -> hakes.HakesParams:
+  """Both sides equal to the base parameters."""
+  side = jax.tree.map(jnp.asarray, hakes_io.load(workdir / "findex.bin").side)
+  return hakes.HakesParams(side, jax.tree.map(jnp.copy, side))
+
+
+def _look_up(side, data, queries_ND, near_NG) -> hakes_learner.Samples:
+  """Vectors, codes and lists of all neighbours, each once."""
+  rows_U, near_NG = np.unique(near_NG, return_inverse=True)
+  near_NG = near_NG.reshape(len(queries_ND), -1).astype(np.int32)
+  vectors_UD = hakes_data.read(data, data.base, rows_U)
+
+  @jax.jit
+  def keep_fn(x_ND):
+    return hakes.encode(side, x_ND), hakes.assign(side, x_ND, data.metric)
+
+  parts = [
+    out for _, out in batches.map_blocks(keep_fn, vectors_UD, block_size=16_384)
+  ]
+  codes_UM, lists_U = (np.concatenate(x) for x in zip(*parts, strict=True))
+  if np.array_equal(vectors_UD.astype(np.float16), vectors_UD):
+    vectors_UD = vectors_UD.astype(np.float16)  # Half of the memory to read.
+  return hakes_learner.Samples(
+    queries_ND, near_NG, vectors_UD, codes_UM.astype(np.uint8), lists_U
+  )
+
+
+def _loop(config, workdir, params, learner, batch_fn, plan):
+  """Runs or resumes the training loop: the best parameters, or None."""
+  train = config.train
+  rates = {"reduction": train.reduction_lr, "codebooks": train.codebook_lr}
+  if train.list_temperature:
+    rates["centroids"] = train.centroid_lr
+  schedules = {
+    name: hakes_learner.make_schedule(rate, plan.total_steps, train.warm_up)
+    for name, rate in rates.items()
+  }
+  tx = hakes_learner.make_optimiser(schedules, weight_decay=train.weight_decay)
+  state = loop.make_state(params, tx, (), hakes_learner.METRICS)
+  checkpoints = checkpoints_lib.Checkpoints(workdir / "checkpoints")
+  step = checkpoints.latest()
+  if step is not None:
+    state = checkpoints.restore(step, devices.abstract(state))
+    logging.info("Going on from step %d of %d.", step, plan.total_steps)
+  writer = writers.Writer(workdir, first_step=step or 0)
+  try:
+    outcome = loop.train(
+      learner,
+      tx,
+      schedules["reduction"],
+      state,
+      batch_fn,
+      plan,
+      checkpoints=checkpoints,
+      writer=writer,
+    )
+    if not outcome.is_done:
+      return None
+    best = checkpoints.best()
+    logging.info("The best held-out KL is that of step %d.", best)
+    return checkpoints.restore(best, outcome.state).params
+  finally:
+    writer.close()
+    checkpoints.close()
+
+
+def _report(before, after) -> None:
+  logging.info(
+    "Held-out KL of codes: base %.3e, learned %.3e.",
+    before["coded_kl"],
+    after["coded_kl"],
+  )
+  if after["coded_kl"] >= before["coded_kl"]:
+    logging.warning(
+      "Learning did not lower the held-out KL: more samples.num_queries, or a "
+      "lower train.reduction_lr and train.codebook_lr, may help."
+    )
+
+
+def centroids(config, data, workdir: pathlib.Path) -> bool:
+  """Chooses the centroids that queries look for lists with."""
+  knobs = config.centroids
+  learned = hakes_io.load(workdir / "learned.bin").side
+  if knobs.rule not in ("learned", "mean"):
+    raise ValueError(
+      f"centroids.rule must be 'learned' or 'mean', got {knobs.rule!r}."
+    )
+  # Without the term of the lists in the loss they have not moved.
+  if knobs.rule == "learned" and config.train.list_temperature:
+    _save(workdir / "uindex.bin", learned, data)
+    return True
+  if knobs.sample:
+    num = max(round(knobs.sample * len(data.base)), 1)
+    rows_N = _draw(len(data.base), num, config.seed + 1)
+    x_ND = hakes_data.read(data, data.base, rows_N)
+  else:
+    with np.load(workdir / "samples.npz") as file:
+      x_ND = file["queries"]
+  old = hakes_io.load(workdir / "findex.bin").side
+  params = jax.tree.map(jnp.asarray, hakes.HakesParams(old, learned))
+  sums_LE, counts_L = hakes.centroid_sums(
+    params, jnp.asarray(x_ND), data.metric, assign_by=knobs.assign_by
+  )
+  new_LE = hakes.mean_centroids(
+    params.base.centroids_LE, sums_LE, counts_L, data.metric
+  )
+  _save(
+    workdir / "uindex.bin",
+    learned.replace(centroids_LE=np.asarray(new_LE)),
+    data,
+  )
+  return True
+
+
+def index(config, data, workdir: pathlib.Path) -> bool:
+  """Writes the index file for stock faiss, and compares what is read back."""
+  old, new = (
+    hakes_io.load(workdir / name).side for name in ("findex.bin", "uindex.bin")
+  )
+  built = _fill(data, old, config.index.store)
+  faiss_index.set_side(built, new)
+  path = workdir / "index.faiss"
+  faiss_index.save(built, path)
+  read = faiss_index.load(path)
+  same = jax.tree.map(np.array_equal, faiss_index.side_of(read), new)
+  x_QD = hakes_data.read(data, data.base, np.arange(min(20, len(data.base))))
+  knobs = {"num_probes": 4, "refine_factor": 4}
+  ids = [faiss_index.search(i, x_QD, 5, **knobs) for i in (built, read)]
+  if not all(jax.tree.leaves(same)) or not np.array_equal(*ids):
+    path.unlink()
+    raise OSError(f"{path} did not read back as it was written; removed again.")
+  return True
+
+
+def _fill(data, side, store):
+  """An index of all vectors of the base, by the base side."""
+  sample_ND = hakes_data.read(data, data.base, _draw(len(data.base), 65536, 0))
+  made = faiss_index.make_index(
+    side, data.metric, store=store, sample_ND=sample_ND
+  )
+  logging.info("Adding %d vectors to the index.", len(data.base))
+  faiss_index.add(made, side, hakes_data.blocks(data))
+  return made
+
+
+def _draw(size: int, num: int, seed: int) -> np.ndarray:
+  """Rows of a random sample without repetition, in random order."""
+  return batches.permute(np.arange(min(num, size)), size, seed, _SAMPLE_PASS)
+
+
+def _check_dim(path, side, data) -> None:
+  if side.reduction_ED.shape[1] != data.dim:
+    raise ValueError(
+      f"{path} is for vectors of {side.reduction_ED.shape[1]} dimensions, "
+      f"data.base has {data.dim}."
+    )
+
+
+def _save(path, side, data) -> None:
+  file = hakes_io.HakesFile(side, data.metric, len(data.base))
+  hakes_io.save(file, path)
+
+
+def _text(sizes: dict) -> str:
+  return ", ".join(f"{name} {size}" for name, size in sizes.items())

@@ -1,0 +1,103 @@
+"""How fast a search is at what recall: measured, and the best of many settings.
+
+A search has knobs; each setting of them is a point (recall, queries per
+second). What counts of a series of points is its front: those that no other
+point beats in both. Two programs are compared at equal recall, on their fronts.
+"""
+
+import time
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Point(NamedTuple):
+  """One setting of a search, and how well and how fast it does."""
+
+  setting: dict
+  recall: float  # 0 to 1.
+  qps: float  # Queries per second.
+
+
+def measure(
+  search_fns: dict[Hashable, Callable[[dict], Any]],
+  settings: Sequence[dict],
+  recall_fn: Callable[[Any], float],
+  num_queries: int,
+  *,
+  num_rounds: int = 3,
+  progress: Callable[[], None] | None = None,
+) -> dict[Hashable, list[Point]]:
+  """Measures every search at every setting.
+
+  The searches take turns within a setting, so that a machine that slows down
+  slows them all; the best of the rounds counts.
+
+  Args:
+    search_fns: By name of the series; each searches all queries with a setting.
+    settings: Keyword values of the knobs, the same for every series.
+    recall_fn: What a search returned to its recall.
+    num_queries: That one call searches.
+    num_rounds: Calls per setting and series; the first is not warmed up.
+    progress: Called after each setting.
+  """
+  if num_rounds < 1 or num_queries < 1 or not settings:
+    raise ValueError(
+      "Measuring needs at least one round, query and setting, got "
+      f"{num_rounds}, {num_queries} and {len(settings)}."
+    )
+  points = {name: [] for name in search_fns}
+  for setting in settings:
+    seconds = dict.fromkeys(search_fns, np.inf)
+    found = {}
+    for _ in range(num_rounds):
+      for name, search_fn in search_fns.items():
+        began = time.perf_counter()
+        found[name] = search_fn(setting)
+        took = time.perf_counter() - began
+        seconds[name] = min(seconds[name], took)
+    for name, result in found.items():
+      recall = float(recall_fn(result))
+      qps = num_queries / max(seconds[name], 1e-9)
+      points[name].append(Point(dict(setting), recall, qps))
+    if progress is not None:
+      progress()
+  return points
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+  """Points that no other beats in recall and speed, by rising recall."""
+  kept = []
+  for point in sorted(points, key=lambda p: (-p.recall, -p.qps)):
+    if not kept or point.qps > kept[-1].qps:
+      kept.append(point)
+  return kept[::-1]
+
+
+def fastest(points: Sequence[Point], recall: float) -> Point | None:
+  """The fastest point of at least that recall; None where there is none."""
+  enough = [point for point in points if point.recall >= recall]
+  return max(enough, key=lambda point: point.qps, default=None)
+
+
+def compare(
+  series: dict[Hashable, Sequence[Point]], recalls: Sequence[float]
+) -> list[list]:
+  """Rows `[recall, qps of each series]`; 0 where a series stays below."""
+  rows = []
+  for recall in recalls:
+    best = [fastest(points, recall) for points in series.values()]
+    rows.append([recall, *(0.0 if p is None else p.qps for p in best)])
+  return rows
+
+
+def to_json(series: dict[str, Sequence[Point]]) -> dict[str, list[dict]]:
+  """Points as plain values, setting by setting."""
+  return {
+    name: [
+      {**point.setting, "recall": point.recall, "qps": round(point.qps, 1)}
+      for point in points
+    ]
+    for name, points in series.items()
+  }

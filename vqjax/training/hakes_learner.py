@@ -1,0 +1,186 @@
+"""What the training loop needs to learn the query side of HAKES.
+
+A training query comes with its neighbours. Their vectors, lists and codes are
+looked up once: they do not change while the query side learns.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+
+from vqjax import devices
+from vqjax.codecs import hakes
+from vqjax.core import check_range
+from vqjax.data import batches
+from vqjax.training import loop
+
+METRICS = ["loss", "reduced_kl", "coded_kl", "list_loss"]
+_VALIDATION_BLOCK = 256
+
+
+class Samples(NamedTuple):
+  """Training queries and the base vectors that are near some of them.
+
+  `near_NG` are rows of the other three, U base vectors in all. Vectors stay in
+  the type of their file.
+  """
+
+  queries_ND: np.ndarray
+  near_NG: np.ndarray
+  vectors_UD: np.ndarray
+  codes_UM: np.ndarray
+  lists_U: np.ndarray
+
+
+def take(samples: Samples, rows) -> hakes.Batch:
+  """Puts the batch of some rows of the queries together, on the host."""
+  near_QG = samples.near_NG[rows]
+  return hakes.Batch(
+    queries_QD=samples.queries_ND[rows],
+    neighbours_QGD=samples.vectors_UD[near_QG].astype(np.float32),
+    codes_QGM=samples.codes_UM[near_QG],
+    lists_QG=samples.lists_U[near_QG],
+  )
+
+
+def make_batch_fn(
+  samples: Samples, num_rows: int, batch_size: int, seed: int
+) -> Callable[[int], hakes.Batch]:
+  """Returns the step to this process's part of that batch.
+
+  Batches are drawn from the first `num_rows` queries.
+  """
+
+  def batch_fn(step):
+    rows = batches.batch_rows(seed, step, batch_size, num_rows)
+    return take(samples, rows[devices.share(batch_size)])
+
+  return batch_fn
+
+
+def make_schedule(
+  peak_lr: float, total_steps: int, warm_up: float
+) -> optax.Schedule:
+  """Rises linearly over a share `warm_up` of the steps, then falls to 0."""
+  check_range("the learning rate", peak_lr, 0, 10)
+  check_range("warm_up", warm_up, 0, 1)
+  rise = max(round(warm_up * total_steps), 1)
+  fall = max(total_steps - rise, 1)
+
+  def schedule(step):
+    left = (total_steps - step) / fall
+    return peak_lr * jnp.clip(jnp.minimum((step + 1) / rise, left), 0, 1)
+
+  return schedule
+
+
+def make_optimiser(
+  schedules: dict[str, optax.Schedule], *, weight_decay: float
+) -> optax.GradientTransformation:
+  """Returns AdamW with a schedule for each part of the query side.
+
+  Args:
+    schedules: Of "reduction" (with its bias), "codebooks" and "centroids"; a
+      part without one stays as it is, as the base side does.
+    weight_decay: Of the reduction and the codebooks, times the learning rate;
+      published 0.999.
+  """
+  check_range("weight_decay", weight_decay, 0, 1000)
+  parts = {"frozen": optax.set_to_zero()}
+  for name, schedule in schedules.items():
+    decay = 0 if name == "centroids" else weight_decay
+    parts[name] = optax.adamw(schedule, weight_decay=decay)
+  known = lambda name: name if name in schedules else "frozen"
+  query = hakes.HakesSide(
+    reduction_ED=known("reduction"),
+    bias_E=known("reduction"),
+    codebooks_MKS=known("codebooks"),
+    centroids_LE=known("centroids"),
+  )
+  base = hakes.HakesSide(*["frozen"] * 4)
+  return optax.partition(parts, hakes.HakesParams(base, query))
+
+
+def make_learner(
+  samples: Samples, held_out: slice, knobs: dict
+) -> loop.Learner:
+  """Returns what `loop.train` asks of HAKES.
+
+  Validation is the divergence of coded neighbours, over held-out queries. The
+  state has no statistics; words that no neighbour has learn nothing.
+
+  Args:
+    samples: Queries to learn from and to validate on.
+    held_out: The latter.
+    knobs: Keyword values of `hakes.loss`.
+  """
+
+  def loss_fn(params, key, batch):
+    del key
+    loss, parts = hakes.loss(
+      params, batch, axis_name=devices.DATA_AXIS, **knobs
+    )
+    return loss, {"metrics": parts, "stats": ()}
+
+  def validate(params):
+    found = validation(params, samples, held_out, knobs)
+    logging.info(
+      "Held-out KL: codes %.3e, reduced %.3e.",
+      found["coded_kl"],
+      found["reduced_kl"],
+    )
+    return found["coded_kl"]
+
+  return loop.Learner(
+    loss_fn=loss_fn,
+    join_stats_fn=lambda stats, axis_name: stats,
+    merge_stats_fn=lambda stats, new: stats,
+    end_epoch_fn=lambda params, key, stats: (params, stats, {}),
+    usage_fn=lambda stats: {},
+    validate_fn=validate,
+  )
+
+
+def validation(
+  params: hakes.HakesParams, samples: Samples, rows: slice, knobs: dict
+) -> dict[str, float]:
+  """Returns the parts of the loss over some rows of the queries."""
+  params, total, num = devices.local(params), {}, 0
+  for start in range(rows.start, rows.stop, _VALIDATION_BLOCK):
+    part = slice(start, min(start + _VALIDATION_BLOCK, rows.stop))
+    size = part.stop - part.start
+    _, parts = _loss(params, take(samples, part), **knobs)
+    num += size
+    for name, value in parts.items():
+      total[name] = total.get(name, 0) + size * float(value)
+  return {name: value / num for name, value in total.items()}
+
+
+def natural_temperature(samples: Samples, score: str) -> float:
+  """Returns a temperature for scores of any scale: their spread, at least 1.
+
+  The mean over some queries of the standard deviation over their neighbours.
+  For vectors of length 1 it is 1, as published. Squared distances of bytes
+  spread over thousands: at 1 their softmax is all on the nearest neighbour,
+  and the others teach nothing.
+  """
+  rows = slice(0, min(_VALIDATION_BLOCK, len(samples.queries_ND)))
+  full_QG = hakes.full_scores(take(samples, rows), score)
+  return max(float(jnp.std(full_QG, axis=1).mean()), 1.0)
+
+
+_loss = jax.jit(
+  hakes.loss,
+  static_argnames=(
+    "score",
+    "reduction_weight",
+    "neighbour_side",
+    "temperature",
+    "list_temperature",
+  ),
+)

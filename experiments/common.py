@@ -83,7 +83,9 @@ def get_config(options: dict[str, Option]) -> config_dict.ConfigDict:
   )
 
 
-def main(run, options: dict[str, Option], doc: str) -> None:
+def main(
+  run, options: dict[str, Option], doc: str, *, multihost: bool = False
+) -> None:
   """Runs a command from its flags; errors of the user end in one line."""
   define = {
     str: flags.DEFINE_string,
@@ -106,25 +108,27 @@ def main(run, options: dict[str, Option], doc: str) -> None:
     with user_errors():
       run(config)
 
-  start(absl_main)
+  start(absl_main, multihost=multihost)
 
 
-def start(absl_main) -> None:
+def start(absl_main, *, multihost: bool = False) -> None:
   """Hands over to absl, with messages made for people.
 
-  With --multihost joins the other processes before JAX is used.
+  Where a command shares its work (`multihost`), its flag --multihost joins the
+  other processes before JAX is used.
   """
-  multihost = flags.DEFINE_boolean(
-    "multihost",
-    False,
-    "Work with the other processes of this run, on one or many hosts: started "
-    "by srun or mpirun, or found by JAX_COORDINATOR_ADDRESS, "
-    "JAX_NUM_PROCESSES and JAX_PROCESS_ID.",
-    module_name=sys.argv[0],
-  )
+  if multihost:
+    flags.DEFINE_boolean(
+      "multihost",
+      False,
+      "Work with the other processes of this run, on one or many hosts: "
+      "started by srun or mpirun, or found by JAX_COORDINATOR_ADDRESS, "
+      "JAX_NUM_PROCESSES and JAX_PROCESS_ID.",
+      module_name=sys.argv[0],
+    )
 
   def joined_main(argv):
-    if not multihost.value:
+    if not (multihost and flags.FLAGS.multihost):
       absl_main(argv)
       return
     with user_errors():

@@ -378,4 +378,4 @@ def _verify(config) -> dict:
 
 
 if __name__ == "__main__":
-  common.main(run, OPTIONS, __doc__)
+  common.main(run, OPTIONS, __doc__, multihost=True)

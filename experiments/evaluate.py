@@ -329,4 +329,4 @@ def _log_table(result) -> None:
 
 
 if __name__ == "__main__":
-  common.main(run, OPTIONS, __doc__)
+  common.main(run, OPTIONS, __doc__, multihost=True)

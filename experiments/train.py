@@ -443,4 +443,4 @@ if __name__ == "__main__":
       if run(_CONFIG.value, workdir, resume=_RESUME.value) is None:
         sys.exit(130)  # Interrupted: a job scheduler must not take it for done.
 
-  common.start(main)
+  common.start(main, multihost=True)

@@ -121,6 +121,7 @@ def test_a_signal_to_one_stops_both_at_the_same_step(whole, tmp_path):
   _assert_same_run(whole, tmp_path)
 
 
+@pytest.mark.slow
 def test_two_processes_measure_as_one(whole, tmp_path):
   output = tmp_path / "two.json"
   args = [f"--codec={whole}", f"--output={output}", "--num_vectors=333"]

@@ -37,14 +37,22 @@ def test_decode_matches_the_plain_network(case):
     )
 
 
-@pytest.mark.parametrize("knobs", KNOBS, ids=str)
-@pytest.mark.parametrize("case", CASES)
+def _searches():
+  """Cases with the searches they can do; a few of each, the rest slow."""
+  for case in CASES:
+    has_preselection = make_params(**CASES[case]).preselect_TKD is not None
+    for at, knobs in enumerate(KNOBS):
+      needs = knobs["num_candidates"] or knobs.get("num_joint_candidates")
+      if needs and not has_preselection:
+        continue
+      is_quick = case in ("qinco2", "ivf") or at in (1, 3, 8)
+      marks = () if is_quick else pytest.mark.slow
+      yield pytest.param(case, knobs, id=f"{case}-{knobs}", marks=marks)
+
+
+@pytest.mark.parametrize(("case", "knobs"), _searches())
 def test_encode_matches_the_plain_search(case, knobs):
   params = make_params(**CASES[case])
-  if params.preselect_TKD is None and (
-    knobs["num_candidates"] or knobs.get("num_joint_candidates")
-  ):
-    pytest.skip("QINCo1 has no pre-selection")
   x_ND = vectors()
   codes_NM = qinco.encode(params, jnp.asarray(x_ND), **knobs)
   assert codes_NM.dtype == jnp.int32

@@ -14,13 +14,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import config_dict
+from ml_collections import config_dict, config_flags
 
 from vqjax import devices
 from vqjax.codecs import registry
 from vqjax.data import batches, datasets
 from vqjax.interop import safetensors_io
 from vqjax.progress import progress_bar
+
+flags.disclaim_key_flags()  # They are the command's, so that --help shows them.
 
 _BLOCK = 4096  # Vectors at once, for codecs without a network.
 _CPU_BUDGET, _DEVICE_BUDGET = 24 << 20, 4 << 30  # Bytes, of one block.
@@ -71,47 +73,84 @@ CODEC_OPTION = Option(
 )
 
 
-def get_config(options: dict[str, Option]) -> config_dict.ConfigDict:
-  """Returns the options as a ConfigDict with their defaults."""
-  return config_dict.ConfigDict(
+def get_config(options: dict[str, Option], **values) -> config_dict.ConfigDict:
+  """Returns the options as a ConfigDict: these values, else their defaults."""
+  config = config_dict.ConfigDict(
     {
       name: config_dict.placeholder(option.kind)
       if option.default is None
       else option.default
       for name, option in options.items()
     }
-  )
+  ).lock()  # A misspelt name raises.
+  config.update(values)
+  return config
 
 
 def main(
   run, options: dict[str, Option], doc: str, *, multihost: bool = False
 ) -> None:
   """Runs a command from its flags; errors of the user end in one line."""
+  _define(options)
+  sys.modules["__main__"].__doc__ = doc
+
+  def main_fn():
+    with user_errors():
+      run(get_config(options, **_given(options)))
+
+  _start(main_fn, multihost)
+
+
+def run_config(
+  run,
+  options: dict[str, Option],
+  config_help: str,
+  *,
+  how_to_go_on: str = "Run the same command again.",
+  multihost: bool = False,
+) -> None:
+  """Runs `run(config, workdir, **options)` from --config=FILE[:ARGUMENT].
+
+  Where it returns None it was interrupted, and the exit code is 130: a job
+  scheduler must not take it for done.
+  """
+  config_flags.DEFINE_config_file("config", None, config_help)
+  flags.mark_flag_as_required("config")
+  workdir_help = "Run folder; runs/NAME-OF-THE-CONFIG if unset."
+  _define({"workdir": Option(str, None, workdir_help), **options})
+
+  def main_fn():
+    file = config_flags.get_config_filename(flags.FLAGS["config"])
+    workdir = flags.FLAGS.workdir or default_workdir(file)
+    with user_errors(how_to_go_on):
+      if run(flags.FLAGS.config, workdir, **_given(options)) is None:
+        sys.exit(130)
+
+  _start(main_fn, multihost)
+
+
+def default_workdir(config_file: str) -> str:
+  """Returns `runs/qinco2_s-smoke` for `configs/qinco2_s.py:smoke`."""
+  name, _, arg = config_file.partition(":")
+  return f"runs/{pathlib.Path(name).stem}" + (f"-{arg}" if arg else "")
+
+
+def _define(options: dict[str, Option]) -> None:
   define = {
     str: flags.DEFINE_string,
     int: flags.DEFINE_integer,
     float: flags.DEFINE_float,
     bool: flags.DEFINE_boolean,
   }
-  # As flags of the main module, so that --help shows them.
   for name, option in options.items():
-    define[option.kind](
-      name, option.default, option.help, module_name=sys.argv[0]
-    )
-  sys.modules["__main__"].__doc__ = doc
-
-  def absl_main(argv):
-    if len(argv) > 1:
-      raise app.UsageError(f"Unexpected argument {argv[1]!r}.")
-    config = get_config(options)
-    config.update({name: flags.FLAGS[name].value for name in options})
-    with user_errors():
-      run(config)
-
-  start(absl_main, multihost=multihost)
+    define[option.kind](name, option.default, option.help)
 
 
-def start(absl_main, *, multihost: bool = False) -> None:
+def _given(options: dict[str, Option]) -> dict:
+  return {name: flags.FLAGS[name].value for name in options}
+
+
+def _start(main_fn, multihost: bool) -> None:
   """Hands over to absl, with messages made for people.
 
   Where a command shares its work (`multihost`), its flag --multihost joins the
@@ -124,19 +163,20 @@ def start(absl_main, *, multihost: bool = False) -> None:
       "Work with the other processes of this run, on one or many hosts: "
       "started by srun or mpirun, or found by JAX_COORDINATOR_ADDRESS, "
       "JAX_NUM_PROCESSES and JAX_PROCESS_ID.",
-      module_name=sys.argv[0],
     )
 
-  def joined_main(argv):
+  def absl_main(argv):
+    if len(argv) > 1:
+      raise app.UsageError(f"Unexpected argument {argv[1]!r}.")
     if not (multihost and flags.FLAGS.multihost):
-      absl_main(argv)
+      main_fn()
       return
     with user_errors():
       devices.start_processes()
     if not devices.is_first():
       logging.set_verbosity(logging.WARNING)
     try:
-      absl_main(argv)
+      main_fn()
     except Exception:
       logging.exception("This is an error in the program.")
       _leave(1)
@@ -144,7 +184,7 @@ def start(absl_main, *, multihost: bool = False) -> None:
   logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().setFormatter(_PlainFormatter())
   logging.get_absl_handler().addFilter(_is_for_people)
-  app.run(joined_main, flags_parser=_parse_flags)
+  app.run(absl_main, flags_parser=_parse_flags)
 
 
 def _parse_flags(argv):

@@ -38,6 +38,7 @@ import inspect
 import pathlib
 import re
 import shlex
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -215,21 +216,35 @@ class _Encoder(NamedTuple):
     ):
       yield codes_NM
 
-  def compile(self, rows: range) -> None:
-    """Encodes one block, so that no time counts the compilation."""
-    for _ in self.blocks(rows[: self.block_size]):
-      pass
+
+class _Meter:
+  """A progress callback that knows how long a vector takes.
+
+  Measured from the end of the first block on, which compiles; with it where it
+  is the only one.
+  """
+
+  def __init__(self, done_fn):
+    self._done_fn = done_fn
+    self._marks = [(0, time.perf_counter())]  # Start, first and last block.
+
+  def __call__(self, num: int, total: int) -> None:
+    self._done_fn(num, total)
+    self._marks[2:] = [(num, time.perf_counter())]
+
+  def __str__(self):
+    (_, start), (skipped, begin), (num, end) = self._marks[0], *self._marks[-2:]
+    each = (end - begin) / (num - skipped) * 1e6
+    aside = ", the first block aside" if skipped else ""
+    return f"{num} vectors in {end - start:.1f} s, {each:.1f} us each{aside}"
 
 
 def _write_file(config, meta, encoder) -> None:
   """Writes all codes into one file, and their description beside it."""
-  rows, seconds = range(meta["shape"][0]), {}
-  encoder.compile(rows)
-  with (
-    common.progress(len(rows), "encode") as done,
-    common.timed(seconds, "encode"),
-  ):
-    blocks = encoder.blocks(rows, done)
+  rows = range(meta["shape"][0])
+  with common.progress(len(rows), "encode") as done:
+    meter = _Meter(done)
+    blocks = encoder.blocks(rows, meter)
     if config.raw:
       _write_raw(config, meta["codebook_sizes"], blocks)
     else:
@@ -240,7 +255,7 @@ def _write_file(config, meta, encoder) -> None:
   codes.write_json(beside, meta, overwrite=config.overwrite)
   logging.info(
     "%s: %d codes per vector in %s, what made them in %s.\nNext:\n  %s",
-    _rate(len(rows), seconds["encode"]),
+    meter,
     meta["shape"][1],
     config.output,
     beside,
@@ -290,29 +305,20 @@ def _write_shards(config, meta, mine: list[int], encoder) -> None:
 
 def _make_shards(folder, manifest, todo: list[int], encoder) -> None:
   """Encodes shards one after the other, behind one progress line."""
-  total, seconds = sum(len(_rows_of(manifest, i)) for i in todo), {}
-  encoder.compile(_rows_of(manifest, todo[0]))
-  with (
-    common.progress(total, "encode") as done,
-    common.timed(seconds, "encode"),
-  ):
-    before = 0
+  total = sum(len(_rows_of(manifest, i)) for i in todo)
+  with common.progress(total, "encode") as done:
+    meter, before = _Meter(done), 0
     for shard in todo:
       rows = _rows_of(manifest, shard)
-      count = lambda num, _, before=before: done(before + num, total)
+      count = lambda num, _, before=before: meter(before + num, total)
       blocks = encoder.blocks(rows, count)
       codes.write_shard(folder, manifest, shard, blocks)
       before += len(rows)
-  logging.info("%s.", _rate(total, seconds["encode"]))
+  logging.info("%s.", meter)
 
 
 def _rows_of(manifest, shard: int) -> range:
   return codes.shard_rows(manifest["shape"][0], manifest["num_shards"], shard)
-
-
-def _rate(num: int, seconds: float) -> str:
-  each = seconds / num * 1e6
-  return f"{num} vectors in {seconds:.1f} s, {each:.1f} us each"
 
 
 def _after(config) -> str:

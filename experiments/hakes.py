@@ -16,8 +16,8 @@ the same command goes on. index.faiss is for stock faiss.
 import json
 import pathlib
 
-from absl import app, flags, logging
-from ml_collections import config_dict, config_flags
+from absl import logging
+from ml_collections import config_dict
 
 from experiments import common, hakes_data, hakes_evaluate, hakes_stages
 from vqjax.data import formats
@@ -99,31 +99,10 @@ def _check_same(old, new, name: str, workdir) -> None:
     )
 
 
-def _default_workdir(config_file: str) -> str:
-  """`configs/hakes.py:smoke` works in `runs/hakes-smoke`."""
-  name, _, arg = config_file.partition(":")
-  return f"runs/{pathlib.Path(name).stem}" + (f"-{arg}" if arg else "")
-
-
 if __name__ == "__main__":
-  _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Configuration, configs/hakes.py[:smoke|:published|...]."
+  stage_help = f"One of {', '.join(STAGES)}; all if unset."
+  common.run_config(
+    run,
+    {"stage": common.Option(str, None, stage_help)},
+    "Configuration, configs/hakes.py[:smoke|:published|...].",
   )
-  _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Run folder; runs/NAME-OF-THE-CONFIG if unset."
-  )
-  _STAGE = flags.DEFINE_string(
-    "stage", None, f"One of {', '.join(STAGES)}; all if unset."
-  )
-  flags.mark_flag_as_required("config")
-
-  def main(argv):
-    if len(argv) > 1:
-      raise app.UsageError(f"Unexpected argument {argv[1]!r}.")
-    file = config_flags.get_config_filename(flags.FLAGS["config"])
-    workdir = _WORKDIR.value or _default_workdir(file)
-    with common.user_errors():
-      if run(_CONFIG.value, workdir, stage=_STAGE.value) is None:
-        raise KeyboardInterrupt
-
-  common.start(main)

@@ -17,14 +17,13 @@ import functools
 import json
 import os
 import pathlib
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
-from ml_collections import config_dict, config_flags
+from absl import logging
+from ml_collections import config_dict
 
 from experiments import common
 from vqjax import devices
@@ -416,31 +415,11 @@ def _data_record(config) -> dict:
   return {**data, "name": None} if paths else data
 
 
-def _default_workdir(config_file: str) -> str:
-  """`configs/qinco2_s.py:smoke` trains into `runs/qinco2_s-smoke`."""
-  name, _, arg = config_file.partition(":")
-  return f"runs/{pathlib.Path(name).stem}" + (f"-{arg}" if arg else "")
-
-
 if __name__ == "__main__":
-  _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Configuration, e.g. configs/qinco2_s.py[:smoke|:bigann1M]."
+  common.run_config(
+    run,
+    {"resume": common.Option(bool, False, "Go on with the run in --workdir.")},
+    "Configuration, e.g. configs/qinco2_s.py[:smoke|:bigann1M].",
+    how_to_go_on="To go on, add --resume to the same command.",
+    multihost=True,
   )
-  _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Run folder; runs/NAME-OF-THE-CONFIG if unset."
-  )
-  _RESUME = flags.DEFINE_boolean(
-    "resume", False, "Go on with the run in --workdir."
-  )
-  flags.mark_flag_as_required("config")
-
-  def main(argv):
-    if len(argv) > 1:
-      raise app.UsageError(f"Unexpected argument {argv[1]!r}.")
-    file = config_flags.get_config_filename(flags.FLAGS["config"])
-    workdir = _WORKDIR.value or _default_workdir(file)
-    with common.user_errors("To go on, add --resume to the same command."):
-      if run(_CONFIG.value, workdir, resume=_RESUME.value) is None:
-        sys.exit(130)  # Interrupted: a job scheduler must not take it for done.
-
-  common.start(main, multihost=True)

@@ -28,9 +28,7 @@ NUM = 3
 
 
 def _config(**values):
-  config = common.get_config(bench.OPTIONS)
-  config.update(values)
-  return config
+  return common.get_config(bench.OPTIONS, **values)
 
 
 def _multiply_adds(jaxpr) -> int:

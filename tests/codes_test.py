@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import os
 import re
 
 import numpy as np
@@ -140,6 +141,33 @@ def test_many_processes_may_claim_a_folder_at_once(tmp_path):
   assert codes.find_problems(tmp_path / "c") == {}
 
 
+def test_who_claims_second_replaces_nothing(tmp_path, monkeypatch):
+  theirs, path = _manifest(fingerprint="xyz"), tmp_path / "manifest.json"
+  replace = os.replace
+
+  def replace_after_them(source, target):
+    path.write_text(json.dumps(theirs))
+    replace(source, target)
+
+  # Between the look whether there is a manifest and the end of writing ours.
+  monkeypatch.setattr(os, "replace", replace_after_them)
+  with pytest.raises(ValueError, match="fingerprint is xyz, now it is abc"):
+    codes.claim(tmp_path, _manifest())
+  assert codes.load_manifest(tmp_path) == theirs
+  assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_system_without_links_can_be_claimed(tmp_path, monkeypatch):
+  def link(source, target):
+    raise PermissionError("no links here")
+
+  monkeypatch.setattr(os, "link", link)
+  manifest = _manifest()
+  assert codes.claim(tmp_path, manifest) == manifest
+  assert codes.claim(tmp_path, _manifest(command="other")) == manifest
+  assert [p.name for p in tmp_path.iterdir()] == ["manifest.json"]
+
+
 @pytest.mark.parametrize(
   ("change", "message"),
   [
@@ -243,6 +271,45 @@ def test_only_a_thorough_look_reads_the_codes(folder):
   _flip_a_byte(codes.shard_path(folder, NUM_SHARDS, 1))
   assert codes.find_problems(folder, is_thorough=False) == {}
   assert list(codes.find_problems(folder)) == [1]
+
+
+def test_reading_stops_at_a_damaged_shard(folder):
+  rows = [codes.shard_rows(NUM, NUM_SHARDS, i) for i in range(NUM_SHARDS)]
+  _flip_a_byte(codes.shard_path(folder, NUM_SHARDS, 2))
+  found = codes.open_codes(folder)
+  np.testing.assert_array_equal(
+    found[: rows[2].start], _codes()[: rows[2].start]
+  )
+  np.testing.assert_array_equal(
+    found[rows[3].start :], _codes()[rows[3].start :]
+  )
+  message = (
+    "codes-00002-of-00004.npy is damaged: it does not match its checksum. "
+    f"python -m experiments.encode --verify --output={folder} says how"
+  )
+  for _ in range(2):  # It stays damaged.
+    with pytest.raises(ValueError, match=re.escape(message)):
+      found[rows[2].start : rows[2].start + 1]
+  blocks = found.blocks(4)
+  with pytest.raises(ValueError, match="00002-of-00004.npy is damaged"):
+    list(blocks)
+
+
+def test_a_checksum_is_compared_once_and_only_where_codes_are_read(
+  folder, monkeypatch
+):
+  summed, sha256 = [], codes._sha256
+  monkeypatch.setattr(
+    codes, "_sha256", lambda path: summed.append(path.name) or sha256(path)
+  )
+  found = codes.open_codes(folder)
+  assert not summed
+  assert found[9:9].shape == (0, 3)
+  found[0:1]
+  assert summed == ["codes-00000-of-00004.npy"]
+  for _ in range(2):
+    assert sum(len(block) for block in found.blocks(5)) == NUM
+  assert summed == [f"codes-0000{i}-of-00004.npy" for i in range(4)]
 
 
 def test_codes_that_are_no_ids_are_found(folder, monkeypatch):

@@ -4,16 +4,13 @@ import json
 import os
 import pathlib
 import re
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 
 from configs import qinco2_s
 from experiments import common, decode, encode, evaluate, train
+from tests import commands
 from vqjax.codecs import packing
 from vqjax.data import formats
 from vqjax.interop import safetensors_io
@@ -23,9 +20,25 @@ SAMPLE = ROOT / "third_party" / "sample_sift"
 
 
 def _config(module, **values):
-  config = common.get_config(module.OPTIONS)
-  config.update(values)
-  return config
+  return common.get_config(module.OPTIONS, **values)
+
+
+def test_options_are_those_there_are():
+  config = common.get_config(decode.OPTIONS, codes="c.npy", num_steps=3)
+  assert (config.codes, config.num_steps, config.output) == ("c.npy", 3, None)
+  with pytest.raises(KeyError, match="outptu"):
+    common.get_config(decode.OPTIONS, outptu="x.npy")
+
+
+@pytest.mark.parametrize(
+  ("file", "folder"),
+  [
+    ("configs/qinco2_s.py", "runs/qinco2_s"),
+    ("elsewhere/mine.py:smoke", "runs/mine-smoke"),
+  ],
+)
+def test_runs_go_where_their_configuration_says(file, folder):
+  assert common.default_workdir(file) == folder
 
 
 @pytest.fixture(scope="module")
@@ -416,10 +429,6 @@ def test_resume_refuses_another_configuration(tmp_path):
     train.run(config, tmp_path / "run", resume=True)
 
 
-def _command(name, *args):
-  return [sys.executable, "-m", f"experiments.{name}", *args]
-
-
 def test_killed_and_resumed_from_the_shell_equals_uninterrupted(tmp_path):
   whole, part = tmp_path / "whole", tmp_path / "part"
   # Every step is slow enough to be hit, and the epochs are long.
@@ -428,50 +437,41 @@ def test_killed_and_resumed_from_the_shell_equals_uninterrupted(tmp_path):
     "--config.train.batch_size=16", "--config.train.num_epochs=3",
     "--config.train.log_every=1",
   ]  # fmt: skip
-  subprocess.run(
-    _command("train", *config, f"--workdir={whole}"), cwd=ROOT, check=True,
-    capture_output=True,
-  )  # fmt: skip
-  with subprocess.Popen(
-    _command("train", *config, f"--workdir={part}"), cwd=ROOT,
-    stderr=subprocess.PIPE, text=True,
-  ) as process:  # fmt: skip
-    metrics = part / "metrics.jsonl"
-    while process.poll() is None:
-      if metrics.exists() and metrics.read_text().count("\n") >= 70:
-        process.send_signal(signal.SIGTERM)
-        break
-      time.sleep(0.02)
-    message = process.stderr.read()
-  assert process.returncode == 130  # A scheduler must not take it for done.
+  commands.run("train", *config, f"--workdir={whole}")
+  message = commands.stop_once(
+    lambda: commands.has_metrics(part, 70),
+    *("train", *config, f"--workdir={part}"),
+  )
   assert "run the same command with --resume" in message
   stopped = int(re.search(r"Stopped at step (\d+) of 186", message)[1])
   assert stopped % 62, "stopped at the end of an epoch; nothing was tested"
   assert not (part / "codec.safetensors").exists()
   with pytest.raises((ValueError, OSError), match="resume"):
     safetensors_io.load_codec(part)
-  subprocess.run(
-    _command("train", *config, f"--workdir={part}", "--resume"), cwd=ROOT,
-    check=True, capture_output=True,
-  )  # fmt: skip
+  commands.run("train", *config, f"--workdir={part}", "--resume")
   a, b = (safetensors_io.load_codec(folder) for folder in (whole, part))
   assert a.fingerprint == b.fingerprint
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "encode", "decode"])
-def test_help_says_how_to_use_it(name):
-  done = subprocess.run(
-    _command(name, "--help"), cwd=ROOT, capture_output=True, text=True
-  )
-  assert f"python -m experiments.{name}" in done.stdout
-  assert ("--config" if name == "train" else "--codec") in done.stdout
+@pytest.mark.parametrize(
+  ("name", "own"),
+  [
+    ("train", ("config", "workdir", "[no]resume", "[no]multihost")),
+    ("hakes", ("config", "workdir", "stage")),
+    ("evaluate", ("codec", "beam_size", "[no]multihost")),
+    ("encode", ("codec", "shards", "[no]multihost")),
+    ("decode", ("codec", "codes")),
+  ],
+)
+def test_help_says_how_to_use_it(name, own):
+  text = commands.run(name, "--help", check=False).stdout
+  assert f"python -m experiments.{name}" in text
+  for flag in own:
+    assert f"\n  --{flag}:" in text
 
 
 def test_an_error_is_one_line_for_the_user():
-  done = subprocess.run(
-    _command("evaluate", "--codec=nowhere"), cwd=ROOT, capture_output=True,
-    text=True,
-  )  # fmt: skip
+  done = commands.run("evaluate", "--codec=nowhere", check=False)
   assert done.returncode == 1
   assert "nowhere" in done.stderr
   assert "Traceback" not in done.stderr
@@ -481,17 +481,10 @@ def test_an_error_is_one_line_for_the_user():
   ("option", "field"), [("model.beam=3", "beam"), ("modl.beam_size=3", "modl")]
 )
 def test_a_misspelt_field_is_named(option, field, tmp_path):
-  done = subprocess.run(
-    _command(
-      "train",
-      "--config=configs/qinco2_s.py:smoke",
-      f"--config.{option}",
-      f"--workdir={tmp_path}",
-    ),
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-  )
+  done = commands.run(
+    "train", "--config=configs/qinco2_s.py:smoke", f"--config.{option}",
+    f"--workdir={tmp_path}", check=False,
+  )  # fmt: skip
   assert done.returncode == 1
   assert "does not fit the configuration" in done.stderr
   assert f"'{field}'" in done.stderr

@@ -4,16 +4,13 @@ import json
 import pathlib
 import re
 import shlex
-import signal
-import subprocess
-import sys
-import time
 
 import jax
 import numpy as np
 import pytest
 
 from experiments import common, decode, encode
+from tests import commands
 from vqjax.data import codes, formats
 from vqjax.interop import safetensors_io
 
@@ -24,9 +21,7 @@ NUM = 50
 
 
 def _config(module=encode, **values):
-  config = common.get_config(module.OPTIONS)
-  config.update(values)
-  return config
+  return common.get_config(module.OPTIONS, **values)
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +58,10 @@ def num_blocks(monkeypatch):
   """Counts the blocks that go through encoders, of 7 vectors at most."""
   made, counts = common.make_encode_fn, {"blocks": 0}
 
-  def make_encode_fn(codec, knobs, num_steps):
-    key = (codec.fingerprint, *sorted(knobs.items()), num_steps)
+  def make_encode_fn(codec, knobs, num_steps, **options):
+    key = repr((codec.fingerprint, num_steps, knobs, options))
     if key not in _ENCODERS:
-      _ENCODERS[key], _ = made(codec, knobs, num_steps)
+      _ENCODERS[key], _ = made(codec, knobs, num_steps, **options)
 
     def counted_fn(x_ND):
       counts["blocks"] += 1
@@ -138,7 +133,7 @@ def test_finished_shards_are_skipped_and_others_made_again(given, num_blocks):
   assert num_blocks["blocks"] == 0
   (folder / "codes-00001-of-00003.json").unlink()
   encode.run(_config(**given, shards=3))
-  assert num_blocks["blocks"] == 1 + 3  # To compile; 17 rows in blocks of 7.
+  assert num_blocks["blocks"] == 3  # 17 rows in blocks of 7.
   changed = {
     path.name
     for path in folder.iterdir()
@@ -149,7 +144,7 @@ def test_finished_shards_are_skipped_and_others_made_again(given, num_blocks):
 
 
 def test_an_interrupted_run_keeps_its_finished_shards(given, num_blocks):
-  num_blocks["stop_at"] = 6
+  num_blocks["stop_at"] = 5
   with pytest.raises(KeyboardInterrupt):
     encode.run(_config(**given, shards=3))
   names = sorted(path.name for path in pathlib.Path(given["output"]).iterdir())
@@ -242,6 +237,29 @@ def test_only_rows_of_the_shard_are_read():
   assert [len(block) for block in blocks] == [8, 8, 4]
 
 
+@pytest.mark.parametrize(
+  ("calls", "message"),
+  [
+    ([(8, 14.0)], "8 vectors in 4.0 s, 500000.0 us each"),
+    (
+      [(8, 14.0), (16, 14.5), (20, 15.2)],
+      "20 vectors in 5.2 s, 100000.0 us each, the first block aside",
+    ),
+  ],
+)
+def test_a_vector_takes_what_it_takes_without_compilation(
+  calls, message, monkeypatch
+):
+  now, done = [10.0], []
+  monkeypatch.setattr(encode.time, "perf_counter", lambda: now[0])
+  meter = encode._Meter(lambda *args: done.append(args))
+  for num, now[0] in calls:
+    meter(num, 20)
+  monkeypatch.undo()
+  assert str(meter) == message
+  assert done == [(num, 20) for num, _ in calls]
+
+
 def _verify(given, **values):
   return encode.run(_config(verify=True, output=given["output"], **values))
 
@@ -323,25 +341,19 @@ def test_stopped_from_the_shell_and_run_again(given, tmp_path):
   np.save(tmp_path / "large.npy", x_ND)
   folder = pathlib.Path(given["output"])
   command = [
-    sys.executable, "-m", "experiments.encode", f"--codec={CODEC}",
-    f"--data={tmp_path / 'large.npy'}", f"--output={folder}", "--shards=50",
+    "encode", f"--codec={CODEC}", f"--data={tmp_path / 'large.npy'}",
+    f"--output={folder}", "--shards=50",
+    "--num_candidates=4",  # Its own rule, as that of the expected codes.
   ]  # fmt: skip
-  with subprocess.Popen(
-    command, cwd=ROOT, stderr=subprocess.PIPE, text=True
-  ) as process:
-    while process.poll() is None and len(list(folder.glob("c*.json"))) < 3:
-      time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    message = process.stderr.read()
-  assert process.returncode == 130
+  message = commands.stop_once(
+    lambda: len(list(folder.glob("c*.json"))) >= 3, *command
+  )
   assert "The finished shards stay in" in message
   assert "Run the same command again" in message
   records = list(folder.glob("codes-*.json"))
   assert 3 <= len(records) < 50
   assert len(list(folder.iterdir())) == 1 + 2 * len(records)
-  done = subprocess.run(
-    command, cwd=ROOT, capture_output=True, text=True, check=True
-  )
+  done = commands.run(*command)
   assert f"{len(records)} of the 50 shards" in done.stderr
   assert codes.find_problems(folder) == {}
   blocks = codes.open_codes(folder).blocks(NUM)

@@ -2,10 +2,6 @@
 
 import json
 import pathlib
-import signal
-import subprocess
-import sys
-import time
 
 import faiss
 import jax
@@ -15,20 +11,14 @@ import pytest
 
 from configs import hakes as config_file
 from experiments import hakes, hakes_data, hakes_stages
+from tests import commands
 from vqjax.codecs import hakes as codec
 from vqjax.interop import faiss_index, faiss_io, hakes_io
 from vqjax.training import hakes_learner
 
 ROOT = pathlib.Path(__file__).parents[1]
 TEXT = ROOT / "third_party" / "sample_text"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-  num_threads = faiss.omp_get_max_threads()
-  faiss.omp_set_num_threads(1)
-  yield
-  faiss.omp_set_num_threads(num_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -313,37 +303,24 @@ def test_evaluate_again_with_another_grid(smoke):
 @pytest.mark.slow
 def test_killed_and_run_again_equals_uninterrupted(tmp_path):
   whole, part = tmp_path / "whole", tmp_path / "part"
-  args = [
-    sys.executable, "-m", "experiments.hakes",
-    "--config=configs/hakes.py:smoke", "--config.train.num_epochs=40",
+  command_fn = lambda folder: [
+    "hakes", "--config=configs/hakes.py:smoke", "--config.train.num_epochs=40",
     "--config.train.batch_size=16", "--config.train.log_every=1",
-    "--config.train.stop_patience=1000",
+    "--config.train.stop_patience=1000", "--stage=learn",
+    f"--workdir={folder}",
   ]  # fmt: skip
-  run = lambda folder: subprocess.run(
-    [*args, f"--workdir={folder}", "--stage=learn"], cwd=ROOT, check=True,
-    capture_output=True,
-  )  # fmt: skip
   for folder in (whole, part):
     config = config_file.get_config("smoke")
     config.train.update(num_epochs=40, batch_size=16, log_every=1)
     config.train.stop_patience = 1000
     for stage in ("base", "samples"):
       hakes.run(config, folder, stage=stage)
-  run(whole)
-  with subprocess.Popen(
-    [*args, f"--workdir={part}", "--stage=learn"], cwd=ROOT,
-    stderr=subprocess.PIPE, text=True,
-  ) as process:  # fmt: skip
-    metrics = part / "metrics.jsonl"
-    while process.poll() is None:
-      if metrics.exists() and metrics.read_text().count("\n") >= 70:
-        process.send_signal(signal.SIGTERM)
-        break
-      time.sleep(0.02)
-    message = process.stderr.read()
-  assert process.returncode == 130
-  assert "run the same command again" in message
+  commands.run(*command_fn(whole))
+  message = commands.stop_once(
+    lambda: commands.has_metrics(part, 70), *command_fn(part)
+  )
+  assert message.count("run the same command again") == 1
   assert not (part / "learned.bin").exists()
-  run(part)
+  commands.run(*command_fn(part))
   learned = [(f / "learned.bin").read_bytes() for f in (whole, part)]
   assert learned[0] == learned[1]

@@ -12,18 +12,6 @@ from vqjax.codecs import hakes
 from vqjax.training import hakes_learner
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "third_party" / "golden"
-# Compiled: gradients of single operations are slow to build.
-_loss = jax.jit(
-  hakes.loss,
-  static_argnames=(
-    "score",
-    "reduction_weight",
-    "neighbour_side",
-    "temperature",
-    "list_temperature",
-    "axis_name",
-  ),
-)
 RELEASED_SCORE = {"ip": "ip", "l2": "l2_released"}
 
 
@@ -54,7 +42,9 @@ def test_losses_and_gradients_are_those_of_the_released_program(metric):
 
   def grads(weight, part=None):
     def loss_fn(params):
-      loss, parts = _loss(params, batch, score=score, reduction_weight=weight)
+      loss, parts = hakes.loss(
+        params, batch, score=score, reduction_weight=weight
+      )
       return (loss if part is None else parts[part]), parts
 
     return jax.value_and_grad(loss_fn, has_aux=True)(params)
@@ -141,7 +131,7 @@ def _oracle(params, batch, score, neighbour_side, temperature, list_temp):
 def test_loss_is_its_definition(score, neighbour_side):
   params, batch = _random()
   knobs = dict(neighbour_side=neighbour_side, temperature=1.7)
-  loss_fn = functools.partial(_loss, score=score, **knobs)
+  loss_fn = functools.partial(hakes.loss, score=score, **knobs)
   want = _oracle(params, batch, score, neighbour_side, 1.7, 0.6)
   loss, parts = loss_fn(
     params, batch, reduction_weight=0.3, list_temperature=0.6
@@ -159,18 +149,20 @@ def test_loss_is_its_definition(score, neighbour_side):
 def test_no_gradient_goes_through_the_ratio_of_the_terms():
   params, batch = _random()
   grad_fn = lambda w: (
-    jax.grad(lambda p: _loss(p, batch, reduction_weight=w)[0])(
+    jax.grad(lambda p: hakes.loss(p, batch, reduction_weight=w)[0])(
       params
     ).query.reduction_ED
   )
-  _, parts = _loss(params, batch)
+  _, parts = hakes.loss(params, batch)
   ratio = float(parts["coded_kl"] / parts["reduced_kl"])
   np.testing.assert_allclose(grad_fn(-1.0), grad_fn(ratio), rtol=1e-4)
 
 
 def test_the_base_side_never_learns():
   params, batch = _random()
-  grads = jax.grad(lambda p: _loss(p, batch, neighbour_side="base")[0])(params)
+  grads = jax.grad(lambda p: hakes.loss(p, batch, neighbour_side="base")[0])(
+    params
+  )
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads.base))
   assert np.any(grads.query.reduction_ED)
 
@@ -178,7 +170,9 @@ def test_the_base_side_never_learns():
 def test_lists_move_the_centroids_and_nothing_else():
   params, batch = _random()
   grad_fn = lambda t: (
-    jax.grad(lambda p: _loss(p, batch, list_temperature=t)[0])(params).query
+    jax.grad(lambda p: hakes.loss(p, batch, list_temperature=t)[0])(
+      params
+    ).query
   )
   without, with_lists = grad_fn(0.0), grad_fn(0.5)
   assert not np.any(without.centroids_LE)
@@ -191,7 +185,7 @@ def test_a_constant_in_the_scores_does_not_matter():
   # For inner products the bias of the neighbours' side is such a constant.
   params, batch = _random()
   moved = params.replace(base=params.base.replace(bias_E=jnp.full(4, 3.0)))
-  loss_fn = functools.partial(_loss, neighbour_side="base")
+  loss_fn = functools.partial(hakes.loss, neighbour_side="base")
   np.testing.assert_array_equal(
     loss_fn(params, batch)[0], loss_fn(moved, batch)[0]
   )
@@ -201,7 +195,9 @@ def test_shares_of_a_batch_agree_on_the_ratio():
   # Two shares under one axis are the whole batch, also in the gradient.
   params, batch = _random(q=8)
   halves = jax.tree.map(lambda x: x.reshape(2, 4, *x.shape[1:]), batch)
-  grad_fn = jax.grad(lambda p, b, axis=None: _loss(p, b, axis_name=axis)[0])
+  grad_fn = jax.grad(
+    lambda p, b, axis=None: hakes.loss(p, b, axis_name=axis)[0]
+  )
   shares = jax.vmap(lambda b: grad_fn(params, b, "data"), axis_name="data")(
     halves
   )

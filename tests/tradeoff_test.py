@@ -56,9 +56,7 @@ def test_nothing_is_tried_where_it_cannot_help(knobs, num):
 
 
 def _config(**values):
-  config = common.get_config(tradeoff.OPTIONS)
-  config.update({"repeats": 1, **values})
-  return config
+  return common.get_config(tradeoff.OPTIONS, **{"repeats": 1, **values})
 
 
 def test_tradeoff_measures_both_rules(tmp_path):

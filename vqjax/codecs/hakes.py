@@ -14,6 +14,8 @@ program trains with ("l2_released"). Losses are in nats.
 Reference: arXiv 2505.12524.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -158,6 +160,17 @@ def mean_centroids(
   return jnp.where(is_empty_L1, old_LE, sums_LE / safe_L1)
 
 
+@functools.partial(
+  jax.jit,
+  static_argnames=(
+    "score",
+    "reduction_weight",
+    "neighbour_side",
+    "temperature",
+    "list_temperature",
+    "axis_name",
+  ),
+)
 def loss(
   params: HakesParams,
   batch: Batch,

@@ -6,7 +6,8 @@ A folder of shards is filled by any number of processes, in any order:
   codes-00003-of-00016.npy   codes of rows 3*N//16 to 4*N//16, uint8
   codes-00003-of-00016.json  its checksum; with it the shard is finished
 
-A killed process may leave a .codes-*.tmp-* behind, which counts for nothing.
+A killed process may leave a .codes-* or .manifest-* behind, which counts for
+nothing.
 
 In a shard each code takes the whole bytes that its codebook needs, low byte
 first. For 256 words that is the code itself, uint8 `[n, M]`, a quarter of
@@ -19,11 +20,13 @@ without was made elsewhere.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
 import os
 import pathlib
+import secrets
 
 import numpy as np
 
@@ -37,6 +40,7 @@ _NOT_COMPARED = ("command", "vqjax_version")
 _SAMPLE_ROWS = 256  # Of the data, for their checksum.
 _MAX_ID = np.iinfo(np.int32).max
 _FOREIGN = "is of another codec, data file or options; remove it first"
+_DAMAGED = "is damaged: it does not match its checksum"
 
 
 def describe(
@@ -112,13 +116,14 @@ def shard_path(folder, num_shards: int, shard: int) -> pathlib.Path:
 def claim(folder, manifest: dict) -> dict:
   """Makes `folder` that of `manifest`, which it returns as written.
 
-  Many processes may do so at once.
+  Many processes may do so at once: the manifest of one counts for all.
 
   Raises:
     ValueError: The folder holds other codes; the message names what differs.
   """
-  with contextlib.suppress(FileExistsError):
-    write_json(pathlib.Path(folder) / MANIFEST_NAME, manifest)
+  path = pathlib.Path(folder) / MANIFEST_NAME
+  if not path.exists():
+    _write_first(path, manifest)
   found = load_manifest(folder)
   try:
     check_same(folder, found, manifest)
@@ -127,6 +132,21 @@ def claim(folder, manifest: dict) -> dict:
       f"{error} Choose another --output, or remove those codes."
     ) from error
   return found
+
+
+def _write_first(path: pathlib.Path, manifest: dict) -> None:
+  """Writes the manifest, unless another process is first."""
+  mine = path.with_name(f".{path.stem}-{secrets.token_hex(4)}.json")
+  write_json(mine, manifest)
+  try:
+    os.link(mine, path)  # Unlike a renaming, never replaces a file.
+  except FileExistsError:
+    return
+  except OSError:  # A file system without links.
+    with contextlib.suppress(FileExistsError):
+      write_json(path, manifest)
+  finally:
+    mine.unlink()
 
 
 def load_manifest(folder) -> dict:
@@ -231,7 +251,7 @@ def _problem(folder, manifest, shard: int, is_thorough: bool) -> str | None:
   if path.stat().st_size != wanted:
     return f"has {path.stat().st_size} bytes, expected {wanted}"
   if is_thorough and _sha256(path) != checksum:
-    return "is damaged: it does not match its checksum"
+    return _DAMAGED
   try:
     codes = Codes([_open_shard(path, manifest, len(rows))], manifest)
     for _ in codes.blocks(1 << 16) if is_thorough else ():
@@ -247,7 +267,9 @@ class Codes:
   `meta` is their description, empty where there is none.
   """
 
-  def __init__(self, parts, meta: dict, *, sizes=None, unpack_fn=None):
+  def __init__(
+    self, parts, meta: dict, *, sizes=None, unpack_fn=None, check_fn=None
+  ):
     """Joins arrays of rows; for shards `unpack_fn` follows from `meta`.
 
     Args:
@@ -255,10 +277,14 @@ class Codes:
       meta: description of the codes.
       sizes: codebook sizes, where `meta` does not have them.
       unpack_fn: turns rows of a part into codes `[n, M]`.
+      check_fn: called with the number of a part before its rows are first
+        read; raises where they must not be.
     """
     self.meta = meta
     self.codebook_sizes = tuple(meta.get("codebook_sizes", sizes))
     self._unpack_fn = unpack_fn or self._from_bytes
+    # Once for each part: what is cached is that nothing was raised.
+    self._check_fn = functools.cache(check_fn or (lambda part: None))
     self._parts = parts
     self._starts = np.cumsum([0, *map(len, parts)])
     self.shape = (int(self._starts[-1]), len(self.codebook_sizes))
@@ -279,6 +305,7 @@ class Codes:
     i = int(np.searchsorted(self._starts, start, "right")) - 1
     while start < stop:
       part, first = self._parts[i], self._starts[i]
+      self._check_fn(i)
       raw = part[start - first : stop - first]
       codes_NM = self._unpack_fn(raw)
       check_ids(codes_NM, self.codebook_sizes, start)
@@ -301,11 +328,12 @@ class Codes:
 def open_codes(path) -> Codes:
   """Opens a folder of shards, or a .npy of integers `[N, M]`, for reading.
 
-  Checksums are not compared here, see `find_problems`; ranges are, as codes
-  are read.
+  Opening is cheap: the checksum of a shard is compared when its first codes are
+  read, and ranges are as codes are read.
 
   Raises:
     ValueError: Shards are missing or of another run, or the file is no codes.
+      Where a shard is damaged, reading raises it.
   """
   path = pathlib.Path(path)
   if path.is_dir():
@@ -325,19 +353,29 @@ def _open_folder(folder: pathlib.Path) -> Codes:
     shard, problem = min(problems.items())
     raise ValueError(
       f"{folder} lacks {len(problems)} of its {num_shards} shards: "
-      f"{shard_path('', num_shards, shard)} {problem}. "
-      f"python -m experiments.encode --verify --output={folder} says how to "
-      "make them."
+      f"{shard_path('', num_shards, shard)} {problem}. {_how_to_mend(folder)}"
     )
+  path_fn = functools.partial(shard_path, folder, num_shards)
+  rows_fn = functools.partial(shard_rows, num_vectors, num_shards)
   parts = [
-    _open_shard(
-      shard_path(folder, num_shards, shard),
-      manifest,
-      len(shard_rows(num_vectors, num_shards, shard)),
-    )
+    _open_shard(path_fn(shard), manifest, len(rows_fn(shard)))
     for shard in range(num_shards)
   ]
-  return Codes(parts, manifest)
+
+  def check(shard):
+    path = path_fn(shard)
+    record = json.loads(path.with_suffix(".json").read_text())
+    if _sha256(path) != record["sha256"]:
+      raise ValueError(f"{path} {_DAMAGED}. {_how_to_mend(folder)}")
+
+  return Codes(parts, manifest, check_fn=check)
+
+
+def _how_to_mend(folder) -> str:
+  return (
+    f"python -m experiments.encode --verify --output={folder} says how to make "
+    "what is not whole."
+  )
 
 
 def _open_shard(path, manifest: dict, num: int) -> np.ndarray:

@@ -7,7 +7,6 @@ looked up once: they do not change while the query side learns.
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -154,7 +153,7 @@ def validation(
   for start in range(rows.start, rows.stop, _VALIDATION_BLOCK):
     part = slice(start, min(start + _VALIDATION_BLOCK, rows.stop))
     size = part.stop - part.start
-    _, parts = _loss(params, take(samples, part), **knobs)
+    _, parts = hakes.loss(params, take(samples, part), **knobs)
     num += size
     for name, value in parts.items():
       total[name] = total.get(name, 0) + size * float(value)
@@ -172,15 +171,3 @@ def natural_temperature(samples: Samples, score: str) -> float:
   rows = slice(0, min(_VALIDATION_BLOCK, len(samples.queries_ND)))
   full_QG = hakes.full_scores(take(samples, rows), score)
   return max(float(jnp.std(full_QG, axis=1).mean()), 1.0)
-
-
-_loss = jax.jit(
-  hakes.loss,
-  static_argnames=(
-    "score",
-    "reduction_weight",
-    "neighbour_side",
-    "temperature",
-    "list_temperature",
-  ),
-)

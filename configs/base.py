@@ -20,6 +20,14 @@ DATASETS = (
   "contriever1M",
   "fb_ssnpp1M",
 )
+_NUM_LISTS = {
+  "": 256,
+  "smoke": 8,
+  "sample_sift": 256,
+  "sample_text": 64,
+  "bigann1B": 1 << 20,
+  "deep1B": 1 << 20,
+}
 
 
 def check_argument(arg: str) -> None:
@@ -58,11 +66,12 @@ def make_data(arg: str) -> config_dict.ConfigDict:
 
 
 def make_learned(
-  arg: str, *, model: dict, sample: dict, train: dict
+  arg: str, *, model: dict, sample: dict, train: dict, has_lists: bool = False
 ) -> config_dict.ConfigDict:
   """Returns the configuration of a QINCo; `sample` is the bundled schedule.
 
-  `model` and `train` hold what differs from QINCo2 as published.
+  `model` and `train` hold what differs from QINCo2 as published. With
+  `has_lists` it is an IVF model.
   """
   check_argument(arg)
   config = _published()
@@ -73,6 +82,8 @@ def make_learned(
       sizes.update(num_candidates=0, num_joint_candidates=0)
     config.encode.beam_size = 1
   config.data = make_data(arg)
+  if has_lists:
+    config.ivf.num_lists = _NUM_LISTS.get(arg, 1 << 16)
   if arg in ("", "smoke", *SAMPLES):
     # A fixed amount of work, whatever the size of the file, in the many large
     # steps that a small set needs.
@@ -101,6 +112,13 @@ def _published() -> config_dict.ConfigDict:
       beam_size=32,  # B
       num_joint_candidates=64,  # C; 0 is the published rule, with A.
       num_candidates=16,  # A; without effect beside C.
+    ),
+    # Lists with frozen centroids before the M steps; 0: none.
+    ivf=dict(
+      num_lists=0,
+      centroids=config_dict.placeholder(str),  # File; k-means if unset.
+      num_iterations=25,  # Of that k-means.
+      assign="auto",  # Vectors to lists: "blocks", "hnsw", or by their number.
     ),
     # Sizes the finished codec is encoded with, unless told otherwise. They
     # reach the error of the published A=16 B=32 (docs/performance.md).

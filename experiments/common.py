@@ -12,14 +12,16 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_dict, config_flags
 
 from vqjax import devices
 from vqjax.codecs import registry
+from vqjax.codecs.distances import nearest
 from vqjax.data import batches, datasets
-from vqjax.interop import safetensors_io
+from vqjax.interop import faiss_ivf, safetensors_io
 from vqjax.progress import progress_bar
 
 flags.disclaim_key_flags()  # They are the command's, so that --help shows them.
@@ -67,7 +69,16 @@ SEARCH_OPTIONS = {
     "CPUs and bfloat16 on accelerators. Sums and distances are float32.",
   ),
 }
+_MANY_LISTS = 65536  # From here on a graph finds the list sooner, on CPUs.
+ASSIGN = ("auto", "blocks", "hnsw")  # Ways from vectors to lists.
 RULE = ("num_candidates", "beam_size", "num_joint_candidates")  # A, B, C.
+ASSIGN_OPTION = Option(
+  str,
+  "auto",
+  "How an IVF model finds the list of a vector: blocks, hnsw (a graph of the "
+  "centroids, which may miss the nearest), or auto: the graph from 65,536 "
+  "lists up on CPUs.",
+)
 CODEC_OPTION = Option(
   str, None, "Run folder, codec.safetensors, or released .pt checkpoint."
 )
@@ -377,18 +388,69 @@ def try_joint_rule(
   return knobs
 
 
-def make_encode_fn(codec: Codec, knobs: dict, num_steps: int | None = None):
+def make_encode_fn(
+  codec: Codec,
+  knobs: dict,
+  num_steps: int | None = None,
+  *,
+  assign: str = "auto",
+):
   """Returns `x_ND -> codes_NM` and how many vectors to give it.
 
-  It runs on all devices of this process.
+  It runs on all devices of this process. `assign` is how an IVF model finds
+  lists, see `make_assign_fn`.
   """
-  encode_fn = devices.data_parallel(
-    lambda tables, x_ND: codec.module.encode(
-      tables, x_ND, num_steps=num_steps, **knobs
-    )
-  )
+  encode = functools.partial(codec.module.encode, num_steps=num_steps, **knobs)
   num_rows = block_rows(codec, knobs) * jax.local_device_count()
-  return functools.partial(encode_fn, devices.local(codec.tables)), num_rows
+  tables = devices.local(codec.tables)
+  if not takes_graph(codec, assign):
+    return functools.partial(devices.data_parallel(encode), tables), num_rows
+  assign_fn, _ = make_assign_fn(centroids_of(codec), "hnsw")
+  encode_fn = devices.data_parallel(lambda tables, rows: encode(tables, *rows))
+  return lambda x_ND: encode_fn(tables, (x_ND, assign_fn(x_ND))), num_rows
+
+
+def centroids_of(codec: Codec) -> np.ndarray:
+  """Centroids of the lists, float32 `[L, D]` in data units.
+
+  A codec without lists has one, whose centroid is zero.
+  """
+  tables = codec.tables
+  if not getattr(tables, "is_ivf", False):
+    return np.zeros((1, codec.module.dim(tables)), np.float32)
+  return np.asarray(tables.first_KD * tables.std + tables.mean_D[None])
+
+
+def takes_graph(codec: Codec, assign: str) -> bool:
+  """Whether the lists of vectors are found by a graph of the centroids."""
+  if not getattr(codec.tables, "is_ivf", False):
+    return False
+  return _takes_graph(assign, codec.tables.first_KD.shape[0])
+
+
+def _takes_graph(how: str, num_lists: int) -> bool:
+  if how not in ASSIGN:
+    raise ValueError(f"assign must be one of {', '.join(ASSIGN)}; got {how!r}.")
+  is_many = jax.default_backend() == "cpu" and num_lists >= _MANY_LISTS
+  return how == "hnsw" or (how == "auto" and is_many)
+
+
+def make_assign_fn(centroids_LD, how: str = "auto"):
+  """Returns `x_ND -> lists_N`, int32, and how many vectors to give it.
+
+  `blocks` compares each vector with all centroids `[L, D]`; `hnsw` walks a
+  graph of them, which may miss the nearest. `auto` is the graph where there
+  are many lists, on CPUs.
+  """
+  if _takes_graph(how, len(centroids_LD)):
+    coarse = faiss_ivf.make_coarse(centroids_LD, "hnsw")
+    return functools.partial(faiss_ivf.assign_lists, coarse), _BLOCK
+  assign_fn = devices.data_parallel(
+    lambda centroids_LD, x_ND: nearest(x_ND, centroids_LD)
+  )
+  centroids_LD = devices.local(jnp.asarray(centroids_LD))
+  num_rows = _BLOCK * jax.local_device_count()
+  return functools.partial(assign_fn, centroids_LD), num_rows
 
 
 def make_decode_fn(codec: Codec, dtype: str = "float32"):

@@ -57,6 +57,7 @@ OPTIONS = {
   "data": common.DATA_OPTIONS["data"],
   "num_vectors": common.Option(int, None, "Only the first so many vectors."),
   **common.SEARCH_OPTIONS,
+  "assign": common.ASSIGN_OPTION,
   "output": common.Option(str, None, "File to write; with shards a folder."),
   "raw": common.Option(bool, False, "Write packed bytes without a header."),
   "shards": common.Option(int, None, "n, files to cut the codes into."),
@@ -90,12 +91,15 @@ def run(config, workdir=None) -> dict:
     codec=codec.name,
     fingerprint=codec.fingerprint,
     codebook_sizes=_sizes(codec, knobs, config.num_steps),
-    encode=_settings(codec, knobs),
+    encode=_settings(codec, knobs, config.assign),
     command=_command(config, knobs),
     num_shards=num_shards,
   )
   encoder = _Encoder(
-    *common.make_encode_fn(codec, knobs, config.num_steps), x_ND
+    *common.make_encode_fn(
+      codec, knobs, config.num_steps, assign=config.assign
+    ),
+    x_ND,
   )
   if num_shards:
     _write_shards(config, meta, mine, encoder)
@@ -171,14 +175,15 @@ def _sizes(codec, knobs, num_steps) -> list[int]:
   return codec.module.codebook_sizes(codec.tables)[:width]
 
 
-def _settings(codec, knobs: dict) -> dict:
+def _settings(codec, knobs: dict, assign: str) -> dict:
   """All options of the search, those left at their defaults too."""
   known = inspect.signature(codec.module.encode).parameters.values()
   defaults = {p.name: p.default for p in known if p.kind is p.KEYWORD_ONLY}
   # The steps are in the shape of the codes; blocks change nothing.
   for name in ("num_steps", "block_size"):
     defaults.pop(name, None)
-  return defaults | knobs
+  graph = {"assign": "hnsw"} if common.takes_graph(codec, assign) else {}
+  return defaults | knobs | graph
 
 
 def _command(config, knobs: dict) -> str:

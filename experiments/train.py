@@ -25,7 +25,7 @@ import numpy as np
 from absl import logging
 from ml_collections import config_dict
 
-from experiments import common
+from experiments import common, ivf_lists
 from vqjax import devices
 from vqjax.codecs import pq, qinco, qinco_learning, rq
 from vqjax.core import check_range
@@ -193,10 +193,11 @@ def _train_learned(config, workdir, dataset, xt_ND, plan, resume):
   """
   num_rows, held_out = batches.split(len(xt_ND), config.data.validation_size)
   schedule = _make_schedule(config, plan)
+  centroids_LD, xt_ND = ivf_lists.prepare(config, workdir, xt_ND, num_rows)
   xv_ND = batches.read_rows(xt_ND, np.arange(held_out.start, held_out.stop))
-  make_state = functools.partial(_make_state, config, schedule)
+  make_state = functools.partial(_make_state, config, schedule, centroids_LD)
   abstract = jax.eval_shape(
-    make_state, jax.ShapeDtypeStruct((num_rows, dataset.dim), jnp.float32)
+    make_state, jax.ShapeDtypeStruct((num_rows, xt_ND.shape[1]), jnp.float32)
   )
   check_search(config, abstract.params)
   state = None
@@ -295,9 +296,12 @@ def _make_tx(config, params, schedule):
   )
 
 
-def _make_state(config, schedule, x_ND):
+def _make_state(config, schedule, centroids_LD, x_ND):
   sizes = {k: v for k, v in config.model.items() if k not in SEARCH}
   start = {k: v for k, v in config.init.items() if k != "max_vectors"}
+  if centroids_LD is not None:
+    x_ND, lists_N = ivf_lists.split(x_ND)
+    start |= dict(centroids_LD=centroids_LD, lists_N=lists_N)
   params = qinco_learning.init(
     jax.random.key(config.seed), x_ND, **sizes, **start
   )
@@ -321,8 +325,15 @@ def _make_learner(config, params, xv_ND, schedule):
   """Returns what the loop needs of a QINCo, and its optimiser."""
   knobs = {name: config.model[name] for name in SEARCH}
 
+  def rows_of(params, x_ND):
+    return ivf_lists.split(x_ND) if params.is_ivf else (x_ND, None)
+
+  def loss(params, key, x_ND, **options):
+    return qinco_learning.loss(params, key, *rows_of(params, x_ND), **options)
+
   def errors(tables, x_ND):
-    codes_NM = qinco.encode(tables, x_ND, **knobs)
+    x_ND, lists_N = rows_of(tables, x_ND)
+    codes_NM = qinco.encode(tables, x_ND, lists_N, **knobs)
     return jnp.sum((x_ND - qinco.decode(tables, codes_NM)) ** 2, axis=-1)
 
   prepare_fn, errors_fn = jax.jit(qinco.prepare), devices.data_parallel(errors)
@@ -337,7 +348,7 @@ def _make_learner(config, params, xv_ND, schedule):
 
   learner = loop.Learner(
     loss_fn=functools.partial(
-      qinco_learning.loss,
+      loss,
       dtype=common.product_dtype(config.train.dtype),
       **knobs,
     ),

@@ -322,3 +322,35 @@ def test_map_blocks_over_some_rows():
   assert seen == [(4, 10), (8, 10), (10, 10)]
   with pytest.raises(ValueError, match="consecutive ones of the 20"):
     batches.map_blocks(np.sin, x_ND, block_size=4, rows=range(15, 21))
+
+
+def test_a_column_beside_the_vectors():
+  rng = np.random.default_rng(0)
+  x_ND = rng.integers(0, 255, (50, 3)).astype(np.uint8)
+  lists_N = rng.integers(0, 1 << 20, 50).astype(np.int32)
+  joined = batches.WithColumn(x_ND, lists_N)
+  assert joined.shape == (50, 4)
+  assert len(joined) == 50
+  rows = np.array([7, 3, 49])
+  for got, at in (
+    (joined[5:9], slice(5, 9)),
+    (batches.read_rows(joined, rows), rows),
+    (batches.subsample(joined, 50, 0), slice(None)),
+  ):
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(got[:, :3], x_ND[at])
+    np.testing.assert_array_equal(got[:, 3], lists_N[at])
+
+
+def test_pages_of_vectors_with_a_column_are_released(tmp_path, monkeypatch):
+  np.save(tmp_path / "x.npy", np.zeros((64, 4), np.float32))
+  x_ND = np.load(tmp_path / "x.npy", mmap_mode="r")
+  seen = []
+  monkeypatch.setattr(batches, "_PAGES_BYTES", 1 << 8)
+  monkeypatch.setattr(batches, "_FAULT_BYTES", 1 << 4)
+  monkeypatch.setattr(
+    batches.formats, "release_pages", lambda x: seen.append(x)
+  )
+  joined = batches.WithColumn(x_ND, np.arange(64))
+  assert (batches.read_rows(joined, np.arange(64))[:, 4] == np.arange(64)).all()
+  assert len(seen) == 4

@@ -9,15 +9,7 @@ from vqjax.codecs import pq, rq
 from vqjax.interop import faiss_io
 
 KEY = jax.random.key(0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-  # Threads of faiss that wait for work take it from those of JAX.
-  num_threads = faiss.omp_get_max_threads()
-  faiss.omp_set_num_threads(1)
-  yield
-  faiss.omp_set_num_threads(num_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _vectors(n=300, d=8, seed=0):
@@ -188,3 +180,16 @@ def test_senseless_arguments_are_refused():
     faiss_io.pq_to_faiss(pq.PQParams(jnp.zeros((4, 4, 2)), 2 * jnp.eye(8)))
   with pytest.raises(ValueError, match="make 2 bytes, .* have 3"):
     faiss_io.to_codec(faiss.IndexPQ(8, 4, 5), 4, 4)
+
+
+def test_distances_to_rows_of_each_query():
+  rng = np.random.default_rng(0)
+  xq_QD, xb_ND = rng.normal(size=(4, 6)), rng.normal(size=(9, 6))
+  rows_QR = rng.integers(-1, 9, (4, 5))
+  found_QR = faiss_io.distances_to(xq_QD, xb_ND, rows_QR)
+  for q, rows_R in enumerate(rows_QR):
+    for r, row in enumerate(rows_R):
+      want = np.inf if row < 0 else np.sum((xq_QD[q] - xb_ND[row]) ** 2)
+      assert found_QR[q, r] == pytest.approx(want, rel=1e-5)
+  with pytest.raises(ValueError, match="Rows must lie below 9, got 9"):
+    faiss_io.distances_to(xq_QD, xb_ND, rows_QR + 9 * (rows_QR == 0))

@@ -160,6 +160,37 @@ def test_init_with_lists_quantises_what_they_leave():
   assert codes_NM.shape[1] == 4
 
 
+def test_lists_found_elsewhere_are_taken():
+  x_ND = vectors(200)
+  centroids_LD = jnp.asarray(x_ND[:20])
+  start = dict(centroids_LD=centroids_LD, noise=0.0)
+  params = _init(x_ND, **start)
+  nearest_N = oracles.nearest(x_ND, x_ND[:20]).astype(np.int32)
+  other_N = (nearest_N + 1) % 20
+  plain_NM, same_NM, other_NM = (
+    np.asarray(qinco.encode(params, x_ND, lists_N, **KNOBS))
+    for lists_N in (None, nearest_N, other_N)
+  )
+  np.testing.assert_array_equal(same_NM, plain_NM)
+  np.testing.assert_array_equal(other_NM[:, 0], other_N)
+  loss = lambda lists_N: qinco_learning.loss(
+    params, jax.random.key(0), jnp.asarray(x_ND), lists_N, **KNOBS
+  )[0]
+  assert loss(nearest_N) == loss(None)
+  assert loss(other_N) > loss(None)
+  # Words start as those of the residuals to the lists that are given.
+  words = [
+    _init(x_ND, **start, lists_N=jnp.asarray(lists_N)).codebooks_TKD
+    for lists_N in (nearest_N, other_N)
+  ]
+  np.testing.assert_array_equal(words[0], params.codebooks_TKD)
+  assert np.abs(words[1] - words[0]).max() > 0.1
+  with pytest.raises(ValueError, match=r"lists must have shape \(200,\)"):
+    qinco.encode(params, x_ND, nearest_N[:-1], **KNOBS)
+  with pytest.raises(ValueError, match="has no lists"):
+    qinco.encode(_init(x_ND), x_ND, nearest_N, **KNOBS)
+
+
 def _stats_with_dead_words(params):
   """Word 2 of the last step and word 4 of the first were not used."""
   stats = qinco_learning.empty_stats(params)

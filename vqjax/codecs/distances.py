@@ -30,14 +30,19 @@ def sq_distances(x_ND: Array, y_KD: Array) -> Array:
   )
 
 
-def nearest(x_ND: Array, y_KD: Array, *, block_size: int = 4096) -> Array:
+def nearest(
+  x_ND: Array, y_KD: Array, *, block_size: int | None = None
+) -> Array:
   """Row of `y_KD` closest to each row of `x_ND`: `[N]` int32.
 
-  Ties go to the lower row. Memory is `block_size * K` numbers.
+  Ties go to the lower row. Memory is `block_size * K` numbers; None takes
+  4,096 rows at once, or as many as make 2^26 numbers.
   """
   check_shape("x", x_ND, (None, None))
   check_shape("y", y_KD, (None, x_ND.shape[1]))
   half_K = sq_norms(y_KD) / 2
+  if block_size is None:
+    block_size = min(4096, max((1 << 26) // y_KD.shape[0], 8))
 
   def body(_, x_ND):
     return None, least(half_scores(x_ND, y_KD, half_K))[0]

@@ -7,6 +7,9 @@ A word that no vector chose is refilled: the e-th such word moves to the vector
 with the e-th largest weighted squared distance to its word. Nothing is drawn,
 and as an empty word adds nothing to the objective, refilling cannot raise it.
 
+`fit` takes vectors in memory, as one program; `pass_over` makes one iteration
+over a file, and sums in float64 on the host.
+
 Reference: k-means++ start, Arthur and Vassilvitskii, SODA 2007.
 """
 
@@ -14,11 +17,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
 
 from vqjax.codecs.distances import half_scores, least, scan_blocks, sq_norms
 from vqjax.core import Array, check_range, check_shape
+from vqjax.data import batches
 
 INITS = ("random", "k-means++")
 
@@ -118,10 +123,9 @@ def lloyd_step(
   def body(carry, block):
     sums_KD, counts_K = carry
     x_ND, weights_N = block
-    ids_N, half_N = least(half_scores(x_ND, words_KD, half_K))
+    ids_N, error_N = _nearest(x_ND, words_KD, half_K)
     more_KD, more_K = _sums(ids_N, x_ND, weights_N, num_words)
-    error_N = jnp.maximum(sq_norms(x_ND) + 2 * half_N, 0) * weights_N
-    return (sums_KD + more_KD, counts_K + more_K), error_N
+    return (sums_KD + more_KD, counts_K + more_K), error_N * weights_N
 
   zeros = jnp.zeros_like(words_KD), jnp.zeros(num_words, jnp.float32)
   (sums_KD, counts_K), error_N = scan_blocks(
@@ -136,6 +140,62 @@ def lloyd_step(
     objectives=jnp.sum(error_N)[None],
     num_refilled=jnp.sum(is_empty_K, dtype=jnp.int32),
   )
+
+
+def assign(
+  x_ND: Array, words_KD: Array, *, block_size: int = 4096
+) -> tuple[Array, Array]:
+  """Nearest words `[N]`, int32, and squared distances to them `[N]`.
+
+  Memory is `block_size * K` numbers.
+  """
+  check_shape("x", x_ND, (None, None))
+  check_shape("words", words_KD, (None, x_ND.shape[1]))
+  half_K = sq_norms(words_KD) / 2
+  body = lambda _, x_ND: (None, _nearest(x_ND, words_KD, half_K))
+  return scan_blocks(body, None, x_ND, block_size=block_size)[1]
+
+
+def pass_over(
+  vectors, words_KD, assign_fn, *, block_size: int = 65536, progress=None
+) -> KMeans:
+  """One assignment and update over an open file `[N, D]`, on the host.
+
+  Sums are float64 in the order of the rows: equal ids give equal words. Keeps
+  16 bytes of each number of a word and 4 of each vector.
+
+  Args:
+    vectors: Open file or array; NaN is refused by its row number.
+    words_KD: Words to assign to.
+    assign_fn: Takes float32 `[n, D]`, returns what `assign` does.
+    block_size: Rows read and assigned at a time.
+    progress: Called with `(rows done, rows in all)` after each block.
+  """
+  check_shape("words", words_KD, (None, vectors.shape[1]))
+  sums_KD = np.zeros(words_KD.shape)
+  counts_K = np.zeros(len(words_KD), np.int64)
+  error_N = np.empty(len(vectors), np.float32)
+  fn = lambda x_ND: (x_ND, *assign_fn(x_ND))
+  for start, (x_ND, ids_N, block_N) in batches.map_blocks(
+    fn, vectors, block_size=block_size, progress=progress
+  ):
+    error_N[start : start + len(ids_N)] = block_N
+    order_N = np.argsort(ids_N, kind="stable")
+    chosen, first, count = np.unique(
+      ids_N[order_N], return_index=True, return_counts=True
+    )
+    sums_KD[chosen] += np.add.reduceat(x_ND[order_N], first, axis=0)
+    counts_K[chosen] += count
+  empty = np.flatnonzero(counts_K == 0)
+  np.divide(
+    sums_KD, counts_K[:, None], out=sums_KD, where=counts_K[:, None] > 0
+  )
+  means_KD = sums_KD.astype(np.float32)
+  if len(empty):
+    far = np.argsort(-error_N, kind="stable")[: len(empty)]
+    means_KD[empty] = batches.read_rows(vectors, far)
+  objective = np.sum(error_N, dtype=np.float64)
+  return KMeans(means_KD, counts_K, objective[None], np.int32(len(empty)))
 
 
 @partial(
@@ -188,6 +248,12 @@ def _sums(ids_N, x_ND, weights_N, num_words):
     cpu=partial(sums_by_scatter, num_words=num_words),
     default=partial(sums_by_product, num_words=num_words),
   )
+
+
+def _nearest(x_ND, words_KD, half_K):
+  """Nearest words and squared distances; `half_K` as in `half_scores`."""
+  ids_N, half_N = least(half_scores(x_ND, words_KD, half_K))
+  return ids_N, jnp.maximum(sq_norms(x_ND) + 2 * half_N, 0)
 
 
 def _refill(words_KD, is_empty_K, x_ND, error_N):

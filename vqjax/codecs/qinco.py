@@ -137,6 +137,7 @@ def prepare(params: QincoParams) -> QincoTables:
 def encode(
   params: QincoParams | QincoTables,
   x_ND: Array,
+  lists_N: Array | None = None,
   *,
   num_candidates: int = 16,
   beam_size: int = 32,
@@ -149,6 +150,7 @@ def encode(
   Args:
     params: Parameters, or their tables from `prepare`.
     x_ND: Vectors.
+    lists_N: Lists of the vectors, of an IVF model; None for the nearest.
     num_candidates: A, words of each hypothesis that go through the network;
       0 for all of them.
     beam_size: B, hypotheses kept.
@@ -163,12 +165,14 @@ def encode(
   """
   tables = prepare(params) if isinstance(params, QincoParams) else params
   check_shape("x", x_ND, (None, dim(tables)))
+  check_lists(tables, x_ND, lists_N)
   check_search(
     tables, num_candidates, beam_size, num_joint_candidates, num_steps
   )
   return encode_normalised(
     _prefix(tables, num_steps),
     normalise(tables, x_ND),
+    lists_N,
     num_candidates=num_candidates,
     beam_size=beam_size,
     num_joint_candidates=num_joint_candidates,
@@ -199,6 +203,15 @@ def decode(
 def normalise(params: QincoParams | QincoTables, x_ND: Array) -> Array:
   """Takes vectors `[N, D]` from data units to those of the words."""
   return (x_ND.astype(jnp.float32) - params.mean_D[None]) / params.std
+
+
+def check_lists(params, x_ND: Array, lists_N: Array | None) -> None:
+  """Raises ValueError unless the lists are one for each vector, or None."""
+  if lists_N is None:
+    return
+  if not params.is_ivf:
+    raise ValueError("This codec has no lists (it is no IVF model).")
+  check_shape("lists", lists_N, x_ND.shape[:1])
 
 
 def check_search(
@@ -411,7 +424,14 @@ def _propose_plain(words_KD, x_ND, beam):
 
 
 def encode_normalised(
-  tables, z_ND, *, num_candidates, beam_size, num_joint_candidates, dtype
+  tables,
+  z_ND,
+  lists_N=None,
+  *,
+  num_candidates,
+  beam_size,
+  num_joint_candidates,
+  dtype,
 ):
   """`encode` of normalised vectors, over all steps of `tables`."""
   n = z_ND.shape[0]
@@ -423,7 +443,8 @@ def encode_normalised(
   )
   steps = per_step(tables)
   if tables.is_ivf:
-    lists_N = nearest(z_ND, tables.first_KD)
+    if lists_N is None:
+      lists_N = nearest(z_ND, tables.first_KD)
     xhat_N1D = tables.first_KD[lists_N][:, None]
     error_N1 = jnp.sum((z_ND[:, None] - xhat_N1D) ** 2, axis=-1)
     beam = beam_lib.Beam(xhat_N1D, error_N1)

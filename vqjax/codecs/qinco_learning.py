@@ -49,6 +49,7 @@ def init(
   noise: float = 0.1,
   zero_output: bool = True,
   centroids_LD: Array | None = None,
+  lists_N: Array | None = None,
   num_iterations: int = 10,
 ) -> QincoParams:
   """Returns a codec that starts as the residual quantiser of `xt_ND`.
@@ -67,6 +68,7 @@ def init(
     zero_output: Starts `W_out` at zero, so that the model is RQ at first;
       False is the released start, which kills most words.
     centroids_LD: Centroids of the lists in data units, for an IVF model.
+    lists_N: Lists of the training vectors; None for the nearest centroids.
     num_iterations: k-means iterations per level.
 
   Raises:
@@ -84,7 +86,9 @@ def init(
   if centroids_LD is not None:
     check_shape("centroids", centroids_LD, (None, d))
     first_KD = (centroids_LD - mean_D[None]) / std
-    z_ND = z_ND - first_KD[nearest(z_ND, first_KD)]
+    z_ND = (
+      z_ND - first_KD[nearest(z_ND, first_KD) if lists_N is None else lists_N]
+    )
   words_MKD = rq.fit(
     kmeans_key,
     z_ND,
@@ -120,6 +124,7 @@ def loss(
   params: QincoParams,
   key: Array,
   x_ND: Array,
+  lists_N: Array | None = None,
   *,
   num_candidates: int = 16,
   beam_size: int = 32,
@@ -128,11 +133,13 @@ def loss(
 ) -> tuple[Array, dict]:
   """Training loss of vectors `[N, D]` in data units.
 
+  `lists_N` are those of an IVF model, the nearest where left out.
   Returns the loss and `{"metrics": scalars, "stats": WordStats}` of the batch.
   Reference: the sum over steps of the mean squared error in normalised units,
   plus that of the pre-selection codebooks, arXiv 2501.03078.
   """
   del key
+  qinco.check_lists(params, x_ND, lists_N)
   params = params.replace(
     mean_D=lax.stop_gradient(params.mean_D), std=lax.stop_gradient(params.std)
   )
@@ -143,6 +150,7 @@ def loss(
   codes_NM = qinco.encode_normalised(
     lax.stop_gradient(tables),
     z_ND,
+    lists_N,
     num_candidates=num_candidates,
     beam_size=beam_size,
     num_joint_candidates=num_joint_candidates,

@@ -103,6 +103,29 @@ def split(num_vectors: int, validation_size: int = 10_000) -> tuple[int, slice]:
   return num_train_rows, slice(num_train_rows, num_vectors)
 
 
+class WithColumn:
+  """Open vectors `[N, D]` and one number for each: float32 `[N, D + 1]`.
+
+  The numbers come last; whole ones below 2^24 are exact.
+  """
+
+  def __init__(self, vectors, column_N):
+    """Joins them; nothing is read yet."""
+    self.vectors, self._column_N = vectors, column_N
+    self.shape = (len(vectors), vectors.shape[1] + 1)
+    self.dtype, self.ndim = np.dtype(np.float32), 2
+    self.nbytes = vectors.nbytes
+
+  def __len__(self) -> int:
+    """Number of rows."""
+    return self.shape[0]
+
+  def __getitem__(self, rows) -> np.ndarray:
+    """Reads a slice or an array of rows."""
+    x_ND = np.asarray(self.vectors[rows]).astype(np.float32)
+    return np.column_stack([x_ND, self._column_N[rows]]).astype(np.float32)
+
+
 def read_rows(vectors, rows) -> np.ndarray:
   """Reads rows `[N]` of an open file as float32 `[N, D]`, in their order.
 
@@ -118,7 +141,8 @@ def read_rows(vectors, rows) -> np.ndarray:
   out_ND = np.empty((len(rows), dim), np.float32)
   order_N = np.argsort(rows, kind="stable")
   # A file larger than memory: drop pages before too many pile up.
-  large = isinstance(vectors, np.memmap) and vectors.nbytes > _PAGES_BYTES
+  mapped = getattr(vectors, "vectors", vectors)
+  large = isinstance(mapped, np.memmap) and vectors.nbytes > _PAGES_BYTES
   step = _PAGES_BYTES // _FAULT_BYTES if large else max(1, len(rows))
   for i in range(0, len(rows), step):
     at_N = order_N[i : i + step]

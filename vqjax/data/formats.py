@@ -342,6 +342,7 @@ def release_pages(vectors) -> None:
   Keeps the memory of a process that walks over a file larger than memory
   bounded: pages are read again when needed. Does nothing for other arrays.
   """
+  vectors = getattr(vectors, "vectors", vectors)  # Of `batches.WithColumn`.
   if not isinstance(vectors, np.ndarray) or vectors.flags.writeable:
     return  # A writeable private map would lose its changes.
   base = vectors

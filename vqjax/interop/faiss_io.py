@@ -4,15 +4,18 @@ Nothing else in this package imports faiss. Vectors go in and out as float32 in
 data units, codes as int32 `[N, M]`; faiss keeps the bits of a code packed.
 """
 
+import concurrent.futures
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import faiss
 import numpy as np
 
+from vqjax.codecs.additive import AdditiveParams
 from vqjax.codecs.pq import PQParams
 from vqjax.codecs.rq import RQParams
 from vqjax.core import check_range, check_shape
+from vqjax.data.formats import atomic_output
 
 METRICS = {"l2": faiss.METRIC_L2, "ip": faiss.METRIC_INNER_PRODUCT}
 ADDITIVE = ("PQ", "OPQ", "RQ", "LSQ")
@@ -45,8 +48,7 @@ def knn(
   Raises:
     ValueError: Where the metric is unknown or dimensions differ.
   """
-  if metric not in METRICS:
-    raise ValueError(f"metric must be one of {tuple(METRICS)}, got {metric!r}.")
+  metric_type = _metric_type(metric)
   check_range("k", k, 1, 2**31 - 1)
   queries_QD = _float_rows("queries", queries_QD)
   is_ip = metric == "ip"
@@ -57,12 +59,39 @@ def knn(
     if not len(block_ND):
       continue
     num_here = min(k, len(block_ND))
-    found = faiss.knn(queries_QD, block_ND, num_here, metric=METRICS[metric])
+    found = faiss.knn(queries_QD, block_ND, num_here, metric=metric_type)
     heap.add_result(found[0], found[1] + num_seen)
     num_seen += len(block_ND)
   heap.finalize()
   worst = -np.inf if is_ip else np.inf
   return np.where(heap.I < 0, worst, heap.D).astype(np.float32), heap.I
+
+
+def distances_to(
+  queries_QD: np.ndarray, base_ND: np.ndarray, rows_QR: np.ndarray
+) -> np.ndarray:
+  """Squared distances `[Q, R]` of each query to its own rows of the base.
+
+  A negative row stands for none and is at distance inf.
+
+  Raises:
+    ValueError: Where shapes do not fit, or a row is beyond the base.
+  """
+  queries_QD = _float_rows("queries", queries_QD)
+  base_ND = _float_rows("base", base_ND, queries_QD.shape[1])
+  check_shape("rows", rows_QR, (len(queries_QD), None))
+  rows_QR = np.ascontiguousarray(rows_QR, np.int64)
+  if rows_QR.size and rows_QR.max() >= len(base_ND):
+    raise ValueError(
+      f"Rows must lie below {len(base_ND)}, got {rows_QR.max()}."
+    )
+  found_QR = np.empty(rows_QR.shape, np.float32)
+  faiss.fvec_L2sqr_by_idx(
+    *map(faiss.swig_ptr, (found_QR, queries_QD, base_ND, rows_QR)),
+    queries_QD.shape[1],
+    *rows_QR.shape,
+  )
+  return np.where(rows_QR < 0, np.float32(np.inf), found_QR)
 
 
 def fit_kmeans(
@@ -104,6 +133,20 @@ def fit_kmeans(
   )
   kmeans.train(x_ND, init_centroids=start_KD)
   return kmeans.centroids
+
+
+def thread_pool() -> concurrent.futures.ThreadPoolExecutor:
+  """Threads that each run faiss alone, as many as faiss would use at once.
+
+  For many small problems: threads that share one lose more by waiting for
+  each other than they gain, above all on a busy machine.
+  """
+  return concurrent.futures.ThreadPoolExecutor(
+    faiss.omp_get_max_threads(),
+    "vqjax-faiss",
+    initializer=faiss.omp_set_num_threads,
+    initargs=(1,),
+  )
 
 
 def train_opq(
@@ -182,10 +225,10 @@ def fit_additive(
   return to_codec(index, num_codes, num_bits)
 
 
-def pq_to_faiss(params: PQParams) -> faiss.Index:
+def pq_to_faiss(params: PQParams, *, metric: str = "l2") -> faiss.Index:
   """A trained, empty `IndexPQ`, behind the rotation where there is one."""
   m, k, s = params.codebooks_MKS.shape
-  index = faiss.IndexPQ(m * s, m, _num_bits(k))
+  index = faiss.IndexPQ(m * s, m, _num_bits(k), _metric_type(metric))
   words = np.ascontiguousarray(params.codebooks_MKS, np.float32)
   faiss.copy_array_to_vector(words.ravel(), index.pq.centroids)
   index.is_trained = True
@@ -204,10 +247,19 @@ def pq_to_faiss(params: PQParams) -> faiss.Index:
   return faiss.IndexPreTransform(turn, index)
 
 
-def rq_to_faiss(params: RQParams, *, beam_size: int = 5) -> faiss.Index:
-  """A trained, empty `IndexResidualQuantizer` that encodes with a beam."""
+def rq_to_faiss(
+  params: RQParams | AdditiveParams,
+  *,
+  beam_size: int = 5,
+  metric: str = "l2",
+) -> faiss.Index:
+  """A trained, empty `IndexResidualQuantizer` that encodes with a beam.
+
+  It searches by distances to decoded vectors. Words that were fitted to codes
+  decode these, but a beam through them finds poorer ones.
+  """
   m, k, d = params.codebooks_MKD.shape
-  index = faiss.IndexResidualQuantizer(d, m, _num_bits(k))
+  index = faiss.IndexResidualQuantizer(d, m, _num_bits(k), _metric_type(metric))
   words = np.ascontiguousarray(params.codebooks_MKD, np.float32)
   faiss.copy_array_to_vector(words.ravel(), index.rq.codebooks)
   index.rq.max_beam_size = beam_size
@@ -237,10 +289,59 @@ def to_codec(index: faiss.Index, num_codes: int, num_bits: int) -> FaissCodec:
   return FaissCodec(index, encode, decode)
 
 
+def add_codes(index: faiss.Index, codes_NM: np.ndarray) -> None:
+  """Adds vectors by their very codes to an index of `*_to_faiss`."""
+  inner = _coded(index)
+  m, num_bits = _code_sizes(inner)
+  check_shape("codes", codes_NM, (None, m))
+  packed = faiss.pack_bitstrings(np.asarray(codes_NM, np.int32), num_bits)
+  inner.add_sa_codes(packed)
+  index.ntotal = inner.ntotal  # That of a transform in front.
+
+
+def save_index(
+  path,
+  index: faiss.Index,
+  check_fn: Callable[[faiss.Index], None],
+  *,
+  overwrite: bool = False,
+) -> None:
+  """Writes an index file; it appears if `check_fn` takes it when reopened."""
+  with atomic_output(path, overwrite) as temporary:
+    try:
+      faiss.write_index(index, str(temporary))
+    except RuntimeError as error:
+      raise OSError(
+        f"faiss could not write {path}; is the disk full? ({error})"
+      ) from error
+    check_fn(faiss.read_index(str(temporary)))
+
+
+def _coded(index: faiss.Index) -> faiss.Index:
+  """The part of an index that holds codes."""
+  index = faiss.downcast_index(index)
+  if isinstance(index, faiss.IndexPreTransform):
+    return faiss.downcast_index(index.index)
+  return index
+
+
+def _code_sizes(inner: faiss.Index) -> tuple[int, int]:
+  """Code positions and bits of each."""
+  if isinstance(inner, faiss.IndexPQ):
+    return inner.pq.M, inner.pq.nbits
+  return inner.rq.M, inner.rq.nbits.at(0)
+
+
 def _float_rows(name: str, x_ND, dim: int | None = None) -> np.ndarray:
   """A contiguous float32 matrix, as faiss wants it."""
   check_shape(name, x_ND, (None, dim))
   return np.ascontiguousarray(x_ND, np.float32)
+
+
+def _metric_type(metric: str) -> int:
+  if metric not in METRICS:
+    raise ValueError(f"metric must be one of {tuple(METRICS)}, got {metric!r}.")
+  return METRICS[metric]
 
 
 def _num_bits(num_words: int) -> int:

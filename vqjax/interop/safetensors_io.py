@@ -15,24 +15,17 @@ programs once more in codec.json:
                      `encode`), metric, scale and unit of reports, training
 """
 
-import dataclasses
 import datetime
-import hashlib
-import json
 import pathlib
-import typing
 from typing import Any, NamedTuple
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-import safetensors
-from safetensors import numpy as safetensors_numpy
 
 from vqjax import __version__
 from vqjax.codecs import registry
 from vqjax.data.formats import atomic_output
-from vqjax.interop import torch_io
+from vqjax.interop import tensor_files, torch_io
+from vqjax.interop.tensor_files import digest as _digest
+from vqjax.interop.tensor_files import flatten as _flatten
+from vqjax.interop.tensor_files import rebuild as _rebuild
 
 TENSORS_NAME = "codec.safetensors"
 HEADER_NAME = "codec.json"
@@ -50,53 +43,6 @@ class LoadedCodec(NamedTuple):
   fingerprint: str
 
 
-def _flatten(params, prefix: str = "") -> tuple[dict, dict]:
-  """Splits parameters into arrays and static values by field path."""
-  arrays, static = {}, {}
-  for field in dataclasses.fields(params):
-    value, name = getattr(params, field.name), prefix + field.name
-    if not field.metadata.get("pytree_node", True):
-      static[name] = value
-    elif dataclasses.is_dataclass(value):
-      inner = _flatten(value, f"{name}.")
-      arrays |= inner[0]
-      static |= inner[1]
-    elif value is not None:
-      arrays[name] = np.asarray(value, order="C")
-  return arrays, static
-
-
-def _rebuild(cls: type, arrays: dict, static: dict, prefix: str = ""):
-  """Inverse of `_flatten`; takes what it uses out of the dicts."""
-  hints, values = typing.get_type_hints(cls), {}
-  for field in dataclasses.fields(cls):
-    hint, name = hints[field.name], prefix + field.name
-    if not field.metadata.get("pytree_node", True):
-      if name not in static:
-        raise ValueError(f"its header lacks the value {name}")
-      values[field.name] = static.pop(name)
-    elif dataclasses.is_dataclass(hint):
-      values[field.name] = _rebuild(hint, arrays, static, f"{name}.")
-    elif name in arrays:
-      values[field.name] = jnp.asarray(arrays.pop(name))
-    elif type(None) in typing.get_args(hint):
-      values[field.name] = None
-    else:
-      raise ValueError(f"it lacks the array {name}")
-  if not prefix and (arrays or static):
-    names = ", ".join(sorted([*arrays, *static]))
-    raise ValueError(f"{cls.__name__} has no field for {names}")
-  return cls(**values)
-
-
-def _digest(arrays: dict, static: dict) -> str:
-  digest = hashlib.sha256(json.dumps(static, sort_keys=True).encode())
-  for name, x in sorted(arrays.items()):
-    digest.update(f"\n{name} {x.dtype.name} {x.shape}\n".encode())
-    digest.update(x.astype(x.dtype.newbyteorder("<"), copy=False).tobytes())
-  return digest.hexdigest()[:16]
-
-
 def fingerprint(params) -> str:
   """Returns 16 hex digits that tell any two sets of parameters apart.
 
@@ -104,13 +50,6 @@ def fingerprint(params) -> str:
   static fields, and are the same on every machine.
   """
   return _digest(*_flatten(params))
-
-
-def _plain(value):
-  """Turns scalars of numpy and JAX into what JSON knows."""
-  if isinstance(value, np.generic | np.ndarray | jax.Array):
-    return np.asarray(value).tolist()
-  raise TypeError(f"info must hold plain values, got {type(value).__name__}.")
 
 
 def _make_header(name: str, params, info: dict) -> dict:
@@ -148,18 +87,13 @@ def save_codec(
   """
   folder = pathlib.Path(folder)
   header = _make_header(codec_name, params, info)
-  try:
-    text = json.dumps(header, indent=2, default=_plain, allow_nan=False)
-  except ValueError as error:
-    raise ValueError(f"info must hold finite numbers ({error}).") from error
+  text = tensor_files.to_json(header)
   arrays = _flatten(params)[0]
   # The inner file appears first: a codec.json has its arrays beside it.
   with atomic_output(folder / HEADER_NAME, overwrite) as header_path:
     header_path.write_text(text + "\n", encoding="utf-8")
     with atomic_output(folder / TENSORS_NAME, overwrite) as tensors_path:
-      safetensors_numpy.save_file(
-        arrays, tensors_path, metadata={"vqjax": text}
-      )
+      tensor_files.write(tensors_path, arrays, text)
   return folder / TENSORS_NAME
 
 
@@ -193,31 +127,14 @@ def _find(path: pathlib.Path) -> pathlib.Path:
 
 def _parse_header(path: pathlib.Path, text: str | None) -> dict:
   """Reads and checks the header of `path`."""
-  if text is None:
-    raise ValueError(
-      f"{path} is no codec of vqjax: its metadata has no entry 'vqjax'. "
-      "Expected a file that vqjax has written."
-    )
-  try:
-    header = json.loads(text)
-  except ValueError as error:
-    raise ValueError(f"{path} has a damaged header ({error}).") from error
-  if not isinstance(header, dict) or header.get("format") != _FORMAT:
-    raise ValueError(f"{path} must have a header of format {_FORMAT!r}.")
-  if header.get("version") != _VERSION:
-    raise ValueError(
-      f"{path} has format version {header.get('version')!r}, this vqjax "
-      f"{__version__} reads version {_VERSION}; use the vqjax that "
-      f"wrote it, {header.get('vqjax_version')}."
-    )
+  header = tensor_files.parse_header(
+    path, text, format=_FORMAT, version=_VERSION, what="codec"
+  )
   if header.get("codec") not in registry.names():
     raise ValueError(
       f"{path} holds codec {header.get('codec')!r}, which this vqjax does not "
       f"know; it has {', '.join(registry.names())}."
     )
-  for key, kind in (("static", dict), ("info", dict), ("fingerprint", str)):
-    if not isinstance(header.get(key), kind):
-      raise ValueError(f"{path} has a damaged header: no valid {key!r}.")
   return header
 
 
@@ -253,23 +170,10 @@ def load_codec(path) -> LoadedCodec:
       f"{path} must be a run folder, a .safetensors file or a .pt checkpoint, "
       f"got suffix {path.suffix!r}."
     )
-  try:
-    with safetensors.safe_open(path, framework="numpy") as file:
-      text = (file.metadata() or {}).get("vqjax")
-      names = file.keys()
-      arrays = {name: file.get_tensor(name) for name in names}
-  except safetensors.SafetensorError as error:
-    raise ValueError(
-      f"{path} is truncated or no safetensors file ({error})."
-    ) from error
+  text, arrays = tensor_files.read(path)
   header = _parse_header(path, text)
   _check_json(path, header)
-  found = _digest(arrays, header["static"])
-  if found != header["fingerprint"]:
-    raise ValueError(
-      f"{path} was changed after it was written: its parameters have "
-      f"fingerprint {found}, expected {header['fingerprint']}."
-    )
+  found = tensor_files.check_digest(path, arrays, header)
   params = _make_params(path, header, arrays)
   return LoadedCodec(header["codec"], params, header["info"], found)
 

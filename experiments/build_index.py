@@ -1,0 +1,320 @@
+r"""Builds an index file, which faiss programs open too, from codes.
+
+  python -m experiments.build_index --codec=runs/ivf_qinco2_s --codes=codes \
+      --decoders=decoders.safetensors --output=index.faiss
+
+Codes are a folder of shards or a .npy of experiments.encode; --data=FILE
+instead encodes vectors on the way. They go into inverted lists, with words of
+the additive decoder that experiments.pairwise_decoder has fitted; the id of a
+vector is its row. A codec without lists gets one list. What the index is goes
+beside it, into index.faiss.json.
+
+Parts can be built at the same time, each of some rows, and merged:
+
+  ... --rows=0:500000 --output=a.faiss
+  ... --rows=500000: --output=b.faiss
+  python -m experiments.build_index --merge=a.faiss,b.faiss \
+      --output=index.faiss
+
+The index is made in memory: M + 9 bytes for each vector of 8-bit codes, up to
+twice that while it grows.
+"""
+
+import re
+import shlex
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from absl import logging
+
+from experiments import common
+from vqjax.data import batches, codes, datasets, formats
+from vqjax.interop import decoders_io, faiss_ivf, safetensors_io
+
+OPTIONS = {
+  "codec": common.CODEC_OPTION,
+  "codes": common.Option(str, None, "Codes: folder of shards, or .npy."),
+  "data": common.Option(str, None, "Vectors to encode, instead of --codes."),
+  "decoders": common.Option(
+    str, None, "decoders.safetensors of experiments.pairwise_decoder."
+  ),
+  "coarse": common.Option(
+    str,
+    None,
+    "How lists are found: hnsw, a graph of their centroids, or flat, by all "
+    "distances; hnsw if unset, and flat for one list.",
+  ),
+  "metric": common.Option(str, None, "l2 or ip; the codec's own if unset."),
+  "rows": common.Option(str, None, "first:stop, only these rows; a part."),
+  "merge": common.Option(
+    str, None, "Parts to merge, a.faiss,b.faiss; nothing else is built."
+  ),
+  **{k: v for k, v in common.SEARCH_OPTIONS.items() if k != "num_steps"},
+  "assign": common.ASSIGN_OPTION,
+  "output": common.Option(str, None, "Index file to write, index.faiss."),
+  "overwrite": common.Option(bool, False, "Replace an existing output."),
+}
+_BLOCK = 65536  # Codes read and added at a time.
+_NUM_RUNS, _RUN_ROWS = 128, 64  # Of the sample that the norms are learnt from.
+_KEPT = (  # In a description, of the parts that are merged.
+  *("codec", "codec_fingerprint", "decoders_fingerprint"),
+  *("data", "num_rows", "rows"),
+)
+_REPORTED = ("num_vectors", "num_lists", "bytes", "rows")
+
+
+class _Source(NamedTuple):
+  """Codes, list numbers first where the codec has lists."""
+
+  num_rows: int
+  blocks: Callable  # range of rows -> iterator of codes_NM, in order.
+  sample: Callable  # list of such ranges, all of them short -> codes_NM.
+  data: dict | None  # What tells the vectors from others.
+
+
+def run(config, workdir=None) -> dict:
+  """Writes the index; returns what was written."""
+  del workdir
+  common.require(config, "output")
+  for path in (config.output, codes.description_path(config.output)):
+    formats.check_output(path, overwrite=config.overwrite)
+  if config.merge:
+    index, info = _merge(config)
+  else:
+    index, info = _build(config)
+  info = faiss_ivf.save(index, config.output, info, overwrite=config.overwrite)
+  return _report(config, info)
+
+
+def _build(config):
+  """Returns the filled index and its description."""
+  common.require(config, "codec")
+  if bool(config.codes) == bool(config.data):
+    raise ValueError("Give either --codes or --data, what the index is of.")
+  if not config.decoders:
+    raise ValueError(
+      "--decoders is needed; make them with python -m "
+      f"experiments.pairwise_decoder --codec={shlex.quote(config.codec)} "
+      "--codes=CODES --data=VECTORS --output=decoders.safetensors."
+    )
+  codec = common.open_codec(config.codec)
+  decoders = _open_decoders(config, codec)
+  source = (
+    _open_codes(config, codec) if config.codes else _encode(config, codec)
+  )
+  rows = _parse_rows(config.rows, source.num_rows)
+  index = _empty_index(config, codec, decoders, source)
+  with common.progress(len(rows), "add") as done:
+    first = rows.start
+    for codes_NM in source.blocks(rows):
+      ids_N = np.arange(first, first + len(codes_NM))
+      faiss_ivf.add_codes(index, *_split(codec, codes_NM), ids_N)
+      first += len(codes_NM)
+      done(first - rows.start, len(rows))
+  return index, {
+    "codec": codec.name,
+    "codec_fingerprint": codec.fingerprint,
+    "decoders_fingerprint": safetensors_io.fingerprint(decoders.additive),
+    "data": source.data,
+    "num_rows": source.num_rows,
+    "rows": [[rows.start, rows.stop]],
+  }
+
+
+def _is_ivf(codec) -> bool:
+  return getattr(codec.tables, "is_ivf", False)
+
+
+def _split(codec, codes_NM):
+  """Lists `[N]` and the codes in them; the one list where there are none."""
+  if _is_ivf(codec):
+    return codes_NM[:, 0], codes_NM[:, 1:]
+  return np.zeros(len(codes_NM), np.int32), codes_NM
+
+
+def _open_decoders(config, codec):
+  """Loads the decoders and compares their sizes with the codec's."""
+  decoders = decoders_io.load(config.decoders)
+  decoders_io.check_codec(decoders, codec.fingerprint)
+  m, k, d = decoders.additive.codebooks_MKD.shape
+  sizes = codec.module.codebook_sizes(codec.tables)[_is_ivf(codec) :]
+  want = list(sizes), codec.module.dim(codec.tables)
+  if ([k] * m, d) != want:
+    raise ValueError(
+      f"{config.decoders} has {m} codebooks of {k} words in {d} dimensions, "
+      f"the codec has codebooks of {want[0]} in {want[1]}; fit decoders to all "
+      "codes of this codec."
+    )
+  return decoders
+
+
+def _open_codes(config, codec) -> _Source:
+  found = codes.open_codes(config.codes)
+  made_by = found.meta.get("codec_fingerprint", codec.fingerprint)
+  if made_by != codec.fingerprint:
+    raise ValueError(
+      f"{config.codes} was made by codec {made_by}, but {config.codec} is "
+      f"codec {codec.fingerprint}; give the codec that made it."
+    )
+  sizes = codec.module.codebook_sizes(codec.tables)
+  if found.shape[1] != len(sizes):
+    raise ValueError(
+      f"{config.codes} has {found.shape[1]} codes per vector, but the codec "
+      f"has {len(sizes)}; encode with all steps."
+    )
+
+  def blocks(rows):
+    for start in rows[::_BLOCK]:
+      codes_NM = found[start : min(start + _BLOCK, rows.stop)]
+      codes.check_ids(codes_NM, sizes, start)
+      yield codes_NM
+
+  def sample(runs):
+    return np.concatenate([part for run in runs for part in blocks(run)])
+
+  return _Source(len(found), blocks, sample, found.meta.get("data"))
+
+
+def _encode(config, codec) -> _Source:
+  """Codes of vectors that are encoded when asked for."""
+  dataset = common.resolve_data(codec, config, base=config.data)
+  x_ND = datasets.open_split(dataset, "base")
+  knobs = common.search_knobs(codec, config)
+  if config.num_candidates is None and config.num_joint_candidates is None:
+    knobs = common.try_joint_rule(
+      codec, knobs, x_ND, may_widen=config.beam_size is None
+    )
+  encode_fn, num_rows = common.make_encode_fn(
+    codec, knobs, assign=config.assign
+  )
+
+  def blocks(rows, vectors=x_ND):
+    found = batches.map_blocks(
+      encode_fn, vectors, block_size=num_rows, rows=rows
+    )
+    return (codes_NM for _, codes_NM in found)
+
+  def sample(runs):
+    x_nD = batches.read_rows(x_ND, np.concatenate(runs))
+    return np.concatenate(list(blocks(range(len(x_nD)), x_nD)))
+
+  return _Source(len(x_ND), blocks, sample, codes.identify(x_ND))
+
+
+def _parse_rows(text: str | None, num_rows: int) -> range:
+  """Reads first:stop; either may be left out."""
+  match = re.fullmatch(r"(\d*):(\d*)", text or ":")
+  if match:
+    first, stop = int(match[1] or 0), int(match[2] or num_rows)
+    if first < stop <= num_rows:
+      return range(first, stop)
+  raise ValueError(
+    f"--rows must be first:stop, rows from 0 to {num_rows} with the last not "
+    f"among them; got {text!r}."
+  )
+
+
+def _empty_index(config, codec, decoders, source: _Source):
+  """Returns the index to fill; parts of the same codes get equal ones."""
+  centroids_LD = common.centroids_of(codec)
+  num_lists = len(centroids_LD)
+  coarse = config.coarse or ("hnsw" if num_lists > 1 else "flat")
+  codebooks_MKD = np.asarray(decoders.additive.codebooks_MKD)
+  if num_lists >= 65536 and coarse == "hnsw":
+    logging.info("Making the graph of %d centroids.", num_lists)
+  return faiss_ivf.make_index(
+    centroids_LD,
+    codebooks_MKD,
+    norm_range=faiss_ivf.fit_norm_range(codebooks_MKD, _sample(codec, source)),
+    coarse=coarse,
+    metric=config.metric or codec.info.get("metric") or "l2",
+  )
+
+
+def _sample(codec, source: _Source) -> np.ndarray:
+  """Codes `[n, M]` spread over all rows, of this part or not."""
+  last = max(source.num_rows - _RUN_ROWS, 0)
+  starts = np.unique(np.linspace(0, last, _NUM_RUNS, dtype=np.int64))
+  runs = [
+    range(start, min(start + _RUN_ROWS, source.num_rows))
+    for start in starts.tolist()
+  ]
+  return _split(codec, source.sample(runs))[1]
+
+
+def _merge(config):
+  """Merges index files; returns the index and its description."""
+  for name in ("codes", "data", "decoders", "rows", "coarse", "metric"):
+    if config[name] is not None:
+      raise ValueError(f"--merge takes parts as they are; leave --{name} out.")
+  paths, infos = config.merge.split(","), []
+
+  def load(path):
+    index, info = faiss_ivf.load(path)
+    info = {name: info.get(name) for name in _KEPT}
+    if infos:
+      shared = [{**x, "rows": None} for x in (info, infos[0])]
+      codes.check_same(path, *shared)
+    infos.append(info)
+    done(len(infos), len(paths))
+    return index
+
+  with common.progress(len(paths), "merge", unit="part") as done:
+    index = faiss_ivf.merge(map(load, paths))
+  rows = _join([pair for info in infos for pair in info["rows"]])
+  return index, {**infos[0], "rows": rows}
+
+
+def _join(rows) -> list[list[int]]:
+  """Joins pairs (first, stop) that touch; raises where they overlap."""
+  joined = []
+  for first, stop in sorted(rows):
+    if joined and first < joined[-1][1]:
+      raise ValueError(
+        f"Rows {first}:{min(stop, joined[-1][1])} are in two of the parts; "
+        "merge parts of different --rows."
+      )
+    if joined and first == joined[-1][1]:
+      joined[-1][1] = stop
+    else:
+      joined.append([first, stop])
+  return joined
+
+
+def _report(config, info: dict) -> dict:
+  """Says what was written, what is missing, and how to go on."""
+  output, num_rows = config.output, info["num_rows"]
+  logging.info(
+    "%d vectors in %d lists: %s, %.1f bytes per vector, %.1f MB in all; what "
+    "it is in %s.",
+    *(info["num_vectors"], info["num_lists"], output),
+    *(info["bytes"] / info["num_vectors"], info["bytes"] / 1e6),
+    codes.description_path(output),
+  )
+  stops = [0, *[stop for _, stop in info["rows"]]]
+  firsts = [*[first for first, _ in info["rows"]], num_rows]
+  missing = [
+    f"{stop}:{first}"
+    for stop, first in zip(stops, firsts, strict=True)
+    if stop < first
+  ]
+  if missing:
+    logging.info(
+      "Of %d rows it lacks %s. Build them with --rows=%s, and\n  python -m "
+      "experiments.build_index --merge=%s,... --output=...",
+      *(num_rows, " and ".join(missing), missing[0], shlex.quote(output)),
+    )
+  else:
+    quoted = lambda path, name: shlex.quote(path or name)
+    logging.info(
+      "Next:\n  python -m experiments.search --codec=%s --index=%s "
+      "--decoders=%s",
+      *(quoted(config.codec, "CODEC"), shlex.quote(output)),
+      quoted(config.decoders, "DECODERS"),
+    )
+  return {"output": output, **{name: info[name] for name in _REPORTED}}
+
+
+if __name__ == "__main__":
+  common.main(run, OPTIONS, __doc__)

@@ -1,0 +1,239 @@
+r"""Hands a codec over to faiss: an index file, with codes in it if wished.
+
+  python -m experiments.export --codec=runs/rq --output=rq.faiss
+  python -m experiments.export --codec=runs/pq --output=pq.faiss \
+      --codes=codes.npy
+  python -m experiments.export --codec=runs/pq --output=pq.faiss \
+      --data=base.fvecs
+  python -m experiments.export --codec=runs/qinco2_s --output=additive.faiss \
+      --decoders=decoders.safetensors --codes=codes.npy
+
+A PQ codec becomes an IndexPQ, behind its rotation in an IndexPreTransform where
+it has one (OPQ); an RQ codec becomes an IndexResidualQuantizer. So does the
+additive decoder that experiments.pairwise_decoder has fitted to the codes of
+any codec without lists. Codes go in as they are, the id of a vector is its row;
+--data encodes by this codec. faiss then compares queries with decoded vectors.
+
+The file counts as done when, read back, it holds these codes and decodes them
+as we do. What is in it is written beside it, in rq.faiss.json. The index is
+made in memory: the packed codes twice.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+
+from experiments import common
+from vqjax import __version__
+from vqjax.codecs import additive
+from vqjax.data import batches, codes, datasets, formats
+from vqjax.interop import decoders_io, faiss_io
+
+OPTIONS = {
+  "codec": common.CODEC_OPTION,
+  "decoders": common.Option(
+    str, None, "decoders.safetensors: export the additive decoder in it."
+  ),
+  "codes": common.Option(
+    str, None, "Codes to put in: folder of shards, or .npy."
+  ),
+  "data": common.Option(str, None, "Vectors to put in, instead of --codes."),
+  "metric": common.Option(str, None, "l2 or ip; the codec's own if unset."),
+  "output": common.Option(str, None, "Index file to write, rq.faiss."),
+  "overwrite": common.Option(bool, False, "Replace an existing output."),
+}
+_BLOCK = 65536  # Codes read and added at a time.
+_CHECKED = 10_000  # Vectors that are compared.
+_TOLERANCE = 1e-5  # Of the largest number: sums of float32 in another order.
+
+
+class _Subject(NamedTuple):
+  """What is exported: an empty index, and its codes decoded by us."""
+
+  kind: str
+  index: Any
+  decode_fn: Callable
+  sizes: tuple[int, ...]
+
+
+def run(config, workdir=None) -> dict:
+  """Writes the index; returns what is written beside it."""
+  del workdir
+  common.require(config, "codec", "output")
+  if config.codes and config.data:
+    raise ValueError("Give --codes or --data, not both.")
+  beside = codes.description_path(config.output)
+  for path in (config.output, beside):
+    formats.check_output(path, overwrite=config.overwrite)
+  codec = common.open_codec(config.codec)
+  metric = config.metric or codec.info.get("metric", "l2")
+  if metric not in faiss_io.METRICS:
+    raise ValueError(f"--metric must be l2 or ip, got {metric!r}.")
+  subject = _subject(config, codec, metric)
+  num, blocks = _blocks(config, codec, subject.sizes)
+  first = _fill(subject.index, num, blocks)
+  compared = {}
+  check_fn = lambda index: compared.update(
+    _compare(config, subject, num, first, index)
+  )
+  faiss_io.save_index(
+    config.output, subject.index, check_fn, overwrite=config.overwrite
+  )
+  record = {
+    "format": "vqjax export",
+    "kind": subject.kind,
+    "index": type(subject.index).__name__,
+    "num_vectors": num,
+    "dim": subject.index.d,
+    "metric": metric,
+    "codebook_sizes": list(subject.sizes),
+    "codec": codec.name,
+    "codec_fingerprint": codec.fingerprint,
+    "compared": compared,
+    "vqjax_version": __version__,
+  }
+  codes.write_json(beside, record, overwrite=config.overwrite)
+  logging.info(
+    "Read back: %d %s codes decode as ours, largest difference %.2g of %.4g.\n"
+    "%s with %d vectors in %s, what is in it in %s.\nNext, in Python:\n  "
+    "faiss.read_index(%r)",
+    *(compared["num_vectors"], "stored" if num else "random"),
+    *(compared["largest_difference"], compared["largest_number"]),
+    *(record["index"], num, config.output, beside),
+    config.output,
+  )
+  return record
+
+
+def _fill(index, num: int, blocks) -> list:
+  """Adds blocks of codes; returns those that are to be compared."""
+  first = []
+  if num:
+    with common.progress(num, "add") as done:
+      for codes_NM in blocks:
+        first += [codes_NM] if index.ntotal < _CHECKED else []
+        faiss_io.add_codes(index, codes_NM)
+        done(index.ntotal, num)
+  return first
+
+
+def _subject(config, codec, metric: str) -> _Subject:
+  """Makes the empty index of a codec or of its additive decoder."""
+  if config.decoders:
+    return _additive(config, codec, metric)
+  to_faiss = {"pq": faiss_io.pq_to_faiss, "rq": faiss_io.rq_to_faiss}
+  if codec.name not in to_faiss:
+    raise ValueError(
+      f"faiss cannot decode a {codec.name} codec, which needs its network: "
+      "python -m experiments.build_index makes an index that is searched by "
+      "additive words, and --decoders=decoders.safetensors exports these alone."
+    )
+  return _Subject(
+    codec.name,
+    to_faiss[codec.name](codec.tables, metric=metric),
+    common.make_decode_fn(codec),
+    codec.module.codebook_sizes(codec.tables),
+  )
+
+
+def _additive(config, codec, metric: str) -> _Subject:
+  decoders = decoders_io.load(config.decoders)
+  decoders_io.check_codec(decoders, codec.fingerprint)
+  if getattr(codec.tables, "is_ivf", False):
+    raise ValueError(
+      f"{config.codec} has lists, and its additive decoder stands for what "
+      "their centroids leave: python -m experiments.build_index makes an index "
+      "with both."
+    )
+  if config.data:
+    raise ValueError(
+      "Vectors must be encoded by the codec, not by its additive decoder: run "
+      "python -m experiments.encode and give --codes instead of --data."
+    )
+  params = decoders.additive
+  m, k, _ = params.codebooks_MKD.shape
+  return _Subject(
+    "additive",
+    faiss_io.rq_to_faiss(params, metric=metric),
+    functools.partial(jax.jit(additive.decode), params),
+    (k,) * m,
+  )
+
+
+def _blocks(config, codec, sizes):
+  """Number of vectors to put in, and their codes in blocks."""
+  if config.codes:
+    return _read_codes(config, codec, sizes)
+  if not config.data:
+    return 0, ()
+  dataset = common.resolve_data(codec, config, base=config.data)
+  x_ND = datasets.open_split(dataset, "base")
+  knobs = common.search_knobs(codec, config)
+  encode_fn, num_rows = common.make_encode_fn(codec, knobs)
+  blocks = batches.map_blocks(encode_fn, x_ND, block_size=num_rows)
+  return len(x_ND), (codes_NM for _, codes_NM in blocks)
+
+
+def _read_codes(config, codec, sizes):
+  found = codes.open_codes(config.codes)
+  made_by = found.meta.get("codec_fingerprint", codec.fingerprint)
+  if made_by != codec.fingerprint:
+    raise ValueError(
+      f"{config.codes} was made by codec {made_by}, but {config.codec} is "
+      f"codec {codec.fingerprint}; give the codec that made it."
+    )
+  if found.shape[1] != len(sizes):
+    raise ValueError(
+      f"{config.codes} has {found.shape[1]} codes per vector, but "
+      f"{len(sizes)} are to be exported; encode with all steps."
+    )
+
+  def blocks():
+    for i, codes_NM in enumerate(found.blocks(_BLOCK)):
+      codes.check_ids(codes_NM, sizes, i * _BLOCK)
+      yield codes_NM
+
+  return len(found), blocks()
+
+
+def _compare(config, subject: _Subject, num: int, first, index) -> dict:
+  """Raises ValueError unless the index read back is the one meant.
+
+  `first` are blocks of the `num` codes that were put in; random ones are
+  compared where there are none.
+  """
+  if index.ntotal != num:
+    raise ValueError(
+      f"Read back, {config.output} has {index.ntotal} vectors, expected {num}: "
+      "nothing was written."
+    )
+  if first:
+    codes_NM = np.concatenate(first)[:_CHECKED]
+    theirs_ND = index.reconstruct_n(0, len(codes_NM))
+  else:
+    m, k = len(subject.sizes), subject.sizes[0]
+    rng = np.random.default_rng(0)
+    codes_NM = rng.integers(k, size=(1000, m), dtype=np.int32)
+    codec = faiss_io.to_codec(index, m, k.bit_length() - 1)
+    theirs_ND = codec.decode(codes_NM)
+  ours_ND = np.asarray(subject.decode_fn(codes_NM))
+  difference = float(np.abs(ours_ND - theirs_ND).max())
+  largest = float(np.abs(ours_ND).max())
+  if not difference <= _TOLERANCE * largest:
+    raise ValueError(
+      f"Read back, {config.output} decodes with differences up to "
+      f"{difference:.3g} of {largest:.3g}: nothing was written."
+    )
+  return {
+    "num_vectors": len(codes_NM),
+    "largest_difference": difference,
+    "largest_number": largest,
+  }
+
+
+if __name__ == "__main__":
+  common.main(run, OPTIONS, __doc__)

@@ -1,0 +1,320 @@
+r"""Fits decoders that need no network: additive and pairwise.
+
+  python -m experiments.pairwise_decoder --codec=runs/ivf_qinco2_s \
+      --data=train.bvecs --codes=train_codes --output=decoders.safetensors
+
+A search reads codes three times: all of the lists it visits by the additive
+decoder (`experiments.build_index` puts that into the index), the best of those
+by the pairwise decoder, and few by the network. Both decoders are fitted here
+to vectors and the codes that `experiments.encode` made of them; without --codes
+the vectors are encoded first.
+
+They are fitted to at most 1,000,000 vectors, drawn from the whole file, and
+measured on others. Memory is twice that of the vectors in float32, and 16 MiB
+for each table of 256 x 256 rows of 128 numbers. --num_tables=0 leaves the
+pairwise decoder out.
+"""
+
+import functools
+import shlex
+import time
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+
+from experiments import common
+from vqjax.codecs import additive, pairwise
+from vqjax.core import check_range
+from vqjax.data import batches, codes, datasets, formats
+from vqjax.interop import decoders_io
+
+OPTIONS = {
+  "codec": common.CODEC_OPTION,
+  "data": common.DATA_OPTIONS["data"],
+  "codes": common.Option(
+    str, None, "Their codes: folder of shards, or .npy; made here if unset."
+  ),
+  "num_vectors": common.Option(int, None, "Only the first so many vectors."),
+  "num_held_out": common.Option(
+    int, 10_000, "Vectors to measure on; at most half of all."
+  ),
+  "num_tables": common.Option(
+    int, None, "Tables of the pairwise decoder; 2M if unset, 0 for none."
+  ),
+  **{k: v for k, v in common.SEARCH_OPTIONS.items() if k != "num_steps"},
+  "assign": common.ASSIGN_OPTION,
+  "output": common.Option(str, None, "File to write, *.safetensors."),
+  "overwrite": common.Option(bool, False, "Replace an existing output."),
+}
+_MOST = 1_000_000  # Vectors to fit to.
+_BLOCK = 65_536  # Vectors or codes gone through at a time.
+
+
+class _Sample(NamedTuple):
+  """Vectors without the centroids of their lists, and their codes."""
+
+  target_ND: np.ndarray
+  codes_NM: np.ndarray
+  lists_N: np.ndarray | None  # None for a codec without lists.
+
+  def cut(self, rows: slice) -> "_Sample":
+    """Takes some of the rows."""
+    return _Sample(*(x if x is None else x[rows] for x in self))
+
+
+def run(config, workdir=None) -> dict:
+  """Writes the decoders; returns their errors on held-out vectors."""
+  del workdir
+  common.require(config, "codec", "data", "output")
+  decoders_io.check_path(config.output)
+  formats.check_output(config.output, overwrite=config.overwrite)
+  codec = common.open_codec(config.codec)
+  num_tables = _check_sizes(codec, config)
+  dataset = common.resolve_data(codec, config, base=config.data)
+  vectors = datasets.open_split(dataset, "base", max_vectors=config.num_vectors)
+  codes_fn = _codes_fn(config, codec, vectors)
+  rows_N, num_train = _draw(len(vectors), config.num_held_out)
+  sample = _read(codec, vectors, rows_N, codes_fn)
+  train, held = sample.cut(slice(num_train)), sample.cut(slice(num_train, None))
+  seconds = {}
+  additive_params = _fit_additive(codec, train, seconds)
+  pairwise_params = None
+  if num_tables:
+    pairwise_params = _fit_pairwise(
+      codec, additive_params, train, num_tables, seconds
+    )
+  decode_fns = _decode_fns(codec, config, additive_params, pairwise_params)
+  rows = {name: _measure(fn, held) for name, fn in decode_fns.items()}
+  info = {
+    "num_training_codes": num_train,
+    "num_held_out": len(rows_N) - num_train,
+    "held_out_mse": {name: mse for name, (mse, _) in rows.items()},
+  }
+  decoders_io.save(
+    config.output,
+    additive_params,
+    pairwise_params,
+    codec_fingerprint=codec.fingerprint,
+    info=info,
+    overwrite=config.overwrite,
+  )
+  _report(config, info, rows, seconds)
+  return info
+
+
+def _is_ivf(codec) -> bool:
+  return getattr(codec.tables, "is_ivf", False)
+
+
+def _code_sizes(codec) -> tuple[int, ...]:
+  """Codebook sizes, list number not among them."""
+  return codec.module.codebook_sizes(codec.tables)[_is_ivf(codec) :]
+
+
+def _check_sizes(codec, config) -> int:
+  """The number of tables; raises ValueError where sizes do not fit."""
+  sizes = _code_sizes(codec)
+  if len(set(sizes)) != 1:
+    raise ValueError(
+      "The decoders need codebooks of one size at all positions, this "
+      f"{codec.name} codec has {', '.join(map(str, sizes))} words."
+    )
+  additive.check_unknowns(len(sizes), sizes[0])
+  if config.num_tables == 0:
+    return 0
+  num_lists = len(common.centroids_of(codec)) if _is_ivf(codec) else 0
+  return pairwise.check_sizes(
+    sizes[0], len(sizes), num_lists, config.num_tables
+  )
+
+
+def _codes_fn(config, codec, vectors):
+  """Returns `(rows_N, x_ND) -> codes_NM`, read from a file or encoded."""
+  if config.codes:
+    found = codes.open_codes(config.codes)
+    _check_codes(config, codec, vectors, found)
+    return lambda rows_N, _: _read_codes(found, rows_N)
+  return lambda _, x_ND: _encode(codec, config, x_ND)
+
+
+def _check_codes(config, codec, vectors, found: codes.Codes) -> None:
+  """Raises ValueError unless these are codes of these vectors."""
+  if len(found) != len(vectors):
+    raise ValueError(
+      f"{config.codes} has {len(found)} rows, {config.data} has "
+      f"{len(vectors)}: give the vectors that were encoded, or with "
+      "--num_vectors the first so many of them."
+    )
+  num_codes = len(codec.module.codebook_sizes(codec.tables))
+  if found.shape[1] != num_codes:
+    raise ValueError(
+      f"{config.codes} has {found.shape[1]} codes per vector, the codec has "
+      f"{num_codes}; encode with all steps."
+    )
+  if found.meta:
+    wanted = {
+      "codec_fingerprint": codec.fingerprint,
+      "data": codes.identify(vectors),
+    }
+    is_of = {name: found.meta.get(name) for name in wanted}
+    codes.check_same(config.codes, is_of, wanted)
+
+
+def _draw(num_rows: int, num_held_out: int) -> tuple[np.ndarray, int]:
+  """Rows in random order, and how many of them, the first, to fit to."""
+  check_range("--num_held_out", num_held_out, 1, 10_000_000)
+  num = min(num_rows, _MOST + num_held_out)
+  num_train, _ = batches.split(num, num_held_out)
+  rows_N = batches.permute(np.arange(num), num_rows, seed=0, round=0)
+  return rows_N, num_train
+
+
+def _read(codec, vectors, rows_N, codes_fn) -> _Sample:
+  """Reads these rows, in their order."""
+  x_ND = batches.read_rows(vectors, rows_N)
+  codes_NM = codes_fn(rows_N, x_ND)
+  codes.check_ids(codes_NM, codec.module.codebook_sizes(codec.tables))
+  if not _is_ivf(codec):
+    return _Sample(x_ND, codes_NM, None)
+  lists_N, centroids_LD = codes_NM[:, 0], common.centroids_of(codec)
+  for start in range(0, len(x_ND), _BLOCK):
+    block = slice(start, start + _BLOCK)
+    x_ND[block] -= centroids_LD[lists_N[block]]
+  return _Sample(x_ND, codes_NM[:, 1:], lists_N)
+
+
+def _read_codes(found: codes.Codes, rows_N) -> np.ndarray:
+  """Codes of these rows, in their order; reads in the order of the file."""
+  codes_NM = np.empty((len(rows_N), found.shape[1]), np.int32)
+  order_N = np.argsort(rows_N)
+  starts = np.arange(0, len(found) + _BLOCK, _BLOCK)
+  ends = np.searchsorted(rows_N[order_N], starts)
+  with common.progress(len(found), "read codes") as done:
+    for i, start in enumerate(starts[:-1].tolist()):
+      block_NM = found[start : start + _BLOCK]
+      at_N = order_N[ends[i] : ends[i + 1]]
+      codes_NM[at_N] = block_NM[rows_N[at_N] - start]
+      done(start + len(block_NM), len(found))
+  return codes_NM
+
+
+def _encode(codec, config, x_ND) -> np.ndarray:
+  """Codes of vectors, as `experiments.encode` makes them."""
+  knobs = common.search_knobs(codec, config)
+  if config.num_candidates is None and config.num_joint_candidates is None:
+    knobs = common.try_joint_rule(
+      codec, knobs, x_ND, may_widen=config.beam_size is None
+    )
+  encode_fn, num_rows = common.make_encode_fn(
+    codec, knobs, assign=config.assign
+  )
+  with common.progress(len(x_ND), "encode") as done:
+    blocks = batches.map_blocks(
+      encode_fn, x_ND, block_size=num_rows, progress=done
+    )
+    return np.concatenate([codes_NM for _, codes_NM in blocks])
+
+
+def _fit_additive(codec, train: _Sample, seconds) -> additive.AdditiveParams:
+  num = len(train.target_ND)
+
+  def blocks(done):
+    for start in range(0, num, _BLOCK):
+      part = train.cut(slice(start, start + _BLOCK))
+      yield part.codes_NM, part.target_ND
+      done(start + len(part.target_ND), num)
+
+  with (
+    common.progress(num, "additive") as done,
+    common.timed(seconds, "additive"),
+  ):
+    return additive.fit_blocks(blocks(done), _code_sizes(codec)[0])
+
+
+def _fit_pairwise(
+  codec, additive_params, train: _Sample, num_tables: int, seconds
+) -> pairwise.PairwiseParams:
+  with (
+    common.progress(num_tables, "pairwise", unit="table") as done,
+    common.timed(seconds, "pairwise"),
+  ):
+    list_codes_LV = None
+    if train.lists_N is not None:
+      centroids_LD = common.centroids_of(codec)
+      sizes_L = np.bincount(train.lists_N, minlength=len(centroids_LD))
+      list_codes_LV = pairwise.fit_list_codes(
+        jax.random.key(0), centroids_LD, sizes_L, _code_sizes(codec)[0]
+      )
+    return pairwise.fit(
+      additive_params,
+      train.codes_NM,
+      train.target_ND,
+      lists_N=train.lists_N,
+      list_codes_LV=list_codes_LV,
+      num_tables=num_tables,
+      progress=done,
+    )
+
+
+def _decode_fns(codec, config, additive_params, pairwise_params) -> dict:
+  """Decoders `(codes_NM, lists_N) -> x_ND` by name, centroids subtracted."""
+  centroids_LD = common.centroids_of(codec)
+  network_fn = common.make_decode_fn(codec, common.product_dtype(config.dtype))
+  additive_fn = jax.jit(additive.decode)
+
+  def network(codes_NM, lists_N):
+    if lists_N is None:
+      return network_fn(codes_NM)
+    codes_NM = np.column_stack([lists_N, codes_NM])
+    return np.asarray(network_fn(codes_NM)) - centroids_LD[lists_N]
+
+  fns = {}
+  if _is_ivf(codec):
+    fns["centroid of the list"] = lambda *_: np.zeros((1, 1), np.float32)
+  fns["additive"] = lambda codes_NM, _: additive_fn(additive_params, codes_NM)
+  if pairwise_params is not None:
+    fns["pairwise"] = functools.partial(pairwise.decode, pairwise_params)
+  return fns | {codec.name: network}
+
+
+def _measure(decode_fn, held: _Sample) -> tuple[float, float]:
+  """Mean squared error, and microseconds for a vector."""
+  size, total = common.decode_rows(), 0.0
+  first = held.cut(slice(size))
+  jax.block_until_ready(decode_fn(*first[1:]))  # Compiles.
+  began = time.perf_counter()
+  jax.block_until_ready(decode_fn(*first[1:]))
+  seconds = time.perf_counter() - began
+  for start in range(0, len(held.target_ND), size):
+    target_ND, *codes_of = held.cut(slice(start, start + size))
+    error_ND = target_ND - np.asarray(decode_fn(*codes_of))
+    total += np.sum(error_ND**2, dtype=np.float64)
+  return total / len(held.target_ND), seconds / len(first.target_ND) * 1e6
+
+
+def _report(config, info, rows, seconds) -> None:
+  """Says how good the decoders are, and how to go on."""
+  logging.info(
+    "Fitted to %d vectors. On %d others, squared distances in data units:\n%s",
+    info["num_training_codes"],
+    info["num_held_out"],
+    common.table(
+      ["decoder", "MSE", "us per vector", "s to fit"],
+      [
+        [name, f"{mse:.6g}", f"{each:.2f}"]
+        + [f"{seconds[name]:.1f}" if name in seconds else ""]
+        for name, (mse, each) in rows.items()
+      ],
+    ),
+  )
+  logging.info(
+    "Written: %s\nNext:\n  python -m experiments.build_index --codec=%s "
+    "--codes=CODES-OF-THE-BASE --decoders=%s --output=index.faiss",
+    *map(shlex.quote, (config.output, config.codec, config.output)),
+  )
+
+
+if __name__ == "__main__":
+  common.main(run, OPTIONS, __doc__)

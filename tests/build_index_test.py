@@ -1,0 +1,310 @@
+import json
+import pathlib
+import shlex
+
+import faiss
+import numpy as np
+import pytest
+
+from experiments import build_index, common
+from tests import qinco_cases
+from vqjax.codecs import additive, rq
+from vqjax.data import codes
+from vqjax.interop import decoders_io, faiss_ivf, safetensors_io
+
+D, K, M, L, NUM = 6, 8, 4, 11, 130
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+  # Threads of faiss that wait for work take it from those of JAX.
+  num_threads = faiss.omp_get_max_threads()
+  faiss.omp_set_num_threads(1)
+  yield
+  faiss.omp_set_num_threads(num_threads)
+
+
+def _make(folder, num_lists, seed=0):
+  """Files of a codec, vectors, their codes and decoders."""
+  rng, is_ivf = np.random.default_rng(seed), bool(num_lists)
+  x_ND = rng.normal(size=(NUM, D)).astype(np.float32)
+  np.save(folder / "x.npy", x_ND)
+  if is_ivf:
+    name, encode = "qinco", {"beam_size": 2, "num_candidates": 3}
+    params = qinco_cases.make_params(
+      seed, dim=D, num_networks=M, num_words=K, num_lists=num_lists
+    )
+  else:
+    name, encode = "rq", {"beam_size": 1}
+    params = rq.RQParams(rng.normal(size=(M, K, D)).astype(np.float32))
+  info = {"encode": encode, "metric": "l2"}
+  safetensors_io.save_codec(folder / "codec", name, params, info=info)
+  codec = common.open_codec(str(folder / "codec"))
+  sizes = codec.module.codebook_sizes(codec.tables)
+  codes_NM = rng.integers(0, sizes, (NUM, len(sizes))).astype(np.int32)
+  np.save(folder / "codes.npy", codes_NM)
+  meta = codes.describe(
+    x_ND,
+    codec=codec.name,
+    fingerprint=codec.fingerprint,
+    codebook_sizes=sizes,
+    encode=encode,
+    command="",
+  )
+  codes.write_json(folder / "codes.npy.json", meta)
+  lists_N = codes_NM[:, 0] if is_ivf else np.zeros(NUM, np.int32)
+  target_ND = x_ND - common.centroids_of(codec)[lists_N]
+  words = additive.fit(codes_NM[:, is_ivf:], target_ND, K)
+  decoders_io.save(
+    folder / "decoders.safetensors",
+    words,
+    codec_fingerprint=codec.fingerprint,
+    info={},
+  )
+  return {
+    "codec": str(folder / "codec"),
+    "codes": str(folder / "codes.npy"),
+    "decoders": str(folder / "decoders.safetensors"),
+  }
+
+
+@pytest.fixture(scope="module")
+def files_of_rq(tmp_path_factory):
+  return _make(tmp_path_factory.mktemp("rq"), 0)
+
+
+@pytest.fixture(scope="module")
+def ivf_files(tmp_path_factory):
+  return _make(tmp_path_factory.mktemp("ivf"), L)
+
+
+@pytest.fixture(params=["files_of_rq", "ivf_files"])
+def files(request):
+  return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def said(monkeypatch):
+  """What the command tells its user."""
+  lines = []
+  info = lambda text, *args: lines.append(text % args)
+  monkeypatch.setattr(build_index.logging, "info", info)
+  return lines
+
+
+def _run(output, files, **values):
+  values = {"output": str(output), **files, **values}
+  build_index.run(common.get_config(build_index.OPTIONS, **values))
+  return faiss_ivf.load(output)
+
+
+def _same(ours, theirs):
+  for a, b in zip(
+    *map(faiss_ivf.contents, (ours.index, theirs.index)), strict=True
+  ):
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("coarse", [None, "flat", "hnsw"])
+def test_the_index_holds_the_codes(coarse, files, tmp_path):
+  index, info = _run(tmp_path / "index.faiss", files, coarse=coarse)
+  found, codes_NM = faiss_ivf.contents(index), np.load(files["codes"])
+  num_lists = len(found.centroids_LD)
+  lists_N = np.repeat(np.arange(num_lists), np.diff(found.starts))
+  got_NM = found.codes_NM
+  if num_lists > 1:
+    got_NM = np.column_stack([lists_N, found.codes_NM])
+  np.testing.assert_array_equal(np.sort(found.ids_N), np.arange(NUM))
+  np.testing.assert_array_equal(got_NM, codes_NM[found.ids_N])
+  decoders = decoders_io.load(files["decoders"])
+  codec = common.open_codec(files["codec"])
+  np.testing.assert_array_equal(
+    found.codebooks_MKD, decoders.additive.codebooks_MKD
+  )
+  np.testing.assert_array_equal(found.centroids_LD, common.centroids_of(codec))
+  assert info["codec_fingerprint"] == codec.fingerprint
+  assert info["rows"] == [[0, NUM]]
+  assert info["coarse"] == (coarse or ("hnsw" if num_lists > 1 else "flat"))
+
+
+def test_plain_faiss_ranks_by_the_additive_decoder(files, tmp_path):
+  path = tmp_path / "index.faiss"
+  _run(path, files, coarse="flat")
+  index = faiss.read_index(str(path))
+  index.nprobe = index.nlist
+  codec, codes_NM = common.open_codec(files["codec"]), np.load(files["codes"])
+  words = np.asarray(decoders_io.load(files["decoders"]).additive.codebooks_MKD)
+  lists_N = codes_NM[:, 0] if codes_NM.shape[1] > M else np.zeros(NUM, int)
+  x_ND = common.centroids_of(codec)[lists_N]
+  r_ND = sum(words[m][code_N] for m, code_N in enumerate(codes_NM[:, -M:].T))
+  norm_N = np.sum(np.square(r_ND, dtype=float), axis=1)
+  distances_QR, ids_QR = index.search(np.load(_data(files))[:9], NUM)
+  for q, ids_R in enumerate(ids_QR):
+    error_N = np.square(np.load(_data(files))[q] - (x_ND + r_ND)).sum(axis=1)
+    # As exact as a byte for the norm.
+    step = (norm_N.max() - norm_N.min()) / 256
+    np.testing.assert_allclose(distances_QR[q], error_N[ids_R], atol=step)
+    assert sorted(ids_R) == list(range(NUM))
+
+
+def _data(files):
+  return str(pathlib.Path(files["codes"]).with_name("x.npy"))
+
+
+def _vectors_are_encoded(files, tmp_path):
+  got = _run(tmp_path / "a", files | {"codes": None}, data=_data(files))
+  codec = common.open_codec(files["codec"])
+  codes_NM = codec.module.encode(
+    codec.tables, np.load(_data(files)), **codec.info["encode"]
+  )
+  np.save(tmp_path / "codes.npy", codes_NM)
+  given = files | {"codes": str(tmp_path / "codes.npy")}
+  _same(got, _run(tmp_path / "b", given))
+  described = _run(tmp_path / "c", files).info
+  assert got.info["data"] == described["data"]
+
+
+def test_vectors_are_encoded_on_the_way(files_of_rq, tmp_path):
+  _vectors_are_encoded(files_of_rq, tmp_path)
+
+
+@pytest.mark.slow
+def test_vectors_are_encoded_into_lists(ivf_files, tmp_path):
+  _vectors_are_encoded(ivf_files, tmp_path)
+
+
+def test_blocks_change_nothing(files, tmp_path, monkeypatch):
+  want = _run(tmp_path / "a.faiss", files)
+  monkeypatch.setattr(build_index, "_BLOCK", 7)
+  _same(_run(tmp_path / "b.faiss", files), want)
+
+
+def test_norms_are_learnt_from_all_rows_of_a_small_file(files, tmp_path):
+  index, _ = _run(tmp_path / "a.faiss", files)
+  words = np.asarray(decoders_io.load(files["decoders"]).additive.codebooks_MKD)
+  codes_NM = np.load(files["codes"])[:, -M:]
+  bounds = faiss_ivf.fit_norm_range(words, codes_NM)
+  np.testing.assert_allclose((index.rq.norm_min, index.rq.norm_max), bounds)
+
+
+def test_parts_merge_to_the_whole(files, tmp_path, said):
+  whole = _run(tmp_path / "index.faiss", files)
+  parts = {"c": f"{NUM - 3}:", "a": ":40", "b": f"40:{NUM - 3}"}
+  paths = [str(tmp_path / name) for name in parts]
+  for path, rows in zip(paths, parts.values(), strict=True):
+    part = _run(path, files, rows=rows)
+  assert part.info["rows"] == [[40, NUM - 3]]
+  assert part.index.ntotal == NUM - 43
+  merged = _run(tmp_path / "m", {}, merge=",".join(sorted(paths)))
+  _same(merged, whole)
+  assert merged.info["rows"] == [[0, NUM]]
+  assert merged.info["sha256"] != part.info["sha256"]
+  two = _run(tmp_path / "two", {}, merge=",".join(paths[:2]))
+  assert two.info["rows"] == [[0, 40], [NUM - 3, NUM]]
+  assert f"lacks 40:{NUM - 3}. Build" in said[-1]
+
+
+def test_the_summary_names_the_next_command(files, tmp_path, said):
+  output = tmp_path / "my index"
+  info = _run(output, files).info
+  each = output.stat().st_size / NUM
+  assert f"{NUM} vectors in {info['num_lists']} lists" in said[-2]
+  assert f"{each:.1f} bytes per vector" in said[-2]
+  assert f"{output}.json" in said[-2]
+  assert (
+    f"python -m experiments.search --codec={files['codec']} "
+    f"--index={shlex.quote(str(output))} --decoders={files['decoders']}"
+  ) in said[-1]
+
+
+@pytest.mark.parametrize(
+  ("values", "match"),
+  [
+    ({"output": None}, "--output is needed"),
+    ({"codec": None}, "--codec is needed"),
+    ({"codes": None}, "either --codes or --data"),
+    ({"data": "x.npy"}, "either --codes or --data"),
+    ({"decoders": None}, r"python -m experiments.pairwise_decoder --codec="),
+    ({"rows": "5"}, "must be first:stop, rows from 0 to 130 .* got '5'"),
+    ({"rows": "0:131"}, "rows from 0 to 130 .* got '0:131'"),
+    ({"rows": "9:9"}, "got '9:9'"),
+    ({"metric": "cosine"}, "metric must be one of .* got 'cosine'"),
+    ({"coarse": "tree"}, "coarse must be one of .* got 'tree'"),
+    ({"merge": "a,b"}, "leave --codes out"),
+  ],
+)
+def test_options_that_make_no_sense_are_refused(
+  values, match, ivf_files, tmp_path
+):
+  config = {"output": tmp_path / "index.faiss", **ivf_files} | values
+  if config["output"]:
+    config["output"] = str(config["output"])
+  with pytest.raises(ValueError, match=match):
+    build_index.run(common.get_config(build_index.OPTIONS, **config))
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["index.faiss", "index.faiss.json"])
+def test_nothing_is_overwritten_unasked(name, ivf_files, tmp_path):
+  (tmp_path / name).write_text("mine")
+  with pytest.raises(FileExistsError, match="exists already"):
+    _run(tmp_path / "index.faiss", ivf_files)
+  assert (tmp_path / name).read_text() == "mine"
+  _run(tmp_path / "index.faiss", ivf_files, overwrite=True)
+
+
+def test_another_codec_is_refused(ivf_files, tmp_path):
+  other = _make(tmp_path, L, seed=5)
+  for name, match in (
+    ("codec", "was made by codec .* but .* is codec"),
+    ("codes", "was made by codec .* but .* is codec"),
+    ("decoders", "decodes codes of codec .* but this is codec"),
+  ):
+    given = ivf_files | {name: other[name]}
+    if name == "codec":
+      given["decoders"] = other["decoders"]
+    with pytest.raises(ValueError, match=match):
+      _run(tmp_path / "index.faiss", given)
+
+
+def test_decoders_and_codes_of_fewer_steps_are_refused(ivf_files, tmp_path):
+  codec = common.open_codec(ivf_files["codec"])
+  words = decoders_io.load(ivf_files["decoders"]).additive
+  path = tmp_path / "decoders.safetensors"
+  short = words.replace(codebooks_MKD=words.codebooks_MKD[1:])
+  decoders_io.save(path, short, codec_fingerprint=codec.fingerprint, info={})
+  with pytest.raises(ValueError, match="has 3 codebooks of 8 words in 6 dim"):
+    _run(tmp_path / "a", ivf_files, decoders=str(path))
+  np.save(tmp_path / "codes.npy", np.load(ivf_files["codes"])[:, :-1])
+  with pytest.raises(ValueError, match="has 4 codes per vector, but .* has 5"):
+    _run(tmp_path / "a", ivf_files, codes=str(tmp_path / "codes.npy"))
+
+
+def test_codes_out_of_range_leave_no_file(ivf_files, tmp_path):
+  codes_NM = np.load(ivf_files["codes"])
+  codes_NM[77, 2] = K
+  np.save(tmp_path / "codes.npy", codes_NM)
+  with pytest.raises(ValueError, match="Code 8 in row 77, column 2"):
+    _run(tmp_path / "a", ivf_files, codes=str(tmp_path / "codes.npy"))
+  assert [path.name for path in tmp_path.iterdir()] == ["codes.npy"]
+
+
+def test_parts_that_do_not_fit_are_refused(ivf_files, tmp_path):
+  a, b, c, d = (str(tmp_path / name) for name in "abcd")
+  _run(a, ivf_files, rows=":70")
+  _run(b, ivf_files, rows="60:")
+  with pytest.raises(ValueError, match="Rows 60:70 are in two of the parts"):
+    _run(d, {}, merge=f"{a},{b}")
+  (tmp_path / "other").mkdir()
+  _run(c, _make(tmp_path / "other", L, seed=5), rows="70:")
+  with pytest.raises(ValueError, match="their codec_fingerprint is"):
+    _run(d, {}, merge=f"{a},{c}")
+  beside = codes.description_path(b)
+  info = json.loads(beside.read_text())
+  beside.write_text(json.dumps(info | {"sha256": "0"}))
+  with pytest.raises(ValueError, match="does not match the checksum"):
+    _run(d, {}, merge=f"{a},{b}")
+  beside.unlink()
+  with pytest.raises(FileNotFoundError, match="has no description"):
+    _run(d, {}, merge=f"{a},{b}")
+  assert not pathlib.Path(d).exists()

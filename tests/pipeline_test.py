@@ -1,0 +1,155 @@
+"""The stages of a search, against loops over exact distances."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.ivf_test import _random_lists
+from vqjax.search import ivf, pipeline
+
+_NUM, _LISTS, _DIM = 90, 6, 5
+
+
+class _Case:
+  """A searcher on random codes, and what its stages should say."""
+
+  def __init__(self, *, has_pairwise=True):
+    rng = np.random.default_rng(3)
+    self.arrays = arrays = _random_lists(rng, num=_NUM, num_lists=_LISTS)
+    self.list_N = np.repeat(np.arange(_LISTS), np.diff(arrays["starts_L1"]))
+    self.ids_N = rng.permutation(_NUM) + 1000
+    self.xq_QD = rng.normal(size=(20, _DIM)).astype(np.float32)
+    self.turn_DD = rng.normal(size=(_DIM, _DIM)).astype(np.float32)
+    self.shapes, self.num_decoded = [], 0
+    parts = pipeline.Parts(
+      ivf.make_lists(**arrays),
+      self.ids_N,
+      self._coarse,
+      self._counting_decode,
+      (lambda *at: self.decode(*at) * 0.5) if has_pairwise else None,
+      lambda xq_QD, x_UD, rows_QR: ((xq_QD[:, None] - x_UD[rows_QR]) ** 2).sum(
+        axis=-1
+      ),
+    )
+    self.searcher = pipeline.Searcher(parts)
+
+  def _coarse(self, xq_QD, nprobe, ef_search):
+    gap_QLD = xq_QD[:, None] - self.arrays["centroids_LD"]
+    distances_QL = (gap_QLD**2).sum(axis=-1)
+    probes_QP = np.argsort(distances_QL, axis=1)[:, :nprobe]
+    return probes_QP.astype(np.int32), np.take_along_axis(
+      distances_QL, probes_QP, axis=1
+    )
+
+  def decode(self, codes_NM, lists_N):
+    """A network that is no sum of words."""
+    arrays = self.arrays
+    words = [
+      book[np.asarray(codes_N)]
+      for book, codes_N in zip(
+        arrays["codebooks_MKD"], np.asarray(codes_NM).T, strict=True
+      )
+    ]
+    x_ND = arrays["centroids_LD"][np.asarray(lists_N)] + sum(words)
+    return np.tanh(x_ND @ self.turn_DD)
+
+  def _counting_decode(self, codes_NM, lists_N):
+    self.shapes.append(len(codes_NM))
+    self.num_decoded += len(np.unique(np.asarray(codes_NM), axis=0))
+    return self.decode(codes_NM, lists_N)
+
+  def exact(self, x_D, scale=1.0):
+    """Squared distance of every row as the network, or pairwise, has it."""
+    x_ND = self.decode(self.arrays["codes_NM"], self.list_N) * scale
+    return ((x_ND - x_D) ** 2).sum(axis=1)
+
+
+@pytest.fixture(name="case")
+def _case():
+  return _Case()
+
+
+def test_all_lists_and_a_long_shortlist_are_exact_search(case):
+  result = case.searcher.search(case.xq_QD, 7, nprobe=_LISTS, num_short=_NUM)
+  for q, x_D in enumerate(case.xq_QD):
+    exact_N = case.exact(x_D)
+    want = np.argsort(exact_N)[:7]
+    np.testing.assert_array_equal(result.ids_QR[q], case.ids_N[want])
+    np.testing.assert_allclose(
+      result.distances_QR[q], exact_N[want], rtol=1e-4, atol=1e-4
+    )
+  assert set(result.seconds) == {"coarse", "scan", "network"}
+
+
+@pytest.mark.parametrize(("num_aq", "num_short"), [(9, 4), (9, 0), (0, 4)])
+def test_each_stage_orders_the_head(case, num_aq, num_short):
+  k = 12
+  scanned = case.searcher.search(case.xq_QD, k, nprobe=3, num_short=0)
+  result = case.searcher.search(
+    case.xq_QD, k, nprobe=3, num_aq=num_aq, num_short=num_short
+  )
+  row_of = {name: row for row, name in enumerate(case.ids_N)}
+  for q, x_D in enumerate(case.xq_QD):
+    rows = [row_of[i] for i in scanned.ids_QR[q]]
+    for size, scale in ((num_aq, 0.5), (num_short, 1.0)):
+      exact_N = case.exact(x_D, scale)
+      rows[:size] = sorted(rows[:size], key=lambda row: exact_N[row])
+    np.testing.assert_array_equal(result.ids_QR[q], case.ids_N[rows])
+
+
+def test_a_vector_of_several_queries_is_decoded_once(case):
+  result = case.searcher.search(case.xq_QD, 3, nprobe=_LISTS, num_short=30)
+  assert 20 * 30 > _NUM >= result.num_decoded
+  assert sum(case.shapes) < 2 * result.num_decoded
+
+
+def test_one_query_is_as_good_as_many(case):
+  many = case.searcher.search(case.xq_QD, 5, nprobe=2, num_aq=8, num_short=3)
+  for q, x_D in enumerate(case.xq_QD):
+    one = case.searcher.search(x_D, 5, nprobe=2, num_aq=8, num_short=3)
+    np.testing.assert_array_equal(one.ids_QR, many.ids_QR[q : q + 1])
+
+
+def test_new_batch_sizes_compile_little(case, monkeypatch):
+  traces = []
+
+  @jax.jit
+  def decode(codes_NM, lists_N):
+    traces.append(codes_NM.shape)
+    return jnp.zeros((len(codes_NM), _DIM)) + lists_N[:, None]
+
+  monkeypatch.setattr(pipeline, "_DECODE_ROWS", 16)
+  parts = case.searcher.parts._replace(decode_fn=decode)
+  searcher = pipeline.Searcher(parts)
+  for num in range(1, 21):
+    searcher.search(case.xq_QD[:num], 3, nprobe=2, num_short=5)
+  # Sizes 1, 2, 3, 4, 6, 8, 12, 16 at most.
+  assert len(traces) <= 8
+
+
+def test_where_lists_are_short_slots_stay_empty(case):
+  x_D = case.arrays["centroids_LD"][_LISTS - 1]  # Of the empty list.
+  result = case.searcher.search(x_D, 4, nprobe=1, num_aq=6, num_short=5)
+  assert (result.ids_QR == -1).all()
+  assert np.isposinf(result.distances_QR).all()
+
+
+def test_blocks_change_nothing(case, monkeypatch):
+  whole = case.searcher.search(case.xq_QD, 5, nprobe=3, num_short=4)
+  monkeypatch.setattr(pipeline, "_SLOT_BYTES", 32 * 64 * 12)
+  monkeypatch.setattr(pipeline, "_DECODE_ROWS", 7)
+  blocks = case.searcher.search(case.xq_QD, 5, nprobe=3, num_short=4)
+  np.testing.assert_array_equal(blocks.ids_QR, whole.ids_QR)
+
+
+def test_what_does_not_fit_is_refused(case):
+  search = case.searcher.search
+  with pytest.raises(ValueError, match=r"queries must have shape \(None, 5\)"):
+    search(np.zeros((2, 4)), 3)
+  with pytest.raises(ValueError, match="nprobe must lie between 1 and 6"):
+    search(case.xq_QD, 3, nprobe=7)
+  with pytest.raises(ValueError, match="k must lie between 1 and 90, got 91"):
+    search(case.xq_QD, 91, nprobe=1)
+  with pytest.raises(ValueError, match="num_aq=5 asks for the pairwise"):
+    _Case(has_pairwise=False).searcher.search(case.xq_QD, 3, nprobe=1, num_aq=5)

@@ -1,0 +1,153 @@
+"""The least-squares additive decoder: a sum of one word per code position.
+
+Any codes can be decoded so, whatever codec made them; this is the fast and
+rough reading of codes that a network decodes well. For codes in lists the sum
+stands for what the centroid of the list leaves, otherwise for the vector.
+
+With one-hot rows `h_n` of `M * K` numbers, the words solve
+
+  (sum_n h_n h_n^T + ridge I) words = sum_n h_n target_n^T
+
+where the first sum only counts how often two codes meet. One-hot rows are
+never made: memory is `(M K)^2` float64 numbers and a block of vectors.
+
+References: arXiv 1501.05030 (least squares for a fixed code),
+arXiv 2401.14732, section 4.2 (as a decoder of QINCo codes).
+"""
+
+from collections.abc import Iterable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+
+from vqjax.codecs import rq
+from vqjax.core import Array, check_codes, check_range, check_shape
+from vqjax.data.codes import check_ids
+
+MAX_UNKNOWNS = 16_384  # Of M * K; their square takes 2 GiB in float64.
+
+
+@struct.dataclass
+class AdditiveParams:
+  """Word k of position m is `codebooks_MKD[m, k]`, in data units."""
+
+  codebooks_MKD: Array
+
+
+def fit(
+  codes_NM,
+  target_ND,
+  codebook_size: int,
+  *,
+  ridge: float = 1.0,
+  block_size: int = 65_536,
+) -> AdditiveParams:
+  """Finds the words whose sums lie nearest to the targets `[N, D]`.
+
+  Args:
+    codes_NM: integers `[N, M]`, list numbers not among them.
+    target_ND: what the words add up to, in data units.
+    codebook_size: K, words per position.
+    ridge: pulls words towards zero as so many vectors of zeros would do, each
+      with that word alone. It must be positive, as words are found up to
+      constants that move from one position to another.
+    block_size: rows that are summed up at a time.
+
+  Raises:
+    ValueError: Where shapes do not fit, or a code is no id of its codebook.
+  """
+  check_shape("codes", codes_NM, (None, None))
+  check_shape("target", target_ND, (codes_NM.shape[0], None))
+  starts = range(0, codes_NM.shape[0], block_size)
+  blocks = (
+    (codes_NM[i : i + block_size], target_ND[i : i + block_size])
+    for i in starts
+  )
+  return fit_blocks(blocks, codebook_size, ridge=ridge)
+
+
+def fit_blocks(
+  blocks: Iterable, codebook_size: int, *, ridge: float = 1.0
+) -> AdditiveParams:
+  """`fit` of blocks `(codes_NM, target_ND)` that need not exist all at once."""
+  check_range("codebook_size", codebook_size, 1, MAX_UNKNOWNS)
+  if not ridge > 0:
+    raise ValueError(f"ridge must be positive, got {ridge}.")
+  pairs_MKMK, sums_MKD, first_row = None, None, 0
+  for codes_NM, target_ND in blocks:
+    codes_NM = np.asarray(codes_NM)
+    if pairs_MKMK is None:
+      m, k, d = codes_NM.shape[1], codebook_size, target_ND.shape[1]
+      check_unknowns(m, k)
+      pairs_MKMK, sums_MKD = np.zeros((m, k, m, k)), np.zeros((m, k, d))
+    check_shape("codes", codes_NM, (None, m))
+    check_shape("target", target_ND, (len(codes_NM), d))
+    check_ids(codes_NM, [k] * m, first_row)
+    _count_pairs(pairs_MKMK, codes_NM)
+    sums_MKD += _word_sums(jnp.asarray(codes_NM.T), target_ND, codebook_size)
+    first_row += len(codes_NM)
+  if not first_row:
+    raise ValueError("Fitting words needs at least 1 vector, got 0.")
+  return AdditiveParams(jnp.asarray(_solve(pairs_MKMK, sums_MKD, ridge)))
+
+
+def decode(params: AdditiveParams, codes_NM: Array) -> Array:
+  """Adds the words: codes `[N, M]` to `[N, D]` in data units.
+
+  A prefix of a code is none: the words of all positions are fitted together.
+  """
+  check_codes(codes_NM, params.codebooks_MKD.shape[0])
+  check_shape("codes", codes_NM, (None, params.codebooks_MKD.shape[0]))
+  return rq.decode(rq.RQParams(params.codebooks_MKD), codes_NM)
+
+
+def lookup(params: AdditiveParams, queries_QD: Array) -> Array:
+  """Inner products of queries and words: `[Q, M, K]`; see `rq.lookup`."""
+  return rq.lookup(rq.RQParams(params.codebooks_MKD), queries_QD)
+
+
+def check_unknowns(num_codes: int, codebook_size: int) -> None:
+  """Raises ValueError where there are too many words to solve for."""
+  if num_codes * codebook_size > MAX_UNKNOWNS:
+    raise ValueError(
+      f"{num_codes} codes of {codebook_size} words are "
+      f"{num_codes * codebook_size} unknowns; least squares takes at most "
+      f"{MAX_UNKNOWNS}. Use a codec of fewer or smaller codebooks."
+    )
+
+
+def _count_pairs(pairs_MKMK: np.ndarray, codes_NM: np.ndarray) -> None:
+  """Adds how often the codes of two positions meet, for pairs `i >= j`."""
+  m, k = pairs_MKMK.shape[:2]
+  codes_MN = np.ascontiguousarray(codes_NM.T, np.int64)
+  for i in range(m):
+    at_N = codes_MN[i] * k
+    for j in range(i + 1):
+      count = np.bincount(at_N + codes_MN[j], minlength=k * k)
+      pairs_MKMK[i, :, j] += count.reshape(k, k)
+
+
+@partial(jax.jit, static_argnames="codebook_size")
+def _word_sums(codes_MN: Array, target_ND: Array, codebook_size: int) -> Array:
+  """Sums of the targets that have a word, `[M, K, D]`."""
+  target_ND = target_ND.astype(jnp.float32)
+  add_fn = lambda ids_N: jax.ops.segment_sum(
+    target_ND, ids_N, num_segments=codebook_size
+  )
+  return lax.map(add_fn, codes_MN)
+
+
+def _solve(pairs_MKMK, sums_MKD, ridge: float) -> np.ndarray:
+  """Words `[M, K, D]` of the normal equations, float32."""
+  m, k, d = sums_MKD.shape
+  gram = pairs_MKMK.reshape(m * k, m * k)
+  for i in range(m):  # The half above the diagonal is still empty.
+    rows = slice(i * k, (i + 1) * k)
+    gram[rows, rows.stop :] = gram[rows.stop :, rows].T
+  gram.flat[:: m * k + 1] += ridge
+  words = np.linalg.solve(gram, sums_MKD.reshape(m * k, d))
+  return words.reshape(m, k, d).astype(np.float32)

@@ -1,0 +1,389 @@
+"""Inverted lists of codes as an index of stock faiss: make, fill, read, search.
+
+The index is an `IVF{L},RQ{M}x{bits}_Nqint8` or `IVF{L}_HNSW32,...`: its lists
+hold codes of any codec and a byte for a norm, its words are those of an
+additive decoder, so that a sum r of words stands for what the centroid c leaves
+of a vector. faiss computes from them, without vqjax,
+
+  |x - c - r|^2 = |x - c|^2 - 2 <x - c, r> + |r|^2
+
+where the byte stands for |r|^2. (Inner products, of "ip", need no norm.) A
+codec without lists has one list, whose centroid is zero. Beside the file, its
+description `index.faiss.json` says which codec made the codes.
+
+Reference: arXiv 2501.03078, section 3.4.
+"""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import faiss
+import numpy as np
+
+from vqjax import __version__
+from vqjax.codecs.rq import RQParams
+from vqjax.core import check_range, check_shape
+from vqjax.data import codes, formats
+from vqjax.interop import faiss_io, faiss_lists
+from vqjax.interop.faiss_io import METRICS
+from vqjax.interop.faiss_lists import assign_lists as assign_lists
+from vqjax.interop.faiss_lists import contents as contents
+from vqjax.interop.faiss_lists import make_coarse as make_coarse
+
+_FORMAT, _VERSION = "vqjax index", 1
+_LEAST_RANGE = 1e-6  # Of norms, relative; the byte divides by the range.
+
+
+class Loaded(NamedTuple):
+  """An index from a file and its description, {} where there is none."""
+
+  index: faiss.Index
+  info: dict
+
+
+def fit_norm_range(
+  codebooks_MKD: np.ndarray, codes_NM: np.ndarray
+) -> tuple[float, float]:
+  """Least and largest squared norm of the sums of words of a sample of codes.
+
+  Indexes that are to be merged need the same.
+  """
+  m, k, d = codebooks_MKD.shape
+  check_shape("codes", codes_NM, (None, m))
+  check_range("the number of codes", len(codes_NM), 1, np.inf)
+  codes.check_ids(codes_NM, [k] * m)
+  decode_fn = faiss_lists.make_decode_fn(codebooks_MKD)
+  norm_N = np.concatenate(
+    [
+      np.sum(decode_fn(codes_NM[i : i + faiss_lists.BLOCK]) ** 2, axis=1)
+      for i in range(0, len(codes_NM), faiss_lists.BLOCK)
+    ]
+  )
+  return float(norm_N.min()), float(norm_N.max())
+
+
+def make_index(
+  centroids_LD: np.ndarray,
+  codebooks_MKD: np.ndarray,
+  *,
+  norm_range: tuple[float, float],
+  coarse: str = "hnsw",
+  metric: str = "l2",
+) -> faiss.Index:
+  """Returns an empty index, to be filled by `add_codes`.
+
+  Args:
+    centroids_LD: Of the lists, in data units; `[1, D]` zeros for a codec
+      without lists.
+    codebooks_MKD: Words of the additive decoder; K a power of two.
+    norm_range: From `fit_norm_range`; a byte cuts it into 256 steps.
+    coarse: See `make_coarse`.
+    metric: "l2" or "ip".
+
+  Raises:
+    ValueError: Where sizes do not fit each other, or faiss.
+  """
+  m, k, d = codebooks_MKD.shape
+  words = faiss_io.rq_to_faiss(RQParams(codebooks_MKD))
+  check_shape("centroids", centroids_LD, (None, d))
+  low, high = norm_range
+  if not 0 <= low <= high < np.inf:
+    raise ValueError(
+      f"norm_range must be two finite norms in order, got {norm_range}."
+    )
+  quantizer = make_coarse(centroids_LD, coarse, metric)
+  index = faiss.IndexIVFResidualQuantizer(
+    *(
+      quantizer,
+      d,
+      len(centroids_LD),
+      m,
+      k.bit_length() - 1,
+      METRICS[metric],
+    ),
+    faiss.AdditiveQuantizer.ST_norm_qint8,
+  )
+  quantizer.this.disown()
+  index.own_fields = True
+  rq = index.rq
+  rq.codebooks = words.rq.codebooks
+  # Tables of (M K)^2 numbers, which no search needs, made by whoever reads it.
+  rq.train_type |= faiss.ResidualQuantizer.Skip_codebook_tables
+  rq.norm_min, rq.norm_max = low, max(high, low + _LEAST_RANGE * (low + 1))
+  rq.is_trained = index.is_trained = True
+  return index
+
+
+def add_codes(
+  index: faiss.Index,
+  lists_N: np.ndarray,
+  codes_NM: np.ndarray,
+  ids_N: np.ndarray,
+) -> None:
+  """Adds codes to their lists, under ids from 0 to 2^63 - 1.
+
+  What is stored is what faiss stores for vectors that it gives these codes.
+
+  Raises:
+    ValueError: Where shapes do not fit, or a number is out of range; nothing
+      is added then.
+  """
+  index = faiss_lists.check_index(index)
+  m, k, _ = faiss_lists.sizes_of(index)
+  check_shape("codes", codes_NM, (None, m))
+  check_shape("lists", lists_N, (len(codes_NM),))
+  check_shape("ids", ids_N, (len(codes_NM),))
+  if not len(codes_NM):
+    return
+  codes.check_ids(codes_NM, [k] * m)
+  for name, x_N, stop in (
+    ("lists", lists_N, index.nlist),
+    ("ids", ids_N, 2**63),
+  ):
+    check_range(f"The least of the {name}", x_N.min(), 0, stop - 1)
+    check_range(f"The largest of the {name}", x_N.max(), 0, stop - 1)
+  for i in range(0, len(codes_NM), faiss_lists.BLOCK):
+    rows = slice(i, i + faiss_lists.BLOCK)
+    list_bytes = np.ascontiguousarray(lists_N[rows], "<i8")[:, None].view("u1")
+    packed = np.hstack(
+      [
+        list_bytes[:, : index.coarse_code_size()],
+        faiss_lists.pack(index, codes_NM[rows]),
+      ]
+    )
+    index.add_sa_codes(packed, np.ascontiguousarray(ids_N[rows], np.int64))
+
+
+def merge(parts: Iterable[faiss.Index]) -> faiss.Index:
+  """Moves all vectors into the first index, which it returns, with their ids.
+
+  The other parts are left empty; none needs to exist before its turn.
+
+  Raises:
+    ValueError: A part has other centroids, words or norms than the first.
+  """
+  parts = map(faiss_lists.check_index, parts)
+  merged = next(parts, None)
+  if merged is None:
+    raise ValueError("Merging needs at least 1 index, got 0.")
+  wanted = _identity(merged)
+  for number, part in enumerate(parts, 1):
+    for name, value in _identity(part).items():
+      if not np.array_equal(value, wanted[name]):
+        raise ValueError(
+          f"Part {number} has other {name} than part 0, so they cannot be "
+          "merged; build all parts with the same options."
+        )
+    merged.merge_from(part, 0)
+  return merged
+
+
+def keep_coarse(index: faiss.Index) -> faiss.Index:
+  """Empties the index, to free the memory of its lists, and returns it."""
+  index = faiss_lists.check_index(index)
+  empty = faiss.ArrayInvertedLists(index.nlist, index.code_size)
+  index.replace_invlists(empty, True)
+  empty.this.disown()
+  index.ntotal = 0
+  return index
+
+
+def coarse_search(
+  index: faiss.Index,
+  queries_QD: np.ndarray,
+  nprobe: int,
+  ef_search: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Finds the nearest lists of queries, int32 `[Q, P]`, and their distances.
+
+  Distances are squared; for "ip" they are inner products. A graph may find
+  fewer lists than asked for; the slots left are -1.
+
+  Args:
+    index: From `make_index` or `load`.
+    queries_QD: Queries.
+    nprobe: P, lists.
+    ef_search: Effort in a graph, None for that of the file; a flat quantiser
+      takes no notice of it.
+  """
+  index = faiss_lists.check_index(index)
+  queries_QD = faiss_lists.float_rows("queries", queries_QD, index.d)
+  coarse = faiss.downcast_index(index.quantizer)
+  return faiss_lists.nearest(coarse, queries_QD, nprobe, ef_search)
+
+
+def search(
+  index: faiss.Index,
+  queries_QD: np.ndarray,
+  k: int,
+  *,
+  nprobe: int,
+  ef_search: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Searches as any faiss program would: distances and ids, `[Q, k]`.
+
+  The order is that of the additive decoder. Where there are fewer vectors the
+  slots left have id -1. Options are those of `coarse_search`.
+  """
+  index = faiss_lists.check_index(index)
+  check_range("k", k, 1, 2**31 - 1)
+  check_range("nprobe", nprobe, 1, index.nlist, "lists of the index")
+  coarse = faiss.downcast_index(index.quantizer)
+  params = faiss.SearchParametersIVF(
+    nprobe=nprobe, quantizer_params=faiss_lists.graph_params(coarse, ef_search)
+  )
+  return index.search(
+    faiss_lists.float_rows("queries", queries_QD, index.d), k, params=params
+  )
+
+
+def describe(index: faiss.Index) -> dict:
+  """Returns the sizes of an index, as its description has them."""
+  index = faiss_lists.check_index(index)
+  m, k, d = faiss_lists.sizes_of(index)
+  coarse = faiss.downcast_index(index.quantizer)
+  (metric,) = [name for name, m_ in METRICS.items() if m_ == index.metric_type]
+  return {
+    "dim": d,
+    "metric": metric,
+    "num_vectors": index.ntotal,
+    "num_codes": m,
+    "codebook_size": k,
+    "num_lists": index.nlist,
+    "coarse": "hnsw" if isinstance(coarse, faiss.IndexHNSW) else "flat",
+  }
+
+
+def save(
+  index: faiss.Index, path, info: dict, *, overwrite: bool = False
+) -> None:
+  """Writes index and description, each whole or not at all.
+
+  Args:
+    index: From `make_index`.
+    path: The index file.
+    info: What else the description says, plain values: `codec_fingerprint`,
+      and what the caller knows.
+    overwrite: Replaces existing files instead of refusing.
+  """
+  meta = {
+    "format": _FORMAT,
+    "version": _VERSION,
+    **info,
+    **describe(index),
+    "vqjax_version": __version__,
+    "faiss_version": faiss.__version__,
+  }
+  beside = codes.description_path(path)
+  formats.check_output(beside, overwrite)
+  with formats.atomic_output(path, overwrite) as temporary:
+    try:
+      faiss.write_index(index, str(temporary))
+    except RuntimeError as error:
+      raise OSError(
+        f"faiss could not write {path}; is the disk full? ({error})"
+      ) from error
+    meta |= {"bytes": temporary.stat().st_size, "sha256": _sha256(temporary)}
+  codes.write_json(beside, meta, overwrite=True)
+  return meta
+
+
+def load(path, *, mmap: bool = False, require_sidecar: bool = True) -> Loaded:
+  """Reads an index file and its description, and compares them.
+
+  Args:
+    path: The index file.
+    mmap: Leaves lists on disk, read-only, until they are searched. The
+      checksum, which would read them all, is not compared then.
+    require_sidecar: False also takes an index of this kind without a
+      description; nobody knows then which codec it is of.
+
+  Raises:
+    FileNotFoundError: One of them is missing.
+    ValueError: The file is damaged, or no index of this kind.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(f"There is no file {path}; check the name.")
+  info = _read_description(path)
+  if info:
+    _check_file(path, info, is_thorough=not mmap)
+  elif require_sidecar:
+    raise FileNotFoundError(
+      f"{path} has no description {codes.description_path(path).name} beside "
+      "it, so nobody knows which codec it is of: copy it too, or build the "
+      "index again; require_sidecar=False in Python does without."
+    )
+  flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY if mmap else 0
+  try:
+    index = faiss_lists.check_index(faiss.read_index(str(path), flags), path)
+  except (RuntimeError, MemoryError) as error:
+    raise ValueError(f"{path} is no index file, or is truncated.") from error
+  found = describe(index)
+  wanted = {name: info.get(name, value) for name, value in found.items()}
+  if found != wanted:
+    raise ValueError(f"{path} has {found}, but its description says {wanted}.")
+  return Loaded(index, info)
+
+
+def _read_description(path) -> dict:
+  """Returns the description beside an index file, {} without one."""
+  beside = codes.description_path(path)
+  if not beside.is_file():
+    return {}
+  try:
+    info = json.loads(beside.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{beside} is damaged ({error}).") from error
+  if not isinstance(info, dict) or info.get("format") != _FORMAT:
+    raise ValueError(f"{beside} must have format {_FORMAT!r}.")
+  if info.get("version") != _VERSION:
+    raise ValueError(
+      f"{beside} has version {info.get('version')!r}, this vqjax {__version__} "
+      f"reads version {_VERSION}; use the vqjax that wrote it, "
+      f"{info.get('vqjax_version')}."
+    )
+  return info
+
+
+def check_codec(path, info: dict, fingerprint: str) -> None:
+  """Raises ValueError where an index is of another codec than `fingerprint`."""
+  found = info.get("codec_fingerprint")
+  if found != fingerprint:
+    raise ValueError(
+      f"{path} holds codes of codec {found}, but the codec is {fingerprint}; "
+      "search with the codec that made them, or build the index again."
+    )
+
+
+def _check_file(path: pathlib.Path, info: dict, *, is_thorough: bool) -> None:
+  """Raises ValueError where the file is not the one described."""
+  size = path.stat().st_size
+  if size != info.get("bytes"):
+    raise ValueError(
+      f"{path} is truncated or of another run: it has {size} bytes, its "
+      f"description says {info.get('bytes')}."
+    )
+  if is_thorough and _sha256(path) != info.get("sha256"):
+    raise ValueError(
+      f"{path} is damaged, or was changed after it was written: it does not "
+      "match the checksum in its description."
+    )
+
+
+def _identity(index) -> dict:
+  """What indexes must share to be merged."""
+  return {
+    "metric": index.metric_type,
+    "centroids": faiss_lists.centroids_of(index),
+    "words": faiss_lists.words_of(index.rq),
+    "norms": (index.rq.norm_min, index.rq.norm_max),
+  }
+
+
+def _sha256(path) -> str:
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,219 @@
+"""Inverted lists of faiss: what finds them, and what they hold, as arrays.
+
+The lists are those of `faiss_ivf`, whose coarse quantiser finds them. faiss
+keeps a vector as the packed bits of its code and a byte for the squared norm
+of the sum of its words.
+"""
+
+from typing import NamedTuple
+
+import faiss
+import numpy as np
+
+from vqjax.codecs.rq import RQParams
+from vqjax.core import check_range, check_shape
+from vqjax.data import formats
+from vqjax.interop import faiss_io
+from vqjax.interop.faiss_io import METRICS
+
+BLOCK = 16384  # Vectors whose reconstructions exist at a time.
+COARSE = ("hnsw", "flat")
+_NUM_LINKS = 32  # Of a word in the graph, and how hard they are looked for:
+_EF_CONSTRUCTION = 200
+_NUM_NORMS = 256  # Values of a byte.
+
+
+class Contents(NamedTuple):
+  """What an index holds, list after list; vectors of a list as added.
+
+  `norm_N` points to `norm_values`: squared norms of centroid plus words, which
+  suit tables of a query that serve all lists. (The bytes in the file are of
+  the words alone.)
+  """
+
+  starts: np.ndarray  # `[L + 1]` int64: first row of each list, then N.
+  ids_N: np.ndarray  # int64.
+  codes_NM: np.ndarray  # uint8; uint16 for more than 256 words.
+  norm_N: np.ndarray  # uint8.
+  norm_values: np.ndarray  # `[256]` float32.
+  codebooks_MKD: np.ndarray
+  centroids_LD: np.ndarray
+
+
+def make_coarse(
+  centroids_LD: np.ndarray, kind: str = "hnsw", metric: str = "l2"
+) -> faiss.Index:
+  """Returns an index that finds the lists of vectors.
+
+  Args:
+    centroids_LD: Centroids, in data units.
+    kind: "flat" compares with all of them; "hnsw" walks a graph, made here in
+      minutes for a million centroids, and may miss the nearest.
+    metric: "l2" or "ip".
+  """
+  if kind not in COARSE:
+    raise ValueError(f"coarse must be one of {COARSE}, got {kind!r}.")
+  _check_metric(metric)
+  formats.check_vectors(centroids_LD, name="centroids")
+  dim = centroids_LD.shape[1]
+  if kind == "flat":
+    coarse = faiss.IndexFlat(dim, METRICS[metric])
+  else:
+    coarse = faiss.IndexHNSWFlat(dim, _NUM_LINKS, METRICS[metric])
+    coarse.hnsw.efConstruction = _EF_CONSTRUCTION
+  coarse.add(float_rows("centroids", centroids_LD))
+  return coarse
+
+
+def assign_lists(
+  coarse: faiss.Index, x_ND: np.ndarray, *, ef_search: int = 64
+) -> np.ndarray:
+  """Finds the list of each vector: int32 `[N]`.
+
+  Args:
+    coarse: From `make_coarse`.
+    x_ND: Vectors, of any numeric type.
+    ef_search: Effort in a graph; 64 misses few.
+  """
+  blocks = [
+    nearest(
+      coarse,
+      float_rows("x", x_ND[i : i + BLOCK], coarse.d),
+      1,
+      ef_search,
+    )
+    for i in range(0, len(x_ND), BLOCK)
+  ]
+  lists = [lists_N1[:, 0] for lists_N1, _ in blocks]
+  return np.concatenate([np.empty(0, np.int32), *lists])
+
+
+def contents(index: faiss.Index) -> Contents:
+  """Reads all lists of an index into arrays."""
+  index = check_index(index)
+  m, k, _ = sizes_of(index)
+  starts, packed, ids_N = _join_lists(index)
+  if k == 256:
+    codes_NM = packed[:, :m]
+  else:
+    codes_NM = np.empty((len(packed), m), np.uint8 if k <= 256 else np.uint16)
+    bits = [k.bit_length() - 1] * m + [8]
+    for i in range(0, len(packed), BLOCK):
+      rows = slice(i, i + BLOCK)
+      codes_NM[rows] = faiss.unpack_bitstrings(packed[rows], bits)[:, :m]
+  words_MKD, centroids_LD = words_of(index.rq), centroids_of(index)
+  norms = _norms(starts, codes_NM, words_MKD, centroids_LD)
+  return Contents(starts, ids_N, codes_NM, *norms, words_MKD, centroids_LD)
+
+
+def check_index(index, name="The index") -> faiss.IndexIVFResidualQuantizer:
+  """The index; raises ValueError where it is of another kind."""
+  kind = faiss.IndexIVFResidualQuantizer
+  if (
+    not isinstance(index, kind)
+    or index.rq.search_type != faiss.AdditiveQuantizer.ST_norm_qint8
+    or len(set(faiss.vector_to_array(index.rq.nbits).tolist())) != 1
+    or not index.by_residual
+  ):
+    raise ValueError(
+      f"{name} must be inverted lists of residual codes with a byte for the "
+      f"norm, as IVF1024,RQ8x8_Nqint8; got {type(index).__name__}."
+    )
+  return index
+
+
+def sizes_of(index) -> tuple[int, int, int]:
+  """M, K and D of an index."""
+  return index.rq.M, 1 << int(index.rq.nbits.at(0)), index.d
+
+
+def words_of(rq) -> np.ndarray:
+  """The words of a quantiser, `[M, K, D]`."""
+  words = faiss.vector_to_array(rq.codebooks)
+  return words.reshape(rq.M, -1, rq.d)
+
+
+def centroids_of(index) -> np.ndarray:
+  """The centroids of the lists, `[L, D]`."""
+  return index.quantizer.reconstruct_n(0, index.nlist)
+
+
+def make_decode_fn(codebooks_MKD):
+  """Returns `codes_NM -> r_ND`, the sums of their words."""
+  m, k, _ = codebooks_MKD.shape
+  words = faiss_io.rq_to_faiss(RQParams(codebooks_MKD))
+  return faiss_io.to_codec(words, m, k.bit_length() - 1).decode
+
+
+def pack(index, codes_NM) -> np.ndarray:
+  """The bytes of codes and of their norms, as faiss keeps them."""
+  codes_NM = np.ascontiguousarray(codes_NM, np.int32)
+  packed = np.empty((len(codes_NM), index.code_size), np.uint8)
+  index.rq.pack_codes(
+    len(codes_NM), faiss.swig_ptr(codes_NM), faiss.swig_ptr(packed)
+  )
+  return packed
+
+
+def _join_lists(index) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Starts, packed codes and ids of all lists, one after the other."""
+  lists, size = index.invlists, index.code_size
+  counts = map(lists.list_size, range(index.nlist))
+  starts = np.zeros(index.nlist + 1, np.int64)
+  np.cumsum(np.fromiter(counts, np.int64, index.nlist), out=starts[1:])
+  packed = np.empty((starts[-1], size), np.uint8)
+  ids_N = np.empty(starts[-1], np.int64)
+  flat, stops = packed.reshape(-1), starts[1:].tolist()
+  first = 0
+  for number, stop in enumerate(stops):
+    if stop > first:
+      code_ptr, id_ptr = lists.get_codes(number), lists.get_ids(number)
+      num_bytes = (stop - first) * size
+      flat[first * size : stop * size] = faiss.rev_swig_ptr(code_ptr, num_bytes)
+      ids_N[first:stop] = faiss.rev_swig_ptr(id_ptr, stop - first)
+      first = stop
+  return starts, packed, ids_N
+
+
+def _norms(starts, codes_NM, words_MKD, centroids_LD):
+  """Squared norms of centroid plus words as bytes, and what those stand for."""
+  decode_fn = make_decode_fn(words_MKD)
+  num = len(codes_NM)
+  norm_N = np.empty(num, np.float32)
+  for i in range(0, num, BLOCK):
+    rows = slice(i, min(i + BLOCK, num))
+    lists_n = np.searchsorted(starts, np.arange(i, rows.stop), "right") - 1
+    whole_nD = decode_fn(codes_NM[rows]) + centroids_LD[lists_n]
+    norm_N[rows] = np.einsum("nd,nd->n", whole_nD, whole_nD)
+  low, high = (norm_N.min(), norm_N.max()) if num else (0, 0)
+  step = (float(high) - float(low)) / _NUM_NORMS
+  values = np.float32(low + (np.arange(_NUM_NORMS) + 0.5) * step)
+  at_N = (norm_N - low) / (step or 1)
+  return np.minimum(at_N, _NUM_NORMS - 1).astype(np.uint8), values
+
+
+def nearest(coarse, x_ND, num: int, ef_search):
+  """Nearest centroids `[N, num]`, int32, and their distances."""
+  check_range("nprobe", num, 1, coarse.ntotal, "lists of the index")
+  params = graph_params(coarse, ef_search)
+  distances_NP, lists_NP = coarse.search(x_ND, num, params=params)
+  return lists_NP.astype(np.int32), distances_NP
+
+
+def graph_params(coarse, ef_search: int | None):
+  """Options of a search in a graph; None for its own, or for no graph."""
+  if ef_search is None or not isinstance(coarse, faiss.IndexHNSW):
+    return None
+  check_range("ef_search", ef_search, 1, 2**31 - 1)
+  return faiss.SearchParametersHNSW(efSearch=ef_search)
+
+
+def float_rows(name: str, x_ND, dim: int | None = None) -> np.ndarray:
+  """A contiguous float32 matrix, as faiss wants it."""
+  check_shape(name, x_ND, (None, dim))
+  return np.ascontiguousarray(x_ND, np.float32)
+
+
+def _check_metric(metric: str) -> None:
+  if metric not in METRICS:
+    raise ValueError(f"metric must be one of {tuple(METRICS)}, got {metric!r}.")

@@ -1,0 +1,100 @@
+"""Opens codec, index and decoders from their files, ready to search.
+
+  searcher = open_searcher("runs/ivf", "index.faiss", "decoders.safetensors")
+  result = searcher.search(xq_QD, k=10, nprobe=16, num_short=20)
+
+`vqjax.search.pipeline` says what the options mean. Build it once; it answers
+batches of any size without compiling anew for each.
+"""
+
+import inspect
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from vqjax.codecs import pairwise, registry
+from vqjax.interop import decoders_io, faiss_io, faiss_ivf, safetensors_io
+from vqjax.search import ivf, pipeline
+
+
+def open_searcher(
+  codec: str,
+  index: str,
+  decoders: str | None = None,
+  *,
+  dtype: str = "float32",
+) -> pipeline.Searcher:
+  """Opens the files of a search and checks that they belong together.
+
+  Args:
+    codec: Run folder, codec.safetensors or released checkpoint.
+    index: File of `experiments.build_index`.
+    decoders: File of `experiments.pairwise_decoder`, for the pairwise stage.
+    dtype: Type of the network's products, "float32" or "bfloat16"; sums are
+      float32.
+
+  Raises:
+    FileNotFoundError: A file is not there.
+    ValueError: A file is damaged, or of another codec.
+  """
+  loaded = safetensors_io.load_codec(codec)
+  faiss_index, meta = faiss_ivf.load(index)
+  faiss_ivf.check_codec(index, meta, loaded.fingerprint)
+  if meta["metric"] != "l2":
+    raise ValueError(
+      f"{index} is of metric {meta['metric']!r}, but candidates are compared "
+      "by squared distances; build it with --metric=l2. For vectors of length "
+      "1 the order is that of inner products."
+    )
+  contents = faiss_ivf.contents(faiss_index)
+  pairwise_fn = None
+  if decoders is not None:
+    found = decoders_io.load(decoders)
+    decoders_io.check_codec(found, loaded.fingerprint)
+    if found.pairwise is not None:
+      pairwise_fn = partial(
+        pairwise.decode,
+        found.pairwise,
+        centroids_LD=jnp.asarray(contents.centroids_LD),
+      )
+  lists = ivf.make_lists(
+    contents.starts,
+    contents.codes_NM,
+    contents.norm_N,
+    contents.norm_values[[0, -1]],
+    contents.codebooks_MKD,
+    contents.centroids_LD,
+  )
+  coarse = faiss_ivf.keep_coarse(faiss_index)  # The codes are not kept twice.
+  return pipeline.Searcher(
+    pipeline.Parts(
+      lists=lists,
+      ids_N=contents.ids_N,
+      coarse_fn=partial(faiss_ivf.coarse_search, coarse),
+      decode_fn=make_decode_fn(loaded, dtype),
+      pairwise_fn=pairwise_fn,
+      distances_fn=faiss_io.distances_to,
+    )
+  )
+
+
+def make_decode_fn(loaded: safetensors_io.LoadedCodec, dtype: str):
+  """Returns the codec's decoder of codes `[n, M]` and lists `[n]`, compiled.
+
+  A codec without lists takes no notice of them, one without a network none of
+  the `dtype`.
+  """
+  decode_fn = registry.get(loaded.name).decode
+  if "dtype" in inspect.signature(decode_fn).parameters:
+    decode_fn = partial(decode_fn, dtype=dtype)
+  module = registry.get(loaded.name)
+  tables = jax.jit(module.prepare)(loaded.params)
+
+  @jax.jit
+  def decode(tables, codes_NM, lists_N):
+    if getattr(tables, "is_ivf", False):
+      codes_NM = jnp.column_stack([lists_N, codes_NM])
+    return decode_fn(tables, codes_NM)
+
+  return partial(decode, tables)

@@ -1,0 +1,141 @@
+"""Frozen dataclasses of arrays in .safetensors files, under a JSON header.
+
+Arrays are stored under the names of their fields (`blocks.codebooks_TKD` in a
+nested one; None is left out). The header is JSON text under `vqjax` in the
+file's metadata. It says its `format` and `version`, holds the fields that are
+no arrays (`static`) and what the caller knows (`info`), and a `fingerprint` of
+arrays and static values, by which a changed file is found out.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from safetensors import numpy as safetensors_numpy
+
+from vqjax import __version__
+
+
+def flatten(params, prefix: str = "") -> tuple[dict, dict]:
+  """Splits parameters into arrays and static values by field path."""
+  arrays, static = {}, {}
+  for field in dataclasses.fields(params):
+    value, name = getattr(params, field.name), prefix + field.name
+    if not field.metadata.get("pytree_node", True):
+      static[name] = value
+    elif dataclasses.is_dataclass(value):
+      inner = flatten(value, f"{name}.")
+      arrays |= inner[0]
+      static |= inner[1]
+    elif value is not None:
+      arrays[name] = np.asarray(value, order="C")
+  return arrays, static
+
+
+def rebuild(cls: type, arrays: dict, static: dict, prefix: str = ""):
+  """Inverse of `flatten`; takes what it uses out of the dicts."""
+  hints, values = typing.get_type_hints(cls), {}
+  for field in dataclasses.fields(cls):
+    hint, name = hints[field.name], prefix + field.name
+    if not field.metadata.get("pytree_node", True):
+      if name not in static:
+        raise ValueError(f"its header lacks the value {name}")
+      values[field.name] = static.pop(name)
+    elif dataclasses.is_dataclass(hint):
+      values[field.name] = rebuild(hint, arrays, static, f"{name}.")
+    elif name in arrays:
+      values[field.name] = jnp.asarray(arrays.pop(name))
+    elif type(None) in typing.get_args(hint):
+      values[field.name] = None
+    else:
+      raise ValueError(f"it lacks the array {name}")
+  if not prefix and (arrays or static):
+    names = ", ".join(sorted([*arrays, *static]))
+    raise ValueError(f"{cls.__name__} has no field for {names}")
+  return cls(**values)
+
+
+def digest(arrays: dict, static: dict) -> str:
+  """Returns 16 hex digits that tell any two sets of arrays apart."""
+  sha = hashlib.sha256(json.dumps(static, sort_keys=True).encode())
+  for name, x in sorted(arrays.items()):
+    sha.update(f"\n{name} {x.dtype.name} {x.shape}\n".encode())
+    sha.update(x.astype(x.dtype.newbyteorder("<"), copy=False).tobytes())
+  return sha.hexdigest()[:16]
+
+
+def _plain(value):
+  """Turns scalars of numpy and JAX into what JSON knows."""
+  if isinstance(value, np.generic | np.ndarray | jax.Array):
+    return np.asarray(value).tolist()
+  raise TypeError(f"info must hold plain values, got {type(value).__name__}.")
+
+
+def to_json(header: dict) -> str:
+  """Returns the text of a header; numpy and JAX scalars may be in it."""
+  try:
+    return json.dumps(header, indent=2, default=_plain, allow_nan=False)
+  except ValueError as error:
+    raise ValueError(f"info must hold finite numbers ({error}).") from error
+
+
+def write(path: pathlib.Path, arrays: dict, text: str) -> None:
+  """Writes arrays under a header from `to_json`."""
+  safetensors_numpy.save_file(arrays, path, metadata={"vqjax": text})
+
+
+def read(path: pathlib.Path) -> tuple[str | None, dict]:
+  """Returns the text of the header, None without one, and the arrays."""
+  try:
+    with safetensors.safe_open(path, framework="numpy") as file:
+      text = (file.metadata() or {}).get("vqjax")
+      names = file.keys()
+      return text, {name: file.get_tensor(name) for name in names}
+  except safetensors.SafetensorError as error:
+    raise ValueError(
+      f"{path} is truncated or no safetensors file ({error})."
+    ) from error
+
+
+def parse_header(
+  path: pathlib.Path, text: str | None, *, format: str, version: int, what: str
+) -> dict:
+  """Reads a header and checks what all of them have; `what` is for people."""
+  if text is None:
+    raise ValueError(
+      f"{path} is no {what} of vqjax: its metadata has no entry 'vqjax'. "
+      "Expected a file that vqjax has written."
+    )
+  try:
+    header = json.loads(text)
+  except ValueError as error:
+    raise ValueError(f"{path} has a damaged header ({error}).") from error
+  if not isinstance(header, dict) or header.get("format") != format:
+    raise ValueError(f"{path} must have a header of format {format!r}.")
+  if header.get("version") != version:
+    raise ValueError(
+      f"{path} has format version {header.get('version')!r}, this vqjax "
+      f"{__version__} reads version {version}; use the vqjax that "
+      f"wrote it, {header.get('vqjax_version')}."
+    )
+  for key, kind in (("static", dict), ("info", dict), ("fingerprint", str)):
+    if not isinstance(header.get(key), kind):
+      raise ValueError(f"{path} has a damaged header: no valid {key!r}.")
+  return header
+
+
+def check_digest(path: pathlib.Path, arrays: dict, header: dict) -> str:
+  """Returns the fingerprint; raises ValueError unless it is the header's."""
+  found = digest(arrays, header["static"])
+  if found != header["fingerprint"]:
+    raise ValueError(
+      f"{path} was changed after it was written: its parameters have "
+      f"fingerprint {found}, expected {header['fingerprint']}."
+    )
+  return found

@@ -1,0 +1,238 @@
+"""From queries to neighbours in four stages, each dearer and truer.
+
+  coarse    the lists nearest to a query
+  scan      all their codes, by tables of the additive decoder (`ivf.py`)
+  pairwise  the `num_aq` best of those, by tables over pairs of codes
+  network   the `num_short` best of those, decoded; exact distances to that
+
+Every stage after the scan puts the head of the list of candidates in a better
+order and leaves the tail as it is. A stage whose number is 0 is left out.
+
+  searcher = pipeline.Searcher(parts)
+  result = searcher.search(xq_QD, k=10, nprobe=16, num_short=20)
+  result.ids_QR, result.distances_QR
+
+Nothing here knows a codec: what decodes comes as functions. Reference: arXiv
+2501.03078, section 3.4.
+"""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from vqjax.core import check_range, check_shape
+from vqjax.search import ivf
+
+STAGES = ("coarse", "scan", "pairwise", "network")
+_DECODE_ROWS = 4096  # Vectors that are decoded at once.
+_SCAN_QUERIES = 512  # In one scan; their tables should stay in the caches.
+_SLOT_BYTES = 64 << 20  # Of the slots of one scan, at most.
+
+
+class Parts(NamedTuple):
+  """What a search is put together from.
+
+  `decode_fn` and `pairwise_fn` are compiled functions of codes `[n, M]` and
+  lists `[n]`, int32; `coarse_fn` and `distances_fn` run on the host.
+  """
+
+  lists: ivf.Lists
+  ids_N: np.ndarray  # Id of each row of `lists`.
+  coarse_fn: Callable  # (xq_QD, nprobe, ef_search) -> lists and distances.
+  decode_fn: Callable  # -> x_ND, by the network.
+  pairwise_fn: Callable | None  # -> x_ND, by the pairwise decoder.
+  distances_fn: Callable  # (xq_QD, x_UD, rows_QR) -> squared distances [Q, R].
+
+
+class Result(NamedTuple):
+  """Neighbours, nearest first; -1 and inf where there are no more.
+
+  A distance is that of the last stage that saw the candidate. `seconds` are
+  those of the stages, `num_decoded` the vectors that the network decoded.
+  """
+
+  ids_QR: np.ndarray
+  distances_QR: np.ndarray
+  seconds: dict[str, float]
+  num_decoded: int
+
+
+class Candidates(NamedTuple):
+  """Rows of the lists, the list of each, distances; -1, -1, inf for none."""
+
+  rows_QC: np.ndarray
+  lists_QC: np.ndarray
+  distances_QC: np.ndarray
+
+
+class Searcher:
+  """Answers batches of queries; opens and compiles its parts once."""
+
+  def __init__(self, parts: Parts):
+    """Takes the parts as they are."""
+    self.parts = parts
+    sizes_L = np.diff(np.asarray(parts.lists.starts_L1))
+    self._tiles_L = ivf.count_tiles(sizes_L)
+
+  @property
+  def dim(self) -> int:
+    """Dimensions of the vectors."""
+    return self.parts.lists.books_CD.shape[1]
+
+  def search(
+    self,
+    queries_QD,
+    k: int = 10,
+    *,
+    nprobe: int = 16,
+    ef_search: int | None = None,
+    num_aq: int = 0,
+    num_short: int = 20,
+  ) -> Result:
+    """Finds `k` neighbours of each query.
+
+    Args:
+      queries_QD: Queries `[Q, D]` in data units, or one `[D]`.
+      k: Results.
+      nprobe: Lists that are looked into.
+      ef_search: Effort of a coarse quantiser that is a graph; None for its
+        own.
+      num_aq: Candidates of the scan that the pairwise decoder puts in order.
+      num_short: Candidates that the network decodes.
+
+    Raises:
+      ValueError: Where a number or a dimension does not fit.
+    """
+    queries_QD = np.atleast_2d(np.asarray(queries_QD, np.float32))
+    check_shape("queries", queries_QD, (None, self.dim))
+    num_lists = len(self._tiles_L)
+    check_range("nprobe", nprobe, 1, num_lists, "lists of the index")
+    check_range("k", k, 1, len(self.parts.ids_N), "vectors in the index")
+    for name, value in (("num_aq", num_aq), ("num_short", num_short)):
+      check_range(name, value, 0, 1 << 20)
+    if num_aq and self.parts.pairwise_fn is None:
+      raise ValueError(
+        f"num_aq={num_aq} asks for the pairwise decoder, but the file of "
+        "decoders has none; set num_aq=0."
+      )
+    seconds, began = {}, time.perf_counter()
+
+    def lap(stage):
+      nonlocal began
+      now = time.perf_counter()
+      seconds[stage], began = now - began, now
+
+    probes_QP, distances_QP = self.parts.coarse_fn(
+      queries_QD, nprobe, ef_search
+    )
+    lap("coarse")
+    found = self._scan(
+      queries_QD, probes_QP, distances_QP, max(k, num_aq, num_short)
+    )
+    lap("scan")
+    num_decoded = 0
+    if num_aq:
+      found, _ = self._rerank(self.parts.pairwise_fn, queries_QD, found, num_aq)
+      lap("pairwise")
+    if num_short:
+      found, num_decoded = self._rerank(
+        self.parts.decode_fn, queries_QD, found, num_short
+      )
+      lap("network")
+    rows_QR = found.rows_QC[:, :k]
+    ids_QR = np.where(rows_QR < 0, -1, self.parts.ids_N[rows_QR])
+    return Result(ids_QR, found.distances_QC[:, :k], seconds, num_decoded)
+
+  def _scan(self, queries_QD, probes_QP, distances_QP, num_best) -> Candidates:
+    """Candidates of the scan, in blocks of queries with lists alike in size."""
+    tiles_QP = np.where(probes_QP < 0, 0, self._tiles_L[probes_QP])
+    tiles_Q = tiles_QP.sum(axis=1)
+    order_Q = np.argsort(tiles_Q, kind="stable")
+    num = len(order_Q)
+    out = Candidates(
+      np.full((num, num_best), -1, np.int32),
+      np.full((num, num_best), -1, np.int32),
+      np.full((num, num_best), np.inf, np.float32),
+    )
+    waiting, start = [], 0
+    while start < num:
+      at, num_tiles = _next_block(order_Q, tiles_Q, start, num_best)
+      take = lambda x, at=at: x[at.padded]
+      found = ivf.scan(
+        self.parts.lists,
+        take(queries_QD),
+        take(probes_QP),
+        take(distances_QP),
+        num_tiles=num_tiles,
+        num_best=num_best,
+      )
+      waiting.append((at.rows, found))
+      start += len(at.rows)
+    for rows, found in waiting:
+      for whole, part in zip(out, found, strict=True):
+        whole[rows] = np.asarray(part)[: len(rows)]
+    return out
+
+  def _rerank(self, decode_fn, queries_QD, found, num_head):
+    """Puts the first `num_head` candidates in the order of exact distances."""
+    head = Candidates(*(x_QC[:, :num_head] for x_QC in found))
+    is_there = head.rows_QC >= 0
+    rows_U, first_U, back = np.unique(
+      head.rows_QC[is_there], return_index=True, return_inverse=True
+    )
+    if not len(rows_U):
+      return found, 0
+    x_UD = self._decode(decode_fn, rows_U, head.lists_QC[is_there][first_U])
+    at_QC = np.full(head.rows_QC.shape, -1, np.int64)
+    at_QC[is_there] = back
+    distances_QC = self.parts.distances_fn(queries_QD, x_UD, at_QC)
+    distances_QC = np.where(is_there, distances_QC, np.inf)
+    head = head._replace(distances_QC=distances_QC)
+    order_QC = np.argsort(distances_QC, axis=1, kind="stable")
+    merged = []
+    for x_QC, whole_QC in zip(head, found, strict=True):
+      sorted_QC = np.take_along_axis(x_QC, order_QC, axis=1)
+      merged.append(np.hstack([sorted_QC, whole_QC[:, num_head:]]))
+    return Candidates(*merged), len(rows_U)
+
+  def _decode(self, decode_fn, rows_U, lists_U) -> np.ndarray:
+    """Vectors `[U, D]` of rows, in blocks of few sizes."""
+    parts = []
+    for start in range(0, len(rows_U), _DECODE_ROWS):
+      block = slice(start, start + _DECODE_ROWS)
+      size = len(rows_U[block])
+      pad = (0, _round_up(size) - size)
+      codes_NM = ivf.codes_at(
+        self.parts.lists, np.pad(rows_U[block], pad, "edge")
+      )
+      x_ND = decode_fn(codes_NM, np.pad(lists_U[block], pad, "edge"))
+      parts.append((size, x_ND))
+    return np.concatenate([np.asarray(x_ND)[:size] for size, x_ND in parts])
+
+
+class _Block(NamedTuple):
+  """Queries of a block, and the same padded to a size of few."""
+
+  rows: np.ndarray
+  padded: np.ndarray
+
+
+def _next_block(order_Q, tiles_Q, start: int, num_best: int):
+  """Queries from `start` on that fit one scan, and the tiles they need."""
+  # In rising order: the queries that follow need as many or a few more.
+  least = -(-num_best // ivf.TILE)
+  num_tiles = _round_up(max(int(tiles_Q[order_Q[start]]), least))
+  slot_bytes = 32 * ivf.TILE * num_tiles
+  most = min(max(_SLOT_BYTES // slot_bytes, 1), _SCAN_QUERIES)
+  rows = order_Q[start : start + most]
+  rows = rows[tiles_Q[rows] <= num_tiles]
+  pad = (0, min(_round_up(len(rows)), most) - len(rows))
+  return _Block(rows, np.pad(rows, pad, "edge")), num_tiles
+
+
+def _round_up(size: int) -> int:
+  """The least of 1, 2, 3, 4, 6, 8, 12, 16, ... that is not below `size`."""
+  power = 1 << max(size - 1, 0).bit_length()
+  return power * 3 // 4 if size <= power * 3 // 4 and power >= 4 else power

@@ -41,6 +41,7 @@ from experiments import (
   bench_subjects,
   bench_timing,
   bench_training,
+  codecs,
   common,
 )
 from experiments.bench_arithmetic import Work, decode_work, encode_work
@@ -66,7 +67,7 @@ OPTIONS = {
   "dim": common.Option(int, 128, "Dimensions of the vectors, without --data."),
   "tasks": common.Option(str, ",".join(TASKS), "Which of these to measure."),
   "dtype": common.Option(str, "float32", "Any of float32,bfloat16."),
-  **{name: common.SEARCH_OPTIONS[name] for name in common.RULE},
+  **{name: common.SEARCH_OPTIONS[name] for name in codecs.RULE},
   "kmeans_vectors": common.Option(int, 60_000, "Vectors of k-means."),
   "kmeans_words": common.Option(int, 1024, "Words of k-means."),
   "torch": common.Option(bool, False, "Also the same network in PyTorch."),
@@ -168,7 +169,7 @@ def _encode(config, subject, dtype, peak):
     work, rule = None, bench_subjects.rule(knobs)
     if codec.name == "qinco":
       work = encode_work(codec.tables, **rule)
-    encode_fn, block = common.make_encode_fn(codec, knobs)
+    encode_fn, block = codecs.make_encode_fn(codec, knobs)
     contenders = {
       "vqjax": bench_timing.contender(
         _encoder(subject, encode_fn), [block], work
@@ -181,7 +182,7 @@ def _encode(config, subject, dtype, peak):
         contenders[name] = bench_timing.contender(make_fn, blocks, work)
     x_ND = bench_subjects.rows(subject, _MSE_ROWS)
     codes_NM = _codes(encode_fn, x_ND, block)
-    xhat_ND = np.asarray(common.make_decode_fn(codec)(codes_NM))
+    xhat_ND = np.asarray(codecs.make_decode_fn(codec)(codes_NM))
     mse = np.mean(np.sum((x_ND - xhat_ND) ** 2, axis=1))
     ours, *theirs = _measure(config, contenders, peak)
     yield about | ours | {"mse": mse}
@@ -215,8 +216,8 @@ def _measure(config, contenders, peak) -> list[dict]:
 def _decode(config, subject, dtype, peak):
   codec = subject.codec
   about = _about(subject, "decode", dtype, bench_subjects.sizes(codec, {}))
-  codebooks = codec.module.codebook_sizes(codec.tables)
-  block = common.decode_rows()
+  codebooks = codec.codebook_sizes
+  block = codecs.decode_rows()
   codes_NM = np.random.default_rng(0).integers(
     0, codebooks, (block, len(codebooks)), dtype=np.int32
   )

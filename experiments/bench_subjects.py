@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from experiments import common
+from experiments import codecs
 from vqjax.codecs import qinco, qinco_learning
 from vqjax.data import batches, datasets, formats
 from vqjax.interop import safetensors_io
@@ -26,7 +26,7 @@ class Subject(NamedTuple):
   """A codec with vectors to give it, in memory or in a file."""
 
   name: str
-  codec: common.Codec
+  codec: codecs.Codec
   params: Any
   x_ND: Any
   config: Any = None  # Where the weights are drawn.
@@ -35,8 +35,8 @@ class Subject(NamedTuple):
 def load(config) -> list[Subject]:
   """Returns the codec of --codec, or those of the configurations."""
   if config.codec:
-    codec = common.open_codec(config.codec)
-    dataset = common.resolve_data(codec, config, base=config.data)
+    codec = codecs.open_codec(config.codec)
+    dataset = codecs.resolve_data(codec, config, base=config.data)
     x_ND = datasets.open_split(dataset, "base")
     params = safetensors_io.load_codec(config.codec).params
     return [Subject(config.codec, codec, params, x_ND)]
@@ -60,8 +60,8 @@ def searches(subject: Subject, config, dtype: str = "float32") -> list[dict]:
 
   Those that the user asks for take the place of both.
   """
-  asked = {name: config[name] for name in common.RULE}
-  own = common.search_knobs(subject.codec, {**asked, "dtype": dtype})
+  asked = {name: config[name] for name in codecs.RULE}
+  own = codecs.search_knobs(subject.codec, {**asked, "dtype": dtype})
   is_asked = any(value is not None for value in asked.values())
   if is_asked or not own.get("num_joint_candidates"):
     return [own]
@@ -71,19 +71,18 @@ def searches(subject: Subject, config, dtype: str = "float32") -> list[dict]:
 
 def rule(knobs: dict) -> dict:
   """Returns A, B and C alone of the options of `encode`."""
-  return {name: knobs[name] for name in common.RULE if name in knobs}
+  return {name: knobs[name] for name in codecs.RULE if name in knobs}
 
 
-def sizes(codec: common.Codec, knobs: dict) -> dict:
+def sizes(codec: codecs.Codec, knobs: dict) -> dict:
   """Returns the letters of the papers, and how many of each."""
   tables = codec.tables
-  codebooks = codec.module.codebook_sizes(tables)
-  found = {"M": len(codebooks), "K": codebooks[-1]}
-  found["D"] = codec.module.dim(tables)
+  codebooks = codec.codebook_sizes
+  found = {"M": len(codebooks), "K": codebooks[-1], "D": codec.dim}
   if codec.name == "qinco":
     _, found["H"], found["E"] = tables.first_down_THE.shape
     found["L"] = 1 + tables.up_TJEH.shape[1]
-  letters = dict(zip(common.RULE, "ABC", strict=True))
+  letters = dict(zip(codecs.RULE, "ABC", strict=True))
   found |= {letters[name]: size for name, size in rule(knobs).items() if size}
   if "C" in found:  # Takes the place of A.
     found.pop("A", None)
@@ -112,8 +111,11 @@ def _draw(file: str, config, x_ND) -> Subject:
   name = pathlib.Path(file.partition(":")[0]).stem
   logging.info("Drawing the weights of %s.", name)
   subject = Subject(name, None, None, x_ND, config)
-  model = {k: v for k, v in config.model.items() if k not in common.RULE}
+  model = {k: v for k, v in config.model.items() if k not in codecs.RULE}
   sample_ND = rows(subject, max(8192, 2 * model["codebook_size"]))
+  if config.ivf.num_lists:
+    centroids_LD = rows(subject, config.ivf.num_lists)
+    model["centroids_LD"] = jnp.asarray(centroids_LD)
   params = qinco_learning.init(
     jax.random.key(0), jnp.asarray(sample_ND), **model, num_iterations=2
   )
@@ -127,5 +129,5 @@ def _draw(file: str, config, x_ND) -> Subject:
   params = params.replace(**drawn)
   info = {"encode": config.encode.to_dict()}
   tables = jax.jit(qinco.prepare)(params)
-  codec = common.Codec("qinco", qinco, tables, info, "")
+  codec = codecs.Codec("qinco", qinco, tables, info, "")
   return subject._replace(codec=codec, params=params)

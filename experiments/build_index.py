@@ -28,9 +28,9 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
-from experiments import common
+from experiments import codecs, common, open_codes
 from vqjax.data import batches, codes, datasets, formats
-from vqjax.interop import decoders_io, faiss_ivf, safetensors_io
+from vqjax.interop import faiss_ivf, safetensors_io
 
 OPTIONS = {
   "codec": common.CODEC_OPTION,
@@ -42,8 +42,8 @@ OPTIONS = {
   "coarse": common.Option(
     str,
     None,
-    "How lists are found: hnsw, a graph of their centroids, or flat, by all "
-    "distances; hnsw if unset, and flat for one list.",
+    "How lists are found: flat, by all distances, or hnsw, a graph of their "
+    "centroids; if unset flat below 16,384 lists, where it is the faster.",
   ),
   "metric": common.Option(str, None, "l2 or ip; the codec's own if unset."),
   "rows": common.Option(str, None, "first:stop, only these rows; a part."),
@@ -55,6 +55,8 @@ OPTIONS = {
   "output": common.Option(str, None, "Index file to write, index.faiss."),
   "overwrite": common.Option(bool, False, "Replace an existing output."),
 }
+_OF_SEARCH = (*codecs.RULE, "dtype", "assign")  # Options of encoding --data.
+_MANY_LISTS = 16384  # From here on a graph finds the lists of a query sooner.
 _BLOCK = 65536  # Codes read and added at a time.
 _NUM_RUNS, _RUN_ROWS = 128, 64  # Of the sample that the norms are learnt from.
 _KEPT = (  # In a description, of the parts that are merged.
@@ -98,8 +100,8 @@ def _build(config):
       f"experiments.pairwise_decoder --codec={shlex.quote(config.codec)} "
       "--codes=CODES --data=VECTORS --output=decoders.safetensors."
     )
-  codec = common.open_codec(config.codec)
-  decoders = _open_decoders(config, codec)
+  codec = codecs.open_codec(config.codec)
+  decoders = open_codes.decoders(config, codec)
   source = (
     _open_codes(config, codec) if config.codes else _encode(config, codec)
   )
@@ -109,7 +111,7 @@ def _build(config):
     first = rows.start
     for codes_NM in source.blocks(rows):
       ids_N = np.arange(first, first + len(codes_NM))
-      faiss_ivf.add_codes(index, *_split(codec, codes_NM), ids_N)
+      faiss_ivf.add_codes(index, *open_codes.split(codec, codes_NM), ids_N)
       first += len(codes_NM)
       done(first - rows.start, len(rows))
   return index, {
@@ -122,84 +124,27 @@ def _build(config):
   }
 
 
-def _is_ivf(codec) -> bool:
-  return getattr(codec.tables, "is_ivf", False)
-
-
-def _split(codec, codes_NM):
-  """Lists `[N]` and the codes in them; the one list where there are none."""
-  if _is_ivf(codec):
-    return codes_NM[:, 0], codes_NM[:, 1:]
-  return np.zeros(len(codes_NM), np.int32), codes_NM
-
-
-def _open_decoders(config, codec):
-  """Loads the decoders and compares their sizes with the codec's."""
-  decoders = decoders_io.load(config.decoders)
-  decoders_io.check_codec(decoders, codec.fingerprint)
-  m, k, d = decoders.additive.codebooks_MKD.shape
-  sizes = codec.module.codebook_sizes(codec.tables)[_is_ivf(codec) :]
-  want = list(sizes), codec.module.dim(codec.tables)
-  if ([k] * m, d) != want:
-    raise ValueError(
-      f"{config.decoders} has {m} codebooks of {k} words in {d} dimensions, "
-      f"the codec has codebooks of {want[0]} in {want[1]}; fit decoders to all "
-      "codes of this codec."
-    )
-  return decoders
-
-
 def _open_codes(config, codec) -> _Source:
-  found = codes.open_codes(config.codes)
-  made_by = found.meta.get("codec_fingerprint", codec.fingerprint)
-  if made_by != codec.fingerprint:
-    raise ValueError(
-      f"{config.codes} was made by codec {made_by}, but {config.codec} is "
-      f"codec {codec.fingerprint}; give the codec that made it."
-    )
-  sizes = codec.module.codebook_sizes(codec.tables)
-  if found.shape[1] != len(sizes):
-    raise ValueError(
-      f"{config.codes} has {found.shape[1]} codes per vector, but the codec "
-      f"has {len(sizes)}; encode with all steps."
-    )
-
-  def blocks(rows):
-    for start in rows[::_BLOCK]:
-      codes_NM = found[start : min(start + _BLOCK, rows.stop)]
-      codes.check_ids(codes_NM, sizes, start)
-      yield codes_NM
-
-  def sample(runs):
-    return np.concatenate([part for run in runs for part in blocks(run)])
-
+  open_codes.refuse_search(config, _OF_SEARCH)
+  found = open_codes.of_codec(config, codec)
+  blocks = lambda rows: open_codes.blocks(
+    found, codec.codebook_sizes, _BLOCK, rows
+  )
+  sample = lambda runs: np.concatenate([c for run in runs for c in blocks(run)])
   return _Source(len(found), blocks, sample, found.meta.get("data"))
 
 
 def _encode(config, codec) -> _Source:
   """Codes of vectors that are encoded when asked for."""
-  dataset = common.resolve_data(codec, config, base=config.data)
+  dataset = codecs.resolve_data(codec, config, base=config.data)
   x_ND = datasets.open_split(dataset, "base")
-  knobs = common.search_knobs(codec, config)
-  if config.num_candidates is None and config.num_joint_candidates is None:
-    knobs = common.try_joint_rule(
-      codec, knobs, x_ND, may_widen=config.beam_size is None
-    )
-  encode_fn, num_rows = common.make_encode_fn(
-    codec, knobs, assign=config.assign
-  )
-
-  def blocks(rows, vectors=x_ND):
-    found = batches.map_blocks(
-      encode_fn, vectors, block_size=num_rows, rows=rows
-    )
-    return (codes_NM for _, codes_NM in found)
+  encoder = codecs.make_encoder(codec, config, x_ND)
 
   def sample(runs):
     x_nD = batches.read_rows(x_ND, np.concatenate(runs))
-    return np.concatenate(list(blocks(range(len(x_nD)), x_nD)))
+    return np.concatenate(list(encoder._replace(vectors=x_nD).blocks()))
 
-  return _Source(len(x_ND), blocks, sample, codes.identify(x_ND))
+  return _Source(len(x_ND), encoder.blocks, sample, codes.identify(x_ND))
 
 
 def _parse_rows(text: str | None, num_rows: int) -> range:
@@ -217,9 +162,9 @@ def _parse_rows(text: str | None, num_rows: int) -> range:
 
 def _empty_index(config, codec, decoders, source: _Source):
   """Returns the index to fill; parts of the same codes get equal ones."""
-  centroids_LD = common.centroids_of(codec)
+  centroids_LD = codecs.centroids_of(codec)
   num_lists = len(centroids_LD)
-  coarse = config.coarse or ("hnsw" if num_lists > 1 else "flat")
+  coarse = config.coarse or ("flat" if num_lists < _MANY_LISTS else "hnsw")
   codebooks_MKD = np.asarray(decoders.additive.codebooks_MKD)
   if num_lists >= 65536 and coarse == "hnsw":
     logging.info("Making the graph of %d centroids.", num_lists)
@@ -240,13 +185,14 @@ def _sample(codec, source: _Source) -> np.ndarray:
     range(start, min(start + _RUN_ROWS, source.num_rows))
     for start in starts.tolist()
   ]
-  return _split(codec, source.sample(runs))[1]
+  return open_codes.split(codec, source.sample(runs))[1]
 
 
 def _merge(config):
   """Merges index files; returns the index and its description."""
-  for name in ("codes", "data", "decoders", "rows", "coarse", "metric"):
-    if config[name] is not None:
+  others = ("codes", "data", "decoders", "rows", "coarse", "metric")
+  for name in (*others, *_OF_SEARCH):
+    if config[name] != OPTIONS[name].default:
       raise ValueError(f"--merge takes parts as they are; leave --{name} out.")
   paths, infos = config.merge.split(","), []
 

@@ -15,7 +15,7 @@ import os
 import numpy as np
 from absl import logging
 
-from experiments import common
+from experiments import codecs, common, open_codes
 from vqjax.codecs import packing
 from vqjax.core import check_range
 from vqjax.data import codes, formats
@@ -39,39 +39,28 @@ def run(config, workdir=None) -> dict:
   del workdir
   common.require(config, "codec", "codes", "output")
   formats.check_output(config.output, overwrite=config.overwrite)
-  codec = common.open_codec(config.codec)
-  sizes = codec.module.codebook_sizes(codec.tables)
+  codec = codecs.open_codec(config.codec)
+  sizes = codec.codebook_sizes
   width = len(sizes)
   if config.num_steps is not None:
-    is_ivf = getattr(codec.tables, "is_ivf", False)
-    check_range("num_steps", config.num_steps, 1, len(sizes) - is_ivf)
-    width = config.num_steps + is_ivf
+    check_range("num_steps", config.num_steps, 1, width - codec.is_ivf)
+    width = config.num_steps + codec.is_ivf
   found = _open(config.codes, sizes[:width])
-  _check_codec(config, found.meta, codec.fingerprint)
+  open_codes.check_codec(config, codec, found.meta)
   width = width if config.num_steps else found.shape[1]
   if not 1 <= min(width, found.shape[1]) <= len(sizes):
     raise ValueError(
       f"{config.codes} has {found.shape[1]} codes per vector, but the codec "
       f"decodes at most {len(sizes)}."
     )
-  decode_fn = common.make_decode_fn(codec, common.product_dtype(config.dtype))
+  decode_fn = codecs.make_decode_fn(codec, codecs.product_dtype(config.dtype))
   num, seconds = len(found), {}
-  block_size = min(common.decode_rows(), num)
-
-  def decoded(done):
-    first = 0
-    for block_NM in found.blocks(block_size):
-      block_NM = block_NM[:, :width]
-      codes.check_ids(block_NM, sizes[: block_NM.shape[1]], first)
-      missing = block_size - len(block_NM)
-      padded_NM = np.pad(block_NM, ((0, missing), (0, 0)))
-      yield np.asarray(decode_fn(padded_NM))[: len(block_NM)]
-      first += len(block_NM)
-      done(first, num)
-
   with common.progress(num, "decode") as done, common.timed(seconds, "decode"):
+    blocks = open_codes.decoded(
+      decode_fn, found, sizes[:width], min(codecs.decode_rows(), num), done
+    )
     formats.write_vectors(
-      config.output, decoded(done), dtype=np.float32, overwrite=config.overwrite
+      config.output, blocks, dtype=np.float32, overwrite=config.overwrite
     )
   logging.info(
     "%d vectors in %.1f s: %s", num, seconds["decode"], config.output
@@ -97,17 +86,6 @@ def _open(path: str, sizes) -> codes.Codes:
   packed = np.memmap(path, np.uint8, "r", shape=shape)
   unpack_fn = functools.partial(packing.unpack, sizes=sizes)
   return codes.Codes([packed], meta, sizes=sizes, unpack_fn=unpack_fn)
-
-
-def _check_codec(config, meta: dict, fingerprint: str) -> None:
-  """Raises ValueError where the codes say that another codec made them."""
-  if meta and meta["codec_fingerprint"] != fingerprint:
-    raise ValueError(
-      f"{config.codes} was made by the {meta['codec']} codec "
-      f"{meta['codec_fingerprint']}, but {config.codec} is codec "
-      f"{fingerprint}; decode with the codec that made it. It was: "
-      f"{meta['command']}"
-    )
 
 
 if __name__ == "__main__":

@@ -39,17 +39,15 @@ import pathlib
 import re
 import shlex
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import logging
 
-from experiments import common
+from experiments import codecs, common
 from vqjax.codecs import packing
 from vqjax.core import check_range
-from vqjax.data import batches, codes, datasets, formats
+from vqjax.data import codes, datasets, formats
 from vqjax.interop import safetensors_io
 
 OPTIONS = {
@@ -78,28 +76,18 @@ def run(config, workdir=None) -> dict:
   common.require(config, "codec", "data", "output")
   num_shards, mine = _share(config)
   _check_output(config, num_shards)
-  codec = common.open_codec(config.codec)
-  dataset = common.resolve_data(codec, config, base=config.data)
+  codec = codecs.open_codec(config.codec)
+  dataset = codecs.resolve_data(codec, config, base=config.data)
   x_ND = datasets.open_split(dataset, "base", max_vectors=config.num_vectors)
-  knobs = common.search_knobs(codec, config)
-  if config.num_candidates is None and config.num_joint_candidates is None:
-    knobs = common.try_joint_rule(
-      codec, knobs, x_ND, may_widen=config.beam_size is None
-    )
+  encoder = codecs.make_encoder(codec, config, x_ND)
   meta = codes.describe(
     x_ND,
     codec=codec.name,
     fingerprint=codec.fingerprint,
-    codebook_sizes=_sizes(codec, knobs, config.num_steps),
-    encode=_settings(codec, knobs, config.assign),
-    command=_command(config, knobs),
+    codebook_sizes=encoder.codebook_sizes,
+    encode=_settings(codec, encoder.knobs, config.assign),
+    command=_command(config, encoder.knobs),
     num_shards=num_shards,
-  )
-  encoder = _Encoder(
-    *common.make_encode_fn(
-      codec, knobs, config.num_steps, assign=config.assign
-    ),
-    x_ND,
   )
   if num_shards:
     _write_shards(config, meta, mine, encoder)
@@ -165,16 +153,6 @@ def _check_output(config, num_shards: int) -> None:
     formats.check_output(path, overwrite=config.overwrite)
 
 
-def _sizes(codec, knobs, num_steps) -> list[int]:
-  """Codebook sizes of the codes; refuses search sizes that do not fit."""
-  encode_fn = functools.partial(
-    codec.module.encode, num_steps=num_steps, **knobs
-  )
-  x_ND = jax.ShapeDtypeStruct((1, codec.module.dim(codec.tables)), np.float32)
-  width = jax.eval_shape(encode_fn, codec.tables, x_ND).shape[1]
-  return codec.module.codebook_sizes(codec.tables)[:width]
-
-
 def _settings(codec, knobs: dict, assign: str) -> dict:
   """All options of the search, those left at their defaults too."""
   known = inspect.signature(codec.module.encode).parameters.values()
@@ -182,7 +160,7 @@ def _settings(codec, knobs: dict, assign: str) -> dict:
   # The steps are in the shape of the codes; blocks change nothing.
   for name in ("num_steps", "block_size"):
     defaults.pop(name, None)
-  graph = {"assign": "hnsw"} if common.takes_graph(codec, assign) else {}
+  graph = {"assign": "hnsw"} if codecs.takes_graph(codec, assign) else {}
   return defaults | knobs | graph
 
 
@@ -201,25 +179,6 @@ def _command(config, knobs: dict) -> str:
   asked.update({name: knobs[name] for name in chosen if name in knobs})
   words = [f"--{name}={value}" for name, value in asked.items()]
   return shlex.join(["python", "-m", "experiments.encode", *words])
-
-
-class _Encoder(NamedTuple):
-  """Vectors in, codes out, in blocks."""
-
-  encode_fn: Callable
-  block_size: int
-  vectors: Any
-
-  def blocks(self, rows: range, done=None):
-    """Yields the codes of `rows`, `[n, M]`; calls `done(rows, in all)`."""
-    for _, codes_NM in batches.map_blocks(
-      self.encode_fn,
-      self.vectors,
-      block_size=self.block_size,
-      rows=rows,
-      progress=done,
-    ):
-      yield codes_NM
 
 
 class _Meter:

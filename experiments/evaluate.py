@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from experiments import common
+from experiments import codecs, common
 from vqjax import devices
 from vqjax.data import batches, datasets, formats
 from vqjax.interop import faiss_io
@@ -83,8 +83,8 @@ def run(config, workdir=None) -> dict:
     )
   if names and jax.process_count() > 1:
     raise ValueError("--baselines run on one host: leave --multihost out.")
-  codec = common.open_codec(config.codec)
-  dataset = common.resolve_data(
+  codec = codecs.open_codec(config.codec)
+  dataset = codecs.resolve_data(
     codec,
     config,
     needs_base=config.split == "base",
@@ -93,7 +93,7 @@ def run(config, workdir=None) -> dict:
     groundtruth=config.groundtruth,
   )
   xt_ND = _open_train(codec, config) if names else None
-  knobs = common.search_knobs(codec, config)
+  knobs = codecs.search_knobs(codec, config)
   xb_ND = _open_base(codec, config, dataset)
   xq_QD, true_QG = _open_queries(config, dataset, xb_ND)
   search = Search(xb_ND, xq_QD, true_QG, dataset.metric)
@@ -145,7 +145,7 @@ def _open_train(codec, config):
       "--baselines are trained on what the codec was trained on, which this "
       "codec does not say; leave --baselines out."
     )
-  dataset = common.resolve_data(codec, config, needs_base=False)
+  dataset = codecs.resolve_data(codec, config, needs_base=False)
   return datasets.open_split(dataset, "train")
 
 
@@ -193,8 +193,8 @@ def _measure(codec, knobs, num_steps, search) -> dict:
   """Figures of the codec itself; every process encodes its share."""
   seconds = {}
   xb_ND, mine = search.xb_ND, devices.share(len(search.xb_ND))
-  encode_fn, block_size = common.make_encode_fn(codec, knobs, num_steps)
-  decode_fn = common.make_decode_fn(codec, knobs.get("dtype", "float32"))
+  encode_fn, block_size = codecs.make_encode_fn(codec, knobs, num_steps)
+  decode_fn = codecs.make_decode_fn(codec, knobs.get("dtype", "float32"))
   num = len(mine)
   if len(xb_ND) < jax.process_count():
     raise ValueError(
@@ -207,12 +207,12 @@ def _measure(codec, knobs, num_steps, search) -> dict:
       encode_fn, xb_ND, block_size=block_size, rows=mine, progress=done
     )
     codes_NM = np.concatenate([codes for _, codes in blocks])
-  is_ivf = getattr(codec.tables, "is_ivf", False)
   is_joint = bool(knobs.get("num_joint_candidates"))
-  sizes = codec.module.codebook_sizes(codec.tables)[: codes_NM.shape[1]]
+  sizes = codec.codebook_sizes[: codes_NM.shape[1]]
   return {
     "name": codec.name,
-    "bytes": _num_bits(sizes[is_ivf:]) / 8,  # An index keeps lists, not ids.
+    # An index keeps lists, not ids.
+    "bytes": _num_bits(sizes[codec.is_ivf :]) / 8,
     **({**knobs, "num_candidates": None} if is_joint else knobs),
     **_quality(codes_NM, decode_fn, search, seconds),
   }
@@ -225,8 +225,7 @@ def _num_bits(sizes) -> int:
 def _measure_baseline(name, codec, num_steps, xt_ND, search) -> dict:
   """Figures of a faiss quantiser of as many bytes."""
   xb_ND, seconds = search.xb_ND, {}
-  sizes = codec.module.codebook_sizes(codec.tables)
-  sizes = sizes[getattr(codec.tables, "is_ivf", False) :][:num_steps]
+  sizes = codec.codebook_sizes[codec.is_ivf :][:num_steps]
   num_bits = int(sizes[0] - 1).bit_length()
   num_rows, _ = batches.split(len(xt_ND), _validation_size(codec))
   logging.info("Training faiss %s %dx%d.", name, len(sizes), num_bits)
@@ -254,7 +253,7 @@ def _quality(codes_NM, decode_fn, search, seconds) -> dict:
   """
   num_base, xq_QD = len(search.xb_ND), search.xq_QD
   mine = devices.share(num_base)
-  num, size = len(codes_NM), min(common.decode_rows(), len(codes_NM))
+  num, size = len(codes_NM), min(codecs.decode_rows(), len(codes_NM))
   jax.block_until_ready(decode_fn(codes_NM[:size]))  # Compiles.
   error, decode_seconds, num_decoded = 0.0, 0.0, 0
 

@@ -27,11 +27,11 @@ import jax
 import numpy as np
 from absl import logging
 
-from experiments import common
+from experiments import codecs, common, open_codes
 from vqjax import __version__
 from vqjax.codecs import additive
-from vqjax.data import batches, codes, datasets, formats
-from vqjax.interop import decoders_io, faiss_io
+from vqjax.data import codes, datasets, formats
+from vqjax.interop import faiss_io
 
 OPTIONS = {
   "codec": common.CODEC_OPTION,
@@ -69,20 +69,18 @@ def run(config, workdir=None) -> dict:
   beside = codes.description_path(config.output)
   for path in (config.output, beside):
     formats.check_output(path, overwrite=config.overwrite)
-  codec = common.open_codec(config.codec)
+  codec = codecs.open_codec(config.codec)
   metric = config.metric or codec.info.get("metric", "l2")
   if metric not in faiss_io.METRICS:
     raise ValueError(f"--metric must be l2 or ip, got {metric!r}.")
   subject = _subject(config, codec, metric)
   num, blocks = _blocks(config, codec, subject.sizes)
   first = _fill(subject.index, num, blocks)
-  compared = {}
-  check_fn = lambda index: compared.update(
-    _compare(config, subject, num, first, index)
-  )
-  faiss_io.save_index(
-    config.output, subject.index, check_fn, overwrite=config.overwrite
-  )
+  with faiss_io.write_index(
+    subject.index, config.output, overwrite=config.overwrite
+  ) as temporary:
+    index = faiss_io.read_index(temporary)
+    compared = _compare(config, subject, num, first, index)
   record = {
     "format": "vqjax export",
     "kind": subject.kind,
@@ -135,15 +133,13 @@ def _subject(config, codec, metric: str) -> _Subject:
   return _Subject(
     codec.name,
     to_faiss[codec.name](codec.tables, metric=metric),
-    common.make_decode_fn(codec),
-    codec.module.codebook_sizes(codec.tables),
+    codecs.make_decode_fn(codec),
+    codec.codebook_sizes,
   )
 
 
 def _additive(config, codec, metric: str) -> _Subject:
-  decoders = decoders_io.load(config.decoders)
-  decoders_io.check_codec(decoders, codec.fingerprint)
-  if getattr(codec.tables, "is_ivf", False):
+  if codec.is_ivf:
     raise ValueError(
       f"{config.codec} has lists, and its additive decoder stands for what "
       "their centroids leave: python -m experiments.build_index makes an index "
@@ -154,50 +150,25 @@ def _additive(config, codec, metric: str) -> _Subject:
       "Vectors must be encoded by the codec, not by its additive decoder: run "
       "python -m experiments.encode and give --codes instead of --data."
     )
-  params = decoders.additive
-  m, k, _ = params.codebooks_MKD.shape
+  params = open_codes.decoders(config, codec).additive
   return _Subject(
     "additive",
     faiss_io.rq_to_faiss(params, metric=metric),
     functools.partial(jax.jit(additive.decode), params),
-    (k,) * m,
+    codec.codebook_sizes,
   )
 
 
 def _blocks(config, codec, sizes):
   """Number of vectors to put in, and their codes in blocks."""
   if config.codes:
-    return _read_codes(config, codec, sizes)
+    found = open_codes.of_codec(config, codec)
+    return len(found), open_codes.blocks(found, sizes, _BLOCK)
   if not config.data:
     return 0, ()
-  dataset = common.resolve_data(codec, config, base=config.data)
+  dataset = codecs.resolve_data(codec, config, base=config.data)
   x_ND = datasets.open_split(dataset, "base")
-  knobs = common.search_knobs(codec, config)
-  encode_fn, num_rows = common.make_encode_fn(codec, knobs)
-  blocks = batches.map_blocks(encode_fn, x_ND, block_size=num_rows)
-  return len(x_ND), (codes_NM for _, codes_NM in blocks)
-
-
-def _read_codes(config, codec, sizes):
-  found = codes.open_codes(config.codes)
-  made_by = found.meta.get("codec_fingerprint", codec.fingerprint)
-  if made_by != codec.fingerprint:
-    raise ValueError(
-      f"{config.codes} was made by codec {made_by}, but {config.codec} is "
-      f"codec {codec.fingerprint}; give the codec that made it."
-    )
-  if found.shape[1] != len(sizes):
-    raise ValueError(
-      f"{config.codes} has {found.shape[1]} codes per vector, but "
-      f"{len(sizes)} are to be exported; encode with all steps."
-    )
-
-  def blocks():
-    for i, codes_NM in enumerate(found.blocks(_BLOCK)):
-      codes.check_ids(codes_NM, sizes, i * _BLOCK)
-      yield codes_NM
-
-  return len(found), blocks()
+  return len(x_ND), codecs.make_encoder(codec, config, x_ND).blocks()
 
 
 def _compare(config, subject: _Subject, num: int, first, index) -> dict:

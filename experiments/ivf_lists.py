@@ -10,7 +10,7 @@ import pathlib
 import numpy as np
 from absl import logging
 
-from experiments import common
+from experiments import codecs, common
 from vqjax import devices
 from vqjax.core import check_range
 from vqjax.data import batches, formats
@@ -65,9 +65,7 @@ def _centroids(config, xt_ND, num_rows: int) -> np.ndarray:
   x_ND = batches.subsample(
     xt_ND, _PER_LIST * ivf.num_lists, config.seed, num_rows=num_rows
   )
-  logging.info(
-    "k-means: %d centroids of %d vectors.", ivf.num_lists, len(x_ND)
-  )
+  logging.info("k-means: %d centroids of %d vectors.", ivf.num_lists, len(x_ND))
   return faiss_io.fit_kmeans(
     x_ND, ivf.num_lists, num_iterations=ivf.num_iterations, seed=config.seed
   )
@@ -75,7 +73,7 @@ def _centroids(config, xt_ND, num_rows: int) -> np.ndarray:
 
 def _assign(config, xt_ND, centroids_LD) -> np.ndarray:
   """The list of every training vector, int32 `[N]`."""
-  assign_fn, block_size = common.make_assign_fn(centroids_LD, config.ivf.assign)
+  assign_fn, block_size = codecs.make_assign_fn(centroids_LD, config.ivf.assign)
   with common.progress(len(xt_ND), "lists") as done:
     blocks = batches.map_blocks(
       assign_fn, xt_ND, block_size=block_size, progress=done

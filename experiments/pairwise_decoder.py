@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from experiments import common
+from experiments import codecs, common, open_codes
 from vqjax.codecs import additive, pairwise
 from vqjax.core import check_range
 from vqjax.data import batches, codes, datasets, formats
@@ -70,9 +70,9 @@ def run(config, workdir=None) -> dict:
   common.require(config, "codec", "data", "output")
   decoders_io.check_path(config.output)
   formats.check_output(config.output, overwrite=config.overwrite)
-  codec = common.open_codec(config.codec)
+  codec = codecs.open_codec(config.codec)
   num_tables = _check_sizes(codec, config)
-  dataset = common.resolve_data(codec, config, base=config.data)
+  dataset = codecs.resolve_data(codec, config, base=config.data)
   vectors = datasets.open_split(dataset, "base", max_vectors=config.num_vectors)
   codes_fn = _codes_fn(config, codec, vectors)
   rows_N, num_train = _draw(len(vectors), config.num_held_out)
@@ -104,13 +104,9 @@ def run(config, workdir=None) -> dict:
   return info
 
 
-def _is_ivf(codec) -> bool:
-  return getattr(codec.tables, "is_ivf", False)
-
-
 def _code_sizes(codec) -> tuple[int, ...]:
   """Codebook sizes, list number not among them."""
-  return codec.module.codebook_sizes(codec.tables)[_is_ivf(codec) :]
+  return codec.codebook_sizes[codec.is_ivf :]
 
 
 def _check_sizes(codec, config) -> int:
@@ -124,7 +120,7 @@ def _check_sizes(codec, config) -> int:
   additive.check_unknowns(len(sizes), sizes[0])
   if config.num_tables == 0:
     return 0
-  num_lists = len(common.centroids_of(codec)) if _is_ivf(codec) else 0
+  num_lists = len(codecs.centroids_of(codec)) if codec.is_ivf else 0
   return pairwise.check_sizes(
     sizes[0], len(sizes), num_lists, config.num_tables
   )
@@ -133,33 +129,10 @@ def _check_sizes(codec, config) -> int:
 def _codes_fn(config, codec, vectors):
   """Returns `(rows_N, x_ND) -> codes_NM`, read from a file or encoded."""
   if config.codes:
-    found = codes.open_codes(config.codes)
-    _check_codes(config, codec, vectors, found)
+    open_codes.refuse_search(config, (*codecs.RULE, "assign"))
+    found = open_codes.of_codec(config, codec, vectors)
     return lambda rows_N, _: _read_codes(found, rows_N)
   return lambda _, x_ND: _encode(codec, config, x_ND)
-
-
-def _check_codes(config, codec, vectors, found: codes.Codes) -> None:
-  """Raises ValueError unless these are codes of these vectors."""
-  if len(found) != len(vectors):
-    raise ValueError(
-      f"{config.codes} has {len(found)} rows, {config.data} has "
-      f"{len(vectors)}: give the vectors that were encoded, or with "
-      "--num_vectors the first so many of them."
-    )
-  num_codes = len(codec.module.codebook_sizes(codec.tables))
-  if found.shape[1] != num_codes:
-    raise ValueError(
-      f"{config.codes} has {found.shape[1]} codes per vector, the codec has "
-      f"{num_codes}; encode with all steps."
-    )
-  if found.meta:
-    wanted = {
-      "codec_fingerprint": codec.fingerprint,
-      "data": codes.identify(vectors),
-    }
-    is_of = {name: found.meta.get(name) for name in wanted}
-    codes.check_same(config.codes, is_of, wanted)
 
 
 def _draw(num_rows: int, num_held_out: int) -> tuple[np.ndarray, int]:
@@ -175,14 +148,15 @@ def _read(codec, vectors, rows_N, codes_fn) -> _Sample:
   """Reads these rows, in their order."""
   x_ND = batches.read_rows(vectors, rows_N)
   codes_NM = codes_fn(rows_N, x_ND)
-  codes.check_ids(codes_NM, codec.module.codebook_sizes(codec.tables))
-  if not _is_ivf(codec):
+  codes.check_ids(codes_NM, codec.codebook_sizes)
+  if not codec.is_ivf:
     return _Sample(x_ND, codes_NM, None)
-  lists_N, centroids_LD = codes_NM[:, 0], common.centroids_of(codec)
+  lists_N, codes_NM = open_codes.split(codec, codes_NM)
+  centroids_LD = codecs.centroids_of(codec)
   for start in range(0, len(x_ND), _BLOCK):
     block = slice(start, start + _BLOCK)
     x_ND[block] -= centroids_LD[lists_N[block]]
-  return _Sample(x_ND, codes_NM[:, 1:], lists_N)
+  return _Sample(x_ND, codes_NM, lists_N)
 
 
 def _read_codes(found: codes.Codes, rows_N) -> np.ndarray:
@@ -202,19 +176,9 @@ def _read_codes(found: codes.Codes, rows_N) -> np.ndarray:
 
 def _encode(codec, config, x_ND) -> np.ndarray:
   """Codes of vectors, as `experiments.encode` makes them."""
-  knobs = common.search_knobs(codec, config)
-  if config.num_candidates is None and config.num_joint_candidates is None:
-    knobs = common.try_joint_rule(
-      codec, knobs, x_ND, may_widen=config.beam_size is None
-    )
-  encode_fn, num_rows = common.make_encode_fn(
-    codec, knobs, assign=config.assign
-  )
+  encoder = codecs.make_encoder(codec, config, x_ND)
   with common.progress(len(x_ND), "encode") as done:
-    blocks = batches.map_blocks(
-      encode_fn, x_ND, block_size=num_rows, progress=done
-    )
-    return np.concatenate([codes_NM for _, codes_NM in blocks])
+    return np.concatenate(list(encoder.blocks(done=done)))
 
 
 def _fit_additive(codec, train: _Sample, seconds) -> additive.AdditiveParams:
@@ -242,7 +206,7 @@ def _fit_pairwise(
   ):
     list_codes_LV = None
     if train.lists_N is not None:
-      centroids_LD = common.centroids_of(codec)
+      centroids_LD = codecs.centroids_of(codec)
       sizes_L = np.bincount(train.lists_N, minlength=len(centroids_LD))
       list_codes_LV = pairwise.fit_list_codes(
         jax.random.key(0), centroids_LD, sizes_L, _code_sizes(codec)[0]
@@ -260,8 +224,8 @@ def _fit_pairwise(
 
 def _decode_fns(codec, config, additive_params, pairwise_params) -> dict:
   """Decoders `(codes_NM, lists_N) -> x_ND` by name, centroids subtracted."""
-  centroids_LD = common.centroids_of(codec)
-  network_fn = common.make_decode_fn(codec, common.product_dtype(config.dtype))
+  centroids_LD = codecs.centroids_of(codec)
+  network_fn = codecs.make_decode_fn(codec, codecs.product_dtype(config.dtype))
   additive_fn = jax.jit(additive.decode)
 
   def network(codes_NM, lists_N):
@@ -271,7 +235,7 @@ def _decode_fns(codec, config, additive_params, pairwise_params) -> dict:
     return np.asarray(network_fn(codes_NM)) - centroids_LD[lists_N]
 
   fns = {}
-  if _is_ivf(codec):
+  if codec.is_ivf:
     fns["centroid of the list"] = lambda *_: np.zeros((1, 1), np.float32)
   fns["additive"] = lambda codes_NM, _: additive_fn(additive_params, codes_NM)
   if pairwise_params is not None:
@@ -281,7 +245,7 @@ def _decode_fns(codec, config, additive_params, pairwise_params) -> dict:
 
 def _measure(decode_fn, held: _Sample) -> tuple[float, float]:
   """Mean squared error, and microseconds for a vector."""
-  size, total = common.decode_rows(), 0.0
+  size, total = codecs.decode_rows(), 0.0
   first = held.cut(slice(size))
   jax.block_until_ready(decode_fn(*first[1:]))  # Compiles.
   began = time.perf_counter()

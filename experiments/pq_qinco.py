@@ -25,23 +25,19 @@ Codecs from elsewhere are put together by --parts=a,b,c [--rotation=r.npy]
 Reference: arXiv 2401.14732, section 3.3.
 """
 
-import hashlib
-import json
 import os
 import pathlib
 import shlex
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from experiments import common
+from experiments import codecs, common, pq_parts
 from vqjax.codecs import pq_qinco
-from vqjax.core import check_range
 from vqjax.data import batches, codes, datasets, formats
-from vqjax.interop import faiss_io, safetensors_io
+from vqjax.interop import safetensors_io
 
 OPTIONS = {
   "prepare": common.Option(bool, False, "Cut --data into parts."),
@@ -68,10 +64,6 @@ _BELONGS = {  # Options that only one of the two has.
   "prepare": ("num_vectors", "num_blocks", "opq", "seed"),
   "recombine": ("parts", "rotation", "overwrite"),
 }
-PREPARED_NAME, ROTATION_NAME = "prepared.json", "rotation.npy"
-_FORMAT = "vqjax parts"
-_BLOCK = 16384  # Vectors that are cut at once.
-_OPQ_VECTORS, _OPQ_BITS = 65536, 8
 
 
 def run(config, workdir=None) -> dict:
@@ -86,179 +78,7 @@ def run(config, workdir=None) -> dict:
   for name in _BELONGS[other]:
     if config[name] != OPTIONS[name].default:
       raise ValueError(f"--{name} belongs to --{other}, not to --{mode}.")
-  return _prepare(config) if config.prepare else _recombine(config)
-
-
-def part_path(folder, block: int) -> pathlib.Path:
-  """Returns the file of the vectors of one part."""
-  return pathlib.Path(folder) / f"part-{block}.npy"
-
-
-def codec_path(folder, block: int) -> pathlib.Path:
-  """Returns the run folder of the codec of one part."""
-  return pathlib.Path(folder) / f"codec-{block}"
-
-
-def _prepare(config) -> dict:
-  """Writes the parts that are missing and says how to train them."""
-  common.require(config, "data", "num_blocks")
-  vectors = formats.open_vectors(config.data, max_vectors=config.num_vectors)
-  folder, (num, dim) = pathlib.Path(config.output), vectors.shape
-  check_range("--num_blocks", config.num_blocks, 2, dim)
-  if dim % config.num_blocks:
-    raise ValueError(
-      f"--num_blocks must divide the {dim} dimensions of {config.data}, got "
-      f"{config.num_blocks}."
-    )
-  record = {
-    "format": _FORMAT,
-    "source": os.path.abspath(config.data),
-    "num_vectors": num,
-    **codes.identify(vectors),
-    "num_blocks": config.num_blocks,
-    "opq": config.opq,
-    "seed": config.seed,
-  }
-  record, rotation_DD = _claim(folder, record, vectors)
-  began = time.perf_counter()
-  written = _write_parts(folder, record, vectors, rotation_DD)
-  logging.info(
-    "%d parts of %d vectors, %d dimensions each, in %s: %d made in %.1f s.\n"
-    "Next, train each of them (a code has %d x config.model.num_steps "
-    "positions):\n  %s\nThen:\n"
-    "  python -m experiments.pq_qinco --recombine --output=%s",
-    *(config.num_blocks, num, dim // config.num_blocks, folder, written),
-    *(time.perf_counter() - began, config.num_blocks),
-    "\n  ".join(_train_command(folder, p) for p in range(config.num_blocks)),
-    shlex.quote(str(folder)),
-  )
-  return record
-
-
-def _claim(folder, record: dict, vectors):
-  """Makes `folder` that of `record`: as it is written there, and rotation."""
-  path = folder / PREPARED_NAME
-  if path.exists():
-    found = _load_prepared(folder)
-    for name, value in record.items():
-      if name != "source" and found.get(name) != value:
-        raise ValueError(
-          f"{path} is of parts with {name}={found.get(name)}, now it is "
-          f"{value}: choose another --output, or remove that folder."
-        )
-    return found, _load_rotation(folder, found)
-  for stray in (folder / ROTATION_NAME, part_path(folder, 0)):
-    if stray.exists():
-      raise FileExistsError(
-        f"There is {stray}, but no {PREPARED_NAME} that says what it is: "
-        "choose another --output, or remove it."
-      )
-  rotation_DD = None
-  if record["opq"]:
-    rotation_DD = _fit_rotation(vectors, record["num_blocks"], record["seed"])
-    formats.write_vectors(folder / ROTATION_NAME, rotation_DD)
-  record = record | {"rotation_checksum": _checksum(rotation_DD)}
-  codes.write_json(path, record)
-  return record, rotation_DD
-
-
-def _fit_rotation(vectors, num_blocks: int, seed: int) -> np.ndarray:
-  """OPQ of a sample, without the vectors that training holds out."""
-  num_rows, _ = batches.split(len(vectors))
-  x_ND = batches.subsample(vectors, _OPQ_VECTORS, seed, num_rows=num_rows)
-  logging.info("OPQ of %d vectors; takes a minute or two.", len(x_ND))
-  return faiss_io.train_opq(x_ND, num_blocks, _OPQ_BITS)
-
-
-def _write_parts(folder, record: dict, vectors, rotation_DD) -> int:
-  """Writes the parts that are not there yet; returns how many."""
-  num, size = len(vectors), record["dim"] // record["num_blocks"]
-  todo = []
-  for block in range(record["num_blocks"]):
-    path = part_path(folder, block)
-    if not path.exists():
-      todo.append(block)
-    elif formats.open_vectors(path).shape != (num, size):
-      raise ValueError(
-        f"{path} must have shape {(num, size)}, got "
-        f"{formats.open_vectors(path).shape}; remove it to make it again."
-      )
-  with common.progress(num * len(todo), "parts") as done:
-    for at, block in enumerate(todo):
-      blocks = batches.map_blocks(
-        _cut_fn(rotation_DD, slice(block * size, (block + 1) * size)),
-        vectors,
-        block_size=_BLOCK,
-        progress=lambda rows, _, before=at * num: done(before + rows, None),
-      )
-      formats.write_vectors(
-        part_path(folder, block), (x_NS for _, x_NS in blocks)
-      )
-  return len(todo)
-
-
-def _cut_fn(rotation_DD, of_part: slice):
-  """Returns `x_ND -> x_NS`: the dimensions of one part, rotated first."""
-  if rotation_DD is None:
-    return lambda x_ND: x_ND[:, of_part]
-  rotation_DS = rotation_DD[:, of_part]
-  return lambda x_ND: x_ND @ rotation_DS
-
-
-def _train_command(folder, block: int) -> str:
-  return (
-    "python -m experiments.train --config=configs/qinco2_s.py "
-    f"--config.data.train={shlex.quote(str(part_path(folder, block)))} "
-    f"--workdir={shlex.quote(str(codec_path(folder, block)))}"
-  )
-
-
-def _load_prepared(folder) -> dict:
-  path = pathlib.Path(folder) / PREPARED_NAME
-  try:
-    found = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path} is damaged, or no JSON file: {error}.") from error
-  if not isinstance(found, dict) or found.get("format") != _FORMAT:
-    raise ValueError(f"{path} must have the format {_FORMAT!r}.")
-  return found
-
-
-def _load_rotation(folder, prepared: dict) -> np.ndarray | None:
-  """The rotation that the parts were made with."""
-  if not prepared["opq"]:
-    return None
-  path = pathlib.Path(folder) / ROTATION_NAME
-  rotation_DD = _read_rotation(path)
-  if _checksum(rotation_DD) != prepared["rotation_checksum"]:
-    raise ValueError(
-      f"{path} is not the rotation that the parts beside it were made with: "
-      f"its checksum is {_checksum(rotation_DD)}, {PREPARED_NAME} has "
-      f"{prepared['rotation_checksum']}."
-    )
-  return rotation_DD
-
-
-def _read_rotation(path) -> np.ndarray:
-  """Reads an orthonormal matrix: decoding takes its transpose as inverse."""
-  rotation_DD = np.array(formats.open_vectors(path), np.float32)
-  dim = rotation_DD.shape[1]
-  formats.check_vectors(rotation_DD, name=str(path))
-  is_square = len(rotation_DD) == dim
-  if (
-    not is_square or abs(rotation_DD @ rotation_DD.T - np.eye(dim)).max() > 1e-3
-  ):
-    raise ValueError(
-      f"{path} must be an orthonormal matrix (D, D), got shape "
-      f"{rotation_DD.shape}{', not orthonormal' if is_square else ''}."
-    )
-  return rotation_DD
-
-
-def _checksum(rotation_DD) -> str | None:
-  if rotation_DD is None:
-    return None
-  return hashlib.sha256(np.ascontiguousarray(rotation_DD)).hexdigest()[:16]
+  return pq_parts.prepare(config) if config.prepare else _recombine(config)
 
 
 def _recombine(config) -> dict:
@@ -275,7 +95,7 @@ def _recombine(config) -> dict:
         f"{path} is a {part.name} codec; the parts must be of codec qinco."
       )
     if prepared:
-      _check_trained_on(part_path(folder, block), path, part)
+      _check_trained_on(pq_parts.part_path(folder, block), path, part)
   params = pq_qinco.recombine(
     [part.params for part in parts],
     None if rotation_DD is None else jnp.asarray(rotation_DD),
@@ -296,27 +116,29 @@ def _recombine(config) -> dict:
 def _find_parts(config, folder):
   """Paths of the codecs, prepared.json (empty without one), and rotation."""
   paths = [path.strip() for path in (config.parts or "").split(",") if path]
-  if not (folder / PREPARED_NAME).exists():
+  if not (folder / pq_parts.PREPARED_NAME).exists():
     if not paths:
       raise FileNotFoundError(
-        f"{folder} has no {PREPARED_NAME}: run --prepare first, or name the "
-        "codecs by --parts=a,b,c."
+        f"{folder} has no {pq_parts.PREPARED_NAME}: run --prepare first, or "
+        "name the codecs by --parts=a,b,c."
       )
-    rotation_DD = _read_rotation(config.rotation) if config.rotation else None
+    rotation_DD = (
+      pq_parts.read_rotation(config.rotation) if config.rotation else None
+    )
     return paths, {}, rotation_DD
   if config.rotation:
     raise ValueError(
       f"{folder} was prepared, and says itself how it was rotated: leave "
       "--rotation out."
     )
-  prepared = _load_prepared(folder)
+  prepared = pq_parts.load_prepared(folder)
   num = prepared["num_blocks"]
-  paths = paths or [codec_path(folder, block) for block in range(num)]
+  paths = paths or [pq_parts.codec_path(folder, block) for block in range(num)]
   if len(paths) != num:
     raise ValueError(
       f"{folder} has {num} parts, but --parts names {len(paths)} codecs."
     )
-  return paths, prepared, _load_rotation(folder, prepared)
+  return paths, prepared, pq_parts.load_rotation(folder, prepared)
 
 
 def _open_source(config, prepared: dict):
@@ -394,14 +216,14 @@ def _make_info(paths, parts, source, vectors) -> dict:
 def _held_out_mse(params, info: dict, vectors) -> float:
   """Squared error per vector, of the held-out rows."""
   data, tables = info["data"], jax.jit(pq_qinco.prepare)(params)
-  codec = common.Codec("pq_qinco", pq_qinco, tables, info, "")
+  codec = codecs.Codec("pq_qinco", pq_qinco, tables, info, "")
   formats.check_vectors(
     vectors[:1], dim=pq_qinco.dim(params), name=data["train"]
   )
   rest = [data["validation_size"]] if "validation_size" in data else []
   _, held_out = batches.split(min(data["num_train"], len(vectors)), *rest)
-  encode_fn, block_size = common.make_encode_fn(codec, info["encode"])
-  decode_fn = common.make_decode_fn(codec)
+  encode_fn, block_size = codecs.make_encode_fn(codec, info["encode"])
+  decode_fn = codecs.make_decode_fn(codec)
 
   def errors(x_ND):
     return jnp.sum((x_ND - decode_fn(encode_fn(x_ND))) ** 2, axis=-1)

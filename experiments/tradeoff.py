@@ -17,7 +17,7 @@ import matplotlib
 import numpy as np
 from absl import logging
 
-from experiments import common
+from experiments import codecs, common
 from vqjax.core import check_range
 from vqjax.data import batches, datasets, formats
 
@@ -55,13 +55,13 @@ def run(config, workdir=None) -> dict:
   check_range("--repeats", config.repeats, 1, 1000)
   for path in (picture, figures):
     formats.check_output(path, overwrite=config.overwrite)
-  codec = common.open_codec(config.codec)
+  codec = codecs.open_codec(config.codec)
   if getattr(codec.tables, "preselect_TKD", None) is None:
     raise ValueError(
       "Only a QINCo2 has words pre-selected for its network: there is nothing "
       f"to trade in this {codec.name} codec."
     )
-  dataset = common.resolve_data(codec, config, base=config.data)
+  dataset = codecs.resolve_data(codec, config, base=config.data)
   x_ND = datasets.open_split(dataset, "base", max_vectors=config.num_vectors)
   x_ND = batches.read_rows(x_ND, range(len(x_ND)))
   rows = []
@@ -90,7 +90,7 @@ def run(config, workdir=None) -> dict:
 
 def _sizes(config, codec) -> list[dict]:
   """Returns the knobs to measure."""
-  num_words = codec.module.codebook_sizes(codec.tables)[-1]
+  num_words = codec.codebook_sizes[-1]
   beams = [b for b in _numbers(config, "beam_sizes") if b <= num_words]
   if not beams:
     raise ValueError(
@@ -124,8 +124,8 @@ def _numbers(config, name: str) -> list[int]:
 
 def _measure(codec, x_ND, knobs, config, scale) -> dict:
   """Encodes all vectors with `knobs`, some times over."""
-  dtype = common.product_dtype(config.dtype)
-  encode_fn, num_rows = common.make_encode_fn(codec, {**knobs, "dtype": dtype})
+  dtype = codecs.product_dtype(config.dtype)
+  encode_fn, num_rows = codecs.make_encode_fn(codec, {**knobs, "dtype": dtype})
   num_rows = min(num_rows, len(x_ND))
   jax.block_until_ready(encode_fn(x_ND[:num_rows]))  # Compiles.
   times = []
@@ -134,9 +134,9 @@ def _measure(codec, x_ND, knobs, config, scale) -> dict:
     blocks = batches.map_blocks(encode_fn, x_ND, block_size=num_rows)
     codes_NM = np.concatenate([codes_NM for _, codes_NM in blocks])
     times.append(time.perf_counter() - began)
-  decoded_ND = np.asarray(common.make_decode_fn(codec, dtype)(codes_NM))
+  decoded_ND = np.asarray(codecs.make_decode_fn(codec, dtype)(codes_NM))
   error_N = np.sum((x_ND - decoded_ND) ** 2, axis=1, dtype=np.float64)
-  a, b, c = (knobs[name] for name in common.RULE)
+  a, b, c = (knobs[name] for name in codecs.RULE)
   return {
     "rule": "joint" if c else "published",
     "B": b,

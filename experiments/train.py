@@ -25,9 +25,9 @@ import numpy as np
 from absl import logging
 from ml_collections import config_dict
 
-from experiments import common, ivf_lists
+from experiments import codecs, common, ivf_lists
 from vqjax import devices
-from vqjax.codecs import pq, qinco, qinco_learning, rq
+from vqjax.codecs import pq, qinco, qinco_learning, registry, rq
 from vqjax.core import check_range
 from vqjax.data import batches, datasets, formats
 from vqjax.interop import faiss_io, safetensors_io
@@ -106,7 +106,7 @@ def _is_finished(workdir, config, plan, num_rows: int, resume: bool) -> bool:
     new["derived"] |= {
       "vectors_per_step": plan.batch_size,
       "steps_per_epoch": plan.steps_per_epoch,
-      "dtype": common.product_dtype(config.train.dtype),
+      "dtype": codecs.product_dtype(config.train.dtype),
     }
   is_finished = (workdir / "summary.json").exists()
   has_begun = file.exists() and (
@@ -340,16 +340,16 @@ def _make_learner(config, params, xv_ND, schedule):
 
   def validate(params):
     tables = prepare_fn(devices.local(params))
-    codec = common.Codec("qinco", qinco, tables, {}, "")
-    num_rows = common.block_rows(codec, knobs) * jax.local_device_count()
-    return common.mean_of_rows(
+    codec = codecs.Codec("qinco", qinco, tables, {}, "")
+    num_rows = codecs.block_rows(codec, knobs) * jax.local_device_count()
+    return codecs.mean_of_rows(
       functools.partial(errors_fn, tables), xv_ND, num_rows
     )
 
   learner = loop.Learner(
     loss_fn=functools.partial(
       loss,
-      dtype=common.product_dtype(config.train.dtype),
+      dtype=codecs.product_dtype(config.train.dtype),
       **knobs,
     ),
     join_stats_fn=qinco_learning.join_stats,
@@ -370,17 +370,17 @@ def _unit(dataset) -> str:
 def _finish(config, workdir, dataset, xt_ND, params, seconds):
   """Writes the portable codec and the summary, and says what to do next."""
   _, held_out = batches.split(len(xt_ND), config.data.validation_size)
-  module = common.registry.get(config.codec)
-  codec = common.Codec(config.codec, module, module.prepare(params), {}, "")
+  module = registry.get(config.codec)
+  codec = codecs.Codec(config.codec, module, module.prepare(params), {}, "")
   knobs = config.encode.to_dict()
-  encode_fn, block_size = common.make_encode_fn(codec, knobs)
-  decode_fn = common.make_decode_fn(codec)
+  encode_fn, block_size = codecs.make_encode_fn(codec, knobs)
+  decode_fn = codecs.make_decode_fn(codec)
 
   def errors(x_ND):
     return jnp.sum((x_ND - decode_fn(encode_fn(x_ND))) ** 2, axis=-1)
 
   xv_ND = batches.read_rows(xt_ND, np.arange(held_out.start, held_out.stop))
-  validation = common.mean_of_rows(errors, xv_ND, block_size)
+  validation = codecs.mean_of_rows(errors, xv_ND, block_size)
   info = {
     "encode": knobs,
     "metric": dataset.metric,

@@ -18,6 +18,7 @@ from experiments import (
   bench_arithmetic,
   bench_subjects,
   bench_timing,
+  codecs,
   common,
 )
 from vqjax.codecs import qinco
@@ -162,7 +163,7 @@ def test_every_result_is_a_line_to_compare(tmp_path, in_a_hurry):
 
 def _subject(name="qinco", **encode):
   tables = qinco.prepare(qinco_cases.make_params())
-  codec = common.Codec(name, qinco, tables, {"encode": encode}, "")
+  codec = codecs.Codec(name, qinco, tables, {"encode": encode}, "")
   return bench_subjects.Subject("x", codec, None, qinco_cases.vectors(4))
 
 

@@ -6,13 +6,14 @@ import faiss
 import numpy as np
 import pytest
 
-from experiments import build_index, common
+from experiments import build_index, codecs, common
 from tests import qinco_cases
 from vqjax.codecs import additive, rq
 from vqjax.data import codes
 from vqjax.interop import decoders_io, faiss_ivf, safetensors_io
 
 D, K, M, L, NUM = 6, 8, 4, 11, 130
+NO_FILES = {"codec": None, "codes": None, "decoders": None}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -39,8 +40,8 @@ def _make(folder, num_lists, seed=0):
     params = rq.RQParams(rng.normal(size=(M, K, D)).astype(np.float32))
   info = {"encode": encode, "metric": "l2"}
   safetensors_io.save_codec(folder / "codec", name, params, info=info)
-  codec = common.open_codec(str(folder / "codec"))
-  sizes = codec.module.codebook_sizes(codec.tables)
+  codec = codecs.open_codec(str(folder / "codec"))
+  sizes = codec.codebook_sizes
   codes_NM = rng.integers(0, sizes, (NUM, len(sizes))).astype(np.int32)
   np.save(folder / "codes.npy", codes_NM)
   meta = codes.describe(
@@ -53,7 +54,7 @@ def _make(folder, num_lists, seed=0):
   )
   codes.write_json(folder / "codes.npy.json", meta)
   lists_N = codes_NM[:, 0] if is_ivf else np.zeros(NUM, np.int32)
-  target_ND = x_ND - common.centroids_of(codec)[lists_N]
+  target_ND = x_ND - codecs.centroids_of(codec)[lists_N]
   words = additive.fit(codes_NM[:, is_ivf:], target_ND, K)
   decoders_io.save(
     folder / "decoders.safetensors",
@@ -117,14 +118,22 @@ def test_the_index_holds_the_codes(coarse, files, tmp_path):
   np.testing.assert_array_equal(np.sort(found.ids_N), np.arange(NUM))
   np.testing.assert_array_equal(got_NM, codes_NM[found.ids_N])
   decoders = decoders_io.load(files["decoders"])
-  codec = common.open_codec(files["codec"])
+  codec = codecs.open_codec(files["codec"])
   np.testing.assert_array_equal(
     found.codebooks_MKD, decoders.additive.codebooks_MKD
   )
-  np.testing.assert_array_equal(found.centroids_LD, common.centroids_of(codec))
+  np.testing.assert_array_equal(found.centroids_LD, codecs.centroids_of(codec))
   assert info["codec_fingerprint"] == codec.fingerprint
   assert info["rows"] == [[0, NUM]]
-  assert info["coarse"] == (coarse or ("hnsw" if num_lists > 1 else "flat"))
+  assert info["coarse"] == (coarse or "flat")
+
+
+def test_many_lists_are_found_by_a_graph(ivf_files, tmp_path, monkeypatch):
+  kinds = []
+  for most in (L, L + 1):
+    monkeypatch.setattr(build_index, "_MANY_LISTS", most)
+    kinds.append(_run(tmp_path / str(most), ivf_files).info["coarse"])
+  assert kinds == ["hnsw", "flat"]
 
 
 def test_plain_faiss_ranks_by_the_additive_decoder(files, tmp_path):
@@ -132,10 +141,10 @@ def test_plain_faiss_ranks_by_the_additive_decoder(files, tmp_path):
   _run(path, files, coarse="flat")
   index = faiss.read_index(str(path))
   index.nprobe = index.nlist
-  codec, codes_NM = common.open_codec(files["codec"]), np.load(files["codes"])
+  codec, codes_NM = codecs.open_codec(files["codec"]), np.load(files["codes"])
   words = np.asarray(decoders_io.load(files["decoders"]).additive.codebooks_MKD)
   lists_N = codes_NM[:, 0] if codes_NM.shape[1] > M else np.zeros(NUM, int)
-  x_ND = common.centroids_of(codec)[lists_N]
+  x_ND = codecs.centroids_of(codec)[lists_N]
   r_ND = sum(words[m][code_N] for m, code_N in enumerate(codes_NM[:, -M:].T))
   norm_N = np.sum(np.square(r_ND, dtype=float), axis=1)
   distances_QR, ids_QR = index.search(np.load(_data(files))[:9], NUM)
@@ -153,7 +162,7 @@ def _data(files):
 
 def _vectors_are_encoded(files, tmp_path):
   got = _run(tmp_path / "a", files | {"codes": None}, data=_data(files))
-  codec = common.open_codec(files["codec"])
+  codec = codecs.open_codec(files["codec"])
   codes_NM = codec.module.encode(
     codec.tables, np.load(_data(files)), **codec.info["encode"]
   )
@@ -231,6 +240,11 @@ def test_the_summary_names_the_next_command(files, tmp_path, said):
     ({"metric": "cosine"}, "metric must be one of .* got 'cosine'"),
     ({"coarse": "tree"}, "coarse must be one of .* got 'tree'"),
     ({"merge": "a,b"}, "leave --codes out"),
+    ({"merge": "a", "beam_size": 4} | NO_FILES, "leave --beam_size out"),
+    ({"beam_size": 4}, "--beam_size says how to encode .* --codes are encoded"),
+    ({"num_candidates": 0}, "--num_candidates says how"),
+    ({"dtype": "float32"}, "--dtype says how to encode"),
+    ({"assign": "hnsw"}, "--assign says how to encode"),
   ],
 )
 def test_options_that_make_no_sense_are_refused(
@@ -242,6 +256,12 @@ def test_options_that_make_no_sense_are_refused(
   with pytest.raises(ValueError, match=match):
     build_index.run(common.get_config(build_index.OPTIONS, **config))
   assert not list(tmp_path.iterdir())
+
+
+def test_a_search_that_does_not_fit_is_refused(ivf_files, tmp_path):
+  given = ivf_files | {"codes": None, "data": _data(ivf_files)}
+  with pytest.raises(ValueError, match="beam_size must lie between 1"):
+    _run(tmp_path / "index.faiss", given, beam_size=0)
 
 
 @pytest.mark.parametrize("name", ["index.faiss", "index.faiss.json"])
@@ -268,7 +288,7 @@ def test_another_codec_is_refused(ivf_files, tmp_path):
 
 
 def test_decoders_and_codes_of_fewer_steps_are_refused(ivf_files, tmp_path):
-  codec = common.open_codec(ivf_files["codec"])
+  codec = codecs.open_codec(ivf_files["codec"])
   words = decoders_io.load(ivf_files["decoders"]).additive
   path = tmp_path / "decoders.safetensors"
   short = words.replace(codebooks_MKD=words.codebooks_MKD[1:])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import qinco2_s
-from experiments import common, decode, encode, evaluate, train
+from experiments import codecs, common, decode, encode, evaluate, train
 from tests import commands
 from vqjax.codecs import packing
 from vqjax.data import formats
@@ -63,7 +63,7 @@ def test_evaluate_agrees_with_its_definition(run_dir, tmp_path):
   )
   assert json.loads(pathlib.Path(output).read_text()) == result
   row, baseline = result["rows"]
-  codec = common.open_codec(run_dir)
+  codec = codecs.open_codec(run_dir)
   x_ND = formats.open_vectors(SAMPLE / "base.bvecs")[:500].astype(np.float32)
   xq_QD = formats.open_vectors(SAMPLE / "query.bvecs")[:50].astype(np.float32)
   codes_NM = codec.module.encode(codec.tables, x_ND, **codec.info["encode"])
@@ -117,7 +117,7 @@ def test_encode_then_decode(run_dir, base_file, tmp_path):
   sizes = (16, 16, 16)
   packed = np.fromfile(raw_file, np.uint8).reshape(333, 2)
   np.testing.assert_array_equal(packing.unpack(packed, sizes), codes_NM)
-  codec = common.open_codec(os.path.join(run_dir, "codec.safetensors"))
+  codec = codecs.open_codec(os.path.join(run_dir, "codec.safetensors"))
   want_ND = codec.module.decode(codec.tables, codes_NM)
   for codes, name in ((codes_file, "a.npy"), (raw_file, "b.fvecs")):
     output = str(tmp_path / name)
@@ -153,7 +153,7 @@ def test_codes_say_what_made_them(name, run_dir, base_file, tmp_path):
   encode.run(_config(encode, **given))
   file = pathlib.Path(f"{output}.json")
   meta = json.loads(file.read_text())
-  codec = common.open_codec(run_dir)
+  codec = codecs.open_codec(run_dir)
   assert meta["shape"] == [333, 3]
   assert meta["codec_fingerprint"] == codec.fingerprint
   assert meta["encode"].items() >= codec.info["encode"].items()
@@ -162,7 +162,7 @@ def test_codes_say_what_made_them(name, run_dir, base_file, tmp_path):
   file.write_text(json.dumps(meta))
   config = _config(decode, codec=run_dir, codes=output)
   config.output = str(tmp_path / "x.fvecs")
-  with pytest.raises(ValueError, match="qinco codec 0123456789abcdef, but"):
+  with pytest.raises(ValueError, match="by codec 0123456789abcdef, but"):
     decode.run(config)
   pathlib.Path(output).unlink()
   with pytest.raises(FileExistsError, match="json exists already"):
@@ -268,7 +268,7 @@ def test_decode_cuts_codes_to_num_steps(run_dir, tmp_path):
   decode.run(
     _config(decode, codec=run_dir, codes=codes, output=output, num_steps=2)
   )
-  codec = common.open_codec(run_dir)
+  codec = codecs.open_codec(run_dir)
   want_ND = codec.module.decode(codec.tables, codes_NM[:, :2].astype(np.int32))
   np.testing.assert_allclose(np.load(output), want_ND, rtol=1e-5, atol=1e-3)
   for num_steps in (0, 4):
@@ -399,7 +399,7 @@ def test_inner_product_data_are_searched_by_it(tmp_path):
   config.data.metric = "ip"
   train.run(config, tmp_path / "run")
   result = evaluate.run(_config(evaluate, codec=str(tmp_path / "run")))
-  codec = common.open_codec(str(tmp_path / "run"))
+  codec = codecs.open_codec(str(tmp_path / "run"))
   xb_ND, xq_QD = np.load(files["base"]), np.load(files["queries"])
   codes_NM = codec.module.encode(codec.tables, xb_ND, **codec.info["encode"])
   xhat_ND = np.asarray(codec.module.decode(codec.tables, codes_NM))

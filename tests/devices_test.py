@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from configs import qinco2_s
-from experiments import common, train
+from experiments import codecs, train
 from vqjax import devices
 from vqjax.training import loop, writers
 
@@ -30,11 +30,11 @@ def make_figures(folder: str) -> None:
   config.train.log_every = 1
   config.train.redraw = "published"  # Needs the moments of the whole batch.
   train.run(config, folder / "run")
-  codec = common.open_codec(str(GOLDEN / "ivf_qinco2_tiny.pt"))
-  encode_fn, _ = common.make_encode_fn(codec, {"beam_size": 4})
+  codec = codecs.open_codec(str(GOLDEN / "ivf_qinco2_tiny.pt"))
+  encode_fn, _ = codecs.make_encode_fn(codec, {"beam_size": 4})
   x_ND = np.load(GOLDEN / "ivf_qinco2_tiny.npz")["x"][:29]
   codes_NM = encode_fn(x_ND)
-  xhat_ND = common.make_decode_fn(codec)(codes_NM)
+  xhat_ND = codecs.make_decode_fn(codec)(codes_NM)
   np.savez(folder / "codes.npz", codes=codes_NM, xhat=xhat_ND)
   compiled = _compile_step(config)
   (folder / "step.txt").write_text(compiled.as_text())
@@ -53,7 +53,7 @@ def _compile_step(config):
   plan = train._make_plan(config, 1000, 1.0)
   schedule = train._make_schedule(config, plan)
   x_ND = np.random.default_rng(0).normal(size=(BATCH, 128)).astype(np.float32)
-  state = train._make_state(config, schedule, jnp.asarray(x_ND))
+  state = train._make_state(config, schedule, None, jnp.asarray(x_ND))
   learner, tx = train._make_learner(config, state.params, x_ND, schedule)
   step_fn = loop.make_train_step(learner, tx, schedule, seed=0)
   wish_N = np.zeros(jax.device_count(), np.int32)
@@ -204,3 +204,14 @@ def test_a_batch_that_the_devices_cannot_share_is_refused(monkeypatch):
   monkeypatch.setattr(jax, "device_count", lambda: 3)
   with pytest.raises(ValueError, match="batch of 8 .* multiple of the 3 dev"):
     devices.check_batch(8)
+
+
+@pytest.mark.parametrize(
+  ("flags", "has"), [("sse avx512_bf16", True), ("avx512f avx512bw", False)]
+)
+def test_products_of_bfloat16_are_found(flags, has, tmp_path, monkeypatch):
+  (tmp_path / "cpuinfo").write_text(f"flags : fpu {flags}\n")
+  monkeypatch.setattr(devices, "_CPU_INFO", tmp_path / "cpuinfo")
+  assert devices.has_bfloat16.__wrapped__() == has
+  monkeypatch.setattr(devices, "_CPU_INFO", tmp_path / "none")
+  assert not devices.has_bfloat16.__wrapped__()

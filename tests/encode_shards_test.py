@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import common, decode, encode
+from experiments import codecs, common, decode, encode
 from tests import commands
 from vqjax.data import codes, formats
 from vqjax.interop import safetensors_io
@@ -56,7 +56,7 @@ _ENCODERS = {}  # Compiled once for all tests.
 @pytest.fixture(autouse=True)
 def num_blocks(monkeypatch):
   """Counts the blocks that go through encoders, of 7 vectors at most."""
-  made, counts = common.make_encode_fn, {"blocks": 0}
+  made, counts = codecs.make_encode_fn, {"blocks": 0}
 
   def make_encode_fn(codec, knobs, num_steps, **options):
     key = repr((codec.fingerprint, num_steps, knobs, options))
@@ -71,7 +71,7 @@ def num_blocks(monkeypatch):
 
     return counted_fn, 7
 
-  monkeypatch.setattr(common, "make_encode_fn", make_encode_fn)
+  monkeypatch.setattr(codecs, "make_encode_fn", make_encode_fn)
   return counts
 
 
@@ -82,10 +82,10 @@ def test_shards_hold_the_codes_of_one_file(num_shards, given):
   found = codes.open_codes(given["output"])
   np.testing.assert_array_equal(found[:], _want())
   manifest = codes.load_manifest(given["output"])
-  codec = common.open_codec(CODEC)
+  codec = codecs.open_codec(CODEC)
   assert manifest["num_shards"] == num_shards
   assert manifest["codec_fingerprint"] == codec.fingerprint
-  sizes = codec.module.codebook_sizes(codec.tables)
+  sizes = codec.codebook_sizes
   assert found.codebook_sizes == tuple(sizes)
   # Defaults too: they might be others in another version.
   wanted = codec.info["encode"] | {"num_joint_candidates": 0}
@@ -231,7 +231,7 @@ def test_only_rows_of_the_shard_are_read():
       asked.append((rows.start, rows.stop))
       return np.zeros((rows.stop - rows.start, 2), np.float32)
 
-  encoder = encode._Encoder(lambda x_ND: x_ND, 8, Vectors())
+  encoder = codecs.Encoder(lambda x_ND: x_ND, 8, Vectors(), {}, ())
   blocks = list(encoder.blocks(range(30, 50)))
   assert asked == [(30, 38), (38, 46), (46, 50)]
   assert [len(block) for block in blocks] == [8, 8, 4]
@@ -325,7 +325,7 @@ def test_decode_reads_shards_and_refuses_another_codec(
   for source in (given["output"], one):
     config = _config(decode, codec=other_codec, codes=source)
     config.output = str(tmp_path / "c.npy")
-    with pytest.raises(ValueError, match="was made by the qinco codec .* but"):
+    with pytest.raises(ValueError, match="was made by codec .* but"):
       decode.run(config)
   (pathlib.Path(given["output"]) / "codes-00002-of-00003.npy").unlink()
   config = _config(decode, codec=CODEC, codes=given["output"])

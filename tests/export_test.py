@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import common, encode, export
+from experiments import codecs, common, encode, export
 from tests import oracles
 from vqjax.codecs import additive, pq, rq
 from vqjax.data import codes
@@ -83,7 +83,7 @@ def test_faiss_ranks_as_exact_search_over_decoded(
   assert record["compared"]["num_vectors"] == 90
   index = faiss.read_index(str(path))
   assert index.ntotal == 90
-  codec = common.open_codec(str(folder / name))
+  codec = codecs.open_codec(str(folder / name))
   xhat_ND = np.asarray(codec.module.decode(codec.tables, codes_NM), float)
   np.testing.assert_allclose(index.reconstruct_n(0, 90), xhat_ND, atol=1e-4)
   queries_QD = np.random.default_rng(2).normal(size=(7, 8)).astype(np.float32)
@@ -126,7 +126,7 @@ def test_many_blocks_and_no_vectors(folder, tmp_path, monkeypatch):
   codes_NM = _random_codes(tmp_path / "codes.npy")
   record, path = _run(folder, tmp_path, "rq", codes=tmp_path / "codes.npy")
   assert record["compared"]["num_vectors"] == 20
-  codec = common.open_codec(str(folder / "rq"))
+  codec = codecs.open_codec(str(folder / "rq"))
   np.testing.assert_allclose(
     faiss.read_index(str(path)).reconstruct_n(0, 90),
     codec.module.decode(codec.tables, codes_NM),
@@ -146,7 +146,7 @@ def decoders(folder, tmp_path):
   codes_NM = _random_codes(tmp_path / "codes.npy", (200, 4))
   params = additive.fit(codes_NM, np.load(folder / "x.npy"), 8)
   path = tmp_path / "decoders.safetensors"
-  codec = common.open_codec(str(folder / "rq"))
+  codec = codecs.open_codec(str(folder / "rq"))
   decoders_io.save(path, params, codec_fingerprint=codec.fingerprint, info={})
   return path
 
@@ -178,8 +178,8 @@ def test_lists_and_networks_are_refused(tmp_path):
   golden = ROOT / "third_party" / "golden"
   with pytest.raises(ValueError, match="qinco codec.*experiments.build_index"):
     _run(golden, tmp_path, "qinco2_tiny.pt")
-  codec = common.open_codec(str(golden / "ivf_qinco2_tiny.pt"))
-  m, d = len(codec.module.codebook_sizes(codec.tables)) - 1, 8
+  codec = codecs.open_codec(str(golden / "ivf_qinco2_tiny.pt"))
+  m, d = len(codec.codebook_sizes) - 1, 8
   params = additive.AdditiveParams(jnp.zeros((m, 8, d)))
   path = tmp_path / "decoders.safetensors"
   decoders_io.save(path, params, codec_fingerprint=codec.fingerprint, info={})
@@ -194,7 +194,7 @@ def test_foreign_codes_are_refused(folder, tmp_path):
   with pytest.raises(ValueError, match="Code 8 in row 0, column 0"):
     run()
   np.save(path, np.zeros((5, 3), int))
-  with pytest.raises(ValueError, match="3 codes per vector, but 4"):
+  with pytest.raises(ValueError, match="3 codes per vector, but .* 4"):
     run()
   np.save(path, np.zeros((5, 4), int))
   x_ND = np.load(folder / "x.npy")[:5]

@@ -290,6 +290,17 @@ def test_atomic_output(tmp_path):
     pass
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_permissions_are_those_of_the_umask(umask, mode, tmp_path):
+  before = os.umask(umask)
+  try:
+    with formats.atomic_output(tmp_path / "a.json") as temporary:
+      os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))
+  finally:
+    os.umask(before)
+  assert (tmp_path / "a.json").stat().st_mode & 0o777 == mode
+
+
 def test_full_disk(tmp_path):
   path = tmp_path / "a.npy"
   with pytest.raises(OSError, match="full.*a.npy.*after 3 bytes") as e:

@@ -5,7 +5,7 @@ import importlib
 import numpy as np
 import pytest
 
-from experiments import common, ivf_lists, train
+from experiments import codecs, ivf_lists, train
 from tests import oracles
 from tests.qinco_cases import CASES, make_params, vectors
 from vqjax.codecs import qinco
@@ -69,14 +69,14 @@ def test_without_lists_nothing_happens(x_ND, tmp_path):
 
 @pytest.mark.parametrize("how", ["blocks", "hnsw", "auto"])
 def test_ways_to_find_the_list(x_ND, how):
-  assign_fn, block_size = common.make_assign_fn(x_ND[:40], how)
+  assign_fn, block_size = codecs.make_assign_fn(x_ND[:40], how)
   blocks = batches.map_blocks(assign_fn, x_ND, block_size=min(block_size, 99))
   lists_N = np.concatenate([lists_N for _, lists_N in blocks])
   assert lists_N.dtype == np.int32
   share = (lists_N == oracles.nearest(x_ND, x_ND[:40])).mean()
   assert share > 0.95 if how == "hnsw" else share == 1
   with pytest.raises(ValueError, match="auto, blocks, hnsw; got 'tree'"):
-    common.make_assign_fn(x_ND, "tree")
+    codecs.make_assign_fn(x_ND, "tree")
 
 
 def test_the_codec_has_the_centroids(tmp_path):
@@ -93,16 +93,16 @@ def test_the_codec_has_the_centroids(tmp_path):
 @pytest.mark.parametrize("assign", ["blocks", "hnsw"])
 def test_encoding_finds_the_lists_either_way(assign):
   params = make_params(**CASES["ivf"])
-  codec = common.Codec("qinco", qinco, qinco.prepare(params), {}, "")
-  assert common.takes_graph(codec, assign) == (assign == "hnsw")
+  codec = codecs.Codec("qinco", qinco, qinco.prepare(params), {}, "")
+  assert codecs.takes_graph(codec, assign) == (assign == "hnsw")
   knobs = dict(beam_size=2, num_candidates=2)
   x_ND = vectors(50)
-  encode_fn, _ = common.make_encode_fn(codec, knobs, assign=assign)
+  encode_fn, _ = codecs.make_encode_fn(codec, knobs, assign=assign)
   np.testing.assert_array_equal(
     encode_fn(x_ND), qinco.encode(params, x_ND, **knobs)
   )
   np.testing.assert_allclose(
-    common.centroids_of(codec),
+    codecs.centroids_of(codec),
     params.first_KD * params.std + params.mean_D[None],
     rtol=1e-6,
   )

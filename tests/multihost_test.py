@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from experiments import common, evaluate
+from experiments import codecs, common, evaluate
 from vqjax.data import formats
 from vqjax.interop import safetensors_io
 from vqjax.training import writers
@@ -141,8 +141,8 @@ def test_two_processes_encode_their_shards(whole, tmp_path):
   with _two("encode", *args, f"--output={tmp_path / 'two'}") as running:
     _finish(running)
   shards = sorted((tmp_path / "two").glob("*.npy"))
-  codec = common.open_codec(str(whole))
-  encode_fn, _ = common.make_encode_fn(codec, codec.info["encode"])
+  codec = codecs.open_codec(str(whole))
+  encode_fn, _ = codecs.make_encode_fn(codec, codec.info["encode"])
   x_ND = formats.open_vectors(SAMPLE / "base.bvecs")[:333].astype(np.float32)
   assert len(shards) == 2  # One by each.
   np.testing.assert_array_equal(

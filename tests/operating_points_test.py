@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+from matplotlib import image
 
 from vqjax.search import operating_points, plots
 from vqjax.search.operating_points import Point
@@ -81,6 +82,22 @@ def test_measure_takes_turns_and_the_best_round():
   assert len(done) == 2
 
 
+def test_take_turns_leaves_warm_ups_out():
+  calls = []
+
+  def first_is_slow(setting):
+    calls.append(setting["k"])
+    time.sleep(0.02 if len(calls) == 2 else 0.0)
+    return len(calls)
+
+  seconds, result = operating_points.take_turns(
+    {"a": first_is_slow}, {"k": 7}, num_rounds=2, num_warm_ups=1
+  )["a"]
+  assert calls == [7, 7, 7]
+  assert result == 3  # The second call was slow, the first does not count.
+  assert seconds < 0.02
+
+
 def test_picture_is_written(tmp_path):
   path = tmp_path / "points.png"
   series = {"one": _points(seed=1), "two": _points(seed=2)}
@@ -88,7 +105,12 @@ def test_picture_is_written(tmp_path):
   first = path.read_bytes()
   assert first.startswith(b"\x89PNG")
   plots.plot_operating_points(path, {"one": _points(seed=1)})
-  assert path.read_bytes() != first
+  second = path.read_bytes()
+  assert second != first
+  panels = {"one": {"a": _points(seed=1)}, "two": {"a": _points(seed=2)}}
+  plots.plot_panels(path, panels, title="Two")
+  height, width = image.imread(path).shape[:2]
+  assert width > 2 * height  # Side by side.
 
 
 def test_nothing_to_measure_or_draw_is_refused(tmp_path):
@@ -96,3 +118,5 @@ def test_nothing_to_measure_or_draw_is_refused(tmp_path):
     operating_points.measure({}, [], float, 10)
   with pytest.raises(ValueError, match="no series .* got 0"):
     plots.plot_operating_points(tmp_path / "x.png", {})
+  with pytest.raises(ValueError, match="no series .* got 0"):
+    plots.plot_panels(tmp_path / "x.png", {})

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import common, encode, pairwise_decoder
+from experiments import codecs, common, encode, pairwise_decoder
 from tests import commands, qinco_cases
 from vqjax.codecs import additive, pairwise, registry
 from vqjax.data import codes
@@ -46,9 +46,9 @@ def _run(given, tmp_path, **values):
 
 def _reference(given, num_tables):
   """Decoders and errors, from all rows at once."""
-  codec = common.open_codec(given["codec"])
+  codec = codecs.open_codec(given["codec"])
   x_ND, codes_NM = np.load(given["data"]), np.load(given["codes"])
-  centroids_LD = common.centroids_of(codec)
+  centroids_LD = codecs.centroids_of(codec)
   lists_N, own_NM = codes_NM[:, 0], codes_NM[:, 1:]
   target_ND = x_ND - centroids_LD[lists_N]
   rows_N, num_train = pairwise_decoder._draw(NUM, 100)
@@ -102,12 +102,12 @@ def test_encodes_what_has_no_codes(given, tmp_path):
 
 def test_codes_may_be_shards_of_the_first_vectors(given, tmp_path):
   codes_NM, folder = np.load(given["codes"])[:250], tmp_path / "shards"
-  codec = common.open_codec(given["codec"])
+  codec = codecs.open_codec(given["codec"])
   manifest = codes.describe(
     np.load(given["data"])[:250],
     codec="qinco",
     fingerprint=codec.fingerprint,
-    codebook_sizes=codec.module.codebook_sizes(codec.tables),
+    codebook_sizes=codec.codebook_sizes,
     encode={},
     command="",
     num_shards=2,
@@ -193,16 +193,22 @@ def test_refuses_codes_of_others(given, tmp_path):
   codec = _save(
     tmp_path / "codec", "qinco", qinco_cases.make_params(3, num_lists=LISTS)
   )
-  with pytest.raises(ValueError, match="their codec_fingerprint is"):
+  with pytest.raises(ValueError, match="was made by codec .* but"):
     _run({**given, "codec": codec}, tmp_path)
   codes_NM = np.load(given["codes"])
   np.save(tmp_path / "few.npy", codes_NM[:, :3])
-  with pytest.raises(ValueError, match="has 3 codes per vector, the codec has"):
+  with pytest.raises(ValueError, match="has 3 codes per vector, but .* has 4"):
     _run({**given, "codes": str(tmp_path / "few.npy")}, tmp_path)
   codes_NM[5, 0] = LISTS
   np.save(tmp_path / "bad.npy", codes_NM)
   with pytest.raises(ValueError, match="Code 5 in row .*, column 0 must lie"):
     _run({**given, "codes": str(tmp_path / "bad.npy")}, tmp_path)
+
+
+def test_refuses_to_encode_codes(given, tmp_path):
+  for name, value in (("beam_size", 4), ("assign", "blocks")):
+    with pytest.raises(ValueError, match=f"--{name} says how to encode"):
+      _run(given, tmp_path, **{name: value})
 
 
 def test_refuses_codebooks_of_different_sizes(tmp_path):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import common, encode, evaluate, pq_qinco, train
+from experiments import common, encode, evaluate, pq_parts, pq_qinco, train
 from tests import qinco_cases
 from vqjax.codecs import pq_qinco as codec_module
 from vqjax.codecs import qinco
@@ -54,8 +54,8 @@ def _save_part(folder, file, seed, *, validation_size=HELD, **sizes):
 def _prepare_with_codecs(folder, source, **values):
   _prepare(folder, source, **values)
   for block in range(P):
-    file = pq_qinco.part_path(folder, block)
-    _save_part(pq_qinco.codec_path(folder, block), file, block)
+    file = pq_parts.part_path(folder, block)
+    _save_part(pq_parts.codec_path(folder, block), file, block)
   return folder
 
 
@@ -76,12 +76,12 @@ def _folder(rotated, tmp_path):
 
 
 def _parts(folder):
-  files = [pq_qinco.part_path(folder, block) for block in range(P)]
+  files = [pq_parts.part_path(folder, block) for block in range(P)]
   return np.stack([np.load(file) for file in files])
 
 
 def _rotation(folder):
-  return np.load(folder / pq_qinco.ROTATION_NAME)
+  return np.load(folder / pq_parts.ROTATION_NAME)
 
 
 @jax.jit
@@ -92,11 +92,11 @@ def _errors(params, x_ND):
 
 
 def test_parts_are_the_slices_of_the_vectors(source, tmp_path, monkeypatch):
-  monkeypatch.setattr(pq_qinco, "_BLOCK", 64)
+  monkeypatch.setattr(pq_parts, "_BLOCK", 64)
   record = _prepare(tmp_path / "parts", source, num_blocks=4)
   x_ND = np.asarray(formats.open_vectors(source))
   for block in range(4):
-    x_NS = np.load(pq_qinco.part_path(tmp_path / "parts", block))
+    x_NS = np.load(pq_parts.part_path(tmp_path / "parts", block))
     assert x_NS.dtype == np.float32
     np.testing.assert_array_equal(x_NS, x_ND[:, 2 * block : 2 * block + 2])
   written = json.loads((tmp_path / "parts" / "prepared.json").read_text())
@@ -121,16 +121,16 @@ def test_the_rotation_evens_out_the_parts(source, rotated):
 
 def test_the_same_command_makes_what_is_missing(source, folder):
   before_PNS = _parts(folder)
-  pq_qinco.part_path(folder, 1).unlink()
+  pq_parts.part_path(folder, 1).unlink()
   times = [
     file.stat().st_mtime_ns
-    for file in (folder / "prepared.json", pq_qinco.part_path(folder, 0))
+    for file in (folder / "prepared.json", pq_parts.part_path(folder, 0))
   ]
   _prepare(folder, source, opq=True)
   np.testing.assert_array_equal(_parts(folder), before_PNS)
   assert times == [
     file.stat().st_mtime_ns
-    for file in (folder / "prepared.json", pq_qinco.part_path(folder, 0))
+    for file in (folder / "prepared.json", pq_parts.part_path(folder, 0))
   ]
   with pytest.raises(ValueError, match="parts with num_blocks=2, now it is 4"):
     _prepare(folder, source, opq=True, num_blocks=4)
@@ -138,7 +138,7 @@ def test_the_same_command_makes_what_is_missing(source, folder):
     ValueError, match="parts with num_vectors=600, now .* 599"
   ):
     _prepare(folder, source, opq=True, num_vectors=599)
-  np.save(pq_qinco.part_path(folder, 1), before_PNS[1][:-1])
+  np.save(pq_parts.part_path(folder, 1), before_PNS[1][:-1])
   with pytest.raises(ValueError, match=r"shape \(600, 4\), got \(599, 4\)"):
     _prepare(folder, source, opq=True)
 
@@ -192,7 +192,7 @@ def test_nothing_is_replaced_unasked(folder):
 
 
 def test_a_codec_of_another_part_is_refused(folder, source):
-  first, second = (pq_qinco.codec_path(folder, block) for block in range(P))
+  first, second = (pq_parts.codec_path(folder, block) for block in range(P))
   with pytest.raises(ValueError, match="codec-1 must be trained on .*part-0"):
     _run(folder, recombine=True, parts=f"{second},{first}")
   with pytest.raises(ValueError, match="has 2 parts, .* names 1 codecs"):
@@ -203,7 +203,7 @@ def test_a_codec_of_another_part_is_refused(folder, source):
   with pytest.raises(FileNotFoundError, match="codec-0"):
     _run(other, recombine=True)
   shutil.rmtree(second)
-  _save_part(second, pq_qinco.part_path(other, 1), 1)
+  _save_part(second, pq_parts.part_path(other, 1), 1)
   with pytest.raises(ValueError, match="but was on .*other/part-1"):
     _run(folder, recombine=True)
   shutil.rmtree(other)  # Then the name is all there is.
@@ -211,7 +211,7 @@ def test_a_codec_of_another_part_is_refused(folder, source):
 
 
 def test_parts_must_be_alike(folder):
-  second, file = pq_qinco.codec_path(folder, 1), pq_qinco.part_path(folder, 1)
+  second, file = pq_parts.codec_path(folder, 1), pq_parts.part_path(folder, 1)
   shutil.rmtree(second)
   _save_part(second, file, 1, num_words=5)
   with pytest.raises(ValueError, match="must have the same shapes"):
@@ -231,19 +231,19 @@ def test_what_was_changed_since_is_refused(folder, source, tmp_path):
   formats.write_vectors(tmp_path / "x.fvecs", x_ND, overwrite=True)
   _run(folder, recombine=True, data=str(tmp_path / "x.fvecs"))
   rotation_DD = _rotation(folder)
-  np.save(folder / pq_qinco.ROTATION_NAME, rotation_DD[:, ::-1])
+  np.save(folder / pq_parts.ROTATION_NAME, rotation_DD[:, ::-1])
   with pytest.raises(ValueError, match="not the rotation that the parts"):
     _run(folder, recombine=True, overwrite=True)
-  np.save(folder / pq_qinco.ROTATION_NAME, 2 * rotation_DD)
+  np.save(folder / pq_parts.ROTATION_NAME, 2 * rotation_DD)
   with pytest.raises(ValueError, match="must be an orthonormal matrix"):
     _run(folder, recombine=True, overwrite=True)
 
 
 def test_parts_from_elsewhere(folder, tmp_path):
   want = _run(folder, recombine=True)
-  paths = [str(pq_qinco.codec_path(folder, block)) for block in range(P)]
+  paths = [str(pq_parts.codec_path(folder, block)) for block in range(P)]
   values = {"parts": ",".join(paths), "recombine": True}
-  values["rotation"] = str(folder / pq_qinco.ROTATION_NAME)
+  values["rotation"] = str(folder / pq_parts.ROTATION_NAME)
   found = _run(tmp_path / "new", **values)
   assert "data" not in found
   load = lambda folder: safetensors_io.load_codec(folder).fingerprint
@@ -262,13 +262,13 @@ def test_trained_parts_make_a_codec(tmp_path):
   source = datasets.resolve(name="sample_sift").train
   record = _prepare(tmp_path, source, num_vectors=3000)
   for block in range(record["num_blocks"]):
-    config.data.train = str(pq_qinco.part_path(tmp_path, block))
+    config.data.train = str(pq_parts.part_path(tmp_path, block))
     config.data.num_train = None
-    train.run(config, str(pq_qinco.codec_path(tmp_path, block)))
+    train.run(config, str(pq_parts.codec_path(tmp_path, block)))
   result = _run(tmp_path, recombine=True)
   assert result["data"]["validation_size"] == config.data.validation_size
   parts = [
-    safetensors_io.load_codec(pq_qinco.codec_path(tmp_path, block)).info
+    safetensors_io.load_codec(pq_parts.codec_path(tmp_path, block)).info
     for block in range(record["num_blocks"])
   ]
   of_parts = sum(info["training"]["validation_mse"] for info in parts)

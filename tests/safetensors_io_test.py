@@ -162,6 +162,12 @@ def test_fingerprint_is_the_same_everywhere():
   assert safetensors_io.fingerprint(params) == "a09719a30be2bbf1"
 
 
+def test_everybody_may_read_who_may_read_new_files(folder, saved):
+  (folder / "new").touch()
+  modes = {path.stat().st_mode for path in (folder / "new", *saved.iterdir())}
+  assert len(modes) == 1
+
+
 def test_writes_whole_or_not_at_all(folder, monkeypatch):
   before = {p.name: p.read_bytes() for p in folder.iterdir()}
   params = _params("qinco2_tiny_dim_equal")

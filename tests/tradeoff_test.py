@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import common, encode, tradeoff
+from experiments import codecs, common, encode, tradeoff
 from tests import qinco_cases
 from vqjax.codecs import qinco
 from vqjax.data import formats
@@ -22,7 +22,7 @@ def _codec(preselect_fn):
   params = params.replace(out_TED=0 * params.out_TED)
   params = params.replace(preselect_TKD=preselect_fn(params.codebooks_TKD))
   tables = jax.jit(qinco.prepare)(params)
-  return params, common.Codec("qinco", qinco, tables, {}, "")
+  return params, codecs.Codec("qinco", qinco, tables, {}, "")
 
 
 def _vectors(num=320):
@@ -31,13 +31,13 @@ def _vectors(num=320):
 
 def test_the_joint_rule_is_taken_where_it_is_as_good():
   _, codec = _codec(lambda words_TKD: words_TKD)
-  knobs = common.try_joint_rule(codec, PUBLISHED, _vectors(), num_vectors=32)
+  knobs = codecs.try_joint_rule(codec, PUBLISHED, _vectors(), num_vectors=32)
   assert knobs == {**PUBLISHED, "num_joint_candidates": 16}
 
 
 def test_the_joint_rule_is_refused_where_it_is_worse():
   _, codec = _codec(lambda words_TKD: 3 * jnp.flip(words_TKD, axis=1))
-  knobs = common.try_joint_rule(codec, PUBLISHED, _vectors(), num_vectors=32)
+  knobs = codecs.try_joint_rule(codec, PUBLISHED, _vectors(), num_vectors=32)
   assert knobs == PUBLISHED
 
 
@@ -51,7 +51,7 @@ def test_the_joint_rule_is_refused_where_it_is_worse():
 )
 def test_nothing_is_tried_where_it_cannot_help(knobs, num):
   _, codec = _codec(lambda words_TKD: words_TKD)
-  got = common.try_joint_rule(codec, knobs, _vectors(num), num_vectors=32)
+  got = codecs.try_joint_rule(codec, knobs, _vectors(num), num_vectors=32)
   assert got == knobs
 
 

@@ -8,6 +8,7 @@ on by `gather`.
 
 import functools
 import os
+import pathlib
 from collections.abc import Callable
 
 import jax
@@ -23,6 +24,7 @@ _OWN_VARIABLES = (
   "JAX_PROCESS_ID",
 )
 _TORCH_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
+_CPU_INFO = pathlib.Path("/proc/cpuinfo")
 _PATIENCE = 7 * 86_400  # Seconds to wait at the end for slower processes.
 
 
@@ -79,6 +81,16 @@ def _local_devices_of(environ) -> list[int] | None:
   if int(environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
     return [int(environ["LOCAL_RANK"])]
   return None
+
+
+@functools.cache
+def has_bfloat16() -> bool:
+  """True on a CPU with products of bfloat16, which XLA then uses."""
+  try:
+    flags = _CPU_INFO.read_text(encoding="ascii")
+  except (OSError, UnicodeDecodeError):
+    return False
+  return bool({"avx512_bf16", "amx_bf16"} & set(flags.split()))
 
 
 def is_first() -> bool:

@@ -194,7 +194,12 @@ def atomic_output(path, overwrite: bool = False):
     f".{path.stem}.tmp-{secrets.token_hex(4)}{path.suffix}"
   )
   try:
+    temporary.touch()
+    mode = temporary.stat().st_mode  # What the umask leaves.
+    temporary.unlink()
     yield temporary
+    if temporary.stat().st_mode != mode:  # Some libraries make private files.
+      temporary.chmod(mode & 0o777)
     with open(temporary, "rb+") as f:
       os.fsync(f.fileno())
     check_output(path, overwrite)

@@ -15,7 +15,7 @@ import numpy as np
 
 from vqjax.codecs.hakes import HakesSide, check_side
 from vqjax.core import check_range, check_shape
-from vqjax.data.formats import atomic_output
+from vqjax.interop import faiss_io
 from vqjax.interop.faiss_io import METRICS
 
 STORES = {  # Of the full vectors: name to faiss's quantiser, None for float32.
@@ -218,8 +218,8 @@ def fit_factory(name: str, x_ND: np.ndarray, metric: str) -> faiss.Index:
 
 def save(index: faiss.Index, path, *, overwrite: bool = False) -> None:
   """Writes the index file, whole or not at all."""
-  with atomic_output(path, overwrite) as temporary:
-    faiss.write_index(index, str(temporary))
+  with faiss_io.write_index(index, path, overwrite=overwrite):
+    pass
 
 
 def load(path) -> faiss.Index:

@@ -5,6 +5,7 @@ data units, codes as int32 `[N, M]`; faiss keeps the bits of a code packed.
 """
 
 import concurrent.futures
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -299,14 +300,12 @@ def add_codes(index: faiss.Index, codes_NM: np.ndarray) -> None:
   index.ntotal = inner.ntotal  # That of a transform in front.
 
 
-def save_index(
-  path,
-  index: faiss.Index,
-  check_fn: Callable[[faiss.Index], None],
-  *,
-  overwrite: bool = False,
-) -> None:
-  """Writes an index file; it appears if `check_fn` takes it when reopened."""
+@contextlib.contextmanager
+def write_index(index: faiss.Index, path, *, overwrite: bool = False):
+  """Yields an index file under a temporary name, to look at before it counts.
+
+  It becomes `path` when the block ends, and is gone after an error.
+  """
   with atomic_output(path, overwrite) as temporary:
     try:
       faiss.write_index(index, str(temporary))
@@ -314,7 +313,12 @@ def save_index(
       raise OSError(
         f"faiss could not write {path}; is the disk full? ({error})"
       ) from error
-    check_fn(faiss.read_index(str(temporary)))
+    yield temporary
+
+
+def read_index(path) -> faiss.Index:
+  """Reads an index file of any kind."""
+  return faiss.read_index(str(path))
 
 
 def _coded(index: faiss.Index) -> faiss.Index:

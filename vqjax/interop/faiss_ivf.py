@@ -279,13 +279,7 @@ def save(
   }
   beside = codes.description_path(path)
   formats.check_output(beside, overwrite)
-  with formats.atomic_output(path, overwrite) as temporary:
-    try:
-      faiss.write_index(index, str(temporary))
-    except RuntimeError as error:
-      raise OSError(
-        f"faiss could not write {path}; is the disk full? ({error})"
-      ) from error
+  with faiss_io.write_index(index, path, overwrite=overwrite) as temporary:
     meta |= {"bytes": temporary.stat().st_size, "sha256": _sha256(temporary)}
   codes.write_json(beside, meta, overwrite=True)
   return meta

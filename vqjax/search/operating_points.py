@@ -49,21 +49,39 @@ def measure(
     )
   points = {name: [] for name in search_fns}
   for setting in settings:
-    seconds = dict.fromkeys(search_fns, np.inf)
-    found = {}
-    for _ in range(num_rounds):
-      for name, search_fn in search_fns.items():
-        began = time.perf_counter()
-        found[name] = search_fn(setting)
-        took = time.perf_counter() - began
-        seconds[name] = min(seconds[name], took)
-    for name, result in found.items():
+    timed = take_turns(search_fns, setting, num_rounds=num_rounds)
+    for name, (seconds, result) in timed.items():
       recall = float(recall_fn(result))
-      qps = num_queries / max(seconds[name], 1e-9)
-      points[name].append(Point(dict(setting), recall, qps))
+      points[name].append(Point(dict(setting), recall, num_queries / seconds))
     if progress is not None:
       progress()
   return points
+
+
+def take_turns(
+  search_fns: dict[Hashable, Callable[[dict], Any]],
+  setting: dict,
+  *,
+  num_rounds: int,
+  num_warm_ups: int = 0,
+) -> dict[Hashable, tuple[float, Any]]:
+  """Returns seconds and result of each search's best round at one setting.
+
+  Args:
+    search_fns: By name, as in `measure`.
+    setting: Of all of them.
+    num_rounds: Calls that count; the searches take turns.
+    num_warm_ups: Calls before, of what compiles or fills caches.
+  """
+  best = dict.fromkeys(search_fns, (np.inf, None))
+  for number in range(-num_warm_ups, num_rounds):
+    for name, search_fn in search_fns.items():
+      began = time.perf_counter()
+      result = search_fn(setting)
+      seconds = max(time.perf_counter() - began, 1e-9)
+      if number >= 0 and seconds < best[name][0]:
+        best[name] = seconds, result
+  return best
 
 
 def front(points: Sequence[Point]) -> list[Point]:

@@ -1,0 +1,110 @@
+"""Codes and decoders that a command is given, compared with its codec."""
+
+import numpy as np
+
+from vqjax.data import codes
+from vqjax.interop import decoders_io
+
+
+def of_codec(
+  config, codec, vectors=None, *, may_be_short: bool = False
+) -> codes.Codes:
+  """Opens --codes: of this codec, of all its positions, and of `vectors`.
+
+  Codes that say nothing of themselves may be of any codec and vectors. They
+  have fewer positions only if they `may_be_short`.
+  """
+  found = codes.open_codes(config.codes)
+  if vectors is not None:
+    _check_vectors(config, found, vectors)
+  check_codec(config, codec, found.meta)
+  num_codes = len(codec.codebook_sizes)
+  is_short = found.shape[1] < num_codes
+  if found.shape[1] > num_codes or (is_short and not may_be_short):
+    raise ValueError(
+      f"{config.codes} has {found.shape[1]} codes per vector, but the codec "
+      f"has {num_codes}; encode with all steps."
+    )
+  return found
+
+
+def check_codec(config, codec, meta: dict) -> None:
+  """Raises ValueError where --codes say that another codec made them."""
+  if meta and meta["codec_fingerprint"] != codec.fingerprint:
+    raise ValueError(
+      f"{config.codes} was made by codec {meta['codec_fingerprint']}, but "
+      f"{config.codec} is codec {codec.fingerprint}; give the codec that made "
+      f"it. It was: {meta['command']}"
+    )
+
+
+def _check_vectors(config, found: codes.Codes, vectors) -> None:
+  if len(found) != len(vectors):
+    raise ValueError(
+      f"{config.codes} has {len(found)} rows, {config.data} has "
+      f"{len(vectors)}: give the vectors that were encoded, or with "
+      "--num_vectors the first so many of them."
+    )
+  if found.meta:
+    is_of = {"data": found.meta.get("data")}
+    codes.check_same(config.codes, is_of, {"data": codes.identify(vectors)})
+
+
+def blocks(found: codes.Codes, sizes, block_size: int, rows=None):
+  """Yields the first codes of consecutive rows, as many as there are `sizes`.
+
+  Raises:
+    ValueError: A code is not below the size of its codebook.
+  """
+  rows = range(len(found)) if rows is None else rows
+  for start in rows[::block_size]:
+    codes_NM = found[start : min(start + block_size, rows.stop)]
+    codes_NM = codes_NM[:, : len(sizes)]
+    codes.check_ids(codes_NM, sizes, start)
+    yield codes_NM
+
+
+def decoded(decode_fn, found: codes.Codes, sizes, block_size: int, done):
+  """Yields all codes decoded, `[n, D]`; `decode_fn` gets `block_size` rows."""
+  num = 0
+  for codes_NM in blocks(found, sizes, block_size):
+    missing = block_size - len(codes_NM)
+    padded_NM = np.pad(codes_NM, ((0, missing), (0, 0)))
+    yield np.asarray(decode_fn(padded_NM))[: len(codes_NM)]
+    num += len(codes_NM)
+    done(num, len(found))
+
+
+def split(codec, codes_NM):
+  """Returns lists `[N]`, those of the one list where there are none, and codes.
+
+  The list number is not among the codes.
+  """
+  if codec.is_ivf:
+    return codes_NM[:, 0], codes_NM[:, 1:]
+  return np.zeros(len(codes_NM), np.int32), codes_NM
+
+
+def decoders(config, codec) -> decoders_io.Decoders:
+  """Loads --decoders: of this codec, for all codes but the list number."""
+  found = decoders_io.load(config.decoders)
+  decoders_io.check_codec(found, codec.fingerprint)
+  m, k, d = found.additive.codebooks_MKD.shape
+  sizes = list(codec.codebook_sizes[codec.is_ivf :])
+  if ([k] * m, d) != (sizes, codec.dim):
+    raise ValueError(
+      f"{config.decoders} has {m} codebooks of {k} words in {d} dimensions, "
+      f"the codec has codebooks of {sizes} in {codec.dim}; fit decoders to all "
+      "codes of this codec."
+    )
+  return found
+
+
+def refuse_search(config, names) -> None:
+  """Raises ValueError where these options say how to encode what is encoded."""
+  for name in names:
+    if config[name] not in (None, "auto"):
+      raise ValueError(
+        f"--{name} says how to encode vectors, but --codes are encoded "
+        "already: leave one of them out."
+      )

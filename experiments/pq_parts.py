@@ -1,0 +1,193 @@
+"""Vectors cut into parts, in a folder that says how; see `pq_qinco`."""
+
+import hashlib
+import json
+import os
+import pathlib
+import shlex
+import time
+
+import numpy as np
+from absl import logging
+
+from experiments import common
+from vqjax.core import check_range
+from vqjax.data import batches, codes, formats
+from vqjax.interop import faiss_io
+
+PREPARED_NAME, ROTATION_NAME = "prepared.json", "rotation.npy"
+_FORMAT = "vqjax parts"
+_BLOCK = 16384  # Vectors that are cut at once.
+_OPQ_VECTORS, _OPQ_BITS = 65536, 8
+
+
+def part_path(folder, block: int) -> pathlib.Path:
+  """Returns the file of the vectors of one part."""
+  return pathlib.Path(folder) / f"part-{block}.npy"
+
+
+def codec_path(folder, block: int) -> pathlib.Path:
+  """Returns the run folder of the codec of one part."""
+  return pathlib.Path(folder) / f"codec-{block}"
+
+
+def prepare(config) -> dict:
+  """Writes the parts that are missing and says how to train them."""
+  common.require(config, "data", "num_blocks")
+  vectors = formats.open_vectors(config.data, max_vectors=config.num_vectors)
+  folder, (num, dim) = pathlib.Path(config.output), vectors.shape
+  check_range("--num_blocks", config.num_blocks, 2, dim)
+  if dim % config.num_blocks:
+    raise ValueError(
+      f"--num_blocks must divide the {dim} dimensions of {config.data}, got "
+      f"{config.num_blocks}."
+    )
+  record = {
+    "format": _FORMAT,
+    "source": os.path.abspath(config.data),
+    "num_vectors": num,
+    **codes.identify(vectors),
+    "num_blocks": config.num_blocks,
+    "opq": config.opq,
+    "seed": config.seed,
+  }
+  record, rotation_DD = _claim(folder, record, vectors)
+  began = time.perf_counter()
+  written = _write_parts(folder, record, vectors, rotation_DD)
+  logging.info(
+    "%d parts of %d vectors, %d dimensions each, in %s: %d made in %.1f s.\n"
+    "Next, train each of them (a code has %d x config.model.num_steps "
+    "positions):\n  %s\nThen:\n"
+    "  python -m experiments.pq_qinco --recombine --output=%s",
+    *(config.num_blocks, num, dim // config.num_blocks, folder, written),
+    *(time.perf_counter() - began, config.num_blocks),
+    "\n  ".join(_train_command(folder, p) for p in range(config.num_blocks)),
+    shlex.quote(str(folder)),
+  )
+  return record
+
+
+def _claim(folder, record: dict, vectors):
+  """Makes `folder` that of `record`: as it is written there, and rotation."""
+  path = folder / PREPARED_NAME
+  if path.exists():
+    found = load_prepared(folder)
+    for name, value in record.items():
+      if name != "source" and found.get(name) != value:
+        raise ValueError(
+          f"{path} is of parts with {name}={found.get(name)}, now it is "
+          f"{value}: choose another --output, or remove that folder."
+        )
+    return found, load_rotation(folder, found)
+  for stray in (folder / ROTATION_NAME, part_path(folder, 0)):
+    if stray.exists():
+      raise FileExistsError(
+        f"There is {stray}, but no {PREPARED_NAME} that says what it is: "
+        "choose another --output, or remove it."
+      )
+  rotation_DD = None
+  if record["opq"]:
+    rotation_DD = _fit_rotation(vectors, record["num_blocks"], record["seed"])
+    formats.write_vectors(folder / ROTATION_NAME, rotation_DD)
+  record = record | {"rotation_checksum": _checksum(rotation_DD)}
+  codes.write_json(path, record)
+  return record, rotation_DD
+
+
+def _fit_rotation(vectors, num_blocks: int, seed: int) -> np.ndarray:
+  """OPQ of a sample, without the vectors that training holds out."""
+  num_rows, _ = batches.split(len(vectors))
+  x_ND = batches.subsample(vectors, _OPQ_VECTORS, seed, num_rows=num_rows)
+  logging.info("OPQ of %d vectors; takes a minute or two.", len(x_ND))
+  return faiss_io.train_opq(x_ND, num_blocks, _OPQ_BITS)
+
+
+def _write_parts(folder, record: dict, vectors, rotation_DD) -> int:
+  """Writes the parts that are not there yet; returns how many."""
+  num, size = len(vectors), record["dim"] // record["num_blocks"]
+  todo = []
+  for block in range(record["num_blocks"]):
+    path = part_path(folder, block)
+    if not path.exists():
+      todo.append(block)
+    elif formats.open_vectors(path).shape != (num, size):
+      raise ValueError(
+        f"{path} must have shape {(num, size)}, got "
+        f"{formats.open_vectors(path).shape}; remove it to make it again."
+      )
+  with common.progress(num * len(todo), "parts") as done:
+    for at, block in enumerate(todo):
+      blocks = batches.map_blocks(
+        _cut_fn(rotation_DD, slice(block * size, (block + 1) * size)),
+        vectors,
+        block_size=_BLOCK,
+        progress=lambda rows, _, before=at * num: done(before + rows, None),
+      )
+      formats.write_vectors(
+        part_path(folder, block), (x_NS for _, x_NS in blocks)
+      )
+  return len(todo)
+
+
+def _cut_fn(rotation_DD, of_part: slice):
+  """Returns `x_ND -> x_NS`: the dimensions of one part, rotated first."""
+  if rotation_DD is None:
+    return lambda x_ND: x_ND[:, of_part]
+  rotation_DS = rotation_DD[:, of_part]
+  return lambda x_ND: x_ND @ rotation_DS
+
+
+def _train_command(folder, block: int) -> str:
+  return (
+    "python -m experiments.train --config=configs/qinco2_s.py "
+    f"--config.data.train={shlex.quote(str(part_path(folder, block)))} "
+    f"--workdir={shlex.quote(str(codec_path(folder, block)))}"
+  )
+
+
+def load_prepared(folder) -> dict:
+  path = pathlib.Path(folder) / PREPARED_NAME
+  try:
+    found = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path} is damaged, or no JSON file: {error}.") from error
+  if not isinstance(found, dict) or found.get("format") != _FORMAT:
+    raise ValueError(f"{path} must have the format {_FORMAT!r}.")
+  return found
+
+
+def load_rotation(folder, prepared: dict) -> np.ndarray | None:
+  """The rotation that the parts were made with."""
+  if not prepared["opq"]:
+    return None
+  path = pathlib.Path(folder) / ROTATION_NAME
+  rotation_DD = read_rotation(path)
+  if _checksum(rotation_DD) != prepared["rotation_checksum"]:
+    raise ValueError(
+      f"{path} is not the rotation that the parts beside it were made with: "
+      f"its checksum is {_checksum(rotation_DD)}, {PREPARED_NAME} has "
+      f"{prepared['rotation_checksum']}."
+    )
+  return rotation_DD
+
+
+def read_rotation(path) -> np.ndarray:
+  """Reads an orthonormal matrix: decoding takes its transpose as inverse."""
+  rotation_DD = np.array(formats.open_vectors(path), np.float32)
+  dim = rotation_DD.shape[1]
+  formats.check_vectors(rotation_DD, name=str(path))
+  is_square = len(rotation_DD) == dim
+  if (
+    not is_square or abs(rotation_DD @ rotation_DD.T - np.eye(dim)).max() > 1e-3
+  ):
+    raise ValueError(
+      f"{path} must be an orthonormal matrix (D, D), got shape "
+      f"{rotation_DD.shape}{', not orthonormal' if is_square else ''}."
+    )
+  return rotation_DD
+
+
+def _checksum(rotation_DD) -> str | None:
+  if rotation_DD is None:
+    return None
+  return hashlib.sha256(np.ascontiguousarray(rotation_DD)).hexdigest()[:16]

@@ -1,0 +1,333 @@
+r"""Searches an index at many settings: recall, speed, Pareto front, picture.
+
+  python -m experiments.search --codec=runs/ivf --index=index.faiss \
+      --decoders=decoders.safetensors --queries=query.bvecs \
+      --groundtruth=groundtruth.ivecs --output=search.json
+  python -m experiments.search ... --data=base.bvecs --train=learn.bvecs \
+      --baselines=IVF-PQ,IVF-RQ,IVF-RaBitQ --output=compared.json
+  python -m experiments.search --codec=runs/qinco2_s --index=index.faiss ... \
+      --num_short=10,20,50,100,200,500,1000 --output=two_stages.json
+  python -m experiments.search --decode_all --codec=runs/qinco2_s \
+      --codes=codes --data=base.bvecs --queries=query.bvecs --output=all.json
+
+Settings are all combinations of the lists given. Each parameter is taken to
+cost time and to gain recall, so that many combinations need not be tried. A
+point is the best of --rounds calls with all queries, after one that compiles;
+baselines take turns with ours. Stopped, it goes on with --resume. The picture
+lies beside the output, as search.png.
+
+Times are those of all threads: --threads are those of faiss; those of JAX are
+the cores that the process may use, set from outside: taskset -c 0 python ...
+Bytes of a vector are those in the lists, without ids. IVF-RaBitQ has a bit for
+each dimension of the randomly rotated vector, and 8 bytes.
+
+With --decode_all there is no index: all codes are decoded by the network, and
+the search among them is exact.
+"""
+
+import hashlib
+import math
+
+import jax
+from absl import logging
+
+from experiments import (
+  codecs,
+  common,
+  open_codes,
+  search_data,
+  search_measure,
+  search_record,
+)
+from vqjax import __version__
+from vqjax.core import check_range
+from vqjax.data import codes, formats
+from vqjax.interop import (
+  faiss_baselines,
+  faiss_index,
+  faiss_ivf,
+  searchers,
+)
+
+OPTIONS = {
+  "codec": common.CODEC_OPTION,
+  "index": common.Option(str, None, "Index of experiments.build_index."),
+  "decoders": common.Option(
+    str, None, "Decoders of experiments.pairwise_decoder, for --num_aq."
+  ),
+  "queries": common.Option(
+    str, None, "Queries; those of the codec's data set if unset."
+  ),
+  "groundtruth": common.Option(
+    str,
+    None,
+    "Ids of their true neighbours, nearest first; found by exact search in "
+    "--data if unset.",
+  ),
+  **common.DATA_OPTIONS,
+  "k": common.Option(int, 10, "Results per query."),
+  "nprobe": common.Option(
+    str, None, "Lists looked into, as 1,4,16; powers of two if unset."
+  ),
+  "ef_search": common.Option(
+    str, None, "Effort of a coarse quantiser that is a graph, as 32,128."
+  ),
+  "num_aq": common.Option(
+    str,
+    None,
+    "Candidates that the pairwise decoder puts in order, as 0,32,64; 0 leaves "
+    "it out. Not above --num_short it is no setting.",
+  ),
+  "num_short": common.Option(
+    str,
+    None,
+    "Candidates that the network decodes, as 0,5,20; 0 leaves it out.",
+  ),
+  "threads": common.Option(
+    int, None, "Threads of faiss; its own choice if unset."
+  ),
+  "dtype": common.Option(
+    str,
+    "auto",
+    "Type of the network's products: float32, bfloat16, or auto: bfloat16 on "
+    "accelerators and on CPUs that have it (avx512_bf16), where decoding takes "
+    "half as long. Sums and distances are float32.",
+  ),
+  "rounds": common.Option(int, 3, "Calls per point, of which the best counts."),
+  "baselines": common.Option(
+    str,
+    "",
+    "Also train and search these of faiss, on the same lists: any of "
+    f"{','.join(faiss_baselines.NAMES)}. They need --data.",
+  ),
+  "train": common.Option(
+    str, None, "Their training vectors; those of the codec if unset."
+  ),
+  "decode_all": common.Option(
+    bool, False, "Search exactly among all --codes, decoded; no index."
+  ),
+  "codes": common.Option(str, None, "Codes of the base, for --decode_all."),
+  "output": common.Option(str, None, "JSON file of the points."),
+  "resume": common.Option(bool, False, "Go on with the points still missing."),
+  "overwrite": common.Option(bool, False, "Replace existing outputs."),
+}
+
+
+def run(config, workdir=None) -> dict:
+  """Returns what it wrote: `{"header", "latency", "points"}`."""
+  del workdir
+  common.require(config, "codec", "output")
+  check_range("--rounds", config.rounds, 1, 1000)
+  if config.decode_all:
+    return _run_decoded(config)
+  common.require(config, "index")
+  if config.codes:
+    raise ValueError("--codes are for --decode_all; an index has its own.")
+  search_record.check_output(
+    config.output, resume=config.resume, overwrite=config.overwrite
+  )
+  names = search_data.baseline_names(config)
+  num_threads = faiss_index.set_num_threads(config.threads)
+  codec = codecs.open_codec(config.codec)
+  searcher = searchers.open_searcher(
+    config.codec,
+    config.index,
+    config.decoders,
+    dtype=codecs.ranking_dtype(config.dtype),
+  )
+  like, info = faiss_ivf.load(config.index, mmap=True)
+  if info["metric"] != "l2":
+    raise ValueError(
+      f"{config.index} is for the metric {info['metric']}, but this search "
+      "knows squared distances alone; search it by faiss."
+    )
+  has_pairwise = searcher.parts.pairwise_fn is not None
+  ranges = _ranges(config, info, has_pairwise)
+  check_range("--k", config.k, 1, info["num_vectors"], "vectors in the index")
+  data = search_data.open_data(codec, config, info["num_vectors"])
+  if names and data.base is None:
+    raise ValueError("--baselines need --data, the vectors to fill them with.")
+  header = _header(config, codec, info, data, num_threads)
+  record = search_record.Record(config.output, header, resume=config.resume)
+  search_fns = {
+    codec.name: lambda xq_QD, **at: searcher.search(xq_QD, config.k, **at),
+    **_baseline_fns(config, codec, names, ranges, like, data, record),
+  }
+  search_measure.explore(config, record, codec.name, ranges, search_fns, data)
+  search_measure.time_single(record, search_fns, data.xq_QD)
+  record.save()
+  record.draw()
+  _summarise(config, record)
+  return {"header": record.header, "points": record.points}
+
+
+def _baseline_fns(config, codec, names, ranges, like, data, record) -> dict:
+  """Searches with the baselines of which points are missing, by name."""
+  missing = []
+  for name in names:
+    settings = search_measure.baseline_settings(name, ranges)
+    if not all(record.find(name, setting) for setting in settings):
+      missing.append(name)
+  if not missing:
+    return {}
+  xt_ND = search_data.open_train(codec, config)
+  indexes = search_data.fit_baselines(missing, like, xt_ND, data.base)
+  for name, index in indexes.items():
+    record.header["bytes"][name] = faiss_baselines.lists_of(index).code_size
+  return {
+    name: search_data.baseline_fn(index, config.k)
+    for name, index in indexes.items()
+  }
+
+
+def _header(config, codec, info, data, num_threads) -> dict:
+  """What points must share to be compared; `Record` goes on with no others."""
+  decoders = config.decoders and _sha256(config.decoders)
+  return {
+    "codec": codec.fingerprint,
+    "index": info["sha256"],
+    "decoders": decoders,
+    "num_vectors": info["num_vectors"],
+    "num_lists": info["num_lists"],
+    "coarse": info["coarse"],
+    "queries": {"num": len(data.xq_QD), **codes.identify(data.xq_QD)},
+    "groundtruth": codes.identify(data.true_QG),
+    "k": config.k,
+    "dtype": codecs.ranking_dtype(config.dtype),
+    "threads": search_record.threads(num_threads),
+    "device": jax.devices()[0].device_kind,
+    "vqjax": __version__,
+    "bytes": {codec.name: _code_bytes(info)},
+  }
+
+
+def _sha256(path) -> str:
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _code_bytes(info: dict) -> int:
+  """Bytes of a vector in the lists: its codes, and a byte for the norm."""
+  bits = (info["codebook_size"] - 1).bit_length()
+  return math.ceil(info["num_codes"] * bits / 8) + 1
+
+
+def _ranges(config, info, has_pairwise: bool) -> dict[str, list]:
+  """Values of each parameter, rising; cut at the size of the index."""
+  num_lists, num_vectors = info["num_lists"], info["num_vectors"]
+  is_graph = info["coarse"] == "hnsw"
+  if config.ef_search and not is_graph:
+    raise ValueError(
+      "--ef_search is the effort of a graph, but the coarse quantiser of "
+      f"{config.index} is flat; leave it out."
+    )
+  if num_lists > 1:
+    probes = [2**i for i in range(13) if 4**i <= 4 * num_lists]
+    short = [0, 2, 5, 10, 20, 50]
+  else:
+    probes, short = [1], [0, 10, 20, 50, 100, 200, 500, 1000]
+  ranges = {
+    "nprobe": _numbers(config, "nprobe", 1, num_lists) or probes,
+    "ef_search": _numbers(config, "ef_search", 1, 1 << 20) or [32, 128, 512],
+    "num_aq": _numbers(config, "num_aq", 0, num_vectors)
+    or ([0, 8, 32, 128] if has_pairwise else [0]),
+    "num_short": _numbers(config, "num_short", 0, num_vectors) or short,
+  }
+  if not is_graph:
+    ranges["ef_search"] = [None]
+  if max(ranges["num_aq"]) and not has_pairwise:
+    raise ValueError(
+      "--num_aq asks for the pairwise decoder: give --decoders=FILE of "
+      "experiments.pairwise_decoder that has one, or --num_aq=0."
+    )
+  if min(ranges["num_aq"]) and min(ranges["num_short"]) >= max(
+    ranges["num_aq"]
+  ):
+    raise ValueError(
+      "No setting is left: --num_aq must be 0 or above --num_short, got "
+      f"{ranges['num_aq']} and {ranges['num_short']}."
+    )
+  return ranges
+
+
+def _numbers(config, name: str, low: int, high: int) -> list[int]:
+  """Values of an option as 0,5,10, rising; those above `high` become it."""
+  if config[name] is None:
+    return []
+  parts = [part.strip() for part in config[name].split(",")]
+  if not all(part.isdecimal() and int(part) >= low for part in parts):
+    raise ValueError(
+      f"--{name} must be numbers from {low} on, as 4,8,16; got "
+      f"{config[name]!r}."
+    )
+  values = sorted({min(int(part), high) for part in parts})
+  if max(map(int, parts)) > high:
+    logging.info("--%s is cut at %d, the size of the index.", name, high)
+  return values
+
+
+def _summarise(config, record) -> None:
+  t = record.header["threads"]
+  logging.info(
+    "%d vectors, %d lists, k=%d, threads: %d of faiss, %d of JAX\n%s\n\nThe "
+    "fastest setting within 1 %% of the best 1-recall@1:\n%s",
+    *(record.header["num_vectors"], record.header["num_lists"], config.k),
+    *(t["faiss"], t["jax"]),
+    record.table(),
+    record.latency_table(),
+  )
+  best = record.best(next(iter(record.header["bytes"])))
+  if not best["num_short"] and any(
+    p["setting"].get("num_short") for p in record.points
+  ):
+    logging.warning(
+      "The network gains less than 1 % of the best 1-recall@1: is the codec "
+      "trained? Settings were left out as if more of it gained recall."
+    )
+  at = ", ".join(f"{k}={v}" for k, v in best.items() if v is not None)
+  decoders = f", {config.decoders!r}" if config.decoders else ""
+  logging.info(
+    "Written: %s, %s\nTo search with a setting, in Python:\n  searcher = "
+    "vqjax.interop.searchers.open_searcher(%r, %r%s)\n  searcher.search("
+    "queries_QD, k=%d, %s)",
+    *(record.path, record.picture, config.codec, config.index, decoders),
+    *(config.k, at),
+  )
+
+
+def _run_decoded(config) -> dict:
+  """Exact search among all decoded codes."""
+  common.require(config, "codes")
+  if config.index or config.baselines:
+    raise ValueError("--decode_all searches --codes; leave --index out.")
+  formats.check_output(config.output, config.overwrite)
+  num_threads = faiss_index.set_num_threads(config.threads)
+  codec = codecs.open_codec(config.codec)
+  found = open_codes.of_codec(config, codec, may_be_short=True)
+  data = search_data.open_data(codec, config, len(found))
+  seconds = {}
+  ids_QR = search_data.search_decoded(codec, config, data, found, seconds)
+  result = {
+    "codec": codec.fingerprint,
+    "num_vectors": len(found),
+    "num_queries": len(data.xq_QD),
+    "k": config.k,
+    "threads": search_record.threads(num_threads),
+    "device": jax.devices()[0].device_kind,
+    "recall": search_data.recalls(ids_QR, data.true_QG),
+    "seconds": round(seconds["search"], 3),
+  }
+  codes.write_json(config.output, result, overwrite=config.overwrite)
+  logging.info(
+    "%d codes decoded and %d queries searched in %.1f s\n%s\nWritten: %s",
+    *(len(found), len(data.xq_QD), seconds["search"]),
+    common.table(
+      list(result["recall"]), [[f"{v:.4f}" for v in result["recall"].values()]]
+    ),
+    config.output,
+  )
+  return result
+
+
+if __name__ == "__main__":
+  common.main(run, OPTIONS, __doc__)

@@ -1,0 +1,183 @@
+"""What a search is measured with: queries, true neighbours, baselines."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import logging
+
+from experiments import codecs, common, open_codes
+from vqjax.core import check_range, check_shape
+from vqjax.data import batches, codes, datasets
+from vqjax.interop import faiss_baselines, faiss_io
+from vqjax.search import metrics, pipeline
+
+_BLOCK = 16384
+_MAX_TRAIN = 200_000  # IVF-RQ trains half a minute on them, on 2 threads.
+_RANKS = (1, 10, 100)
+_OVERLAP = 10
+
+
+class Data(NamedTuple):
+  """Queries, ids of their true neighbours, and the base where it is given."""
+
+  xq_QD: np.ndarray
+  true_QG: np.ndarray
+  base: Any | None  # Open file of as many vectors as are searched.
+  metric: str
+
+
+def open_data(codec, config, num_vectors: int) -> Data:
+  """Opens queries and true neighbours among the first `num_vectors`."""
+  dataset = _resolve(codec, config)
+  xq_QD = datasets.open_split(dataset, "queries")
+  xq_QD = batches.read_rows(xq_QD, range(len(xq_QD)))
+  base = None
+  if dataset.base:
+    base = datasets.open_split(dataset, "base", max_vectors=num_vectors)
+    if len(base) < num_vectors:
+      raise ValueError(
+        f"{dataset.base} has {len(base)} vectors, but {num_vectors} are "
+        "indexed; give the base that was encoded as --data."
+      )
+  true_QG = _neighbours(dataset, xq_QD, base, num_vectors)
+  return Data(xq_QD, true_QG, base, dataset.metric)
+
+
+def _resolve(codec, config) -> datasets.Dataset:
+  """The data of the options, else those that the codec was trained on."""
+  if config.queries or config.data or config.groundtruth:
+    common.require(config, "queries")
+    dataset = datasets.own_dataset(
+      base=config.data,
+      queries=config.queries,
+      groundtruth=config.groundtruth,
+      metric=codec.info.get("metric") or "l2",
+    )
+  else:
+    dataset = codecs.resolve_data(codec, config, needs_base=False)
+  if not dataset.queries:
+    raise ValueError(
+      "The codec was trained on a file without queries; give --queries=FILE "
+      "and --groundtruth=FILE, or --data=BASE to find the true neighbours."
+    )
+  check_shape(
+    "queries", datasets.open_split(dataset, "queries"), (None, codec.dim)
+  )
+  return dataset
+
+
+def _neighbours(dataset, xq_QD, base, num_vectors: int) -> np.ndarray:
+  missing = "There is no ground truth"
+  if dataset.groundtruth:
+    whole = dataclasses.replace(dataset, num_base=None)
+    ids_QG = np.asarray(datasets.open_split(whole, "groundtruth"))[: len(xq_QD)]
+    if ids_QG.max() < num_vectors:
+      return ids_QG
+    missing = (
+      f"{dataset.groundtruth} names vectors beyond the {num_vectors} that are "
+      "searched"
+    )
+  if base is None:
+    raise ValueError(
+      f"{missing}; give the vectors that were encoded as --data, to find the "
+      "true neighbours by exact search."
+    )
+  logging.info(
+    "%s: searching the true neighbours of %d queries.", missing, len(xq_QD)
+  )
+  num = min(_OVERLAP, num_vectors)
+  with common.progress(num_vectors, "exact search") as done:
+    return faiss_io.knn(xq_QD, _blocks(base, done), num, dataset.metric)[1]
+
+
+def _blocks(vectors, done):
+  parts = batches.map_blocks(
+    lambda x_ND: x_ND, vectors, block_size=_BLOCK, progress=done
+  )
+  return (x_ND for _, x_ND in parts)
+
+
+def recall_names(num_results: int, true_QG) -> list[str]:
+  """Returns the kinds of recall that results and neighbours allow."""
+  names = [f"1-recall@{r}" for r in _RANKS if r <= num_results]
+  if min(num_results, true_QG.shape[1]) >= _OVERLAP:
+    names.append(f"knn_recall@{_OVERLAP}")
+  return names
+
+
+def recalls(ids_QR, true_QG) -> dict[str, float]:
+  """Returns the values of `recall_names`."""
+  kinds = {
+    "1-recall": metrics.nn_recall_at,
+    "knn_recall": metrics.knn_recall_at,
+  }
+  found = {}
+  for name in recall_names(ids_QR.shape[1], true_QG):
+    kind, num = name.split("@")
+    found[name] = float(kinds[kind](ids_QR, true_QG, int(num)))
+  return found
+
+
+def baseline_names(config) -> list[str]:
+  """Returns the baselines asked for, as `faiss_baselines` spells them."""
+  known = {name.lower(): name for name in faiss_baselines.NAMES}
+  asked = [name.strip() for name in config.baselines.split(",") if name.strip()]
+  unknown = [name for name in asked if name.lower() not in known]
+  if unknown:
+    raise ValueError(
+      f"--baselines may name {', '.join(known.values())}; got "
+      f"{', '.join(unknown)}."
+    )
+  return list(dict.fromkeys(known[name.lower()] for name in asked))
+
+
+def open_train(codec, config):
+  """Opens the vectors that baselines are trained on: `[N, D]`, some of them."""
+  if config.train:
+    dataset = datasets.own_dataset(train=config.train)
+    held_out = 0
+  else:
+    dataset = codecs.resolve_data(codec, config, needs_base=False)
+    if not dataset.train:
+      raise ValueError("--train=FILE is needed to train the --baselines.")
+    held_out = codec.info.get("data", {}).get("validation_size", 10_000)
+  x_ND = datasets.open_split(dataset, "train")
+  check_shape("--train", x_ND, (None, codec.dim))
+  num_rows = batches.split(len(x_ND), held_out)[0] if held_out else len(x_ND)
+  return batches.subsample(x_ND, _MAX_TRAIN, 0, num_rows=num_rows)
+
+
+def fit_baselines(names, like, xt_ND, base) -> dict:
+  """Trains and fills them, on the lists of `like`; returns each index."""
+  found, seconds = {}, {}
+  for name in names:
+    logging.info("Training faiss %s on %d vectors ...", name, len(xt_ND))
+    with common.timed(seconds, name):
+      found[name] = faiss_baselines.fit(name, like, xt_ND)
+    with common.progress(len(base), f"add to {name}") as done:
+      faiss_baselines.add(found[name], _blocks(base, done))
+    logging.info("Trained %s in %.1f s.", name, seconds[name])
+  return found
+
+
+def baseline_fn(index, k: int):
+  """Returns a search with a baseline, as `Searcher.search`."""
+
+  def search_fn(xq_QD, **setting):
+    ids_QR = faiss_baselines.search(index, xq_QD, k, **setting)
+    return pipeline.Result(ids_QR, np.zeros(ids_QR.shape), {}, 0)
+
+  return search_fn
+
+
+def search_decoded(codec, config, data: Data, found: codes.Codes, seconds):
+  """Ids `[Q, R]` by exact search among the decoded codes, all of them."""
+  decode_fn = codecs.make_decode_fn(codec, codecs.ranking_dtype(config.dtype))
+  sizes, num = codec.codebook_sizes[: found.shape[1]], len(found)
+  size = min(codecs.decode_rows(), num)
+  check_range("k", config.k, 1, num, "codes to search in")
+  decode_fn(np.asarray(found[:1]).repeat(size, axis=0))  # Compiles.
+  with common.progress(num, "decode") as done, common.timed(seconds, "search"):
+    blocks = open_codes.decoded(decode_fn, found, sizes, size, done)
+    return faiss_io.knn(data.xq_QD, blocks, config.k, data.metric)[1]

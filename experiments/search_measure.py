@@ -1,0 +1,139 @@
+"""Measures searches: settings worth trying, in turns, and single queries."""
+
+import functools
+import itertools
+import time
+
+import numpy as np
+from absl import logging
+
+from experiments import common, search_data
+from vqjax.interop import faiss_baselines, faiss_grid
+from vqjax.search import operating_points
+
+_PROBE = ("nprobe", "ef_search")  # What baselines share with ours.
+_FRONTS = ("1-recall@1", "knn_recall@10")  # Settings must gain in one.
+_NUM_SINGLE = 200  # Queries that are searched one by one.
+
+
+def baseline_settings(name: str, ranges) -> list[dict]:
+  """Returns all settings of a baseline."""
+  probes = itertools.product(ranges["nprobe"], ranges["ef_search"])
+  settings = [{"nprobe": n, "ef_search": ef} for n, ef in probes]
+  if name != "IVF-RaBitQ":
+    return settings
+  bits = faiss_baselines.QUERY_BITS
+  return [{**s, "query_bits": b} for s in settings for b in bits]
+
+
+def explore(config, record, ours: str, ranges, search_fns, data) -> None:
+  """Measures the settings that can be on a front, baselines along with them."""
+  waiting = {
+    name: [
+      s for s in baseline_settings(name, ranges) if not record.find(name, s)
+    ]
+    for name in search_fns
+    if name != ours
+  }
+
+  def of_probe(probe):
+    """Baselines at the lists of a setting, once each."""
+    found = []
+    for name, settings in waiting.items():
+      here = [s for s in settings if all(s[k] == probe[k] for k in _PROBE)]
+      found += [(name, s) for s in here]
+      waiting[name] = [s for s in settings if s not in here]
+    return found
+
+  def measure(jobs):
+    points = _measure(config, jobs, search_fns, data)
+    record.add(points)
+    return points
+
+  possible = search_data.recall_names(config.k, data.true_QG)
+  fronts = [name for name in _FRONTS if name in possible]
+  grid = faiss_grid.Grid(ranges, len(fronts))
+  add = lambda p: grid.add(
+    p["setting"], [p["recall"][name] for name in fronts], 1 / p["qps"]
+  )
+  for point in record.points:
+    if point["series"] == ours:
+      add(point)
+  num_tried = 0
+  with common.progress(grid.num_settings, "search", unit="settings") as done:
+    for number, (setting, may_win) in enumerate(grid.settings(), 1):
+      is_one = not 0 < setting["num_aq"] <= setting["num_short"]
+      if is_one and may_win and not record.find(ours, setting):
+        add(measure([(ours, setting), *of_probe(setting)])[0])
+        num_tried += 1
+      done(number, grid.num_settings)
+  for setting in baseline_settings("", ranges):
+    if jobs := of_probe(setting):  # Where none of ours was worth trying.
+      measure(jobs)
+  logging.info(
+    "Measured %d of %d settings; the others cannot be on a front, are none, or "
+    "were measured before.",
+    num_tried,
+    grid.num_settings,
+  )
+
+
+def _measure(config, jobs, search_fns, data) -> list[dict]:
+  """Points of `(series, setting)`, measured in turns."""
+  fns = {
+    i: lambda _, name=name, at=at: search_fns[name](data.xq_QD, **at)
+    for i, (name, at) in enumerate(jobs)
+  }
+  timed = operating_points.take_turns(
+    fns, {}, num_rounds=config.rounds, num_warm_ups=1
+  )
+  num = len(data.xq_QD)
+  points = []
+  for (name, setting), (seconds, result) in zip(
+    jobs, timed.values(), strict=True
+  ):
+    stages = {s: round(1e6 * t / num, 3) for s, t in result.seconds.items()}
+    points.append(
+      {
+        "series": name,
+        "setting": setting,
+        "recall": search_data.recalls(result.ids_QR, data.true_QG),
+        "qps": round(num / seconds, 2),
+        "stage_us": stages,
+        "decoded_per_query": round(result.num_decoded / num, 3)
+        if stages
+        else None,
+      }
+    )
+  return points
+
+
+def time_single(record, search_fns, xq_QD) -> None:
+  """Times queries one by one at the best setting of each series."""
+  with common.progress(len(search_fns), "single", unit="series") as done:
+    for number, (name, search_fn) in enumerate(search_fns.items(), 1):
+      setting = record.best(name)
+      one_fn = functools.partial(search_fn, **setting)
+      ms = _latencies(one_fn, xq_QD[:_NUM_SINGLE])
+      record.add_latency(
+        {
+          "series": name,
+          "setting": setting,
+          "num_queries": len(ms),
+          "p50_ms": round(float(np.percentile(ms, 50)), 3),
+          "p95_ms": round(float(np.percentile(ms, 95)), 3),
+        }
+      )
+      done(number, len(search_fns))
+
+
+def _latencies(search_fn, xq_QD) -> list[float]:
+  """Milliseconds of each query, in the second pass over all of them."""
+  for x_D in xq_QD:
+    search_fn(x_D[None])  # Compiles for the sizes that come.
+  ms = []
+  for x_D in xq_QD:
+    began = time.perf_counter()
+    search_fn(x_D[None])
+    ms.append(1e3 * (time.perf_counter() - began))
+  return ms

@@ -1,0 +1,184 @@
+"""Measured points of a search: their file, table and picture."""
+
+import json
+import os
+import pathlib
+
+from absl import logging
+
+from experiments import common
+from vqjax.data import formats
+from vqjax.search import operating_points, plots
+from vqjax.search.operating_points import Point
+
+_STAGES = ("coarse", "scan", "pairwise", "network")
+_MAX_ROWS = 40
+
+
+class Record:
+  """Points by series and setting, in a file that is whole after each of them.
+
+  The file is one JSON object with a line for each point.
+  """
+
+  def __init__(self, path, header: dict, *, resume: bool):
+    """Opens an earlier record to go on with, or begins one.
+
+    Raises:
+      ValueError: The earlier record was measured with something else.
+    """
+    self.path, self.header = pathlib.Path(path), header
+    self.points, self.latency = [], []
+    if resume and self.path.exists():
+      self.points, self.latency = _read(self.path, header)
+      logging.info(
+        "Going on after the %d points in %s.", len(self.points), path
+      )
+
+  @property
+  def picture(self) -> pathlib.Path:
+    """Where the picture lies."""
+    return _picture(self.path)
+
+  def find(self, series: str, setting: dict) -> dict | None:
+    """Returns the point of a series at a setting; None where it is missing."""
+    same = lambda p: p["series"] == series and p["setting"] == setting
+    return next(filter(same, self.points), None)
+
+  def add(self, points: list[dict]) -> None:
+    """Takes points and writes the file anew."""
+    self.points += points
+    self.save()
+
+  def add_latency(self, row: dict) -> None:
+    """Takes the times of a series, in place of earlier ones."""
+    others = [r for r in self.latency if r["series"] != row["series"]]
+    self.latency = [*others, row]
+
+  def save(self) -> None:
+    """Writes the file, whole or not at all."""
+    lines = ",\n".join(map(json.dumps, self.points))
+    text = (
+      f'{{"header": {json.dumps(self.header, indent=1)},\n'
+      f'"latency": {json.dumps(self.latency, indent=1)},\n'
+      f'"points": [\n{lines}\n]}}\n'
+    )
+    with formats.atomic_output(self.path, overwrite=True) as temporary:
+      temporary.write_text(text, encoding="utf-8")
+
+  def series(self, recall: str) -> dict[str, list[Point]]:
+    """Points of one kind of recall, by series, those that lack it left out."""
+    found = {}
+    for p in self.points:
+      if recall in p["recall"]:
+        point = Point(p["setting"], p["recall"][recall], p["qps"])
+        found.setdefault(p["series"], []).append(point)
+    return found
+
+  def best(self, name: str, slack: float = 0.01) -> dict:
+    """The fastest point of a series within `slack` of its best recall."""
+    points = self.series("1-recall@1")[name]
+    top = max(point.recall for point in points)
+    return operating_points.fastest(points, (1 - slack) * top).setting
+
+  def draw(self) -> None:
+    """Draws the fronts, with the bytes of a vector behind the names."""
+    label = lambda name: f"{name}, {self.header['bytes'][name]} bytes"
+    panels = {}
+    for recall in self.points[0]["recall"]:
+      if recall in ("1-recall@1", "knn_recall@10"):
+        series = self.series(recall).items()
+        panels[recall] = {label(name): points for name, points in series}
+    threads = self.header["threads"]
+    title = (
+      f"{self.header['num_vectors']:,} vectors, {self.header['num_lists']:,} "
+      f"lists; threads: {threads['faiss']} faiss, {threads['jax']} JAX"
+    )
+    plots.plot_panels(self.picture, panels, title=title)
+
+  def table(self) -> str:
+    """The front of each series in 1-recall@1, and where its time goes."""
+    names = list(self.points[0]["recall"])
+    knobs = list(dict.fromkeys(k for p in self.points for k in p["setting"]))
+    shown = [k for k in knobs if any(p["setting"].get(k) for p in self.points)]
+    rows = []
+    for series, points in self.series("1-recall@1").items():
+      best = operating_points.front(points)
+      for point in best[-_MAX_ROWS:]:
+        rows.append(self._row(series, point.setting, names, shown))
+    stages = [f"{stage} us" for stage in _STAGES]
+    header = ["front of", *shown, *names, "qps", *stages, "decoded"]
+    return common.table(header, rows)
+
+  def _row(self, series, setting, names, knobs) -> list[str]:
+    point = self.find(series, setting)
+    none = lambda value, text: text if value is not None else ""
+    stages = [point["stage_us"].get(stage) for stage in _STAGES]
+    decoded = point.get("decoded_per_query")
+    return [
+      series,
+      *(none(setting.get(k), f"{setting.get(k)}") for k in knobs),
+      *(f"{point['recall'][name]:.4f}" for name in names),
+      f"{point['qps']:,.0f}",
+      *("" if us is None else f"{us:.1f}" for us in stages),
+      "" if decoded is None else f"{decoded:.1f}",
+    ]
+
+  def latency_table(self) -> str:
+    """Times of single queries."""
+    rows = []
+    for row in self.latency:
+      point = self.find(row["series"], row["setting"])
+      at = " ".join(f"{k}={v}" for k, v in row["setting"].items() if v)
+      recall = f"{point['recall']['1-recall@1']:.4f}"
+      times = [f"{row[name]:.2f}" for name in ("p50_ms", "p95_ms")]
+      rows.append([row["series"], at, recall, *times])
+    header = ["single queries", "setting", "1-recall@1", "p50 ms", "p95 ms"]
+    return common.table(header, rows)
+
+
+def check_output(path, *, resume: bool, overwrite: bool) -> None:
+  """Raises unless a record may be written at `path`; nothing is written."""
+  path = pathlib.Path(path)
+  if path.suffix != ".json":
+    raise ValueError(f"--output must end in .json; got {path}.")
+  if path.is_file() and resume:
+    return
+  if path.is_file() and not overwrite:
+    raise FileExistsError(
+      f"{path} exists already; go on with it by --resume, or begin anew by "
+      "--overwrite."
+    )
+  for file in (path, _picture(path)):
+    formats.check_output(file, overwrite)
+
+
+def _picture(path: pathlib.Path) -> pathlib.Path:
+  return path.with_suffix(".png")
+
+
+def threads(num_faiss: int) -> dict[str, int]:
+  """Threads of faiss, and those that JAX found when it started."""
+  return {"faiss": num_faiss, "jax": len(os.sched_getaffinity(0))}
+
+
+def _read(path, header: dict) -> tuple[list[dict], list[dict]]:
+  """Points and latencies of an earlier record of the same search."""
+  try:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    before = found["header"]
+    measured = found["points"], found["latency"]
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(
+      f"{path} is no record of a search ({error}); choose another --output, or "
+      "begin anew by --overwrite."
+    ) from error
+  for name, value in header.items():
+    if name != "bytes" and before.get(name) != value:
+      raise ValueError(
+        f"{path} was measured with {name} {before.get(name)}, now it is "
+        f"{value}; choose another --output, or begin anew by --overwrite."
+      )
+  # Baselines of before stay in tables and pictures.
+  header["bytes"] = {**before["bytes"], **header["bytes"]}
+  return measured

@@ -1,0 +1,296 @@
+"""The search command on a small index whose network decodes exactly."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from experiments import build_index, codecs, common, search, search_measure
+from tests import qinco_cases
+from vqjax.codecs import additive, pairwise, rq
+from vqjax.data import codes, formats
+from vqjax.interop import decoders_io, safetensors_io, searchers
+
+D, K, M, L, NUM = 8, 16, 4, 6, 500
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def _make(folder, is_ivf):
+  """Files of a codec, of vectors that it decodes exactly, index, queries."""
+  rng = np.random.default_rng(0)
+  if is_ivf:
+    name = "qinco"
+    params = qinco_cases.make_params(
+      dim=D, num_networks=M, num_words=K, num_lists=L
+    )
+  else:
+    name = "rq"
+    params = rq.RQParams(rng.normal(size=(M, K, D)).astype(np.float32))
+  safetensors_io.save_codec(folder / "codec", name, params, info={})
+  codec = codecs.open_codec(str(folder / "codec"))
+  sizes = codec.codebook_sizes
+  codes_NM = rng.integers(0, sizes, (2 * NUM, len(sizes))).astype(np.int32)
+  codes_NM = rng.permutation(np.unique(codes_NM, axis=0))[:NUM]  # No ties.
+  x_ND = np.asarray(codec.module.decode(codec.tables, codes_NM))
+  xq_QD = x_ND[:40] + 0.2 * rng.normal(size=(40, D)).astype(np.float32)
+  np.save(folder / "x.npy", x_ND)
+  np.save(folder / "xq.npy", xq_QD)
+  sq_QN = ((xq_QD[:, None] - x_ND[None]) ** 2).sum(axis=-1)
+  np.save(folder / "gt.npy", sq_QN.argsort(axis=1)[:, :12].astype(np.int32))
+  np.save(folder / "codes.npy", codes_NM)
+  meta = codes.describe(
+    x_ND,
+    codec=name,
+    fingerprint=codec.fingerprint,
+    codebook_sizes=sizes,
+    encode={},
+    command="",
+  )
+  codes.write_json(folder / "codes.npy.json", meta)
+  lists_N = codes_NM[:, 0] if is_ivf else np.zeros(NUM, np.int32)
+  target_ND = x_ND - codecs.centroids_of(codec)[lists_N]
+  words = additive.fit(codes_NM[:, is_ivf:], target_ND, K)
+  tables = pairwise.fit(words, codes_NM[:, 1:], target_ND) if is_ivf else None
+  decoders_io.save(
+    folder / "decoders.safetensors",
+    words,
+    tables,
+    codec_fingerprint=codec.fingerprint,
+    info={},
+  )
+  files = {
+    "codec": str(folder / "codec"),
+    "decoders": str(folder / "decoders.safetensors"),
+  }
+  built = files | {
+    "codes": str(folder / "codes.npy"),
+    "output": str(folder / "index.faiss"),
+    "coarse": "flat",
+  }
+  build_index.run(common.get_config(build_index.OPTIONS, **built))
+  return files | {
+    "index": str(folder / "index.faiss"),
+    "queries": str(folder / "xq.npy"),
+    "groundtruth": str(folder / "gt.npy"),
+    "rounds": 1,
+    "threads": 1,
+  }
+
+
+@pytest.fixture(scope="module")
+def ivf(tmp_path_factory):
+  return _make(tmp_path_factory.mktemp("ivf"), True)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+  return _make(tmp_path_factory.mktemp("rq"), False)
+
+
+@pytest.fixture
+def small(ivf, tmp_path):
+  grid = {"nprobe": "1,6", "num_aq": "0,30", "num_short": "0,15"}
+  return ivf | grid | {"output": str(tmp_path / "out.json")}
+
+
+def _run(values):
+  return search.run(common.get_config(search.OPTIONS, **values))
+
+
+def _latency(values):
+  return json.loads(pathlib.Path(values["output"]).read_text())["latency"]
+
+
+def _load(file, name):
+  return np.load(pathlib.Path(file["queries"]).parent / name)
+
+
+def test_points_are_what_searching_gives(small):
+  result = _run(small)
+  written = json.loads(pathlib.Path(small["output"]).read_text())
+  assert written["points"] == result["points"]
+  assert written["header"] == result["header"]
+  assert pathlib.Path(small["output"]).with_suffix(".png").stat().st_size
+  searcher = searchers.open_searcher(
+    small["codec"], small["index"], small["decoders"]
+  )
+  xq_QD, true_QG = _load(small, "xq.npy"), _load(small, "gt.npy")
+  for point in result["points"]:
+    found = searcher.search(xq_QD, 10, **point["setting"])
+    rows = list(zip(found.ids_QR.tolist(), true_QG.tolist(), strict=True))
+    one = np.mean([ids[0] == true[0] for ids, true in rows])
+    ten = np.mean([true[0] in ids for ids, true in rows])
+    knn = np.mean([len(set(ids) & set(true[:10])) / 10 for ids, true in rows])
+    assert point["recall"] == pytest.approx(
+      {"1-recall@1": one, "1-recall@10": ten, "knn_recall@10": knn}
+    )
+    assert point["qps"] > 0
+    assert point["decoded_per_query"] == found.num_decoded / 40
+    has_pairwise = point["setting"]["num_aq"] > 0
+    assert ("pairwise" in point["stage_us"]) == has_pairwise
+  assert result["header"]["bytes"] == {"qinco": 3}  # 4 x 4 bits and a norm.
+  assert result["header"]["threads"]["faiss"] == 1
+  (single,) = written["latency"]
+  assert single["num_queries"] == 40
+  assert 0 < single["p50_ms"] <= single["p95_ms"]
+
+
+def test_the_network_over_all_is_exact_search(small):
+  small |= {"num_aq": "0", "num_short": f"0,{NUM + 99}", "dtype": "float32"}
+  result = _run(small)
+  best = [
+    p for p in result["points"] if p["setting"]["num_short"] and
+    p["setting"]["nprobe"] == L
+  ]  # fmt: skip
+  # A value beyond the index becomes its size.
+  assert best[0]["setting"]["num_short"] == NUM
+  assert best[0]["recall"]["knn_recall@10"] == 1
+  assert best[0]["recall"]["1-recall@1"] == 1
+
+
+def test_no_more_than_the_settings_worth_trying(small, caplog):
+  small |= {"num_aq": "0,10,30", "num_short": "0,20,500"}
+  settings = [p["setting"] for p in _run(small)["points"]]
+  # All lists and 500 of 500 decoded are perfect; aq above 500 there is none.
+  assert all(s["num_aq"] in (0, 30) or not s["num_short"] for s in settings)
+  assert not any(s["num_aq"] and s["num_short"] == 500 for s in settings)
+  assert len(settings) == len({json.dumps(s) for s in settings}) <= 12
+
+
+def test_resume_measures_what_is_missing(small, monkeypatch):
+  calls, measure = [], search_measure._measure
+
+  def stop_later(*args):
+    if calls:
+      raise KeyboardInterrupt
+    calls.append(args)
+    return measure(*args)
+
+  monkeypatch.setattr(search_measure, "_measure", stop_later)
+  with pytest.raises(KeyboardInterrupt):
+    _run(small)
+  path = pathlib.Path(small["output"])
+  before = json.loads(path.read_text())["points"]
+  assert len(before) == 1
+  with pytest.raises(FileExistsError, match="exists already"):
+    _run(small)
+  monkeypatch.setattr(search_measure, "_measure", measure)
+  for name, value in (("k", 5), ("decoders", None), ("threads", 2)):
+    other = {"num_aq": "0"} if name == "decoders" else {}
+    with pytest.raises(ValueError, match=f"measured with {name} .*, now it is"):
+      _run(small | other | {name: value, "resume": True})
+  after = _run(small | {"resume": True})["points"]
+  assert after[:1] == before
+  settings = [json.dumps(p["setting"]) for p in after]
+  assert len(settings) == len(set(settings)) > 1
+  again = _run(small | {"resume": True})["points"]
+  assert again == after
+  path.write_text('{"no": "points"}')
+  with pytest.raises(ValueError, match="no record of a search"):
+    _run(small | {"resume": True})
+  assert _run(small | {"overwrite": True})["points"]
+
+
+def test_baselines_on_the_same_lists(small, ivf):
+  folder = pathlib.Path(ivf["queries"]).parent
+  base = str(folder / "x.npy")
+  small |= {"baselines": "ivf-pq,IVF-RaBitQ", "data": base, "train": base}
+  small |= {"num_aq": "0", "num_short": "0"}
+  result = _run(small)
+  by_series = {}
+  for point in result["points"]:
+    by_series.setdefault(point["series"], []).append(point["setting"])
+  assert len(by_series["IVF-PQ"]) == 2
+  assert [s["nprobe"] for s in by_series["IVF-RaBitQ"]] in (
+    [1, 1, 6, 6], [6, 6, 1, 1],
+  )  # fmt: skip
+  assert {s["query_bits"] for s in by_series["IVF-RaBitQ"]} == {4, 8}
+  assert result["header"]["bytes"] == {
+    "qinco": 3, "IVF-PQ": 2, "IVF-RaBitQ": 9,
+  }  # fmt: skip
+  assert [row["series"] for row in _latency(small)] == list(by_series)
+  # Without them, their points and times stay.
+  again = _run(small | {"baselines": "", "resume": True})
+  assert again["points"] == result["points"]
+  assert {row["series"] for row in _latency(small)} == set(by_series)
+  top = max(p["recall"]["1-recall@10"] for p in result["points"]
+            if p["series"] == "IVF-RaBitQ")  # fmt: skip
+  assert top > 0.5  # 10 of 500 at random would be 0.02.
+
+
+def test_a_codec_without_lists(plain, tmp_path):
+  plain = plain | {"output": str(tmp_path / "two.json"), "decoders": None}
+  result = _run(plain | {"num_short": "10,500"})
+  assert result["header"]["num_lists"] == 1
+  best = max(result["points"], key=lambda p: p["setting"]["num_short"])
+  assert best["recall"]["1-recall@1"] == 1
+  assert best["setting"]["nprobe"] == 1
+
+
+@pytest.mark.parametrize("kind", ["ivf", "plain"])
+def test_decode_all_is_exact_search(kind, request, tmp_path):
+  files = request.getfixturevalue(kind)
+  folder = pathlib.Path(files["queries"]).parent
+  values = {
+    "codec": files["codec"],
+    "codes": str(folder / "codes.npy"),
+    "queries": files["queries"],
+    "groundtruth": files["groundtruth"],
+    "decode_all": True,
+    "output": str(tmp_path / "all.json"),
+  }
+  result = _run(values)
+  assert result["recall"]["knn_recall@10"] == 1
+  assert json.loads((tmp_path / "all.json").read_text()) == result
+  # The true neighbours that exact search finds in the base are the same.
+  values |= {"groundtruth": None, "data": str(folder / "x.npy")}
+  assert _run(values | {"overwrite": True})["recall"] == result["recall"]
+  meta = json.loads((folder / "codes.npy.json").read_text())
+  meta["codec_fingerprint"] = "another"
+  np.save(tmp_path / "codes.npy", np.load(folder / "codes.npy"))
+  (tmp_path / "codes.npy.json").write_text(json.dumps(meta))
+  with pytest.raises(ValueError, match="was made by codec another, but"):
+    _run(values | {"codes": str(tmp_path / "codes.npy"), "overwrite": True})
+  wide = str(tmp_path / "wide.npy")
+  np.save(wide, np.load(folder / "codes.npy").repeat(2, axis=1))
+  with pytest.raises(ValueError, match="codes per vector, but the codec has"):
+    _run(values | {"codes": wide, "overwrite": True})
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"index": None}, "--index is needed"),
+    ({"output": "x.png"}, r"must end in \.json; got x\.png"),
+    ({"nprobe": "1,two"}, "--nprobe must be numbers from 1 on.*'1,two'"),
+    ({"num_short": "-1"}, "--num_short must be numbers from 0 on.*'-1'"),
+    ({"num_aq": "5", "num_short": "9"}, r"above --num_short, got \[5\]"),
+    ({"ef_search": "8"}, "effort of a graph, but .* is flat"),
+    ({"decoders": None}, "--num_aq asks for the pairwise decoder"),
+    ({"baselines": "IVF-XY"}, "may name IVF-PQ.*; got IVF-XY"),
+    ({"baselines": "IVF-PQ"}, "--baselines need --data"),
+    ({"groundtruth": None}, "no ground truth; give the vectors"),
+    ({"k": NUM + 1}, "--k must lie between 1 and 500, got 501"),
+    ({"codes": "codes.npy"}, "--codes are for --decode_all"),
+    ({"decode_all": True, "codes": "c.npy"}, "leave --index out"),
+    ({"queries": None}, "--queries is needed"),
+  ],
+)
+def test_what_does_not_fit_is_refused(small, change, message):
+  with pytest.raises(ValueError, match=message):
+    _run(small | change)
+  assert not pathlib.Path(small["output"]).exists()
+
+
+def test_true_neighbours_that_are_not_indexed(small, tmp_path):
+  wrong = str(tmp_path / "wrong.npy")
+  ids_QG = _load(small, "gt.npy")
+  ids_QG[0, 0] = NUM
+  np.save(wrong, ids_QG)
+  with pytest.raises(ValueError, match="beyond the 500 that are searched"):
+    _run(small | {"groundtruth": wrong})
+  few = str(tmp_path / "few.npy")
+  formats.write_vectors(few, _load(small, "x.npy")[:77])
+  with pytest.raises(ValueError, match="has 77 vectors, but 500 are indexed"):
+    _run(small | {"groundtruth": None, "data": few})

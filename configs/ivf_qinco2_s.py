@@ -3,7 +3,9 @@
   python -m experiments.train --config=configs/ivf_qinco2_s.py
 
 finds the centroids of the lists by itself; those of
-`python -m experiments.ivf_centroids` go to --config.ivf.centroids=FILE.
+`python -m experiments.ivf_centroids`, which walks over a file of any size, go
+to --config.ivf.centroids=FILE. More than 65,536 lists, as of bigann1B, need
+them.
 """
 
 from configs import base

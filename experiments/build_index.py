@@ -45,7 +45,12 @@ OPTIONS = {
     "How lists are found: flat, by all distances, or hnsw, a graph of their "
     "centroids; if unset flat below 16,384 lists, where it is the faster.",
   ),
-  "metric": common.Option(str, None, "l2 or ip; the codec's own if unset."),
+  "metric": common.Option(
+    str,
+    "l2",
+    "l2, what experiments.search compares by; ip for faiss programs that want "
+    "inner products.",
+  ),
   "rows": common.Option(str, None, "first:stop, only these rows; a part."),
   "merge": common.Option(
     str, None, "Parts to merge, a.faiss,b.faiss; nothing else is built."
@@ -173,7 +178,7 @@ def _empty_index(config, codec, decoders, source: _Source):
     codebooks_MKD,
     norm_range=faiss_ivf.fit_norm_range(codebooks_MKD, _sample(codec, source)),
     coarse=coarse,
-    metric=config.metric or codec.info.get("metric") or "l2",
+    metric=config.metric,
   )
 
 
@@ -194,22 +199,38 @@ def _merge(config):
   for name in (*others, *_OF_SEARCH):
     if config[name] != OPTIONS[name].default:
       raise ValueError(f"--merge takes parts as they are; leave --{name} out.")
-  paths, infos = config.merge.split(","), []
+  paths = config.merge.split(",")
+  info = _join_descriptions(paths)  # Before anything large is read.
 
-  def load(path):
-    index, info = faiss_ivf.load(path)
-    info = {name: info.get(name) for name in _KEPT}
-    if infos:
-      shared = [{**x, "rows": None} for x in (info, infos[0])]
-      codes.check_same(path, *shared)
-    infos.append(info)
-    done(len(infos), len(paths))
-    return index
+  def load(done):
+    for number, path in enumerate(paths, 1):
+      yield faiss_ivf.load(path).index
+      done(number, len(paths))
 
   with common.progress(len(paths), "merge", unit="part") as done:
-    index = faiss_ivf.merge(map(load, paths))
+    return faiss_ivf.merge(load(done)), info
+
+
+def _join_descriptions(paths) -> dict:
+  """The description of what the parts become together.
+
+  Raises:
+    ValueError: They do not fit each other, or rows are in two of them.
+  """
+  infos = []
+  for path in paths:
+    found = faiss_ivf.load(path, mmap=True).info
+    if not found.get("rows"):
+      raise ValueError(
+        f"{codes.description_path(path)} does not say which rows {path} has, "
+        "so it cannot be merged: make it with experiments.build_index --rows."
+      )
+    info = {name: found.get(name) for name in _KEPT}
+    shared = [{**x, "rows": None} for x in (info, *infos[:1])]
+    codes.check_same(path, shared[0], shared[-1])
+    infos.append(info)
   rows = _join([pair for info in infos for pair in info["rows"]])
-  return index, {**infos[0], "rows": rows}
+  return {**infos[0], "rows": rows}
 
 
 def _join(rows) -> list[list[int]]:

@@ -98,7 +98,13 @@ def search_knobs(codec: Codec, config) -> dict:
 
 
 def try_joint_rule(
-  codec: Codec, knobs: dict, x_ND, *, may_widen=True, num_vectors=512
+  codec: Codec,
+  knobs: dict,
+  x_ND,
+  *,
+  assign="auto",
+  may_widen: bool = True,
+  num_vectors: int = 512,
 ) -> dict:
   """Returns `knobs`, with the joint rule where it costs no quality.
 
@@ -118,7 +124,7 @@ def try_joint_rule(
   decode_fn = make_decode_fn(codec, knobs.get("dtype", "float32"))
 
   def mse(knobs):
-    encode_fn, num_rows = make_encode_fn(codec, knobs)
+    encode_fn, num_rows = make_encode_fn(codec, knobs, assign=assign)
     errors_fn = lambda x_ND: np.sum(
       (x_ND - np.asarray(decode_fn(np.asarray(encode_fn(x_ND))))) ** 2, axis=1
     )
@@ -151,21 +157,22 @@ def make_encode_fn(
   knobs: dict,
   num_steps: int | None = None,
   *,
-  assign: str = "auto",
+  assign="auto",
 ):
   """Returns `x_ND -> codes_NM` and how many vectors to give it.
 
   It runs on all devices of this process. `assign` is how an IVF model finds
-  lists, see `make_assign_fn`.
+  lists: one of `ASSIGN`, or what `make_graph_fn` returned.
   """
+  if isinstance(assign, str):
+    assign = make_graph_fn(codec, assign)
   encode = functools.partial(codec.module.encode, num_steps=num_steps, **knobs)
   num_rows = block_rows(codec, knobs) * jax.local_device_count()
   tables = devices.local(codec.tables)
-  if not takes_graph(codec, assign):
+  if assign is None:
     return functools.partial(devices.data_parallel(encode), tables), num_rows
-  assign_fn, _ = make_assign_fn(centroids_of(codec), "hnsw")
   encode_fn = devices.data_parallel(lambda tables, rows: encode(tables, *rows))
-  return lambda x_ND: encode_fn(tables, (x_ND, assign_fn(x_ND))), num_rows
+  return lambda x_ND: encode_fn(tables, (x_ND, assign(x_ND))), num_rows
 
 
 class Encoder(NamedTuple):
@@ -194,12 +201,15 @@ def make_encoder(codec: Codec, config, x_ND) -> Encoder:
 
   `try_joint_rule` has its say where they name no candidates.
   """
-  num_steps, assign = config.get("num_steps"), config.get("assign", "auto")
+  num_steps = config.get("num_steps")
   knobs = search_knobs(codec, config)
   sizes = _code_sizes(codec, knobs, num_steps)
+  assign = make_graph_fn(codec, config.get("assign", "auto"))
   if all(config.get(name) is None for name in (RULE[0], RULE[2])):
     may_widen = config.get("beam_size") is None
-    knobs = try_joint_rule(codec, knobs, x_ND, may_widen=may_widen)
+    knobs = try_joint_rule(
+      codec, knobs, x_ND, assign=assign, may_widen=may_widen
+    )
   encode_fn, num_rows = make_encode_fn(codec, knobs, num_steps, assign=assign)
   return Encoder(encode_fn, num_rows, x_ND, knobs, sizes)
 
@@ -235,6 +245,16 @@ def _takes_graph(how: str, num_lists: int) -> bool:
     raise ValueError(f"assign must be one of {', '.join(ASSIGN)}; got {how!r}.")
   is_many = jax.default_backend() == "cpu" and num_lists >= _MANY_LISTS
   return how == "hnsw" or (how == "auto" and is_many)
+
+
+def make_graph_fn(codec: Codec, assign: str = "auto"):
+  """Returns `x_ND -> lists_N` by a graph; None where encoding compares all.
+
+  The graph of a million centroids takes minutes: make it once.
+  """
+  if not takes_graph(codec, assign):
+    return None
+  return make_assign_fn(centroids_of(codec), "hnsw")[0]
 
 
 def make_assign_fn(centroids_LD, how: str = "auto"):

@@ -85,14 +85,19 @@ def get_config(options: dict[str, Option], **values) -> config_dict.ConfigDict:
 
 
 def main(
-  run, options: dict[str, Option], doc: str, *, multihost: bool = False
+  run,
+  options: dict[str, Option],
+  doc: str,
+  *,
+  how_to_go_on: str = "Run the same command again.",
+  multihost: bool = False,
 ) -> None:
   """Runs a command from its flags; errors of the user end in one line."""
   _define(options)
   sys.modules["__main__"].__doc__ = doc
 
   def main_fn():
-    with user_errors():
+    with user_errors(how_to_go_on):
       run(get_config(options, **_given(options)))
 
   _start(main_fn, multihost)

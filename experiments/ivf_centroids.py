@@ -7,10 +7,12 @@ r"""Finds the centroids of inverted lists: k-means over a file of vectors.
       --output=centroids.npy
 
 Every iteration walks over the file in blocks; in memory are 24 bytes for each
-number of a centroid and at most 16 for each vector, never the vectors
-themselves. Ctrl-C or SIGTERM saves, as does each iteration that ends a minute
-after the last save; the same command with --resume goes on, to the same
-centroids as without the stop.
+number of a centroid, at most 16 for each vector, never the vectors themselves,
+and the distances of 256 vectors (of more, up to 65,536, where there are fewer
+centroids) to all centroids, 4 bytes each: 1 GiB for 2^20 of them. Ctrl-C or
+SIGTERM saves, as does each iteration that ends a minute after the last save;
+the same command with --resume goes on, to the same centroids as without the
+stop.
 
 The default start is in two levels: sqrt(K) coarse clusters of a sample, then
 k-means in each of them with a share of the K centroids in proportion to its
@@ -88,8 +90,8 @@ def run(config, workdir=None) -> dict:
   """Writes the centroids; returns what is written beside them."""
   del workdir
   vectors = _check(config)
-  meta = _describe(config, vectors)
-  checkpoint = pathlib.Path(f"{config.output}.checkpoint.npz")
+  meta = describe(config, vectors)
+  checkpoint = checkpoint_path(config.output)
   state = _find_state(config, checkpoint, meta)
   began = time.perf_counter()
   if state is None:
@@ -145,7 +147,12 @@ def _check(config):
   return vectors
 
 
-def _describe(config, vectors) -> dict:
+def checkpoint_path(output) -> pathlib.Path:
+  """Where a run that was stopped has saved."""
+  return pathlib.Path(f"{output}.checkpoint.npz")
+
+
+def describe(config, vectors) -> dict:
   """What a checkpoint must share with the run that goes on with it."""
   return {
     "num_centroids": config.num_centroids,

@@ -2,10 +2,14 @@
 
 Both are made once, before the first step, and lie in the run folder, so that a
 resumed run goes on with the same: `centroids.npy` float32 `[L, D]` in data
-units and `lists.npy` int32 `[N]`, the list of every training vector.
+units and `lists.npy` int32 `[N]`, the list of every training vector. Beside
+each, in `*.npy.json`, is what it was made of; until the first checkpoint it is
+made anew where that has changed.
 """
 
+import json
 import pathlib
+import shlex
 
 import numpy as np
 from absl import logging
@@ -13,10 +17,11 @@ from absl import logging
 from experiments import codecs, common
 from vqjax import devices
 from vqjax.core import check_range
-from vqjax.data import batches, formats
+from vqjax.data import batches, codes, formats
 from vqjax.interop import faiss_io
 
 _PER_LIST = 256  # Vectors that k-means looks at, for each list.
+_MOST_LISTS = 1 << 16  # K-means in memory; 8 GiB for 128 dimensions.
 
 
 def prepare(config, workdir: pathlib.Path, xt_ND, num_rows: int):
@@ -26,21 +31,46 @@ def prepare(config, workdir: pathlib.Path, xt_ND, num_rows: int):
   """
   if not (config.ivf.num_lists or config.ivf.centroids):
     return None, xt_ND
-  paths = workdir / "centroids.npy", workdir / "lists.npy"
-  if devices.is_first():
-    if not paths[0].exists():
-      centroids_LD = _centroids(config, xt_ND, num_rows)
-      _save(paths[0], centroids_LD)
-    if not paths[1].exists():
-      _save(paths[1], _assign(config, xt_ND, np.load(paths[0])))
-  devices.gather(0)  # They are there for all.
-  centroids_LD, lists_N = np.load(paths[0]), np.load(paths[1], mmap_mode="r")
-  if len(lists_N) != len(xt_ND):
-    raise ValueError(
-      f"{paths[1]} is of {len(lists_N)} vectors, the training file has "
-      f"{len(xt_ND)}; start again in another --workdir."
-    )
-  return centroids_LD, batches.WithColumn(xt_ND, lists_N)
+  data = {"num_vectors": len(xt_ND), **codes.identify(xt_ND)}
+  source, make_fn = _centroids(config, xt_ND, num_rows)
+  centroids_LD = _kept(workdir / "centroids.npy", source | data, make_fn)
+  lists_N = _kept(
+    workdir / "lists.npy",
+    {"assign": config.ivf.assign, "centroids": _identify(centroids_LD)} | data,
+    lambda: _assign(config, xt_ND, centroids_LD),
+  )
+  return np.asarray(centroids_LD), batches.WithColumn(xt_ND, lists_N)
+
+
+def _kept(path: pathlib.Path, made_of: dict, make_fn) -> np.ndarray:
+  """Opens the array of a file, which is made unless it is there already.
+
+  Raises:
+    ValueError: It is of something else, and the training has begun with it.
+  """
+  beside = codes.description_path(path)
+  read = lambda: json.loads(beside.read_text()) if beside.exists() else {}
+  is_begun = (path.parent / "checkpoints").exists()
+  if devices.is_first() and not (
+    path.exists() and (is_begun or read() == made_of)
+  ):
+    array = make_fn()
+    beside.unlink(missing_ok=True)  # Never beside an array of something else.
+    _save(path, array)
+    codes.write_json(beside, made_of)
+  devices.gather(0)  # It is there for all.
+  for name, value in read().items():
+    if value != made_of.get(name):
+      raise ValueError(
+        f"{path} was made with {name}={value}, now it is "
+        f"{made_of.get(name)}, and the training has begun with it: go on with "
+        "the same data and configuration, or choose another --workdir."
+      )
+  return np.load(path, mmap_mode="r")
+
+
+def _identify(centroids_LD) -> dict:
+  return {"num_lists": len(centroids_LD), **codes.identify(centroids_LD)}
 
 
 def split(x_NE):
@@ -48,8 +78,11 @@ def split(x_NE):
   return x_NE[:, :-1], x_NE[:, -1].astype(np.int32)
 
 
-def _centroids(config, xt_ND, num_rows: int) -> np.ndarray:
-  """Those of the file that was named, else of k-means."""
+def _centroids(config, xt_ND, num_rows: int):
+  """What the centroids are of, and a function that returns them.
+
+  Those of the file that was named, else of k-means.
+  """
   ivf, dim = config.ivf, xt_ND.shape[1]
   if ivf.centroids:
     centroids_LD = formats.open_vectors(ivf.centroids)
@@ -60,15 +93,35 @@ def _centroids(config, xt_ND, num_rows: int) -> np.ndarray:
         f"ivf.num_lists is {ivf.num_lists}; set --config.ivf.num_lists=0 to "
         "take what the file has."
       )
-    return np.asarray(centroids_LD, np.float32)
+    source = {"file": _identify(centroids_LD)}
+    return source, lambda: np.asarray(centroids_LD, np.float32)
   check_range("ivf.num_lists", ivf.num_lists, 2, num_rows, "training vectors")
-  x_ND = batches.subsample(
-    xt_ND, _PER_LIST * ivf.num_lists, config.seed, num_rows=num_rows
-  )
-  logging.info("k-means: %d centroids of %d vectors.", ivf.num_lists, len(x_ND))
-  return faiss_io.fit_kmeans(
-    x_ND, ivf.num_lists, num_iterations=ivf.num_iterations, seed=config.seed
-  )
+  _check_memory(config, num_rows)
+  knobs = dict(num_iterations=ivf.num_iterations, seed=config.seed)
+  source = {"num_lists": ivf.num_lists, "num_rows": num_rows, **knobs}
+  return source, lambda: _fit(xt_ND, ivf.num_lists, num_rows, knobs)
+
+
+def _check_memory(config, num_rows: int) -> None:
+  """Raises ValueError where k-means would need too many vectors at once."""
+  num_lists = config.ivf.num_lists
+  if num_lists > _MOST_LISTS:
+    data = shlex.quote(str(config.data.train or "TRAINING-VECTORS"))
+    raise ValueError(
+      f"For {num_lists} lists, more than {_MOST_LISTS}, the training does not "
+      "find the centroids by itself; make them with python -m "
+      f"experiments.ivf_centroids --data={data} --num_vectors={num_rows} "
+      f"--num_centroids={num_lists} --output=centroids.npy, and set "
+      "--config.ivf.centroids=centroids.npy."
+    )
+
+
+def _fit(xt_ND, num_lists: int, num_rows: int, knobs: dict) -> np.ndarray:
+  """Centroids by k-means over a sample in memory."""
+  num = _PER_LIST * num_lists
+  x_ND = batches.subsample(xt_ND, num, knobs["seed"], num_rows=num_rows)
+  logging.info("k-means: %d centroids of %d vectors.", num_lists, len(x_ND))
+  return faiss_io.fit_kmeans(x_ND, num_lists, **knobs)
 
 
 def _assign(config, xt_ND, centroids_LD) -> np.ndarray:

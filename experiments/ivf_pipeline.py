@@ -15,12 +15,15 @@ runs the commands below, each of which can be run by itself, into --workdir:
   search      search             search.json, search.png
 
 A step whose output is there is skipped, so that the same command goes on where
-it was stopped. What the base is encoded by is config.encode; the training
-vectors, of which the decoders need many, are encoded by the smaller search of
-config.model.
+it was stopped; one that was made of other files than are there now is refused.
+What the base is encoded by is config.encode; the training vectors, of which the
+decoders need many, are encoded by the smaller search of config.model.
 """
 
+import json
+import math
 import pathlib
+import shlex
 
 from absl import logging
 
@@ -31,11 +34,14 @@ from experiments import (
   ivf_centroids,
   pairwise_decoder,
   search,
+  search_data,
   train,
 )
-from vqjax.data import datasets
+from vqjax.data import batches, codes, datasets
+from vqjax.interop import decoders_io, faiss_ivf, safetensors_io
 
 _NUM_FITTED = 1_000_000  # Training vectors for the decoders.
+_SHARD_ROWS = 100_000  # Of the codes; as many are lost by a stop.
 OPTIONS = {
   name: search.OPTIONS[name]
   for name in ("k", "nprobe", "num_aq", "num_short", "threads", "baselines")
@@ -51,6 +57,7 @@ def run(config, workdir: str, **options):
       "configs/ivf_*.py, or set --config.ivf.num_lists."
     )
   dataset = _resolve(config)
+  _check_baselines(config, dataset, options)
   workdir.mkdir(parents=True, exist_ok=True)
   _find_centroids(config, workdir, dataset)
   codec = workdir / "codec"
@@ -60,7 +67,7 @@ def run(config, workdir: str, **options):
   _encode(config, workdir, dataset)
   _fit_decoders(config, workdir, dataset)
   _build_index(workdir)
-  return _search(workdir, dataset, options)
+  return _search(workdir, options)
 
 
 def _resolve(config) -> datasets.Dataset:
@@ -76,47 +83,66 @@ def _resolve(config) -> datasets.Dataset:
   return dataset
 
 
+def _check_baselines(config, dataset, options) -> None:
+  """Refuses baselines of these sizes before anything is trained."""
+  asked = common.get_config(
+    search.OPTIONS, baselines=options.get("baselines", "")
+  )
+  if "IVF-PQ" in search_data.baseline_names(asked):
+    num_steps = config.model.num_steps
+    if dataset.dim % num_steps:
+      raise ValueError(
+        f"IVF-PQ cuts vectors into equal parts, but {dataset.dim} dimensions "
+        f"cannot be cut into {num_steps}; leave it out of --baselines."
+      )
+
+
 def _find_centroids(config, workdir, dataset) -> None:
   """Makes centroids.npy unless they are given, and tells the training."""
-  path = workdir / "centroids.npy"
   if config.ivf.centroids:
     return
-  if not _is_there(path):
-    xt_ND = datasets.open_split(dataset, "train")
-    num_rows = len(xt_ND) - min(config.data.validation_size, len(xt_ND) // 2)
-    _run(
-      ivf_centroids,
-      data=dataset.train,
-      num_vectors=num_rows,
-      num_centroids=config.ivf.num_lists,
-      num_iterations=config.ivf.num_iterations,
-      seed=config.seed,
-      output=str(path),
-    )
+  path = workdir / "centroids.npy"
+  xt_ND = datasets.open_split(dataset, "train")
+  num_rows, _ = batches.split(len(xt_ND), config.data.validation_size)
+  values = dict(
+    data=dataset.train,
+    num_vectors=num_rows,
+    num_centroids=config.ivf.num_lists,
+    num_iterations=config.ivf.num_iterations,
+    seed=config.seed,
+    output=str(path),
+  )
+  if _is_there(path):
+    beside = codes.description_path(path)
+    found = json.loads(beside.read_text()) if beside.exists() else {}
+    vectors = datasets.open_split(dataset, "train", max_vectors=num_rows)
+    wanted = common.get_config(ivf_centroids.OPTIONS, **values)
+    wanted = ivf_centroids.describe(wanted, vectors)
+    wanted["num_iterations"] = config.ivf.num_iterations
+    _check_made_of(path, found, wanted)
+  else:
+    resume = ivf_centroids.checkpoint_path(path).exists()
+    _run(ivf_centroids, **values, resume=resume)
   config.ivf.centroids = str(path)
 
 
 def _encode(config, workdir, dataset) -> None:
   """Encodes base and training vectors, in shards: finished ones are kept."""
-  codec = str(workdir / "codec")
-  num_train = dataset.num_train or _NUM_FITTED
-  _run(
-    encode,
-    codec=codec,
-    data=dataset.base,
-    num_vectors=dataset.num_base,
-    output=str(workdir / "codes"),
-    shards=1,
-  )
-  _run(
-    encode,
-    codec=codec,
-    data=dataset.train,
-    num_vectors=min(num_train, _NUM_FITTED),
-    **_small_search(config),
-    output=str(workdir / "train_codes"),
-    shards=1,
-  )
+  most = min(dataset.num_train or _NUM_FITTED, _NUM_FITTED)
+  for part, num_vectors, folder, knobs in (
+    ("base", dataset.num_base, "codes", {}),
+    ("train", most, "train_codes", _small_search(config)),
+  ):
+    x_ND = datasets.open_split(dataset, part, max_vectors=num_vectors)
+    _run(
+      encode,
+      codec=str(workdir / "codec"),
+      data=getattr(dataset, part),
+      num_vectors=num_vectors,
+      **knobs,
+      output=str(workdir / folder),
+      shards=math.ceil(len(x_ND) / _SHARD_ROWS),
+    )
 
 
 def _small_search(config) -> dict:
@@ -126,6 +152,10 @@ def _small_search(config) -> dict:
 def _fit_decoders(config, workdir, dataset) -> None:
   path = workdir / "decoders.safetensors"
   if _is_there(path):
+    found, of_codes = decoders_io.load(path), workdir / "train_codes"
+    wanted = codes.load_manifest(of_codes)["codec_fingerprint"]
+    name = "codec_fingerprint"
+    _check_made_of(path, {name: found.codec_fingerprint}, {name: wanted})
     return
   _run(
     pairwise_decoder,
@@ -139,26 +169,29 @@ def _fit_decoders(config, workdir, dataset) -> None:
 
 
 def _build_index(workdir) -> None:
-  path = workdir / "index.faiss"
+  path, decoders = workdir / "index.faiss", workdir / "decoders.safetensors"
   if _is_there(path):
+    manifest = codes.load_manifest(workdir / "codes")
+    words = decoders_io.load(decoders).additive
+    wanted = {
+      "codec_fingerprint": manifest["codec_fingerprint"],
+      "decoders_fingerprint": safetensors_io.fingerprint(words),
+      "data": manifest["data"],
+      "rows": [[0, manifest["shape"][0]]],
+    }
+    _check_made_of(path, faiss_ivf.load(path, mmap=True).info, wanted)
     return
   _run(
     build_index,
     codec=str(workdir / "codec"),
     codes=str(workdir / "codes"),
-    decoders=str(workdir / "decoders.safetensors"),
+    decoders=str(decoders),
     output=str(path),
   )
 
 
-def _search(workdir, dataset, options):
+def _search(workdir, options):
   options = {name: value for name, value in options.items() if value}
-  if "baselines" in options:  # They are filled with the base.
-    options |= dict(
-      data=dataset.base,
-      queries=dataset.queries,
-      groundtruth=dataset.groundtruth,
-    )
   return _run(
     search,
     codec=str(workdir / "codec"),
@@ -176,10 +209,25 @@ def _is_there(path) -> bool:
   return path.exists()
 
 
+def _check_made_of(path, found: dict, wanted: dict) -> None:
+  """Raises ValueError where a file is of something else than is there now."""
+  for name, value in wanted.items():
+    if found.get(name) != value:
+      raise ValueError(
+        f"{path} was made with {name}={found.get(name)}, but now it is "
+        f"{value}: remove it, and the same command makes it anew."
+      )
+
+
 def _run(command, **values):
   """Runs a command as its flags would."""
-  shown = " ".join(f"--{name}={value}" for name, value in values.items())
-  logging.info("python -m %s %s", command.__spec__.name, shown)
+  flags = [
+    f"--{name}={value}"
+    for name, value in values.items()
+    if value != command.OPTIONS[name].default
+  ]
+  words = ["python", "-m", command.__spec__.name, *flags]
+  logging.info("%s", shlex.join(words))
   return command.run(common.get_config(command.OPTIONS, **values))
 
 

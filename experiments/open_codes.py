@@ -16,7 +16,8 @@ def of_codec(
   """
   found = codes.open_codes(config.codes)
   if vectors is not None:
-    _check_vectors(config, found, vectors)
+    _check_rows(config, found, vectors)
+    check_data(config.codes, found.meta.get("data"), vectors)
   check_codec(config, codec, found.meta)
   num_codes = len(codec.codebook_sizes)
   is_short = found.shape[1] < num_codes
@@ -38,16 +39,28 @@ def check_codec(config, codec, meta: dict) -> None:
     )
 
 
-def _check_vectors(config, found: codes.Codes, vectors) -> None:
+def check_data(path, data: dict | None, vectors) -> None:
+  """Raises ValueError where `data` says that codes are of other vectors.
+
+  It is what `codes.identify` found; None where nobody knows.
+  """
+  if data is None:
+    return
+  try:
+    codes.check_same(path, {"data": data}, {"data": codes.identify(vectors)})
+  except ValueError as error:
+    raise ValueError(
+      f"{error} Give the vectors that were encoded as --data."
+    ) from error
+
+
+def _check_rows(config, found: codes.Codes, vectors) -> None:
   if len(found) != len(vectors):
     raise ValueError(
       f"{config.codes} has {len(found)} rows, {config.data} has "
       f"{len(vectors)}: give the vectors that were encoded, or with "
       "--num_vectors the first so many of them."
     )
-  if found.meta:
-    is_of = {"data": found.meta.get("data")}
-    codes.check_same(config.codes, is_of, {"data": codes.identify(vectors)})
 
 
 def blocks(found: codes.Codes, sizes, block_size: int, rows=None):

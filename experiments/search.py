@@ -25,7 +25,6 @@ With --decode_all there is no index: all codes are decoded by the network, and
 the search among them is exact.
 """
 
-import hashlib
 import math
 
 import jax
@@ -128,50 +127,58 @@ def run(config, workdir=None) -> dict:
   )
   names = search_data.baseline_names(config)
   num_threads = faiss_index.set_num_threads(config.threads)
-  codec = codecs.open_codec(config.codec)
-  searcher = searchers.open_searcher(
-    config.codec,
-    config.index,
-    config.decoders,
-    dtype=codecs.ranking_dtype(config.dtype),
-  )
   like, info = faiss_ivf.load(config.index, mmap=True)
-  if info["metric"] != "l2":
-    raise ValueError(
-      f"{config.index} is for the metric {info['metric']}, but this search "
-      "knows squared distances alone; search it by faiss."
-    )
+  _check_whole(config, info)
+  codec = codecs.open_codec(config.codec)
+  dtype = codecs.ranking_dtype(config.dtype)
+  searcher = searchers.open_searcher(
+    config.codec, config.index, config.decoders, dtype=dtype
+  )
   has_pairwise = searcher.parts.pairwise_fn is not None
   ranges = _ranges(config, info, has_pairwise)
   check_range("--k", config.k, 1, info["num_vectors"], "vectors in the index")
-  data = search_data.open_data(codec, config, info["num_vectors"])
+  data = search_data.open_data(
+    codec, config, config.index, info["num_vectors"], info.get("data")
+  )
   if names and data.base is None:
     raise ValueError("--baselines need --data, the vectors to fill them with.")
-  header = _header(config, codec, info, data, num_threads)
+  train = search_data.open_train(codec, config) if names else None
+  header = _header(config, codec, info, data, train, num_threads)
   record = search_record.Record(config.output, header, resume=config.resume)
   search_fns = {
     codec.name: lambda xq_QD, **at: searcher.search(xq_QD, config.k, **at),
-    **_baseline_fns(config, codec, names, ranges, like, data, record),
+    **_baseline_fns(config, names, ranges, like, train, data, record),
   }
   search_measure.explore(config, record, codec.name, ranges, search_fns, data)
   search_measure.time_single(record, search_fns, data.xq_QD)
-  record.save()
   record.draw()
   _summarise(config, record)
   return {"header": record.header, "points": record.points}
 
 
-def _baseline_fns(config, codec, names, ranges, like, data, record) -> dict:
-  """Searches with the baselines of which points are missing, by name."""
+def _check_whole(config, info: dict) -> None:
+  """Raises ValueError where the index lacks rows of the base."""
+  rows, num_rows = info.get("rows"), info.get("num_rows")
+  if rows not in (None, [[0, num_rows]]):
+    shown = ", ".join(f"{first}:{stop}" for first, stop in rows)
+    raise ValueError(
+      f"{config.index} is a part, rows {shown} of {num_rows}, so true "
+      "neighbours would be missing; merge all parts first: python -m "
+      "experiments.build_index --merge=a.faiss,b.faiss --output=index.faiss."
+    )
+
+
+def _baseline_fns(config, names, ranges, like, train, data, record) -> dict:
+  """Searches with the baselines of which points or times are missing."""
   missing = []
   for name in names:
     settings = search_measure.baseline_settings(name, ranges)
-    if not all(record.find(name, setting) for setting in settings):
+    has_points = all(record.find(name, setting) for setting in settings)
+    if not (has_points and record.is_timed(name)):
       missing.append(name)
   if not missing:
     return {}
-  xt_ND = search_data.open_train(codec, config)
-  indexes = search_data.fit_baselines(missing, like, xt_ND, data.base)
+  indexes = search_data.fit_baselines(missing, like, train, data.base)
   for name, index in indexes.items():
     record.header["bytes"][name] = faiss_baselines.lists_of(index).code_size
   return {
@@ -180,9 +187,9 @@ def _baseline_fns(config, codec, names, ranges, like, data, record) -> dict:
   }
 
 
-def _header(config, codec, info, data, num_threads) -> dict:
+def _header(config, codec, info, data, train, num_threads) -> dict:
   """What points must share to be compared; `Record` goes on with no others."""
-  decoders = config.decoders and _sha256(config.decoders)
+  decoders = config.decoders and formats.sha256(config.decoders)
   return {
     "codec": codec.fingerprint,
     "index": info["sha256"],
@@ -193,17 +200,14 @@ def _header(config, codec, info, data, num_threads) -> dict:
     "queries": {"num": len(data.xq_QD), **codes.identify(data.xq_QD)},
     "groundtruth": codes.identify(data.true_QG),
     "k": config.k,
+    "rounds": config.rounds,
     "dtype": codecs.ranking_dtype(config.dtype),
     "threads": search_record.threads(num_threads),
     "device": jax.devices()[0].device_kind,
     "vqjax": __version__,
     "bytes": {codec.name: _code_bytes(info)},
+    "baselines": search_data.baselines_of(train, data.base) if train else {},
   }
-
-
-def _sha256(path) -> str:
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _code_bytes(info: dict) -> int:
@@ -285,12 +289,14 @@ def _summarise(config, record) -> None:
       "trained? Settings were left out as if more of it gained recall."
     )
   at = ", ".join(f"{k}={v}" for k, v in best.items() if v is not None)
-  decoders = f", {config.decoders!r}" if config.decoders else ""
+  options = f", {config.decoders!r}" if config.decoders else ""
+  if record.header["dtype"] != "float32":
+    options += f", dtype={record.header['dtype']!r}"
   logging.info(
     "Written: %s, %s\nTo search with a setting, in Python:\n  searcher = "
     "vqjax.interop.searchers.open_searcher(%r, %r%s)\n  searcher.search("
     "queries_QD, k=%d, %s)",
-    *(record.path, record.picture, config.codec, config.index, decoders),
+    *(record.path, record.picture, config.codec, config.index, options),
     *(config.k, at),
   )
 
@@ -304,7 +310,9 @@ def _run_decoded(config) -> dict:
   num_threads = faiss_index.set_num_threads(config.threads)
   codec = codecs.open_codec(config.codec)
   found = open_codes.of_codec(config, codec, may_be_short=True)
-  data = search_data.open_data(codec, config, len(found))
+  data = search_data.open_data(
+    codec, config, config.codes, len(found), found.meta.get("data")
+  )
   seconds = {}
   ids_QR = search_data.search_decoded(codec, config, data, found, seconds)
   result = {
@@ -330,4 +338,9 @@ def _run_decoded(config) -> dict:
 
 
 if __name__ == "__main__":
-  common.main(run, OPTIONS, __doc__)
+  common.main(
+    run,
+    OPTIONS,
+    __doc__,
+    how_to_go_on="To go on, add --resume to the same command.",
+  )

@@ -27,8 +27,12 @@ class Data(NamedTuple):
   metric: str
 
 
-def open_data(codec, config, num_vectors: int) -> Data:
-  """Opens queries and true neighbours among the first `num_vectors`."""
+def open_data(codec, config, path, num_vectors: int, is_of) -> Data:
+  """Opens queries and true neighbours among the first `num_vectors`.
+
+  The codes in `path` are of these vectors; `is_of` tells them from others,
+  None where nobody knows.
+  """
   dataset = _resolve(codec, config)
   xq_QD = datasets.open_split(dataset, "queries")
   xq_QD = batches.read_rows(xq_QD, range(len(xq_QD)))
@@ -40,6 +44,7 @@ def open_data(codec, config, num_vectors: int) -> Data:
         f"{dataset.base} has {len(base)} vectors, but {num_vectors} are "
         "indexed; give the base that was encoded as --data."
       )
+    open_codes.check_data(path, is_of, base)
   true_QG = _neighbours(dataset, xq_QD, base, num_vectors)
   return Data(xq_QD, true_QG, base, dataset.metric)
 
@@ -133,7 +138,7 @@ def baseline_names(config) -> list[str]:
 
 
 def open_train(codec, config):
-  """Opens the vectors that baselines are trained on: `[N, D]`, some of them."""
+  """Opens the vectors that baselines may be trained on, and says how many."""
   if config.train:
     dataset = datasets.own_dataset(train=config.train)
     held_out = 0
@@ -144,13 +149,25 @@ def open_train(codec, config):
     held_out = codec.info.get("data", {}).get("validation_size", 10_000)
   x_ND = datasets.open_split(dataset, "train")
   check_shape("--train", x_ND, (None, codec.dim))
-  num_rows = batches.split(len(x_ND), held_out)[0] if held_out else len(x_ND)
-  return batches.subsample(x_ND, _MAX_TRAIN, 0, num_rows=num_rows)
+  return x_ND, batches.split(len(x_ND), held_out)[0] if held_out else len(x_ND)
 
 
-def fit_baselines(names, like, xt_ND, base) -> dict:
-  """Trains and fills them, on the lists of `like`; returns each index."""
+def baselines_of(train, base) -> dict:
+  """Returns what tells baselines of these vectors from others."""
+  xt_ND, num_rows = train
+  return {
+    "train": {"num": num_rows, **codes.identify(xt_ND)},
+    "base": codes.identify(base),
+  }
+
+
+def fit_baselines(names, like, train, base) -> dict:
+  """Trains and fills them, on the lists of `like`; returns each index.
+
+  A sample of the vectors of `train`, from `open_train`, is trained on.
+  """
   found, seconds = {}, {}
+  xt_ND = batches.subsample(train[0], _MAX_TRAIN, 0, num_rows=train[1])
   for name in names:
     logging.info("Training faiss %s on %d vectors ...", name, len(xt_ND))
     with common.timed(seconds, name):
@@ -173,7 +190,7 @@ def baseline_fn(index, k: int):
 
 def search_decoded(codec, config, data: Data, found: codes.Codes, seconds):
   """Ids `[Q, R]` by exact search among the decoded codes, all of them."""
-  decode_fn = codecs.make_decode_fn(codec, codecs.ranking_dtype(config.dtype))
+  decode_fn = codecs.make_decode_fn(codec, codecs.product_dtype(config.dtype))
   sizes, num = codec.codebook_sizes[: found.shape[1]], len(found)
   size = min(codecs.decode_rows(), num)
   check_range("k", config.k, 1, num, "codes to search in")

@@ -13,6 +13,7 @@ from vqjax.search.operating_points import Point
 
 _STAGES = ("coarse", "scan", "pairwise", "network")
 _MAX_ROWS = 40
+_JOINED = ("bytes", "baselines")  # Of the header, {} where there are none.
 
 
 class Record:
@@ -51,9 +52,15 @@ class Record:
     self.save()
 
   def add_latency(self, row: dict) -> None:
-    """Takes the times of a series, in place of earlier ones."""
+    """Takes the times of a series, for earlier ones, and writes the file."""
     others = [r for r in self.latency if r["series"] != row["series"]]
     self.latency = [*others, row]
+    self.save()
+
+  def is_timed(self, series: str) -> bool:
+    """Whether single queries were timed at the best setting of a series."""
+    rows = [r["setting"] for r in self.latency if r["series"] == series]
+    return rows == [self.best(series)]
 
   def save(self) -> None:
     """Writes the file, whole or not at all."""
@@ -174,11 +181,13 @@ def _read(path, header: dict) -> tuple[list[dict], list[dict]]:
       "begin anew by --overwrite."
     ) from error
   for name, value in header.items():
-    if name != "bytes" and before.get(name) != value:
+    was = before.get(name)
+    if name in _JOINED:  # Baselines of before stay in tables and pictures.
+      was, value = {**value, **(was or {})}, {**(was or {}), **value}
+      header[name] = value
+    if was != value:
       raise ValueError(
-        f"{path} was measured with {name} {before.get(name)}, now it is "
-        f"{value}; choose another --output, or begin anew by --overwrite."
+        f"{path} was measured with {name} {was}, now it is {value}; choose "
+        "another --output, or begin anew by --overwrite."
       )
-  # Baselines of before stay in tables and pictures.
-  header["bytes"] = {**before["bytes"], **header["bytes"]}
   return measured

@@ -17,6 +17,7 @@ import functools
 import json
 import os
 import pathlib
+import shlex
 import time
 
 import jax
@@ -193,13 +194,13 @@ def _train_learned(config, workdir, dataset, xt_ND, plan, resume):
   """
   num_rows, held_out = batches.split(len(xt_ND), config.data.validation_size)
   schedule = _make_schedule(config, plan)
+  _check_model(config, schedule, (num_rows, dataset.dim))
   centroids_LD, xt_ND = ivf_lists.prepare(config, workdir, xt_ND, num_rows)
   xv_ND = batches.read_rows(xt_ND, np.arange(held_out.start, held_out.stop))
   make_state = functools.partial(_make_state, config, schedule, centroids_LD)
   abstract = jax.eval_shape(
     make_state, jax.ShapeDtypeStruct((num_rows, xt_ND.shape[1]), jnp.float32)
   )
-  check_search(config, abstract.params)
   state = None
   if not (workdir / "checkpoints").exists():
     state = make_state(jnp.asarray(_sample(config, xt_ND)))
@@ -311,6 +312,16 @@ def _make_state(config, schedule, centroids_LD, x_ND):
   )
 
 
+def _check_model(config, schedule, shape) -> None:
+  """Raises ValueError where model and searches do not fit `[N, D]` vectors."""
+  make_state = functools.partial(_make_state, config, schedule, None)
+  # Without lists, which change nothing here and may take long to make.
+  abstract = jax.eval_shape(
+    make_state, jax.ShapeDtypeStruct(shape, jnp.float32)
+  )
+  check_search(config, abstract.params)
+
+
 def check_search(config, params) -> None:
   """Raises ValueError unless the searches of the config fit the model."""
   for name in ("model", "encode"):
@@ -412,7 +423,7 @@ def _finish(config, workdir, dataset, xt_ND, params, seconds):
     validation * dataset.scale,
     workdir,
     ", ".join(sorted(p.name for p in workdir.iterdir())),
-    workdir,
+    shlex.quote(str(workdir)),
     "" if dataset.base else " --split=validation",
   )
   return summary

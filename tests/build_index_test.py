@@ -25,7 +25,7 @@ def _one_thread():
   faiss.omp_set_num_threads(num_threads)
 
 
-def _make(folder, num_lists, seed=0):
+def _make(folder, num_lists, seed=0, metric="l2"):
   """Files of a codec, vectors, their codes and decoders."""
   rng, is_ivf = np.random.default_rng(seed), bool(num_lists)
   x_ND = rng.normal(size=(NUM, D)).astype(np.float32)
@@ -38,7 +38,7 @@ def _make(folder, num_lists, seed=0):
   else:
     name, encode = "rq", {"beam_size": 1}
     params = rq.RQParams(rng.normal(size=(M, K, D)).astype(np.float32))
-  info = {"encode": encode, "metric": "l2"}
+  info = {"encode": encode, "metric": metric}
   safetensors_io.save_codec(folder / "codec", name, params, info=info)
   codec = codecs.open_codec(str(folder / "codec"))
   sizes = codec.codebook_sizes
@@ -126,6 +126,13 @@ def test_the_index_holds_the_codes(coarse, files, tmp_path):
   assert info["codec_fingerprint"] == codec.fingerprint
   assert info["rows"] == [[0, NUM]]
   assert info["coarse"] == (coarse or "flat")
+
+
+def test_the_metric_is_that_of_the_search(tmp_path):
+  files = _make(tmp_path, L, metric="ip")
+  assert _run(tmp_path / "a.faiss", files).info["metric"] == "l2"
+  ip = _run(tmp_path / "b.faiss", files, metric="ip")
+  assert ip.info["metric"] == "ip"
 
 
 def test_many_lists_are_found_by_a_graph(ivf_files, tmp_path, monkeypatch):
@@ -309,18 +316,24 @@ def test_codes_out_of_range_leave_no_file(ivf_files, tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ["codes.npy"]
 
 
-def test_parts_that_do_not_fit_are_refused(ivf_files, tmp_path):
+def test_parts_that_do_not_fit_are_refused(ivf_files, tmp_path, monkeypatch):
   a, b, c, d = (str(tmp_path / name) for name in "abcd")
   _run(a, ivf_files, rows=":70")
-  _run(b, ivf_files, rows="60:")
-  with pytest.raises(ValueError, match="Rows 60:70 are in two of the parts"):
-    _run(d, {}, merge=f"{a},{b}")
+  part = _run(b, ivf_files, rows="60:")
+  with monkeypatch.context() as patch:
+    patch.setattr(faiss_ivf, "merge", None)  # It is seen before.
+    with pytest.raises(ValueError, match="Rows 60:70 are in two of the parts"):
+      _run(d, {}, merge=f"{a},{b}")
+  faiss_ivf.save(part.index, c, {})
+  with pytest.raises(ValueError, match=r"c\.json does not say which rows"):
+    _run(d, {}, merge=f"{c},{a}")
   (tmp_path / "other").mkdir()
-  _run(c, _make(tmp_path / "other", L, seed=5), rows="70:")
+  other = _make(tmp_path / "other", L, seed=5)
+  _run(c, other, rows="70:", overwrite=True)
   with pytest.raises(ValueError, match="their codec_fingerprint is"):
     _run(d, {}, merge=f"{a},{c}")
   beside = codes.description_path(b)
-  info = json.loads(beside.read_text())
+  info = json.loads(beside.read_text()) | {"rows": [[70, NUM]]}
   beside.write_text(json.dumps(info | {"sha256": "0"}))
   with pytest.raises(ValueError, match="does not match the checksum"):
     _run(d, {}, merge=f"{a},{b}")

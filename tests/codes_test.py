@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from vqjax.data import codes
+from vqjax.data import codes, formats
 
 SIZES = (300, 16, 256)  # 2 + 1 + 1 bytes a row.
 NUM, NUM_SHARDS = 23, 4
@@ -298,9 +298,9 @@ def test_reading_stops_at_a_damaged_shard(folder):
 def test_a_checksum_is_compared_once_and_only_where_codes_are_read(
   folder, monkeypatch
 ):
-  summed, sha256 = [], codes._sha256
+  summed, sha256 = [], formats.sha256
   monkeypatch.setattr(
-    codes, "_sha256", lambda path: summed.append(path.name) or sha256(path)
+    formats, "sha256", lambda path: summed.append(path.name) or sha256(path)
   )
   found = codes.open_codes(folder)
   assert not summed

@@ -187,11 +187,14 @@ def test_norms_are_of_centroid_and_words(num):
   case = _case(num=num)
   found = faiss_ivf.contents(_filled(case))
   order_N = np.argsort(case["lists_N"], kind="stable")
-  whole_ND = case["centroids_LD"][case["lists_N"]] + _words(case)
-  want_N = (whole_ND.astype(float) ** 2).sum(axis=1)[order_N]
-  half_a_step = (want_N.max() - want_N.min()) / 512 + 1e-3
-  got_N = found.norm_values[found.norm_N]
-  np.testing.assert_allclose(got_N, want_N, atol=half_a_step)
+  c_ND = case["centroids_LD"][case["lists_N"]].astype(float)
+  added_N = ((c_ND + _words(case)) ** 2 - c_ND**2).sum(axis=1)[order_N]
+  list_N = case["lists_N"][order_N]
+  got_N = found.low_L[list_N] + found.step_L[list_N] * found.norm_N
+  for number in np.unique(list_N):
+    mine = list_N == number
+    half_a_step = np.ptp(added_N[mine]) / 510 + 1e-3
+    np.testing.assert_allclose(got_N[mine], added_N[mine], atol=half_a_step)
 
 
 def test_an_empty_index_has_empty_contents():
@@ -429,3 +432,15 @@ def test_sizes_that_do_not_fit_are_refused():
     faiss_ivf.search(index, case["xq_QD"][:, :3], 1, nprobe=1)
   with pytest.raises(ValueError, match="got 0"):
     faiss_ivf.merge([])
+
+
+def test_a_list_far_out_costs_the_others_no_precision():
+  case = _case()
+  before_L = faiss_ivf.contents(_filled(case)).step_L
+  far = case["lists_N"][0]
+  case["centroids_LD"] = case["centroids_LD"].copy()
+  case["centroids_LD"][far] *= 1000
+  after_L = faiss_ivf.contents(_filled(case)).step_L
+  others = np.arange(L) != far
+  np.testing.assert_allclose(after_L[others], before_L[others], rtol=1e-5)
+  assert after_L[far] > 100 * before_L[far]

@@ -65,6 +65,14 @@ def test_a_pass_matches_loops(method, block_size):
   assert int(got.num_refilled) == 2
 
 
+def test_a_pass_over_many_rows_sums_in_float64():
+  x_ND = np.full((60_000, 1), 0.1, np.float32)
+  zeros = lambda x_ND: (np.zeros(len(x_ND), np.int32), x_ND[:, 0])
+  got = kmeans.pass_over(x_ND, x_ND[:1], zeros)
+  # The mean of equal numbers is that number; in float32 it is off by 1e-4.
+  np.testing.assert_array_equal(got.words_KD, x_ND[:1])
+
+
 @pytest.mark.parametrize("total", [1, 7, 40, 99, 100])
 def test_shares_are_in_proportion(total):
   sizes = np.array([50, 0, 1, 30, 19])
@@ -186,7 +194,7 @@ def test_resume_refuses_other_data_and_damage(data, monkeypatch):
     _checkpoint(config), ivf_centroids.State(np.zeros((9, 6)), ()), {}
   )
   x_ND = np.load(data)
-  meta = ivf_centroids._describe(config, x_ND + 1)
+  meta = ivf_centroids.describe(config, x_ND + 1)
   state = ivf_centroids.State(x_ND[:9], (1.0,))
   ivf_centroids._save(_checkpoint(config), state, meta)
   with pytest.raises(ValueError, match="checksum_of_sample"):

@@ -44,8 +44,76 @@ def test_a_resumed_run_keeps_its_lists(x_ND, tmp_path):
   again = ivf_lists.prepare(config, tmp_path, x_ND, 300)
   np.testing.assert_array_equal(again[0], first[0])
   np.testing.assert_array_equal(ivf_lists.split(again[1][:])[1], strange_N)
-  with pytest.raises(ValueError, match="is of 400 vectors.* has 399"):
-    ivf_lists.prepare(config, tmp_path, x_ND[1:], 300)
+
+
+def _other_seed(config):
+  config.seed = 1
+
+
+def _other_assign(config):
+  config.ivf.assign = "hnsw"
+
+
+def _other_number(config):
+  config.ivf.num_lists = 6
+
+
+def _other_data(config):
+  del config
+
+
+@pytest.mark.parametrize(
+  ("change", "named"),
+  [
+    (_other_seed, "seed=0, now it is 1"),
+    (_other_assign, "assign=auto, now it is hnsw"),
+    (_other_number, "num_lists=5, now it is 6"),
+    (_other_data, "num_vectors=400, now it is 399"),
+  ],
+)
+def test_lists_of_something_else_are_made_anew(x_ND, tmp_path, change, named):
+  config = _config(num_lists=5, num_iterations=2)
+  ivf_lists.prepare(config, tmp_path, x_ND, 300)
+  np.save(tmp_path / "lists.npy", np.full(400, 4, np.int32))
+  change(config)
+  x_ND = x_ND[1:] if change is _other_data else x_ND
+  (tmp_path / "checkpoints").mkdir()
+  with pytest.raises(ValueError, match=f"with {named}, and the training has"):
+    ivf_lists.prepare(config, tmp_path, x_ND, 300)
+  (tmp_path / "checkpoints").rmdir()
+  got = ivf_lists.prepare(config, tmp_path, x_ND, 300)
+  want = ivf_lists.prepare(config, tmp_path / "new", x_ND, 300)
+  np.testing.assert_array_equal(got[0], want[0])
+  np.testing.assert_array_equal(got[1][:], want[1][:])
+
+
+def test_a_changed_file_of_centroids_is_read_again(x_ND, tmp_path):
+  config = _config(num_lists=0, centroids=str(tmp_path / "c.npy"))
+  for first in (0, 50):
+    np.save(tmp_path / "c.npy", x_ND[first : first + 7])
+    centroids_LD, joined = ivf_lists.prepare(config, tmp_path, x_ND, 300)
+    np.testing.assert_array_equal(centroids_LD, x_ND[first : first + 7])
+    np.testing.assert_array_equal(
+      ivf_lists.split(joined[:])[1], oracles.nearest(x_ND, centroids_LD)
+    )
+
+
+def test_so_many_lists_that_memory_would_not_do_are_refused(tmp_path):
+  x_ND = np.broadcast_to(np.float32(0), (70_000, 2))
+  with pytest.raises(
+    ValueError,
+    match=r"experiments.ivf_centroids .*--num_vectors=69000 "
+    r"--num_centroids=65537 .*--config.ivf.centroids=centroids.npy",
+  ):
+    ivf_lists.prepare(_config(num_lists=65537), tmp_path, x_ND, 69_000)
+
+
+def test_a_search_that_does_not_fit_is_refused_before_kmeans(tmp_path):
+  config = _config(num_lists=4)
+  config.model.beam_size = 10_000
+  with pytest.raises(ValueError, match="In config.model: beam_size must lie"):
+    train.run(config, str(tmp_path))
+  assert not (tmp_path / "centroids.npy").exists()
 
 
 def test_centroids_of_a_file(x_ND, tmp_path):

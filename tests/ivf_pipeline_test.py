@@ -2,11 +2,13 @@
 
 import importlib
 import json
+import shutil
 
 import numpy as np
 import pytest
 
-from experiments import ivf_pipeline
+from experiments import encode, ivf_centroids, ivf_pipeline
+from vqjax.codecs import kmeans
 from vqjax.data import datasets
 from vqjax.interop import searchers
 
@@ -59,7 +61,7 @@ def test_a_program_searches_what_it_made(workdir):
   # A vector of the base is among the nearest to itself.
   result = searcher.search(xb_ND[:40], 10, nprobe=8, num_short=100)
   assert (result.ids_QR == np.arange(40)[:, None]).any(axis=1).mean() > 0.6
-  with pytest.raises(ValueError, match="must have shape \\(None, 128\\)"):
+  with pytest.raises(ValueError, match="128.* got .*5"):
     searcher.search(xb_ND[:2, :5], 10)
 
 
@@ -75,6 +77,72 @@ def test_a_second_run_makes_what_is_missing(workdir):
   made = ("index.faiss", "index.faiss.json", "search.json", "search.png")
   for path, when in _times(workdir).items():
     assert (when != before[path]) == (path.name in made), path
+
+
+@pytest.mark.parametrize(
+  ("name", "values", "text"),
+  [
+    ("centroids.npy.json", {"seed": 5}, "seed=5, but now it is 0"),
+    ("index.faiss.json", {"decoders_fingerprint": "f"}, "fingerprint=f, but"),
+    ("index.faiss.json", {"data": None}, "data=None, but now it is .'dim'"),
+    ("index.faiss.json", {"rows": [[0, 9]]}, r"9\]\], but now it is .*500"),
+  ],
+)
+def test_what_was_made_of_something_else_is_refused(
+  workdir, name, values, text
+):
+  before = (workdir / name).read_text()
+  (workdir / name).write_text(json.dumps(json.loads(before) | values))
+  try:
+    with pytest.raises(ValueError, match=f"made with .*{text}.*: remove it"):
+      ivf_pipeline.run(_config(), str(workdir), k=10, **FEW)
+  finally:
+    (workdir / name).write_text(before)
+
+
+def test_decoders_of_another_codec_are_refused(workdir, monkeypatch):
+  other = ivf_pipeline.decoders_io.load(workdir / "decoders.safetensors")
+  other = other._replace(codec_fingerprint="another")
+  monkeypatch.setattr(ivf_pipeline.decoders_io, "load", lambda path: other)
+  with pytest.raises(ValueError, match="decoders.* with .*another, .*remove"):
+    ivf_pipeline.run(_config(), str(workdir), k=10, **FEW)
+
+
+def test_stopped_centroids_are_resumed_and_commands_can_be_copied(
+  tmp_path, monkeypatch
+):
+  said, pass_over = [], kmeans.pass_over
+  info = lambda text, *args: said.append(text % args)
+  monkeypatch.setattr(ivf_pipeline.logging, "info", info)
+
+  def stop(*args, **kwargs):
+    raise KeyboardInterrupt
+
+  workdir, config = tmp_path / "my run", _config()
+  monkeypatch.setattr(kmeans, "pass_over", stop)
+  with pytest.raises(KeyboardInterrupt):
+    ivf_pipeline.run(config, str(workdir))
+  path = workdir / "centroids.npy"
+  assert ivf_centroids.checkpoint_path(path).exists()
+  monkeypatch.setattr(kmeans, "pass_over", pass_over)
+  dataset = ivf_pipeline._resolve(config)
+  ivf_pipeline._find_centroids(config, workdir, dataset)
+  assert np.load(path).shape == (8, 128)
+  command = [line for line in said if line.startswith("python -m")][-1]
+  assert f"'--output={path}' --resume=True" in command
+  assert "None" not in command
+
+
+def test_codes_are_made_in_shards(workdir, tmp_path, monkeypatch):
+  monkeypatch.setattr(ivf_pipeline, "_SHARD_ROWS", 200)
+  shutil.copytree(workdir / "codec", tmp_path / "codec")
+  shards, run = [], encode.run
+  monkeypatch.setattr(
+    encode, "run", lambda config: shards.append(config.shards) or run(config)
+  )
+  config = _config()
+  ivf_pipeline._encode(config, tmp_path, ivf_pipeline._resolve(config))
+  assert shards == [3, 6]  # Of 500 and 1,200 rows.
 
 
 def test_another_configuration_is_refused(workdir):
@@ -101,4 +169,6 @@ def test_what_cannot_be_searched_is_refused_first(tmp_path):
   )
   with pytest.raises(ValueError, match="no queries to search"):
     ivf_pipeline.run(config, str(tmp_path / "x"))
+  with pytest.raises(ValueError, match="128 dimensions cannot be cut into 3"):
+    ivf_pipeline.run(_config(), str(tmp_path / "x"), baselines="IVF-PQ")
   assert not (tmp_path / "x").exists()

@@ -7,6 +7,8 @@ import pytest
 
 from vqjax.search import ivf
 
+CENTROIDS_LD = np.random.default_rng(8).normal(size=(6, 5)).astype(np.float32)
+
 
 def _random_lists(rng, *, num=90, num_lists=6, m=3, k=8, d=5):
   """Host arrays for `make_lists`; one list is empty."""
@@ -16,28 +18,26 @@ def _random_lists(rng, *, num=90, num_lists=6, m=3, k=8, d=5):
     "starts_L1": starts,
     "codes_NM": rng.integers(0, k, (num, m)).astype(np.uint16),
     "norm_N": rng.integers(0, 256, num).astype(np.uint8),
-    "norm_range": (1.5, 20.0),
+    "low_L": rng.normal(size=num_lists).astype(np.float32),
+    "step_L": rng.uniform(0, 0.1, num_lists).astype(np.float32),
     "codebooks_MKD": rng.normal(size=(m, k, d)).astype(np.float32),
-    "centroids_LD": rng.normal(size=(num_lists, d)).astype(np.float32),
   }
 
 
 def _distance(arrays, x_D, row, at):
   """What the scan computes, term by term."""
-  c_D = arrays["centroids_LD"][at]
   r_D = sum(
     book_KD[code]
     for book_KD, code in zip(
       arrays["codebooks_MKD"], arrays["codes_NM"][row], strict=True
     )
   )
-  low, high = arrays["norm_range"]
-  norm = low + (high - low) * arrays["norm_N"][row] / 255
-  return x_D @ x_D - 2 * x_D @ c_D - 2 * x_D @ r_D + norm
+  norm = arrays["low_L"][at] + arrays["step_L"][at] * arrays["norm_N"][row]
+  return np.sum((x_D - CENTROIDS_LD[at]) ** 2) - 2 * x_D @ r_D + norm
 
 
 def _scan(arrays, xq_QD, probes_QP, **sizes):
-  centroids_QPD = arrays["centroids_LD"][probes_QP]
+  centroids_QPD = CENTROIDS_LD[probes_QP]
   distances_QP = ((xq_QD[:, None] - centroids_QPD) ** 2).sum(axis=-1)
   lists = ivf.make_lists(**arrays)
   found = ivf.scan(

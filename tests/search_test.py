@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import build_index, codecs, common, search, search_measure
-from tests import qinco_cases
+from tests import commands, qinco_cases
 from vqjax.codecs import additive, pairwise, rq
 from vqjax.data import codes, formats
 from vqjax.interop import decoders_io, safetensors_io, searchers
@@ -176,7 +176,8 @@ def test_resume_measures_what_is_missing(small, monkeypatch):
   with pytest.raises(FileExistsError, match="exists already"):
     _run(small)
   monkeypatch.setattr(search_measure, "_measure", measure)
-  for name, value in (("k", 5), ("decoders", None), ("threads", 2)):
+  changes = {"k": 5, "decoders": None, "threads": 2, "rounds": 2}
+  for name, value in changes.items():
     other = {"num_aq": "0"} if name == "decoders" else {}
     with pytest.raises(ValueError, match=f"measured with {name} .*, now it is"):
       _run(small | other | {name: value, "resume": True})
@@ -214,9 +215,46 @@ def test_baselines_on_the_same_lists(small, ivf):
   again = _run(small | {"baselines": "", "resume": True})
   assert again["points"] == result["points"]
   assert {row["series"] for row in _latency(small)} == set(by_series)
+  # Those of other vectors do not go into the same record.
+  other = str(pathlib.Path(small["output"]).with_name("other.npy"))
+  np.save(other, _load(small, "x.npy")[::-1])
+  with pytest.raises(ValueError, match="measured with baselines .*, now it is"):
+    _run(small | {"train": other, "resume": True})
   top = max(p["recall"]["1-recall@10"] for p in result["points"]
             if p["series"] == "IVF-RaBitQ")  # fmt: skip
   assert top > 0.5  # 10 of 500 at random would be 0.02.
+
+
+def test_baselines_without_times_of_single_queries(small, ivf, monkeypatch):
+  base = str(pathlib.Path(ivf["queries"]).parent / "x.npy")
+  small |= {"baselines": "IVF-PQ", "data": base, "train": base}
+  small |= {"num_aq": "0", "num_short": "0"}
+  single, timed = search_measure._latencies, []
+
+  def stop_at_the_baseline(*args):
+    timed.append(args)
+    if len(timed) == 2:
+      raise KeyboardInterrupt
+    return single(*args)
+
+  monkeypatch.setattr(search_measure, "_latencies", stop_at_the_baseline)
+  with pytest.raises(KeyboardInterrupt):
+    _run(small)
+  assert [row["series"] for row in _latency(small)] == ["qinco"]
+  before = json.loads(pathlib.Path(small["output"]).read_text())["points"]
+  after = _run(small | {"resume": True})
+  assert after["points"] == before
+  assert {row["series"] for row in _latency(small)} == {"qinco", "IVF-PQ"}
+  # Nothing is trained any more.
+  monkeypatch.delattr(search.search_data, "fit_baselines")
+  assert _run(small | {"resume": True})["points"] == before
+  path = pathlib.Path(small["output"])
+  record = json.loads(path.read_text())
+  for row in record["latency"]:  # Times of what is not the best are none.
+    row["setting"]["nprobe"] = 7 - row["setting"]["nprobe"]
+  path.write_text(json.dumps(record))
+  with pytest.raises(AttributeError, match="fit_baselines"):
+    _run(small | {"resume": True})
 
 
 def test_a_codec_without_lists(plain, tmp_path):
@@ -246,6 +284,11 @@ def test_decode_all_is_exact_search(kind, request, tmp_path):
   # The true neighbours that exact search finds in the base are the same.
   values |= {"groundtruth": None, "data": str(folder / "x.npy")}
   assert _run(values | {"overwrite": True})["recall"] == result["recall"]
+  bad_QD = _load(files, "xq.npy")
+  bad_QD[7, 1] = np.nan
+  np.save(tmp_path / "bad.npy", bad_QD)
+  with pytest.raises(ValueError, match="NaN or Inf in 1 of 40 .* in row 7;"):
+    _run(values | {"queries": str(tmp_path / "bad.npy"), "overwrite": True})
   meta = json.loads((folder / "codes.npy.json").read_text())
   meta["codec_fingerprint"] = "another"
   np.save(tmp_path / "codes.npy", np.load(folder / "codes.npy"))
@@ -294,3 +337,52 @@ def test_true_neighbours_that_are_not_indexed(small, tmp_path):
   formats.write_vectors(few, _load(small, "x.npy")[:77])
   with pytest.raises(ValueError, match="has 77 vectors, but 500 are indexed"):
     _run(small | {"groundtruth": None, "data": few})
+
+
+def test_another_base_is_refused(small, ivf, tmp_path):
+  other = str(tmp_path / "other.npy")
+  np.save(other, _load(small, "x.npy")[::-1])
+  message = "holds other codes: their data.check.* vectors that were encoded as"
+  with pytest.raises(ValueError, match=f"index.faiss {message} --data"):
+    _run(small | {"data": other})
+  values = {"decode_all": True, "index": None, "decoders": None, "data": other}
+  values["codes"] = str(pathlib.Path(ivf["queries"]).parent / "codes.npy")
+  with pytest.raises(ValueError, match=f"codes.npy {message} --data"):
+    _run(small | values)
+  assert not pathlib.Path(small["output"]).exists()
+
+
+def test_a_part_is_refused(small, ivf, tmp_path):
+  part = {
+    "codec": ivf["codec"],
+    "decoders": ivf["decoders"],
+    "codes": str(pathlib.Path(ivf["index"]).with_name("codes.npy")),
+    "rows": "300:",
+    "output": str(tmp_path / "part.faiss"),
+  }
+  build_index.run(common.get_config(build_index.OPTIONS, **part))
+  message = "part.faiss is a part, rows 300:500 of 500, .* merge all parts"
+  with pytest.raises(ValueError, match=message):
+    _run(small | {"index": part["output"]})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_snippet_searches_as_was_measured(small, dtype, monkeypatch):
+  said = []
+  monkeypatch.setattr(
+    search.logging, "info", lambda text, *args: said.append(text % args)
+  )
+  _run(small | {"num_aq": "0", "num_short": "0", "dtype": dtype})
+  (snippet,) = [text for text in said if "open_searcher(" in text]
+  end = {"float32": "", "bfloat16": ", dtype='bfloat16'"}[dtype]
+  assert f"{small['decoders']!r}{end})\n" in snippet
+
+
+@pytest.mark.slow
+def test_stopped_it_says_how_to_go_on(small):
+  output = pathlib.Path(small["output"])
+  flags = [f"--{name}={value}" for name, value in small.items()]
+  flags += ["--rounds=1000", "--nprobe=1,2,3,4,5,6"]
+  message = commands.stop_once(output.exists, "search", *flags)
+  assert "To go on, add --resume to the same command." in message
+  assert json.loads(output.read_text())["points"]

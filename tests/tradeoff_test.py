@@ -11,7 +11,7 @@ from experiments import codecs, common, encode, tradeoff
 from tests import qinco_cases
 from vqjax.codecs import qinco
 from vqjax.data import formats
-from vqjax.interop import safetensors_io
+from vqjax.interop import faiss_ivf, safetensors_io
 
 PUBLISHED = dict(num_candidates=10, beam_size=8)
 
@@ -53,6 +53,28 @@ def test_nothing_is_tried_where_it_cannot_help(knobs, num):
   _, codec = _codec(lambda words_TKD: words_TKD)
   got = codecs.try_joint_rule(codec, knobs, _vectors(num), num_vectors=32)
   assert got == knobs
+
+
+@pytest.mark.parametrize(("assign", "num_graphs"), [("hnsw", 1), ("blocks", 0)])
+def test_trials_share_one_graph_of_the_centroids(
+  assign, num_graphs, monkeypatch
+):
+  made, make_coarse = [], faiss_ivf.make_coarse
+  monkeypatch.setattr(
+    faiss_ivf,
+    "make_coarse",
+    lambda *args: made.append(args) or make_coarse(*args),
+  )
+  monkeypatch.setattr(codecs, "_MANY_LISTS", 1)  # Then auto is the graph.
+  params = qinco_cases.make_params(num_words=16, dim=6, num_lists=20)
+  tables = jax.jit(qinco.prepare)(params)
+  codec = codecs.Codec("qinco", qinco, tables, {"encode": PUBLISHED}, "")
+  x_ND = _vectors(8 * 512)
+  encoder = codecs.make_encoder(codec, {"assign": assign}, x_ND)
+  assert len(made) == num_graphs
+  codes_NM = next(encoder.blocks(range(50)))
+  want_NM = qinco.encode(params, x_ND[:50], **encoder.knobs)
+  assert (codes_NM == want_NM).mean() > 0.9  # A graph may miss the nearest.
 
 
 def _config(**values):

@@ -184,7 +184,9 @@ def pass_over(
     chosen, first, count = np.unique(
       ids_N[order_N], return_index=True, return_counts=True
     )
-    sums_KD[chosen] += np.add.reduceat(x_ND[order_N], first, axis=0)
+    sums_KD[chosen] += np.add.reduceat(
+      x_ND[order_N], first, axis=0, dtype=np.float64
+    )
     counts_K[chosen] += count
   empty = np.flatnonzero(counts_K == 0)
   np.divide(

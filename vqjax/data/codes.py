@@ -191,7 +191,7 @@ def write_shard(folder, manifest: dict, shard: int, blocks) -> None:
   record = {
     "rows": [rows.start, rows.stop],
     "bytes": path.stat().st_size,
-    "sha256": _sha256(path),
+    "sha256": formats.sha256(path),
     "manifest": _digest(manifest),
   }
   write_json(path.with_suffix(".json"), record, overwrite=True)
@@ -250,7 +250,7 @@ def _problem(folder, manifest, shard: int, is_thorough: bool) -> str | None:
     return _FOREIGN
   if path.stat().st_size != wanted:
     return f"has {path.stat().st_size} bytes, expected {wanted}"
-  if is_thorough and _sha256(path) != checksum:
+  if is_thorough and formats.sha256(path) != checksum:
     return _DAMAGED
   try:
     codes = Codes([_open_shard(path, manifest, len(rows))], manifest)
@@ -365,7 +365,7 @@ def _open_folder(folder: pathlib.Path) -> Codes:
   def check(shard):
     path = path_fn(shard)
     record = json.loads(path.with_suffix(".json").read_text())
-    if _sha256(path) != record["sha256"]:
+    if formats.sha256(path) != record["sha256"]:
       raise ValueError(f"{path} {_DAMAGED}. {_how_to_mend(folder)}")
 
   return Codes(parts, manifest, check_fn=check)
@@ -471,11 +471,6 @@ def _kept_bytes(sizes) -> np.ndarray:
     max(1, math.ceil(int(size - 1).bit_length() / 8)) for size in sizes
   ]
   return np.flatnonzero(np.arange(4) < np.array(num_bytes_M)[:, None])
-
-
-def _sha256(path: pathlib.Path) -> str:
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(manifest: dict) -> str:

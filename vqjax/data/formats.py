@@ -14,6 +14,7 @@ vectors as for a billion.
 
 import contextlib
 import errno
+import hashlib
 import itertools
 import math
 import mmap
@@ -339,6 +340,12 @@ def _write_flat(path, suffix: str, blocks, dim: int, dtype: np.dtype) -> int:
     f.seek(0)
     _header(suffix, num, dim, dtype, f)
   return num
+
+
+def sha256(path) -> str:
+  """Returns the checksum of a whole file, in hexadecimal."""
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def release_pages(vectors) -> None:

@@ -15,7 +15,8 @@ from collections.abc import Iterable
 import faiss
 import numpy as np
 
-from vqjax.core import check_range, check_shape
+from vqjax.core import check_range
+from vqjax.interop import faiss_io
 
 NAMES = ("IVF-PQ", "IVF-RQ", "IVF-RaBitQ")
 QUERY_BITS = (4, 8)  # Of RaBitQ's queries: faster or better.
@@ -37,7 +38,7 @@ def fit(name: str, like: faiss.Index, x_ND: np.ndarray) -> faiss.Index:
     raise ValueError(f"A baseline must be one of {NAMES}, got {name!r}.")
   dim, num_lists, metric = like.d, like.nlist, like.metric_type
   num_codes, num_bits = like.rq.M, int(like.rq.nbits.at(0))
-  x_ND = _rows(x_ND, dim)
+  x_ND = faiss_io.float_rows("vectors", x_ND, dim)
   check_range(
     "the number of training vectors", len(x_ND), 1 << num_bits, np.inf
   )
@@ -76,7 +77,7 @@ def fit(name: str, like: faiss.Index, x_ND: np.ndarray) -> faiss.Index:
 def add(index: faiss.Index, blocks: Iterable[np.ndarray]) -> None:
   """Adds blocks of vectors `[n, D]`; ids count from 0."""
   for x_ND in blocks:
-    index.add(_rows(x_ND, index.d))
+    index.add(faiss_io.float_rows("vectors", x_ND, index.d))
 
 
 def search(
@@ -111,7 +112,9 @@ def search(
     )
   else:
     params = faiss.SearchParametersIVF(**common)
-  return index.search(_rows(queries_QD, index.d), k, params=params)[1]
+  return index.search(
+    faiss_io.float_rows("vectors", queries_QD, index.d), k, params=params
+  )[1]
 
 
 def lists_of(index: faiss.Index):
@@ -136,8 +139,3 @@ def _hand_over(part, owner) -> None:
   """Makes faiss free `part` together with `owner`."""
   part.this.disown()
   owner.own_fields = True
-
-
-def _rows(x_ND, dim: int) -> np.ndarray:
-  check_shape("vectors", x_ND, (None, dim))
-  return np.ascontiguousarray(x_ND, np.float32)

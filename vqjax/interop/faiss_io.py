@@ -1,7 +1,7 @@
-"""The door to faiss: exact search, OPQ, classical codecs, export of ours.
+"""Through faiss: exact search, OPQ, classical codecs, export of ours.
 
-Nothing else in this package imports faiss. Vectors go in and out as float32 in
-data units, codes as int32 `[N, M]`; faiss keeps the bits of a code packed.
+Only `vqjax/interop/faiss_*.py` import faiss. Vectors go in and out as float32
+in data units, codes as int32 `[N, M]`; faiss keeps the bits of a code packed.
 """
 
 import concurrent.futures
@@ -51,12 +51,12 @@ def knn(
   """
   metric_type = _metric_type(metric)
   check_range("k", k, 1, 2**31 - 1)
-  queries_QD = _float_rows("queries", queries_QD)
+  queries_QD = float_rows("queries", queries_QD)
   is_ip = metric == "ip"
   heap = faiss.ResultHeap(len(queries_QD), k, keep_max=is_ip)
   num_seen = 0
   for block in [base] if hasattr(base, "shape") else base:
-    block_ND = _float_rows("base", block, queries_QD.shape[1])
+    block_ND = float_rows("base", block, queries_QD.shape[1])
     if not len(block_ND):
       continue
     num_here = min(k, len(block_ND))
@@ -78,8 +78,8 @@ def distances_to(
   Raises:
     ValueError: Where shapes do not fit, or a row is beyond the base.
   """
-  queries_QD = _float_rows("queries", queries_QD)
-  base_ND = _float_rows("base", base_ND, queries_QD.shape[1])
+  queries_QD = float_rows("queries", queries_QD)
+  base_ND = float_rows("base", base_ND, queries_QD.shape[1])
   check_shape("rows", rows_QR, (len(queries_QD), None))
   rows_QR = np.ascontiguousarray(rows_QR, np.int64)
   if rows_QR.size and rows_QR.max() >= len(base_ND):
@@ -115,7 +115,7 @@ def fit_kmeans(
   Raises:
     ValueError: Where a size makes no sense.
   """
-  x_ND = _float_rows("x", x_ND)
+  x_ND = float_rows("x", x_ND)
   n, d = x_ND.shape
   check_range(
     "num_words", num_words, 1, n, f"{n} vectors cannot fill {num_words} words"
@@ -123,7 +123,7 @@ def fit_kmeans(
   check_range("num_iterations", num_iterations, 1, 100_000)
   if start_KD is not None:
     check_shape("start", start_KD, (num_words, d))
-    start_KD = _float_rows("start", start_KD)
+    start_KD = float_rows("start", start_KD)
   kmeans = faiss.Kmeans(
     d,
     num_words,
@@ -170,7 +170,7 @@ def train_opq(
     num_iterations: Rounds of codebooks and rotation in turn.
     max_vectors: A sample of at most so many rows is used.
   """
-  x_ND = _float_rows("x", x_ND)
+  x_ND = float_rows("x", x_ND)
   d = x_ND.shape[1]
   _check_training(len(x_ND), d, num_codes, num_bits, has_slices=True)
   opq, slices = _new_opq(d, num_codes, num_bits)
@@ -202,7 +202,7 @@ def fit_additive(
   """
   if name not in ADDITIVE:
     raise ValueError(f"name must be one of {ADDITIVE}, got {name!r}.")
-  x_ND = _float_rows("x", x_ND)
+  x_ND = float_rows("x", x_ND)
   n, d = x_ND.shape
   has_slices = name in ("PQ", "OPQ")
   _check_training(n, d, num_codes, num_bits, has_slices=has_slices)
@@ -279,7 +279,7 @@ def to_codec(index: faiss.Index, num_codes: int, num_bits: int) -> FaissCodec:
     )
 
   def encode(x_ND):
-    packed = index.sa_encode(_float_rows("x", x_ND, dim))
+    packed = index.sa_encode(float_rows("x", x_ND, dim))
     return faiss.unpack_bitstrings(packed, num_codes, num_bits).astype(np.int32)
 
   def decode(codes_NM):
@@ -336,7 +336,7 @@ def _code_sizes(inner: faiss.Index) -> tuple[int, int]:
   return inner.rq.M, inner.rq.nbits.at(0)
 
 
-def _float_rows(name: str, x_ND, dim: int | None = None) -> np.ndarray:
+def float_rows(name: str, x_ND, dim: int | None = None) -> np.ndarray:
   """A contiguous float32 matrix, as faiss wants it."""
   check_shape(name, x_ND, (None, dim))
   return np.ascontiguousarray(x_ND, np.float32)

@@ -14,7 +14,6 @@ description `index.faiss.json` says which codec made the codes.
 Reference: arXiv 2501.03078, section 3.4.
 """
 
-import hashlib
 import json
 import pathlib
 from collections.abc import Iterable
@@ -259,8 +258,10 @@ def describe(index: faiss.Index) -> dict:
 
 def save(
   index: faiss.Index, path, info: dict, *, overwrite: bool = False
-) -> None:
+) -> dict:
   """Writes index and description, each whole or not at all.
+
+  Returns the description.
 
   Args:
     index: From `make_index`.
@@ -280,7 +281,10 @@ def save(
   beside = codes.description_path(path)
   formats.check_output(beside, overwrite)
   with faiss_io.write_index(index, path, overwrite=overwrite) as temporary:
-    meta |= {"bytes": temporary.stat().st_size, "sha256": _sha256(temporary)}
+    meta |= {
+      "bytes": temporary.stat().st_size,
+      "sha256": formats.sha256(temporary),
+    }
   codes.write_json(beside, meta, overwrite=True)
   return meta
 
@@ -361,7 +365,7 @@ def _check_file(path: pathlib.Path, info: dict, *, is_thorough: bool) -> None:
       f"{path} is truncated or of another run: it has {size} bytes, its "
       f"description says {info.get('bytes')}."
     )
-  if is_thorough and _sha256(path) != info.get("sha256"):
+  if is_thorough and formats.sha256(path) != info.get("sha256"):
     raise ValueError(
       f"{path} is damaged, or was changed after it was written: it does not "
       "match the checksum in its description."
@@ -376,8 +380,3 @@ def _identity(index) -> dict:
     "words": faiss_lists.words_of(index.rq),
     "norms": (index.rq.norm_min, index.rq.norm_max),
   }
-
-
-def _sha256(path) -> str:
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,28 +14,28 @@ from vqjax.codecs.rq import RQParams
 from vqjax.core import check_range, check_shape
 from vqjax.data import formats
 from vqjax.interop import faiss_io
-from vqjax.interop.faiss_io import METRICS
+from vqjax.interop.faiss_io import METRICS, float_rows
 
 BLOCK = 16384  # Vectors whose reconstructions exist at a time.
 COARSE = ("hnsw", "flat")
 _NUM_LINKS = 32  # Of a word in the graph, and how hard they are looked for:
 _EF_CONSTRUCTION = 200
-_NUM_NORMS = 256  # Values of a byte.
 
 
 class Contents(NamedTuple):
   """What an index holds, list after list; vectors of a list as added.
 
-  `norm_N` points to `norm_values`: squared norms of centroid plus words, which
-  suit tables of a query that serve all lists. (The bytes in the file are of
-  the words alone.)
+  Byte b of `norm_N`, of list l, stands for `low_L[l] + b * step_L[l]`: what the
+  words add to the squared norm of the centroid, which suits tables of a query
+  that serve all lists. (The bytes in the file are of the words alone.)
   """
 
   starts: np.ndarray  # `[L + 1]` int64: first row of each list, then N.
   ids_N: np.ndarray  # int64.
   codes_NM: np.ndarray  # uint8; uint16 for more than 256 words.
   norm_N: np.ndarray  # uint8.
-  norm_values: np.ndarray  # `[256]` float32.
+  low_L: np.ndarray  # float32.
+  step_L: np.ndarray  # float32.
   codebooks_MKD: np.ndarray
   centroids_LD: np.ndarray
 
@@ -176,20 +176,31 @@ def _join_lists(index) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _norms(starts, codes_NM, words_MKD, centroids_LD):
-  """Squared norms of centroid plus words as bytes, and what those stand for."""
+  """`norm_N`, `low_L` and `step_L` of `Contents`.
+
+  Every list has a range of its own: one vector far out costs no other list
+  its precision.
+  """
   decode_fn = make_decode_fn(words_MKD)
   num = len(codes_NM)
-  norm_N = np.empty(num, np.float32)
+  added_N = np.empty(num, np.float32)
   for i in range(0, num, BLOCK):
     rows = slice(i, min(i + BLOCK, num))
     lists_n = np.searchsorted(starts, np.arange(i, rows.stop), "right") - 1
-    whole_nD = decode_fn(codes_NM[rows]) + centroids_LD[lists_n]
-    norm_N[rows] = np.einsum("nd,nd->n", whole_nD, whole_nD)
-  low, high = (norm_N.min(), norm_N.max()) if num else (0, 0)
-  step = (float(high) - float(low)) / _NUM_NORMS
-  values = np.float32(low + (np.arange(_NUM_NORMS) + 0.5) * step)
-  at_N = (norm_N - low) / (step or 1)
-  return np.minimum(at_N, _NUM_NORMS - 1).astype(np.uint8), values
+    words_nD = decode_fn(codes_NM[rows])
+    # |c + r|^2 - |c|^2
+    both_nD = 2 * centroids_LD[lists_n] + words_nD
+    added_N[rows] = np.einsum("nd,nd->n", both_nD, words_nD)
+  low_L, step_L = np.zeros((2, len(centroids_LD)), np.float32)
+  sizes_L = np.diff(starts)
+  has_L = sizes_L > 0
+  if num:
+    first = starts[:-1][has_L]
+    low_L[has_L] = np.minimum.reduceat(added_N, first)
+    step_L[has_L] = (np.maximum.reduceat(added_N, first) - low_L[has_L]) / 255
+  at_N = added_N - np.repeat(low_L, sizes_L)
+  at_N /= np.repeat(np.where(step_L > 0, step_L, 1), sizes_L)
+  return np.clip(np.rint(at_N), 0, 255).astype(np.uint8), low_L, step_L
 
 
 def nearest(coarse, x_ND, num: int, ef_search):
@@ -206,12 +217,6 @@ def graph_params(coarse, ef_search: int | None):
     return None
   check_range("ef_search", ef_search, 1, 2**31 - 1)
   return faiss.SearchParametersHNSW(efSearch=ef_search)
-
-
-def float_rows(name: str, x_ND, dim: int | None = None) -> np.ndarray:
-  """A contiguous float32 matrix, as faiss wants it."""
-  check_shape(name, x_ND, (None, dim))
-  return np.ascontiguousarray(x_ND, np.float32)
 
 
 def _check_metric(metric: str) -> None:

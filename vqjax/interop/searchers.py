@@ -48,6 +48,7 @@ def open_searcher(
       "1 the order is that of inner products."
     )
   contents = faiss_ivf.contents(faiss_index)
+  coarse = faiss_ivf.keep_coarse(faiss_index)  # The codes are not kept twice.
   pairwise_fn = None
   if decoders is not None:
     found = decoders_io.load(decoders)
@@ -62,11 +63,10 @@ def open_searcher(
     contents.starts,
     contents.codes_NM,
     contents.norm_N,
-    contents.norm_values[[0, -1]],
+    contents.low_L,
+    contents.step_L,
     contents.codebooks_MKD,
-    contents.centroids_LD,
   )
-  coarse = faiss_ivf.keep_coarse(faiss_index)  # The codes are not kept twice.
   return pipeline.Searcher(
     pipeline.Parts(
       lists=lists,

@@ -3,13 +3,13 @@
 A vector of list `l` is approximated by its centroid plus M words, one of each
 codebook. Of its squared distance to a query x,
 
-  |x - c - r|^2 = |x - c|^2 - |c|^2 - 2 <x, r> + |c + r|^2
+  |x - c - r|^2 = |x - c|^2 - 2 <x, r> + (|c + r|^2 - |c|^2)
 
-the first two terms belong to the list, <x, r> is the sum of M entries of the
+the first term belongs to the list, <x, r> is the sum of M entries of the
 query's table of inner products with all words, and the last is kept with the
-code, quantised to a byte. The tables of a block of queries are one matrix
-product. Lists are read in tiles of consecutive codes, so that little but the
-table lookups is done for each code.
+code, as a byte within the range of its list. The tables of a block of queries
+are one matrix product. Lists are read in tiles of consecutive codes, so that
+little but the table lookups is done for each code.
 
 The words are those of an additive decoder (`vqjax.codecs.additive`).
 """
@@ -36,27 +36,27 @@ class Lists:
 
   starts_L1: Array  # First row of each list, and the number of rows; int32.
   packed_NW: Array  # uint32.
-  norm_N: Array  # uint8 b for a squared norm |c + r|^2 of low + b * step.
-  norm_low: Array
-  norm_step: Array
+  norm_N: Array  # uint8 b: |c + r|^2 - |c|^2 is about low + b * step.
+  low_L: Array
+  step_L: Array
   books_CD: Array  # All words of all positions, `C = M * K`.
-  norms_L: Array  # |c|^2 of the centroids.
   num_codes: int = struct.field(pytree_node=False)
   num_bits: int = struct.field(pytree_node=False)  # 8 or 16 for each code.
 
 
 def make_lists(
-  starts_L1, codes_NM, norm_N, norm_range, codebooks_MKD, centroids_LD
+  starts_L1, codes_NM, norm_N, low_L, step_L, codebooks_MKD
 ) -> Lists:
   """Packs host arrays for `scan`.
 
   Args:
     starts_L1: First row of each list, and the number of rows.
     codes_NM: Codes, row by row, of any unsigned type.
-    norm_N: Squared norms of the reconstructions, in 256 equal steps.
-    norm_range: What the norm bytes 0 and 255 stand for.
+    norm_N: What the words of each code add to the squared norm of the
+      centroid, in steps of its list.
+    low_L: What byte 0 stands for, in each list.
+    step_L: From one byte to the next.
     codebooks_MKD: Words of the additive decoder.
-    centroids_LD: Of the lists; zero for a codec without lists.
 
   Raises:
     ValueError: Where shapes do not fit each other.
@@ -65,33 +65,31 @@ def make_lists(
   n = len(codes_NM)
   check_shape("codes", codes_NM, (None, m))
   check_shape("norms", norm_N, (n,))
-  check_shape("centroids", centroids_LD, (None, d))
-  check_shape("starts", starts_L1, (len(centroids_LD) + 1,))
+  check_shape("starts", starts_L1, (len(low_L) + 1,))
+  check_shape("steps", step_L, (len(low_L),))
   check_range("the number of vectors", n, 1, 2**31 - 1, "rows are int32")
   check_range("the codebook size", k, 2, 65536, "codes are 8 or 16 bits")
   num_bits = 8 if k <= 256 else 16
-  tail = lambda x_N: np.pad(x_N, [(0, TILE)] + [(0, 0)] * (x_N.ndim - 1))
   return Lists(
     starts_L1=jnp.asarray(starts_L1, jnp.int32),
     # The last tile may reach beyond the last code.
-    packed_NW=jnp.asarray(tail(_pack(codes_NM, num_bits))),
-    norm_N=jnp.asarray(tail(np.asarray(norm_N, np.uint8))),
-    norm_low=jnp.float32(norm_range[0]),
-    norm_step=jnp.float32((norm_range[1] - norm_range[0]) / 255),
+    packed_NW=jnp.asarray(_pack(codes_NM, num_bits, n + TILE)),
+    norm_N=jnp.asarray(np.pad(np.asarray(norm_N, np.uint8), (0, TILE))),
+    low_L=jnp.asarray(low_L, jnp.float32),
+    step_L=jnp.asarray(step_L, jnp.float32),
     books_CD=jnp.asarray(codebooks_MKD, jnp.float32).reshape(m * k, d),
-    norms_L=jnp.asarray((centroids_LD**2).sum(axis=1), jnp.float32),
     num_codes=m,
     num_bits=num_bits,
   )
 
 
-def _pack(codes_NM, num_bits: int) -> np.ndarray:
-  """Joins codes to little-endian words, uint32 `[N, W]`."""
-  per_word = 32 // num_bits
-  padding = -codes_NM.shape[1] % per_word
+def _pack(codes_NM, num_bits: int, num_rows: int) -> np.ndarray:
+  """Joins codes to little-endian words, uint32 `[num_rows, W]`."""
+  n, m = codes_NM.shape
+  padding = -m % (32 // num_bits)
   dtype = np.uint8 if num_bits == 8 else np.dtype("<u2")
-  wide = np.zeros((len(codes_NM), codes_NM.shape[1] + padding), dtype)
-  wide[:, : codes_NM.shape[1]] = codes_NM
+  wide = np.zeros((num_rows, m + padding), dtype)
+  wide[:n, :m] = codes_NM
   return wide.view("<u4")
 
 
@@ -139,8 +137,8 @@ def scan(
   num_slots = num_tiles * TILE
   check_range("num_best", num_best, 1, num_slots, "slots to choose from")
   tables_QC = 2 * jnp.matmul(queries_QD, lists.books_CD.T, precision="highest")
-  # The terms of a list, with the sign for top_k.
-  of_list_QP = lists.norms_L[probes_QP] - distances_QP
+  # With the sign for top_k.
+  of_list_QP = -distances_QP - lists.low_L[probes_QP]
   score_fn = jax.vmap(partial(_scores, lists, num_tiles))
   score_QT, rows_QI, probe_QI = score_fn(tables_QC, of_list_QP, probes_QP)
   score_QR, slots_QR = lax.top_k(score_QT, num_best)
@@ -168,10 +166,9 @@ def _scores(lists, num_tiles, table_C, of_list_P, probes_P):
   run = lambda x_N: jax.vmap(
     lambda row: lax.dynamic_slice_in_dim(x_N, row, TILE)
   )(rows_I)
-  norm_IS = run(lists.norm_N).astype(jnp.float32)
-  score_IS = at(of_list_P, probe_I)[:, None] - (
-    lists.norm_low + norm_IS * lists.norm_step
-  )
+  step_I = lists.step_L[at(probes_P, probe_I)]
+  norm_IS = run(lists.norm_N).astype(jnp.float32) * step_I[:, None]
+  score_IS = at(of_list_P, probe_I)[:, None] - norm_IS
   num_words = len(table_C) // lists.num_codes
   codes = _unpack(run(lists.packed_NW), lists.num_codes, lists.num_bits)
   for position, code_IS in enumerate(codes):

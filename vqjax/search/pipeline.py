@@ -22,13 +22,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vqjax.core import check_range, check_shape
+from vqjax.core import check_range
+from vqjax.data.formats import check_vectors
 from vqjax.search import ivf
 
 STAGES = ("coarse", "scan", "pairwise", "network")
 _DECODE_ROWS = 4096  # Vectors that are decoded at once.
 _SCAN_QUERIES = 512  # In one scan; their tables should stay in the caches.
 _SLOT_BYTES = 64 << 20  # Of the slots of one scan, at most.
+_RERANKED = 1 << 18  # Candidates that are decoded before any is dropped.
 
 
 class Parts(NamedTuple):
@@ -86,7 +88,7 @@ class Searcher:
     queries_QD,
     k: int = 10,
     *,
-    nprobe: int = 16,
+    nprobe: int | None = None,
     ef_search: int | None = None,
     num_aq: int = 0,
     num_short: int = 20,
@@ -96,7 +98,8 @@ class Searcher:
     Args:
       queries_QD: Queries `[Q, D]` in data units, or one `[D]`.
       k: Results.
-      nprobe: Lists that are looked into.
+      nprobe: Lists that are looked into; 16 or, where there are fewer, all
+        for None.
       ef_search: Effort of a coarse quantiser that is a graph; None for its
         own.
       num_aq: Candidates of the scan that the pairwise decoder puts in order.
@@ -106,8 +109,9 @@ class Searcher:
       ValueError: Where a number or a dimension does not fit.
     """
     queries_QD = np.atleast_2d(np.asarray(queries_QD, np.float32))
-    check_shape("queries", queries_QD, (None, self.dim))
+    check_vectors(queries_QD, dim=self.dim, name="queries")
     num_lists = len(self._tiles_L)
+    nprobe = min(16, num_lists) if nprobe is None else nprobe
     check_range("nprobe", nprobe, 1, num_lists, "lists of the index")
     check_range("k", k, 1, len(self.parts.ids_N), "vectors in the index")
     for name, value in (("num_aq", num_aq), ("num_short", num_short)):
@@ -176,7 +180,29 @@ class Searcher:
     return out
 
   def _rerank(self, decode_fn, queries_QD, found, num_head):
-    """Puts the first `num_head` candidates in the order of exact distances."""
+    """Puts the first `num_head` candidates in the order of exact distances.
+
+    In blocks of queries, or all vectors of a large batch would be in memory.
+    Also returns how many vectors were decoded.
+    """
+    size = max(_RERANKED // num_head, 1)
+    blocks, num_decoded = [], 0
+    for start in range(0, len(queries_QD), size):
+      rows = slice(start, start + size)
+      block, num = self._rerank_block(
+        decode_fn,
+        queries_QD[rows],
+        Candidates(*(x_QC[rows] for x_QC in found)),
+        num_head,
+      )
+      blocks.append(block)
+      num_decoded += num
+    return Candidates(*map(np.concatenate, zip(*blocks, strict=True))), (
+      num_decoded
+    )
+
+  def _rerank_block(self, decode_fn, queries_QD, found, num_head):
+    """`_rerank` of some queries."""
     head = Candidates(*(x_QC[:, :num_head] for x_QC in found))
     is_there = head.rows_QC >= 0
     rows_U, first_U, back = np.unique(
@@ -199,17 +225,20 @@ class Searcher:
 
   def _decode(self, decode_fn, rows_U, lists_U) -> np.ndarray:
     """Vectors `[U, D]` of rows, in blocks of few sizes."""
-    parts = []
+    out_UD = np.empty((len(rows_U), self.dim), np.float32)
+    waiting = []
     for start in range(0, len(rows_U), _DECODE_ROWS):
-      block = slice(start, start + _DECODE_ROWS)
-      size = len(rows_U[block])
+      block = slice(start, min(start + _DECODE_ROWS, len(rows_U)))
+      size = block.stop - start
       pad = (0, _round_up(size) - size)
       codes_NM = ivf.codes_at(
         self.parts.lists, np.pad(rows_U[block], pad, "edge")
       )
       x_ND = decode_fn(codes_NM, np.pad(lists_U[block], pad, "edge"))
-      parts.append((size, x_ND))
-    return np.concatenate([np.asarray(x_ND)[:size] for size, x_ND in parts])
+      waiting.append((block, x_ND))
+    for block, x_ND in waiting:
+      out_UD[block] = np.asarray(x_ND)[: block.stop - block.start]
+    return out_UD
 
 
 class _Block(NamedTuple):

@@ -27,7 +27,7 @@ from vqjax.codecs.rq import RQParams
 from vqjax.core import check_range, check_shape
 from vqjax.data import codes, formats
 from vqjax.interop import faiss_io, faiss_lists
-from vqjax.interop.faiss_io import METRICS
+from vqjax.interop.faiss_io import METRICS, float_rows
 from vqjax.interop.faiss_lists import assign_lists as assign_lists
 from vqjax.interop.faiss_lists import contents as contents
 from vqjax.interop.faiss_lists import make_coarse as make_coarse
@@ -209,7 +209,7 @@ def coarse_search(
       takes no notice of it.
   """
   index = faiss_lists.check_index(index)
-  queries_QD = faiss_lists.float_rows("queries", queries_QD, index.d)
+  queries_QD = float_rows("queries", queries_QD, index.d)
   coarse = faiss.downcast_index(index.quantizer)
   return faiss_lists.nearest(coarse, queries_QD, nprobe, ef_search)
 
@@ -235,7 +235,7 @@ def search(
     nprobe=nprobe, quantizer_params=faiss_lists.graph_params(coarse, ef_search)
   )
   return index.search(
-    faiss_lists.float_rows("queries", queries_QD, index.d), k, params=params
+    float_rows("queries", queries_QD, index.d), k, params=params
   )
 
 

@@ -11,7 +11,7 @@ import faiss
 import numpy as np
 
 from vqjax.codecs.rq import RQParams
-from vqjax.core import check_range, check_shape
+from vqjax.core import check_range
 from vqjax.data import formats
 from vqjax.interop import faiss_io
 from vqjax.interop.faiss_io import METRICS, float_rows

@@ -8,17 +8,8 @@ More than 65,536 lists, as of bigann1B, need the centroids of
 `python -m experiments.ivf_centroids`, which walks over the file.
 """
 
-from configs import base
+from configs import qinco2_m
 
 
 def get_config(arg: str = ""):
-  return base.make_learned(
-    arg,
-    model=dict(network_dim=384, hidden_dim=384, num_blocks=4),
-    sample=dict(
-      model=dict(beam_size=4, num_joint_candidates=8),
-      train=dict(num_epochs=12, peak_lr=0.001),
-    ),
-    train={},
-    has_lists=True,
-  )
+  return qinco2_m.get_config(arg, has_lists=True)

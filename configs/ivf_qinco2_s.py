@@ -8,17 +8,8 @@ to --config.ivf.centroids=FILE. More than 65,536 lists, as of bigann1B, need
 them.
 """
 
-from configs import base
+from configs import qinco2_s
 
 
 def get_config(arg: str = ""):
-  return base.make_learned(
-    arg,
-    model=dict(network_dim=128, hidden_dim=256, num_blocks=2),
-    sample=dict(
-      model=dict(beam_size=4, num_joint_candidates=8),
-      train=dict(num_epochs=40, peak_lr=2e-3),
-    ),
-    train={},
-    has_lists=True,
-  )
+  return qinco2_s.get_config(arg, has_lists=True)

@@ -8,7 +8,7 @@ Without argument it trains on the bundled sample; that takes two cores a while.
 from configs import base
 
 
-def get_config(arg: str = ""):
+def get_config(arg: str = "", *, has_lists: bool = False):
   return base.make_learned(
     arg,
     model=dict(network_dim=384, hidden_dim=384, num_blocks=4),
@@ -17,4 +17,5 @@ def get_config(arg: str = ""):
       train=dict(num_epochs=12, peak_lr=0.001),
     ),
     train={},
+    has_lists=has_lists,
   )

@@ -9,7 +9,7 @@ sizes and schedule.
 from configs import base
 
 
-def get_config(arg: str = ""):
+def get_config(arg: str = "", *, has_lists: bool = False):
   return base.make_learned(
     arg,
     model=dict(network_dim=128, hidden_dim=256, num_blocks=2),
@@ -18,4 +18,5 @@ def get_config(arg: str = ""):
       train=dict(num_epochs=40, peak_lr=2e-3),
     ),
     train={},
+    has_lists=has_lists,
   )

@@ -9,7 +9,7 @@ cores, and decodes below one.
 from configs import base
 
 
-def get_config(arg: str = ""):
+def get_config(arg: str = "", *, has_lists: bool = False):
   return base.make_learned(
     arg,
     model=dict(
@@ -25,4 +25,5 @@ def get_config(arg: str = ""):
       train=dict(num_epochs=60, peak_lr=4e-3),
     ),
     train={},
+    has_lists=has_lists,
   )

@@ -16,13 +16,7 @@ D, K, M, L, NUM = 6, 8, 4, 11, 130
 NO_FILES = {"codec": None, "codes": None, "decoders": None}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-  # Threads of faiss that wait for work take it from those of JAX.
-  num_threads = faiss.omp_get_max_threads()
-  faiss.omp_set_num_threads(1)
-  yield
-  faiss.omp_set_num_threads(num_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _make(folder, num_lists, seed=0, metric="l2"):

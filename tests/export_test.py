@@ -22,13 +22,7 @@ KINDS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-  # Threads of faiss that wait for work take it from those of JAX.
-  num_threads = faiss.omp_get_max_threads()
-  faiss.omp_set_num_threads(1)
-  yield
-  faiss.omp_set_num_threads(num_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,7 @@ D, L, M, NUM = 12, 9, 3, 300
 INFO = {"codec_fingerprint": "0123456789abcdef", "rows": [[0, NUM]]}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-  # Threads of faiss that wait for work take it from those of JAX.
-  num_threads = faiss.omp_get_max_threads()
-  faiss.omp_set_num_threads(1)
-  yield
-  faiss.omp_set_num_threads(num_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _case(k=16, num_lists=L, seed=0, num=NUM):

@@ -148,6 +148,8 @@ def test_what_does_not_fit_is_refused(case):
   search = case.searcher.search
   with pytest.raises(ValueError, match="queries must have .*5.* got"):
     search(np.zeros((2, 4)), 3)
+  with pytest.raises(ValueError, match="number of queries .* got 0"):
+    search(np.zeros((0, 5)), 3)
   with pytest.raises(ValueError, match="queries.*row 1"):
     search(np.array([[0.0] * 5, [0, 0, np.nan, 0, 0]]), 3)
   with pytest.raises(ValueError, match="nprobe must lie between 1 and 6"):

@@ -110,6 +110,7 @@ class Searcher:
     """
     queries_QD = np.atleast_2d(np.asarray(queries_QD, np.float32))
     check_vectors(queries_QD, dim=self.dim, name="queries")
+    check_range("the number of queries", len(queries_QD), 1, 2**31 - 1)
     num_lists = len(self._tiles_L)
     nprobe = min(16, num_lists) if nprobe is None else nprobe
     check_range("nprobe", nprobe, 1, num_lists, "lists of the index")

@@ -20,6 +20,7 @@ The index is made in memory: M + 9 bytes for each vector of 8-bit codes, up to
 twice that while it grows.
 """
 
+import pathlib
 import re
 import shlex
 from collections.abc import Callable
@@ -131,6 +132,11 @@ def _build(config):
 
 def _open_codes(config, codec) -> _Source:
   open_codes.refuse_search(config, _OF_SEARCH)
+  if not pathlib.Path(config.codes).exists():
+    raise FileNotFoundError(
+      f"There is no file or folder {config.codes}; --codes takes a folder of "
+      "shards or a .npy of experiments.encode."
+    )
   found = open_codes.of_codec(config, codec)
   blocks = lambda rows: open_codes.blocks(
     found, codec.codebook_sizes, _BLOCK, rows

@@ -89,10 +89,11 @@ def run(config, workdir=None) -> dict:
     command=_command(config, encoder.knobs),
     num_shards=num_shards,
   )
+  after = _after(config, codec, num_shards)
   if num_shards:
-    _write_shards(config, meta, mine, encoder)
+    _write_shards(config, meta, mine, encoder, after)
   else:
-    _write_file(config, meta, encoder)
+    _write_file(config, meta, encoder, after)
   return {"output": config.output, "shape": tuple(meta["shape"])}
 
 
@@ -203,7 +204,7 @@ class _Meter:
     return f"{num} vectors in {end - start:.1f} s, {each:.1f} us each{aside}"
 
 
-def _write_file(config, meta, encoder) -> None:
+def _write_file(config, meta, encoder, after: str) -> None:
   """Writes all codes into one file, and their description beside it."""
   rows = range(meta["shape"][0])
   with common.progress(len(rows), "encode") as done:
@@ -223,7 +224,7 @@ def _write_file(config, meta, encoder) -> None:
     meta["shape"][1],
     config.output,
     beside,
-    _after(config),
+    after,
   )
 
 
@@ -236,7 +237,7 @@ def _write_raw(config, sizes, blocks) -> None:
       file.write(packing.pack(codes_NM, sizes).tobytes())
 
 
-def _write_shards(config, meta, mine: list[int], encoder) -> None:
+def _write_shards(config, meta, mine: list[int], encoder, after) -> None:
   """Makes those shards of this process that are not finished yet."""
   folder = config.output
   manifest = codes.claim(folder, meta)
@@ -263,7 +264,7 @@ def _write_shards(config, meta, mine: list[int], encoder) -> None:
     folder,
     manifest["num_shards"] - len(left),
     manifest["num_shards"],
-    _remedy(folder, manifest, left) if left else _after(config),
+    _remedy(folder, manifest, left) if left else after,
   )
 
 
@@ -285,19 +286,24 @@ def _rows_of(manifest, shard: int) -> range:
   return codes.shard_rows(manifest["shape"][0], manifest["num_shards"], shard)
 
 
-def _after(config) -> str:
+def _after(config, codec, num_shards: int) -> str:
   """Commands for codes that are complete."""
   output = shlex.quote(config.output)
-  verify = f"python -m experiments.encode --verify --output={output}"
-  decode = (
-    f"python -m experiments.decode --codec={shlex.quote(config.codec)} "
-    f"--codes={output} --output=x.npy"
-  )
-  return f"{verify}\n  {decode}" if _is_folder(config) else decode
-
-
-def _is_folder(config) -> bool:
-  return pathlib.Path(config.output).is_dir()
+  given = f"--codec={shlex.quote(config.codec)} --codes={output}"
+  if codec.is_ivf and not config.raw and config.num_steps is None:
+    data = f"--data={shlex.quote(config.data)}"
+    if config.num_vectors:
+      data += f" --num_vectors={config.num_vectors}"
+    decoders = "decoders.safetensors"
+    commands = [
+      f"pairwise_decoder {given} {data} --output={decoders}",
+      f"build_index {given} --decoders={decoders} --output=index.faiss",
+    ]
+  else:
+    commands = [f"decode {given} --output=x.npy"]
+  if num_shards:
+    commands.insert(0, f"encode --verify --output={output}")
+  return "\n  ".join(f"python -m experiments.{c}" for c in commands)
 
 
 def _remedy(folder, manifest, shards) -> str:

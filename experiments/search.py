@@ -12,9 +12,18 @@ r"""Searches an index at many settings: recall, speed, Pareto front, picture.
 
 Settings are all combinations of the lists given. Each parameter is taken to
 cost time and to gain recall, so that many combinations need not be tried. A
-point is the best of --rounds calls with all queries, after one that compiles;
-baselines take turns with ours. Stopped, it goes on with --resume. The picture
-lies beside the output, as search.png.
+point is the best of --rounds rounds after a call that compiles; in a round all
+queries are searched again and again for a tenth of a second, or once where that
+takes longer. Baselines take turns with ours. Stopped, it goes on with --resume.
+The picture lies beside the output, as search.png; each point is also printed as
+a JSON line when it is measured, alone on stdout: ... > points.jsonl
+
+Columns of the table: nprobe lists are looked into; their vectors are put in
+order by the additive decoder, the best num_aq of these by the pairwise decoder,
+and the best num_short of those by the network. qps are queries per second of
+one call with all queries, and coarse (which finds the lists), scan, pairwise
+and network the microseconds per query that go into each step. decoded are the
+vectors that the network decoded per query: one that queries share counts once.
 
 Times are those of all threads: --threads are those of faiss; those of JAX are
 the cores that the process may use, set from outside: taskset -c 0 python ...
@@ -92,7 +101,9 @@ OPTIONS = {
     "accelerators and on CPUs that have it (avx512_bf16), where decoding takes "
     "half as long. Sums and distances are float32.",
   ),
-  "rounds": common.Option(int, 3, "Calls per point, of which the best counts."),
+  "rounds": common.Option(
+    int, 3, "Rounds per point, of which the best counts."
+  ),
   "baselines": common.Option(
     str,
     "",
@@ -110,6 +121,7 @@ OPTIONS = {
   "resume": common.Option(bool, False, "Go on with the points still missing."),
   "overwrite": common.Option(bool, False, "Replace existing outputs."),
 }
+_LEAST_RECALL = 0.02  # Below it a ground truth that nobody checked is doubted.
 
 
 def run(config, workdir=None) -> dict:
@@ -152,7 +164,7 @@ def run(config, workdir=None) -> dict:
   search_measure.explore(config, record, codec.name, ranges, search_fns, data)
   search_measure.time_single(record, search_fns, data.xq_QD)
   record.draw()
-  _summarise(config, record)
+  _summarise(config, record, data)
   return {"header": record.header, "points": record.points}
 
 
@@ -270,7 +282,7 @@ def _numbers(config, name: str, low: int, high: int) -> list[int]:
   return values
 
 
-def _summarise(config, record) -> None:
+def _summarise(config, record, data) -> None:
   t = record.header["threads"]
   logging.info(
     "%d vectors, %d lists, k=%d, threads: %d of faiss, %d of JAX\n%s\n\nThe "
@@ -280,6 +292,7 @@ def _summarise(config, record) -> None:
     record.table(),
     record.latency_table(),
   )
+  _doubt(data, max(p["recall"]["1-recall@1"] for p in record.points))
   best = record.best(next(iter(record.header["bytes"])))
   if not best["num_short"] and any(
     p["setting"].get("num_short") for p in record.points
@@ -299,6 +312,16 @@ def _summarise(config, record) -> None:
     *(record.path, record.picture, config.codec, config.index, options),
     *(config.k, at),
   )
+
+
+def _doubt(data, recall: float) -> None:
+  """Warns where the true neighbours may be those of others, unchecked."""
+  if data.base is None and recall < _LEAST_RECALL:
+    logging.warning(
+      "The best 1-recall@1 is %.4f: does --groundtruth belong to --queries and "
+      "to the vectors that were encoded? With these as --data it is checked.",
+      recall,
+    )
 
 
 def _run_decoded(config) -> dict:
@@ -334,6 +357,7 @@ def _run_decoded(config) -> dict:
     ),
     config.output,
   )
+  _doubt(data, result["recall"]["1-recall@1"])
   return result
 
 

@@ -16,6 +16,8 @@ _BLOCK = 16384
 _MAX_TRAIN = 200_000  # IVF-RQ trains half a minute on them, on 2 threads.
 _RANKS = (1, 10, 100)
 _OVERLAP = 10
+_NUM_CHECKED = 16  # Queries whose true neighbours are checked against
+_NUM_SAMPLED = 20_000  # so many vectors of the base.
 
 
 class Data(NamedTuple):
@@ -78,6 +80,8 @@ def _neighbours(dataset, xq_QD, base, num_vectors: int) -> np.ndarray:
     whole = dataclasses.replace(dataset, num_base=None)
     ids_QG = np.asarray(datasets.open_split(whole, "groundtruth"))[: len(xq_QD)]
     if ids_QG.max() < num_vectors:
+      if base is not None:
+        _check_neighbours(dataset, xq_QD, ids_QG, base)
       return ids_QG
     missing = (
       f"{dataset.groundtruth} names vectors beyond the {num_vectors} that are "
@@ -94,6 +98,53 @@ def _neighbours(dataset, xq_QD, base, num_vectors: int) -> np.ndarray:
   num = min(_OVERLAP, num_vectors)
   with common.progress(num_vectors, "exact search") as done:
     return faiss_io.knn(xq_QD, _blocks(base, done), num, dataset.metric)[1]
+
+
+def _check_neighbours(dataset, xq_QD, true_QG, base) -> None:
+  """Raises ValueError where the true neighbours cannot be those.
+
+  For some queries: the first must not be farther than any vector of a sample,
+  nor one that recall is measured with farther than the next.
+  """
+  at = _spread(len(xq_QD), _NUM_CHECKED)
+  xq_QD, ids_QG = xq_QD[at], true_QG[at, :_OVERLAP]
+  sample_N = _spread(len(base), _NUM_SAMPLED)
+  xs_ND = batches.read_rows(base, sample_N)
+  _, near_Q1 = faiss_io.knn(xq_QD, xs_ND, 1, dataset.metric)
+  ids_QR = np.hstack([ids_QG, sample_N[near_Q1]])
+  error_QR, noise_Q = _errors(xq_QD, ids_QR, base, dataset.metric)
+  last = ids_QG.shape[1]
+  less, more = np.r_[0, : last - 1], np.r_[last, 1:last]
+  wrong_QR = error_QR[:, less] > error_QR[:, more] + noise_Q[:, None]
+  if wrong_QR.any():
+    q, r = np.argwhere(wrong_QR)[0]
+    raise ValueError(
+      f"{dataset.groundtruth} must name the vectors of {dataset.base} "
+      f"nearest ({dataset.metric}) to each query of {dataset.queries}, nearest "
+      f"first, but for query {at[q]} it has row {ids_QR[q, less[r]]}, which is "
+      f"farther than row {ids_QR[q, more[r]]}; give the ground truth of these "
+      "files, or leave it out to have it found by exact search."
+    )
+
+
+def _spread(num: int, most: int) -> np.ndarray:
+  """At most so many of `num` rows, at equal distances."""
+  return np.unique(np.linspace(0, num - 1, min(num, most), dtype=np.int64))
+
+
+def _errors(xq_QD, ids_QR, base, metric: str):
+  """What is less for nearer rows, `[Q, R]`, and how exact `[Q]` float32 has it.
+
+  A negative id stands for none, at inf.
+  """
+  x_ND = batches.read_rows(base, np.maximum(ids_QR, 0).ravel()).astype(float)
+  x_QRD, xq_Q1D = x_ND.reshape(*ids_QR.shape, -1), xq_QD[:, None].astype(float)
+  if metric == "ip":
+    error_QR = -(x_QRD * xq_Q1D).sum(axis=-1)
+  else:
+    error_QR = np.square(x_QRD - xq_Q1D).sum(axis=-1)
+  size_QR = np.square(x_QRD).sum(axis=-1) + np.square(xq_Q1D).sum(axis=-1)
+  return np.where(ids_QR < 0, np.inf, error_QR), 1e-5 * size_QR.max(axis=1)
 
 
 def _blocks(vectors, done):

@@ -3,8 +3,10 @@
 import json
 import os
 import pathlib
+import sys
 
 from absl import logging
+from tqdm import tqdm
 
 from experiments import common
 from vqjax.data import formats
@@ -47,9 +49,12 @@ class Record:
     return next(filter(same, self.points), None)
 
   def add(self, points: list[dict]) -> None:
-    """Takes points and writes the file anew."""
+    """Takes points, writes the file anew, and prints them as JSON lines."""
     self.points += points
     self.save()
+    for point in points:
+      tqdm.write(json.dumps(point))  # Above the progress line.
+    sys.stdout.flush()
 
   def add_latency(self, row: dict) -> None:
     """Takes the times of a series, for earlier ones, and writes the file."""

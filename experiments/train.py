@@ -416,7 +416,7 @@ def _finish(config, workdir, dataset, xt_ND, params, seconds):
   logging.info(
     "Done in %.0f s. Validation MSE%s, encoded with %s: %.4f\n"
     "Written to %s: %s\nNext:\n"
-    "  python -m experiments.evaluate --codec=%s%s",
+    "  python -m experiments.evaluate --codec=%s%s%s",
     seconds,
     _unit(dataset),
     ", ".join(f"{k}={v}" for k, v in knobs.items()) or "the only search",
@@ -425,8 +425,25 @@ def _finish(config, workdir, dataset, xt_ND, params, seconds):
     ", ".join(sorted(p.name for p in workdir.iterdir())),
     shlex.quote(str(workdir)),
     "" if dataset.base else " --split=validation",
+    _to_search(workdir, dataset) if codec.is_ivf else "",
   )
   return summary
+
+
+def _to_search(workdir, dataset) -> str:
+  """Commands that make an index of a codec with lists."""
+  codec, decoders = f"--codec={workdir}", workdir / "decoders.safetensors"
+  commands = {
+    "pairwise_decoder": [f"--data={dataset.train}", f"--output={decoders}"],
+    "build_index": [
+      *(f"--data={dataset.base or 'BASE'}", f"--decoders={decoders}"),
+      f"--output={workdir / 'index.faiss'}",
+    ],
+  }
+  return "".join(
+    f"\n  python -m experiments.{name} {shlex.join([codec, *options])}"
+    for name, options in commands.items()
+  )
 
 
 def _data_record(config) -> dict:

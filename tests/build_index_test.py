@@ -259,6 +259,12 @@ def test_options_that_make_no_sense_are_refused(
   assert not list(tmp_path.iterdir())
 
 
+def test_codes_that_are_not_there_are_said_to_be_so(ivf_files, tmp_path):
+  match = "no file or folder nowhere; --codes takes a folder of shards or a .n"
+  with pytest.raises(FileNotFoundError, match=match):
+    _run(tmp_path / "index.faiss", ivf_files, codes="nowhere")
+
+
 def test_a_search_that_does_not_fit_is_refused(ivf_files, tmp_path):
   given = ivf_files | {"codes": None, "data": _data(ivf_files)}
   with pytest.raises(ValueError, match="beam_size must lie between 1"):

@@ -1,9 +1,11 @@
 """Encoding into shards: the same codes, however many processes make them."""
 
+import importlib
 import json
 import pathlib
 import re
 import shlex
+import types
 
 import jax
 import numpy as np
@@ -333,6 +335,51 @@ def test_decode_reads_shards_and_refuses_another_codec(
   with pytest.raises(ValueError, match="lacks 1 of its 3 shards: codes-00002"):
     decode.run(config)
   assert not pathlib.Path(config.output).exists()
+
+
+@pytest.mark.parametrize(
+  ("values", "names"),
+  [
+    (dict(shards=2), ["encode", "pairwise_decoder", "build_index"]),
+    (dict(num_vectors=9), ["pairwise_decoder", "build_index"]),
+    (dict(num_steps=2), ["decode"]),  # Too short to be searched.
+    (dict(raw=True), ["decode"]),
+  ],
+)
+def test_the_summary_names_the_next_commands(values, names, given, monkeypatch):
+  said = []
+  monkeypatch.setattr(
+    encode.logging, "info", lambda text, *args: said.append(text % args)
+  )
+  if "shards" not in values:
+    given["output"] += ".bin" if "raw" in values else ".npy"
+  encode.run(_config(**given | values))
+  lines = said[-1].partition("Next:\n")[2].splitlines()
+  assert [shlex.split(line)[2] for line in lines] == [
+    f"experiments.{name}" for name in names
+  ]
+  for name, line in zip(names, lines, strict=True):
+    flags = dict(
+      flag.split("=") for flag in shlex.split(line)[3:] if "=" in flag
+    )
+    module = importlib.import_module(f"experiments.{name}")
+    assert {flag.removeprefix("--") for flag in flags} <= set(module.OPTIONS)
+    if name == "encode":
+      continue
+    wanted = {"--codec": CODEC, "--codes": given["output"]}
+    if name == "pairwise_decoder":
+      wanted |= {"--data": given["data"]}
+      wanted |= {f"--{k}": str(v) for k, v in values.items() if k != "shards"}
+    assert flags.items() >= wanted.items()
+
+
+def test_a_codec_without_lists_decodes_next():
+  config = _config(codec="run", data="x.npy", output="my codes.npy")
+  codec = types.SimpleNamespace(is_ivf=False)
+  assert encode._after(config, codec, 0) == (
+    "python -m experiments.decode --codec=run --codes='my codes.npy' "
+    "--output=x.npy"
+  )
 
 
 @pytest.mark.slow

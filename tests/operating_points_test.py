@@ -2,6 +2,7 @@
 
 import itertools
 import time
+import types
 
 import numpy as np
 import pytest
@@ -90,12 +91,49 @@ def test_take_turns_leaves_warm_ups_out():
     time.sleep(0.02 if len(calls) == 2 else 0.0)
     return len(calls)
 
-  seconds, result = operating_points.take_turns(
+  seconds, results = operating_points.take_turns(
     {"a": first_is_slow}, {"k": 7}, num_rounds=2, num_warm_ups=1
   )["a"]
   assert calls == [7, 7, 7]
-  assert result == 3  # The second call was slow, the first does not count.
+  assert results == [3]  # The second call was slow, the first does not count.
   assert seconds < 0.02
+
+
+class _Clock:
+  """Stands still but for the calls of what is timed."""
+
+  def __init__(self, monkeypatch):
+    self.now = 0.0
+    fake = types.SimpleNamespace(perf_counter=lambda: self.now)
+    monkeypatch.setattr(operating_points, "time", fake)
+
+  def search_fn(self, seconds):
+    """A search that takes these seconds, and returns the number of its call."""
+    waiting = enumerate(seconds)
+
+    def search_fn(_):
+      number, took = next(waiting)
+      self.now += took
+      return number
+
+    return search_fn
+
+
+def test_short_calls_are_repeated(monkeypatch):
+  clock = _Clock(monkeypatch)
+  fns = {
+    "quick": clock.search_fn([2**-6, *[2**-4] * 2, *[2**-5] * 4]),
+    "slow": clock.search_fn([2**-6, 1.0, 0.5]),
+  }
+  timed = operating_points.take_turns(
+    fns, {}, num_rounds=2, num_warm_ups=1, min_seconds=2**-3
+  )
+  assert timed == {"quick": (2**-5, [3, 4, 5, 6]), "slow": (0.5, [2])}
+  endless = {"none": clock.search_fn(itertools.repeat(0.0))}
+  timed = operating_points.take_turns(
+    endless, {}, num_rounds=1, min_seconds=9.0
+  )
+  assert timed["none"][1] == list(range(operating_points._MOST_CALLS))
 
 
 def test_picture_is_written(tmp_path):

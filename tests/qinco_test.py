@@ -50,7 +50,7 @@ def _searches():
       yield pytest.param(case, knobs, id=f"{case}-{knobs}", marks=marks)
 
 
-@pytest.mark.parametrize(("case", "knobs"), _searches())
+@pytest.mark.parametrize(("case", "knobs"), list(_searches()))
 def test_encode_matches_the_plain_search(case, knobs):
   params = make_params(**CASES[case])
   x_ND = vectors()

@@ -78,6 +78,11 @@ def _make(folder, is_ivf):
   }
 
 
+@pytest.fixture(autouse=True)
+def _single_calls(monkeypatch):
+  monkeypatch.setattr(search_measure, "_MIN_SECONDS", 0.0)
+
+
 @pytest.fixture(scope="module")
 def ivf(tmp_path_factory):
   return _make(tmp_path_factory.mktemp("ivf"), True)
@@ -134,6 +139,22 @@ def test_points_are_what_searching_gives(small):
   (single,) = written["latency"]
   assert single["num_queries"] == 40
   assert 0 < single["p50_ms"] <= single["p95_ms"]
+
+
+def test_points_are_printed_as_they_are_measured(small, capsys, monkeypatch):
+  measure, num_printed = search_measure._measure, []
+
+  def look(*args):
+    num_printed.append(capsys.readouterr().out.count("\n"))
+    return measure(*args)
+
+  monkeypatch.setattr(search_measure, "_measure", look)
+  points = _run(small)["points"]
+  assert num_printed == [0] + [1] * (len(points) - 1)
+  (last,) = capsys.readouterr().out.splitlines()
+  assert json.loads(last) == points[-1]
+  assert _run(small | {"resume": True})["points"] == points
+  assert capsys.readouterr().out == ""
 
 
 def test_the_network_over_all_is_exact_search(small):
@@ -337,6 +358,41 @@ def test_true_neighbours_that_are_not_indexed(small, tmp_path):
   formats.write_vectors(few, _load(small, "x.npy")[:77])
   with pytest.raises(ValueError, match="has 77 vectors, but 500 are indexed"):
     _run(small | {"groundtruth": None, "data": few})
+
+
+@pytest.fixture
+def wrong(ivf, tmp_path):
+  """The vectors farthest from each query as its ground truth."""
+  x_ND, xq_QD = _load(ivf, "x.npy"), _load(ivf, "xq.npy")
+  sq_QN = ((xq_QD[:, None] - x_ND[None]) ** 2).sum(axis=-1)
+  ids_QG = np.ascontiguousarray(sq_QN.argsort(axis=1)[:, -12:])
+  np.save(tmp_path / "wrong.npy", ids_QG)
+  return str(tmp_path / "wrong.npy")
+
+
+def test_a_ground_truth_of_other_queries_is_refused(small, ivf, wrong):
+  small |= {"data": str(pathlib.Path(ivf["queries"]).with_name("x.npy"))}
+  with pytest.raises(ValueError, match="wrong.npy must name the vectors of"):
+    _run(small | {"groundtruth": wrong})
+  assert not pathlib.Path(small["output"]).exists()
+
+
+@pytest.mark.parametrize("decode_all", [False, True])
+def test_a_ground_truth_that_nothing_finds_is_doubted(
+  decode_all, small, ivf, wrong, monkeypatch
+):
+  said = []
+  warn = lambda text, *args: said.append(text % args if args else text)
+  monkeypatch.setattr(search.logging, "warning", warn)
+  if decode_all:
+    codes_file = str(pathlib.Path(ivf["index"]).with_name("codes.npy"))
+    small |= {"decode_all": True, "codes": codes_file, "index": None}
+  doubted = lambda: [t for t in said if "does --groundtruth belong to" in t]
+  _run(small)
+  assert not doubted()
+  _run(small | {"groundtruth": wrong, "overwrite": True})
+  (text,) = doubted()
+  assert "best 1-recall@1 is 0.0000" in text
 
 
 def test_another_base_is_refused(small, ivf, tmp_path):

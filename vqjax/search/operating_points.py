@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+_MOST_CALLS = 1000  # Of a round.
+
 
 class Point(NamedTuple):
   """One setting of a search, and how well and how fast it does."""
@@ -50,8 +52,8 @@ def measure(
   points = {name: [] for name in search_fns}
   for setting in settings:
     timed = take_turns(search_fns, setting, num_rounds=num_rounds)
-    for name, (seconds, result) in timed.items():
-      recall = float(recall_fn(result))
+    for name, (seconds, results) in timed.items():
+      recall = float(recall_fn(results[0]))
       points[name].append(Point(dict(setting), recall, num_queries / seconds))
     if progress is not None:
       progress()
@@ -64,24 +66,36 @@ def take_turns(
   *,
   num_rounds: int,
   num_warm_ups: int = 0,
-) -> dict[Hashable, tuple[float, Any]]:
-  """Returns seconds and result of each search's best round at one setting.
+  min_seconds: float = 0.0,
+) -> dict[Hashable, tuple[float, list]]:
+  """Returns seconds per call and all results of each search's best round.
 
   Args:
     search_fns: By name, as in `measure`.
     setting: Of all of them.
-    num_rounds: Calls that count; the searches take turns.
-    num_warm_ups: Calls before, of what compiles or fills caches.
+    num_rounds: That count; the searches take turns.
+    num_warm_ups: Single calls before, of what compiles or fills caches.
+    min_seconds: Of a round: a search that is done sooner is called again,
+      because one short call measures little but noise.
   """
-  best = dict.fromkeys(search_fns, (np.inf, None))
+  best = dict.fromkeys(search_fns, (np.inf, []))
   for number in range(-num_warm_ups, num_rounds):
+    least = min_seconds if number >= 0 else 0.0
     for name, search_fn in search_fns.items():
-      began = time.perf_counter()
-      result = search_fn(setting)
-      seconds = max(time.perf_counter() - began, 1e-9)
+      seconds, results = _take_turn(search_fn, setting, least)
       if number >= 0 and seconds < best[name][0]:
-        best[name] = seconds, result
+        best[name] = seconds, results
   return best
+
+
+def _take_turn(search_fn, setting, min_seconds: float) -> tuple[float, list]:
+  """Seconds per call of one round, and what each call returned."""
+  results, began = [], time.perf_counter()
+  while True:
+    results.append(search_fn(setting))
+    seconds = max(time.perf_counter() - began, 1e-9)
+    if seconds >= min_seconds or len(results) == _MOST_CALLS:
+      return seconds / len(results), results
 
 
 def front(points: Sequence[Point]) -> list[Point]:

@@ -12,7 +12,7 @@ Candidates are the network; the rest is what surrounds it.
 
 from typing import NamedTuple
 
-from vqjax.codecs import qinco
+from vqjax.codecs import qinco, qinco_search
 
 
 class Work(NamedTuple):
@@ -37,7 +37,7 @@ def encode_work(
   # Hypotheses and candidates of each step.
   steps = [(beam_size, joint or beam_size * each)] * num_networks
   if joint:
-    steps[-1] = beam_size, qinco.last_candidates(joint)
+    steps[-1] = beam_size, qinco_search.last_candidates(joint)
   is_joint = [bool(joint)] * num_networks
   if tables.is_ivf:  # One hypothesis, with words for the whole beam.
     steps[0] = 1, min(joint or max(each, beam_size), num_words)

@@ -15,6 +15,11 @@ where a trial on the first vectors shows it to be as good as the published one
 (A words of each) and there are 4,096 vectors or more; --num_candidates=A asks
 for the published rule.
 
+Where the codes are to be searched, --decoders takes the file of an additive
+decoder (experiments.pairwise_decoder): of the last hypotheses of a vector, many
+of them nearly as good, the one is then chosen that this decoder reads well too,
+so that a scan of lists finds it sooner (docs/ivf.md).
+
 Large files go into a folder of shards, by one process or by many which need
 nothing but the same command; shards are counted from 0:
 
@@ -44,7 +49,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from experiments import codecs, common
+from experiments import codecs, common, open_codes
 from vqjax.codecs import packing
 from vqjax.core import check_range
 from vqjax.data import codes, datasets, formats
@@ -56,6 +61,10 @@ OPTIONS = {
   "num_vectors": common.Option(int, None, "Only the first so many vectors."),
   **common.SEARCH_OPTIONS,
   "assign": common.ASSIGN_OPTION,
+  "decoders": common.Option(
+    str, None, "Decoders whose additive one has a say in the choice of codes."
+  ),
+  "additive_weight": common.ADDITIVE_OPTION,
   "output": common.Option(str, None, "File to write; with shards a folder."),
   "raw": common.Option(bool, False, "Write packed bytes without a header."),
   "shards": common.Option(int, None, "n, files to cut the codes into."),
@@ -77,6 +86,7 @@ def run(config, workdir=None) -> dict:
   num_shards, mine = _share(config)
   _check_output(config, num_shards)
   codec = codecs.open_codec(config.codec)
+  codec, decoders = _take_decoders(config, codec)
   dataset = codecs.resolve_data(codec, config, base=config.data)
   x_ND = datasets.open_split(dataset, "base", max_vectors=config.num_vectors)
   encoder = codecs.make_encoder(codec, config, x_ND)
@@ -85,7 +95,7 @@ def run(config, workdir=None) -> dict:
     codec=codec.name,
     fingerprint=codec.fingerprint,
     codebook_sizes=encoder.codebook_sizes,
-    encode=_settings(codec, encoder.knobs, config.assign),
+    encode=_settings(codec, encoder.knobs, config.assign) | decoders,
     command=_command(config, encoder.knobs),
     num_shards=num_shards,
   )
@@ -95,6 +105,26 @@ def run(config, workdir=None) -> dict:
   else:
     _write_file(config, meta, encoder, after)
   return {"output": config.output, "shape": tuple(meta["shape"])}
+
+
+def _take_decoders(config, codec):
+  """The codec, whose --decoders have a say, and which those are."""
+  if not config.decoders:
+    if config.additive_weight is not None:
+      raise ValueError(
+        "--additive_weight is of the additive decoder: give --decoders=FILE of "
+        "experiments.pairwise_decoder."
+      )
+    return codec, {}
+  if not codecs.takes_decoders(codec):
+    raise ValueError(
+      f"--decoders mean nothing to the encoder of a {codec.name} codec; leave "
+      "them out."
+    )
+  decoders = open_codes.decoders(config, codec)
+  fingerprint = safetensors_io.fingerprint(decoders.additive)
+  codec = codecs.with_decoders(codec, decoders)
+  return codec, {"decoders_fingerprint": fingerprint}
 
 
 def _share(config) -> tuple[int, list[int]]:
@@ -158,8 +188,9 @@ def _settings(codec, knobs: dict, assign: str) -> dict:
   """All options of the search, those left at their defaults too."""
   known = inspect.signature(codec.module.encode).parameters.values()
   defaults = {p.name: p.default for p in known if p.kind is p.KEYWORD_ONLY}
-  # The steps are in the shape of the codes; blocks change nothing.
-  for name in ("num_steps", "block_size"):
+  # The steps are in the shape of the codes; neither blocks nor a weight of 0
+  # change any.
+  for name in ("num_steps", "block_size", "additive_weight"):
     defaults.pop(name, None)
   graph = {"assign": "hnsw"} if codecs.takes_graph(codec, assign) else {}
   return defaults | knobs | graph

@@ -18,7 +18,8 @@ takes longer. Baselines take turns with ours. Stopped, it goes on with --resume.
 The picture lies beside the output, as search.png; each point is also printed as
 a JSON line when it is measured, alone on stdout: ... > points.jsonl
 
-Columns of the table: nprobe lists are looked into; their vectors are put in
+Columns of the table: nprobe lists are looked into, but for those left out by
+max_ratio; their vectors are put in
 order by the additive decoder, the best num_aq of these by the pairwise decoder,
 and the best num_short of those by the network. qps are queries per second of
 one call with all queries, and coarse (which finds the lists), scan, pairwise
@@ -80,6 +81,12 @@ OPTIONS = {
   "ef_search": common.Option(
     str, None, "Effort of a coarse quantiser that is a graph, as 32,128."
   ),
+  "max_ratio": common.Option(
+    str,
+    None,
+    "Lists are left out whose centroid is farther than so many times the "
+    "nearest (squared distances), as 1.3,1.5,inf; inf, no limit, if unset.",
+  ),
   "num_aq": common.Option(
     str,
     None,
@@ -97,9 +104,9 @@ OPTIONS = {
   "dtype": common.Option(
     str,
     "auto",
-    "Type of the network's products: float32, bfloat16, or auto: bfloat16 on "
-    "accelerators and on CPUs that have it (avx512_bf16), where decoding takes "
-    "half as long. Sums and distances are float32.",
+    "Type of the products of scan and network: float32, bfloat16, or auto: "
+    "bfloat16 on accelerators and on CPUs that have it (avx512_bf16), where "
+    "they take half as long. Sums and distances are float32.",
   ),
   "rounds": common.Option(
     int, 3, "Rounds per point, of which the best counts."
@@ -245,6 +252,7 @@ def _ranges(config, info, has_pairwise: bool) -> dict[str, list]:
   ranges = {
     "nprobe": _numbers(config, "nprobe", 1, num_lists) or probes,
     "ef_search": _numbers(config, "ef_search", 1, 1 << 20) or [32, 128, 512],
+    "max_ratio": _ratios(config.max_ratio),
     "num_aq": _numbers(config, "num_aq", 0, num_vectors)
     or ([0, 8, 32, 128] if has_pairwise else [0]),
     "num_short": _numbers(config, "num_short", 0, num_vectors) or short,
@@ -280,6 +288,19 @@ def _numbers(config, name: str, low: int, high: int) -> list[int]:
   if max(map(int, parts)) > high:
     logging.info("--%s is cut at %d, the size of the index.", name, high)
   return values
+
+
+def _ratios(text: str | None) -> list[float | None]:
+  """Limits as 1.2,1.5,inf, rising; None stands for none."""
+  try:
+    values = sorted({float(part) for part in (text or "inf").split(",")})
+  except ValueError:
+    values = [0.0]
+  if not values[0] >= 1:
+    raise ValueError(
+      f"--max_ratio must be numbers from 1 on, as 1.3,1.5,inf; got {text!r}."
+    )
+  return [None if math.isinf(value) else value for value in values]
 
 
 def _summarise(config, record, data) -> None:

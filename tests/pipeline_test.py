@@ -98,6 +98,26 @@ def test_each_stage_orders_the_head(case, num_aq, num_short):
     np.testing.assert_array_equal(result.ids_QR[q], case.ids_N[rows])
 
 
+@pytest.mark.parametrize("max_ratio", [1.0, 1.7, 4.0, None])
+def test_lists_far_from_the_nearest_are_left_out(case, max_ratio):
+  k, num_visited = 7, []
+  result = case.searcher.search(
+    case.xq_QD, k, nprobe=5, max_ratio=max_ratio, num_short=_NUM
+  )
+  for q, x_D in enumerate(case.xq_QD):
+    distances_L = ((CENTROIDS_LD - x_D) ** 2).sum(axis=1)
+    nearest = np.argsort(distances_L)[:5]
+    limit = np.inf if max_ratio is None else max_ratio * distances_L.min()
+    visited = [at for at in nearest if distances_L[at] <= limit]
+    exact_N = np.where(np.isin(case.list_N, visited), case.exact(x_D), np.inf)
+    rows = [row for row in np.argsort(exact_N)[:k] if exact_N[row] < np.inf]
+    want = [*case.ids_N[rows], *[-1] * (k - len(rows))]
+    np.testing.assert_array_equal(result.ids_QR[q], want)
+    num_visited.append(len(visited))
+  if max_ratio in (1.7, 4.0):
+    assert 1 < np.mean(num_visited) < 5
+
+
 def test_a_vector_of_several_queries_is_decoded_once(case):
   result = case.searcher.search(case.xq_QD, 3, nprobe=_LISTS, num_short=30)
   assert 20 * 30 > _NUM >= result.num_decoded
@@ -154,6 +174,8 @@ def test_what_does_not_fit_is_refused(case):
     search(np.array([[0.0] * 5, [0, 0, np.nan, 0, 0]]), 3)
   with pytest.raises(ValueError, match="nprobe must lie between 1 and 6"):
     search(case.xq_QD, 3, nprobe=7)
+  with pytest.raises(ValueError, match="max_ratio must lie .* 1 .* got 0.9"):
+    search(case.xq_QD, 3, nprobe=2, max_ratio=0.9)
   with pytest.raises(ValueError, match="k must lie between 1 and 90, got 91"):
     search(case.xq_QD, 91, nprobe=1)
   with pytest.raises(ValueError, match="num_aq=5 asks for the pairwise"):

@@ -322,12 +322,20 @@ def test_decode_all_is_exact_search(kind, request, tmp_path):
     _run(values | {"codes": wide, "overwrite": True})
 
 
+def test_limits_of_lists_are_settings(small):
+  result = _run(small | {"max_ratio": "inf,1.5", "nprobe": "4"})
+  ours = [p for p in result["points"] if "max_ratio" in p["setting"]]
+  assert {p["setting"]["max_ratio"] for p in ours} == {1.5, None}
+
+
 @pytest.mark.parametrize(
   ("change", "message"),
   [
     ({"index": None}, "--index is needed"),
     ({"output": "x.png"}, r"must end in \.json; got x\.png"),
     ({"nprobe": "1,two"}, "--nprobe must be numbers from 1 on.*'1,two'"),
+    ({"max_ratio": "2,0.5"}, "--max_ratio must be numbers from 1 on.*'2,0.5'"),
+    ({"max_ratio": "nan"}, "--max_ratio must be numbers from 1 on.*'nan'"),
     ({"num_short": "-1"}, "--num_short must be numbers from 0 on.*'-1'"),
     ({"num_aq": "5", "num_short": "9"}, r"above --num_short, got \[5\]"),
     ({"ef_search": "8"}, "effort of a graph, but .* is flat"),

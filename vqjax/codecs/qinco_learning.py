@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from vqjax.codecs import qinco, rq
+from vqjax.codecs import qinco, qinco_network, qinco_search, rq
 from vqjax.codecs.distances import nearest
 from vqjax.codecs.qinco import QincoParams
 from vqjax.core import Array, check_range, check_shape
@@ -147,7 +147,7 @@ def loss(
     params = params.replace(first_KD=lax.stop_gradient(params.first_KD))
   tables = qinco.prepare(params)
   z_ND = qinco.normalise(params, x_ND)
-  codes_NM = qinco.encode_normalised(
+  codes_NM = qinco_search.encode_normalised(
     lax.stop_gradient(tables),
     z_ND,
     lists_N,
@@ -336,12 +336,12 @@ def decode_losses(tables, z_ND, codes_NM, dtype):
     if weights["preselect_TKD"] is not None:
       plain_ND = weights["preselect_TKD"][ids_N]
       preselect = jnp.mean((plain_ND - target_ND) ** 2)
-    xhat_ND = xhat_ND + qinco.words_at(weights, ids_N, xhat_ND, dtype)
+    xhat_ND = xhat_ND + qinco_network.words_at(weights, ids_N, xhat_ND, dtype)
     return xhat_ND, (mse(xhat_ND), preselect, moments_of(target_ND))
 
   xhat_ND = tables.first_KD[codes_NM[:, 0]]
   _, (errors_T, preselect_T, moments_TD) = lax.scan(
-    body, xhat_ND, (qinco.per_step(tables), codes_NM[:, 1:].T)
+    body, xhat_ND, (qinco_network.per_step(tables), codes_NM[:, 1:].T)
   )
   errors_M = jnp.concatenate([mse(xhat_ND)[None], errors_T])
   moments = jax.tree.map(

@@ -31,8 +31,8 @@ def open_searcher(
     codec: Run folder, codec.safetensors or released checkpoint.
     index: File of `experiments.build_index`.
     decoders: File of `experiments.pairwise_decoder`, for the pairwise stage.
-    dtype: Type of the network's products, "float32" or "bfloat16"; sums are
-      float32.
+    dtype: Type of the products of the scan and of the network, "float32" or
+      "bfloat16"; sums are float32.
 
   Raises:
     FileNotFoundError: A file is not there.
@@ -66,6 +66,7 @@ def open_searcher(
     contents.low_L,
     contents.step_L,
     contents.codebooks_MKD,
+    dtype=dtype,
   )
   return pipeline.Searcher(
     pipeline.Parts(

@@ -39,13 +39,20 @@ class Lists:
   norm_N: Array  # uint8 b: |c + r|^2 - |c|^2 is about low + b * step.
   low_L: Array
   step_L: Array
-  books_CD: Array  # All words of all positions, `C = M * K`.
+  words_DC: Array  # Twice the words of all positions, `C = M * K`.
   num_codes: int = struct.field(pytree_node=False)
   num_bits: int = struct.field(pytree_node=False)  # 8 or 16 for each code.
 
 
 def make_lists(
-  starts_L1, codes_NM, norm_N, low_L, step_L, codebooks_MKD
+  starts_L1,
+  codes_NM,
+  norm_N,
+  low_L,
+  step_L,
+  codebooks_MKD,
+  *,
+  dtype: str = "float32",
 ) -> Lists:
   """Packs host arrays for `scan`.
 
@@ -57,6 +64,7 @@ def make_lists(
     low_L: What byte 0 stands for, in each list.
     step_L: From one byte to the next.
     codebooks_MKD: Words of the additive decoder.
+    dtype: Type of their products with queries; sums are float32.
 
   Raises:
     ValueError: Where shapes do not fit each other.
@@ -77,7 +85,7 @@ def make_lists(
     norm_N=jnp.asarray(np.pad(np.asarray(norm_N, np.uint8), (0, TILE))),
     low_L=jnp.asarray(low_L, jnp.float32),
     step_L=jnp.asarray(step_L, jnp.float32),
-    books_CD=jnp.asarray(codebooks_MKD, jnp.float32).reshape(m * k, d),
+    words_DC=jnp.asarray(2 * codebooks_MKD.reshape(m * k, d).T, dtype),
     num_codes=m,
     num_bits=num_bits,
   )
@@ -136,7 +144,12 @@ def scan(
   """
   num_slots = num_tiles * TILE
   check_range("num_best", num_best, 1, num_slots, "slots to choose from")
-  tables_QC = 2 * jnp.matmul(queries_QD, lists.books_CD.T, precision="highest")
+  tables_QC = jnp.matmul(
+    queries_QD.astype(lists.words_DC.dtype),
+    lists.words_DC,
+    precision="highest",
+    preferred_element_type=jnp.float32,
+  )
   # With the sign for top_k.
   of_list_QP = -distances_QP - lists.low_L[probes_QP]
   score_fn = jax.vmap(partial(_scores, lists, num_tiles))

@@ -28,7 +28,7 @@ from vqjax.search import ivf
 
 STAGES = ("coarse", "scan", "pairwise", "network")
 _DECODE_ROWS = 4096  # Vectors that are decoded at once.
-_SCAN_QUERIES = 512  # In one scan; their tables should stay in the caches.
+_SCAN_QUERIES = 256  # In one scan; their tables should stay in the caches.
 _SLOT_BYTES = 64 << 20  # Of the slots of one scan, at most.
 _RERANKED = 1 << 18  # Candidates that are decoded before any is dropped.
 
@@ -81,7 +81,7 @@ class Searcher:
   @property
   def dim(self) -> int:
     """Dimensions of the vectors."""
-    return self.parts.lists.books_CD.shape[1]
+    return self.parts.lists.words_DC.shape[0]
 
   def search(
     self,
@@ -90,6 +90,7 @@ class Searcher:
     *,
     nprobe: int | None = None,
     ef_search: int | None = None,
+    max_ratio: float | None = None,
     num_aq: int = 0,
     num_short: int = 20,
   ) -> Result:
@@ -102,6 +103,9 @@ class Searcher:
         for None.
       ef_search: Effort of a coarse quantiser that is a graph; None for its
         own.
+      max_ratio: Of the `nprobe` lists those are left out whose centroid lies
+        at more than so many times the squared distance of the nearest: queries
+        amid a list need few others. None for no limit.
       num_aq: Candidates of the scan that the pairwise decoder puts in order.
       num_short: Candidates that the network decodes.
 
@@ -132,6 +136,10 @@ class Searcher:
     probes_QP, distances_QP = self.parts.coarse_fn(
       queries_QD, nprobe, ef_search
     )
+    if max_ratio is not None:
+      check_range("max_ratio", max_ratio, 1, np.inf)
+      limit_Q1 = max_ratio * distances_QP[:, :1]
+      probes_QP = np.where(distances_QP <= limit_Q1, probes_QP, -1)
     lap("coarse")
     found = self._scan(
       queries_QD, probes_QP, distances_QP, max(k, num_aq, num_short)
@@ -154,7 +162,7 @@ class Searcher:
     """Candidates of the scan, in blocks of queries with lists alike in size."""
     tiles_QP = np.where(probes_QP < 0, 0, self._tiles_L[probes_QP])
     tiles_Q = tiles_QP.sum(axis=1)
-    order_Q = np.argsort(tiles_Q, kind="stable")
+    order_Q = np.argsort(-tiles_Q, kind="stable")
     num = len(order_Q)
     out = Candidates(
       np.full((num, num_best), -1, np.int32),
@@ -251,18 +259,22 @@ class _Block(NamedTuple):
 
 def _next_block(order_Q, tiles_Q, start: int, num_best: int):
   """Queries from `start` on that fit one scan, and the tiles they need."""
-  # In rising order: the queries that follow need as many or a few more.
+  # In falling order: the queries that follow need as many or fewer.
+  needed = int(tiles_Q[order_Q[start]])
   least = -(-num_best // ivf.TILE)
-  num_tiles = _round_up(max(int(tiles_Q[order_Q[start]]), least))
+  num_tiles = _round_up(max(needed, least), num_steps=4)
   slot_bytes = 32 * ivf.TILE * num_tiles
   most = min(max(_SLOT_BYTES // slot_bytes, 1), _SCAN_QUERIES)
   rows = order_Q[start : start + most]
-  rows = rows[tiles_Q[rows] <= num_tiles]
+  rows = rows[2 * tiles_Q[rows] >= needed]
   pad = (0, min(_round_up(len(rows)), most) - len(rows))
   return _Block(rows, np.pad(rows, pad, "edge")), num_tiles
 
 
-def _round_up(size: int) -> int:
-  """The least of 1, 2, 3, 4, 6, 8, 12, 16, ... that is not below `size`."""
-  power = 1 << max(size - 1, 0).bit_length()
-  return power * 3 // 4 if size <= power * 3 // 4 and power >= 4 else power
+def _round_up(size: int, num_steps: int = 2) -> int:
+  """The least of few sizes that is not below `size`, at least 1.
+
+  They are `num_steps` to a doubling: 1, 2, 3, 4, 6, 8, 12, 16, ... for 2.
+  """
+  step = max((1 << max(size - 1, 0).bit_length()) // (2 * num_steps), 1)
+  return max(-(-size // step) * step, 1)

@@ -3,12 +3,11 @@ r"""Builds an index file, which faiss programs open too, from codes.
   python -m experiments.build_index --codec=runs/ivf_qinco2_s --codes=codes \
       --decoders=decoders.safetensors --output=index.faiss
 
-Codes are a folder of shards or a .npy of experiments.encode. They go into
-inverted lists, with words of the additive decoder that
-experiments.pairwise_decoder has fitted; the id of a vector is its row. A codec
-without lists gets one list. What the index is goes beside it, into
-index.faiss.json. --data=FILE instead encodes vectors on the way; there the
-decoders have a say in the choice of codes, as in experiments.encode --decoders.
+Codes are a folder of shards or a .npy of experiments.encode; --data=FILE
+instead encodes vectors on the way. They go into inverted lists, with words of
+the additive decoder that experiments.pairwise_decoder has fitted; the id of a
+vector is its row. A codec without lists gets one list. What the index is goes
+beside it, into index.faiss.json.
 
 Parts can be built at the same time, each of some rows, and merged:
 
@@ -58,16 +57,10 @@ OPTIONS = {
   ),
   **{k: v for k, v in common.SEARCH_OPTIONS.items() if k != "num_steps"},
   "assign": common.ASSIGN_OPTION,
-  "additive_weight": common.ADDITIVE_OPTION,
   "output": common.Option(str, None, "Index file to write, index.faiss."),
   "overwrite": common.Option(bool, False, "Replace an existing output."),
 }
-_OF_SEARCH = (
-  *codecs.RULE,
-  "dtype",
-  "assign",
-  "additive_weight",
-)  # Options of encoding --data.
+_OF_SEARCH = (*codecs.RULE, "dtype", "assign")  # Options of encoding --data.
 _MANY_LISTS = 16384  # From here on a graph finds the lists of a query sooner.
 _BLOCK = 65536  # Codes read and added at a time.
 _NUM_RUNS, _RUN_ROWS = 128, 64  # Of the sample that the norms are learnt from.
@@ -114,10 +107,9 @@ def _build(config):
     )
   codec = codecs.open_codec(config.codec)
   decoders = open_codes.decoders(config, codec)
-  if config.codes:
-    source = _open_codes(config, codec)
-  else:
-    source = _encode(config, codecs.with_decoders(codec, decoders))
+  source = (
+    _open_codes(config, codec) if config.codes else _encode(config, codec)
+  )
   rows = _parse_rows(config.rows, source.num_rows)
   index = _empty_index(config, codec, decoders, source)
   with common.progress(len(rows), "add") as done:

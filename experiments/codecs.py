@@ -19,7 +19,6 @@ from vqjax.interop import faiss_ivf, safetensors_io
 
 _BLOCK = 4096  # Vectors at once, for codecs without a network.
 _CPU_BUDGET, _DEVICE_BUDGET = 24 << 20, 4 << 30  # Bytes, of one block.
-_ADDITIVE_WEIGHT = 0.05  # Of the additive decoder's error, see docs/ivf.md.
 _MANY_LISTS = 65536  # From here on a graph finds the list sooner, on CPUs.
 ASSIGN = ("auto", "blocks", "hnsw")  # Ways from vectors to lists.
 RULE = ("num_candidates", "beam_size", "num_joint_candidates")  # A, B, C.
@@ -59,24 +58,6 @@ def open_codec(path: str) -> Codec:
   return Codec(loaded.name, module, tables, loaded.info, loaded.fingerprint)
 
 
-def takes_decoders(codec: Codec) -> bool:
-  """Whether an additive decoder may have a say in what the codec encodes."""
-  return _has_knob(codec, "additive_weight")
-
-
-def with_decoders(codec: Codec, decoders) -> Codec:
-  """The codec, whose additive decoder has a say in what it encodes.
-
-  Where it takes none it stays as it is.
-  """
-  if not takes_decoders(codec):
-    return codec
-  words_MKD = decoders.additive.codebooks_MKD
-  return codec._replace(
-    tables=codec.module.with_additive(codec.tables, words_MKD)
-  )
-
-
 def product_dtype(name: str) -> str:
   """Returns the type of a network's products for `float32|bfloat16|auto`."""
   if name not in ("auto", "float32", "bfloat16"):
@@ -113,9 +94,8 @@ def search_knobs(codec: Codec, config) -> dict:
     )
   if _has_knob(codec, "dtype"):
     knobs["dtype"] = product_dtype(config.get("dtype", "auto"))
-  if getattr(codec.tables, "additive_MKD", None) is not None:
-    weight = config.get("additive_weight")
-    knobs["additive_weight"] = _ADDITIVE_WEIGHT if weight is None else weight
+  if config.get("additive_weight") is not None:
+    knobs["additive_weight"] = config.additive_weight
   return knobs
 
 

@@ -58,12 +58,6 @@ SEARCH_OPTIONS = {
     "CPUs and bfloat16 on accelerators. Sums and distances are float32.",
   ),
 }
-ADDITIVE_OPTION = Option(
-  float,
-  None,
-  "How much the squared error of the additive decoder counts in the choice of "
-  "codes, that of the network being 1: 0.05 if unset, 0 for not at all.",
-)
 ASSIGN_OPTION = Option(
   str,
   "auto",

@@ -15,10 +15,10 @@ where a trial on the first vectors shows it to be as good as the published one
 (A words of each) and there are 4,096 vectors or more; --num_candidates=A asks
 for the published rule.
 
-Where the codes are to be searched, --decoders takes the file of an additive
-decoder (experiments.pairwise_decoder): of the last hypotheses of a vector, many
-of them nearly as good, the one is then chosen that this decoder reads well too,
-so that a scan of lists finds it sooner (docs/ivf.md).
+Where codes are to be searched by the additive decoder alone (stock faiss) or by
+that and little else, --decoders and --additive_weight=0.1 let it have a say: of
+the last hypotheses of a vector, many of them nearly as good, the one is taken
+that this decoder reads well too (docs/ivf.md).
 
 Large files go into a folder of shards, by one process or by many which need
 nothing but the same command; shards are counted from 0:
@@ -62,9 +62,14 @@ OPTIONS = {
   **common.SEARCH_OPTIONS,
   "assign": common.ASSIGN_OPTION,
   "decoders": common.Option(
-    str, None, "Decoders whose additive one has a say in the choice of codes."
+    str, None, "Decoders of experiments.pairwise_decoder: the additive one."
   ),
-  "additive_weight": common.ADDITIVE_OPTION,
+  "additive_weight": common.Option(
+    float,
+    None,
+    "How much its squared error counts in the choice of codes, that of the "
+    "network being 1.",
+  ),
   "output": common.Option(str, None, "File to write; with shards a folder."),
   "raw": common.Option(bool, False, "Write packed bytes without a header."),
   "shards": common.Option(int, None, "n, files to cut the codes into."),
@@ -108,23 +113,23 @@ def run(config, workdir=None) -> dict:
 
 
 def _take_decoders(config, codec):
-  """The codec, whose --decoders have a say, and which those are."""
+  """The codec, whose additive decoder has a say, and which that is."""
+  if bool(config.decoders) != (config.additive_weight is not None):
+    raise ValueError(
+      "--decoders and --additive_weight belong together: whose error counts, "
+      "and how much; give both or none."
+    )
   if not config.decoders:
-    if config.additive_weight is not None:
-      raise ValueError(
-        "--additive_weight is of the additive decoder: give --decoders=FILE of "
-        "experiments.pairwise_decoder."
-      )
     return codec, {}
-  if not codecs.takes_decoders(codec):
+  if not hasattr(codec.module, "with_additive"):
     raise ValueError(
       f"--decoders mean nothing to the encoder of a {codec.name} codec; leave "
       "them out."
     )
-  decoders = open_codes.decoders(config, codec)
-  fingerprint = safetensors_io.fingerprint(decoders.additive)
-  codec = codecs.with_decoders(codec, decoders)
-  return codec, {"decoders_fingerprint": fingerprint}
+  words = open_codes.decoders(config, codec).additive
+  tables = codec.module.with_additive(codec.tables, words.codebooks_MKD)
+  fingerprint = safetensors_io.fingerprint(words)
+  return codec._replace(tables=tables), {"decoders_fingerprint": fingerprint}
 
 
 def _share(config) -> tuple[int, list[int]]:

@@ -9,24 +9,17 @@ runs the commands below, each of which can be run by itself, into --workdir:
 
   centroids   ivf_centroids      centroids.npy
   codec       train              codec/
-  decoders    encode             plain_codes/, of training vectors
-              pairwise_decoder   additive.safetensors
-              encode             train_codes/, of training vectors
-              pairwise_decoder   decoders.safetensors
-  codes       encode             codes/, of the base
+  codes       encode             codes/, of the base, and train_codes/
+  decoders    pairwise_decoder   decoders.safetensors
   index       build_index        index.faiss
   search      search             search.json, search.png
 
 A step whose output is there is skipped, so that the same command goes on where
 it was stopped; one that was made of other files than are there now is refused.
-Vectors are encoded by config.encode, and the additive decoder has a say in the
-choice of their codes (experiments.encode --decoders). For that it is first
-fitted to codes in which it had none, made by the smaller search of
-config.model; with --additive_weight=0 those codes are all that is made of the
-training vectors.
+What the base is encoded by is config.encode; the training vectors, of which the
+decoders need many, are encoded by the smaller search of config.model.
 """
 
-import functools
 import json
 import math
 import pathlib
@@ -48,7 +41,6 @@ from vqjax.data import batches, codes, datasets
 from vqjax.interop import decoders_io, faiss_ivf, safetensors_io
 
 _NUM_FITTED = 1_000_000  # Training vectors for the decoders.
-_NUM_PLAIN = 200_000  # Of these for the additive decoder of the first codes.
 _SHARD_ROWS = 100_000  # Of the codes; as many are lost by a stop.
 OPTIONS = {
   name: search.OPTIONS[name]
@@ -56,10 +48,10 @@ OPTIONS = {
     *("k", "nprobe", "max_ratio", "num_aq", "num_short"),
     *("threads", "baselines"),
   )
-} | {"additive_weight": common.ADDITIVE_OPTION}
+}
 
 
-def run(config, workdir: str, additive_weight: float | None = None, **options):
+def run(config, workdir: str, **options):
   """Returns what `search.run` does; None when the training was interrupted."""
   workdir = pathlib.Path(workdir)
   if not (config.ivf.num_lists or config.ivf.centroids):
@@ -75,8 +67,8 @@ def run(config, workdir: str, additive_weight: float | None = None, **options):
   has_begun = (codec / "config.json").exists()
   if train.run(config, str(codec), resume=has_begun) is None:
     return None
-  how = _fit_decoders(config, workdir, dataset, additive_weight)
-  _encode(workdir, "codes", "base", dataset, dataset.num_base, **how)
+  _encode(config, workdir, dataset)
+  _fit_decoders(config, workdir, dataset)
   _build_index(workdir)
   return _search(workdir, options)
 
@@ -137,69 +129,50 @@ def _find_centroids(config, workdir, dataset) -> None:
   config.ivf.centroids = str(path)
 
 
-def _fit_decoders(config, workdir, dataset, additive_weight) -> dict:
-  """Fits decoders to codes of training vectors; returns how to encode others.
-
-  Codes and decoder suit each other: one is made after the other, twice.
-  """
-  small = {name: config.model[name] for name in train.SEARCH}
-  num = min(dataset.num_train or _NUM_FITTED, _NUM_FITTED)
-  first, decoders = workdir / "additive.safetensors", _decoders_of(workdir)
-  encode_train = functools.partial(_encode, workdir, dataset=dataset)
-  if additive_weight == 0:
-    encode_train("train_codes", "train", num_vectors=num, **small)
-    _fit(config, workdir, "train_codes", decoders, dataset, num)
-    return {}
-  few = min(num, _NUM_PLAIN)
-  encode_train("plain_codes", "train", num_vectors=few, **small)
-  _fit(config, workdir, "plain_codes", first, dataset, few, num_tables=0)
-  how = {"additive_weight": additive_weight}
-  encode_train(
-    "train_codes", "train", num_vectors=num, decoders=str(first), **how
-  )
-  _fit(config, workdir, "train_codes", decoders, dataset, num)
-  return {"decoders": str(decoders), **how}
+def _encode(config, workdir, dataset) -> None:
+  """Encodes base and training vectors, in shards: finished ones are kept."""
+  most = min(dataset.num_train or _NUM_FITTED, _NUM_FITTED)
+  for part, num_vectors, folder, knobs in (
+    ("base", dataset.num_base, "codes", {}),
+    ("train", most, "train_codes", _small_search(config)),
+  ):
+    x_ND = datasets.open_split(dataset, part, max_vectors=num_vectors)
+    _run(
+      encode,
+      codec=str(workdir / "codec"),
+      data=getattr(dataset, part),
+      num_vectors=num_vectors,
+      **knobs,
+      output=str(workdir / folder),
+      shards=math.ceil(len(x_ND) / _SHARD_ROWS),
+    )
 
 
-def _encode(workdir, folder, part, dataset, num_vectors, **options) -> None:
-  """Encodes a part of the data, in shards: finished ones are kept."""
-  x_ND = datasets.open_split(dataset, part, max_vectors=num_vectors)
-  _run(
-    encode,
-    codec=str(workdir / "codec"),
-    data=getattr(dataset, part),
-    num_vectors=num_vectors,
-    **options,
-    output=str(workdir / folder),
-    shards=math.ceil(len(x_ND) / _SHARD_ROWS),
-  )
+def _small_search(config) -> dict:
+  return {name: config.model[name] for name in train.SEARCH}
 
 
-def _decoders_of(workdir) -> pathlib.Path:
-  return workdir / "decoders.safetensors"
-
-
-def _fit(config, workdir, folder, path, dataset, num_vectors, **options):
-  """Fits decoders to the codes in a folder."""
+def _fit_decoders(config, workdir, dataset) -> None:
+  path = workdir / "decoders.safetensors"
   if _is_there(path):
-    manifest, name = codes.load_manifest(workdir / folder), "codec_fingerprint"
-    found = decoders_io.load(path).codec_fingerprint
-    _check_made_of(path, {name: found}, {name: manifest[name]})
+    found, of_codes = decoders_io.load(path), workdir / "train_codes"
+    wanted = codes.load_manifest(of_codes)["codec_fingerprint"]
+    name = "codec_fingerprint"
+    _check_made_of(path, {name: found.codec_fingerprint}, {name: wanted})
     return
   _run(
     pairwise_decoder,
     codec=str(workdir / "codec"),
     data=dataset.train,
-    num_vectors=num_vectors,
+    num_vectors=min(dataset.num_train or _NUM_FITTED, _NUM_FITTED),
     num_held_out=config.data.validation_size,
-    codes=str(workdir / folder),
-    **options,
+    codes=str(workdir / "train_codes"),
     output=str(path),
   )
 
 
 def _build_index(workdir) -> None:
-  path, decoders = workdir / "index.faiss", _decoders_of(workdir)
+  path, decoders = workdir / "index.faiss", workdir / "decoders.safetensors"
   if _is_there(path):
     manifest = codes.load_manifest(workdir / "codes")
     words = decoders_io.load(decoders).additive
@@ -226,7 +199,7 @@ def _search(workdir, options):
     search,
     codec=str(workdir / "codec"),
     index=str(workdir / "index.faiss"),
-    decoders=str(_decoders_of(workdir)),
+    decoders=str(workdir / "decoders.safetensors"),
     output=str(workdir / "search.json"),
     resume=(workdir / "search.json").exists(),
     **options,

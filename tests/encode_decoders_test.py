@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import build_index, codecs, common, encode, pairwise_decoder
+from experiments import codecs, common, encode, pairwise_decoder
 from tests import qinco_cases
 from vqjax.codecs import additive, pq
 from vqjax.interop import decoders_io, safetensors_io
@@ -30,7 +30,7 @@ def _given(tmp_path_factory):
     pairwise_decoder.OPTIONS, **given, output=decoders, num_tables=0
   )
   pairwise_decoder.run(config)
-  return given | {"decoders": decoders}
+  return given | {"decoders": decoders, "additive_weight": 0.1}
 
 
 def _encode(given, output, **values):
@@ -51,7 +51,9 @@ def _errors(given, codes_NM):
 
 
 def test_the_additive_decoder_reads_the_codes_better(given, tmp_path):
-  plain_NM = _encode(given, tmp_path / "a.npy", decoders=None)
+  plain_NM = _encode(
+    given, tmp_path / "a.npy", decoders=None, additive_weight=None
+  )
   chosen_NM = _encode(given, tmp_path / "b.npy")
   more_NM = _encode(given, tmp_path / "c.npy", additive_weight=1.0)
   none_NM = _encode(given, tmp_path / "d.npy", additive_weight=0.0)
@@ -68,7 +70,7 @@ def test_codes_say_which_decoders_and_weight(given, tmp_path):
   _encode(given, tmp_path / "a.npy")
   said = json.loads((tmp_path / "a.npy.json").read_text())
   words = decoders_io.load(given["decoders"]).additive
-  assert said["encode"]["additive_weight"] == 0.05
+  assert said["encode"]["additive_weight"] == 0.1
   fingerprint = safetensors_io.fingerprint(words)
   assert said["encode"]["decoders_fingerprint"] == fingerprint
   assert f"--decoders={given['decoders']}" in said["command"]
@@ -81,30 +83,17 @@ def test_shards_of_another_weight_are_refused(given, tmp_path):
   )
   run()
   run()
-  with pytest.raises(ValueError, match=r"additive_weight.*0\.05"):
+  with pytest.raises(ValueError, match=r"additive_weight.*0\.1"):
     run(additive_weight=0.2)
   with pytest.raises(ValueError, match="decoders_fingerprint"):
-    run(decoders=None)
-
-
-def test_an_index_of_vectors_holds_the_same_codes(given, tmp_path):
-  codes, made = tmp_path / "codes.npy", []
-  _encode(given, codes)
-  values = dict(codec=given["codec"], decoders=given["decoders"])
-  for name, source in (("a", {"codes": str(codes)}), ("b", given)):
-    output = str(tmp_path / f"{name}.faiss")
-    config = common.get_config(
-      build_index.OPTIONS, **values | source, output=output
-    )
-    build_index.run(config)
-    made.append((tmp_path / f"{name}.faiss").read_bytes())
-  assert made[0] == made[1]
+    run(decoders=None, additive_weight=None)
 
 
 def test_what_cannot_have_a_say_is_refused(given, tmp_path):
   output = tmp_path / "codes.npy"
-  with pytest.raises(ValueError, match="additive_weight .* give --decoders="):
-    _encode(given, output, decoders=None, additive_weight=0.1)
+  for missing in ("decoders", "additive_weight"):
+    with pytest.raises(ValueError, match="belong together: .* both or none"):
+      _encode(given, output, **{missing: None})
   with pytest.raises(ValueError, match=r"between 0 and 1000000.0, got -1"):
     _encode(given, output, additive_weight=-1.0)
   with pytest.raises(ValueError, match="whole codes; leave num_steps"):

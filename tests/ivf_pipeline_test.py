@@ -10,7 +10,7 @@ import pytest
 from experiments import encode, ivf_centroids, ivf_pipeline
 from vqjax.codecs import kmeans
 from vqjax.data import datasets
-from vqjax.interop import decoders_io, safetensors_io, searchers
+from vqjax.interop import searchers
 
 FEW = dict(nprobe="1,8", num_aq="0,20", num_short="0,10")
 
@@ -39,8 +39,6 @@ def test_every_step_leaves_its_file(workdir):
     "centroids.npy",
     "codec",
     "codes",
-    "plain_codes",
-    "additive.safetensors",
     "train_codes",
     "decoders.safetensors",
     "index.faiss",
@@ -106,7 +104,7 @@ def test_decoders_of_another_codec_are_refused(workdir, monkeypatch):
   other = ivf_pipeline.decoders_io.load(workdir / "decoders.safetensors")
   other = other._replace(codec_fingerprint="another")
   monkeypatch.setattr(ivf_pipeline.decoders_io, "load", lambda path: other)
-  with pytest.raises(ValueError, match="safetensors .*another, .*remove"):
+  with pytest.raises(ValueError, match="decoders.* with .*another, .*remove"):
     ivf_pipeline.run(_config(), str(workdir), k=10, **FEW)
 
 
@@ -142,37 +140,9 @@ def test_codes_are_made_in_shards(workdir, tmp_path, monkeypatch):
   monkeypatch.setattr(
     encode, "run", lambda config: shards.append(config.shards) or run(config)
   )
-  dataset = ivf_pipeline._resolve(_config())
-  ivf_pipeline._encode(tmp_path, "codes", "base", dataset, 500)
-  assert shards == [3]
-
-
-def test_the_additive_decoder_has_a_say_in_the_codes(workdir):
-  of = lambda name: json.loads((workdir / name / "manifest.json").read_text())
-  decoders = {
-    name: safetensors_io.fingerprint(
-      decoders_io.load(workdir / f"{name}.safetensors").additive
-    )
-    for name in ("additive", "decoders")
-  }
-  assert "decoders_fingerprint" not in of("plain_codes")["encode"]
-  for folder, name in (("train_codes", "additive"), ("codes", "decoders")):
-    assert of(folder)["encode"]["decoders_fingerprint"] == decoders[name]
-    assert of(folder)["encode"]["additive_weight"] == 0.05
-
-
-def test_without_weight_no_codes_are_made_for_it(workdir, tmp_path):
-  shutil.copytree(workdir / "codec", tmp_path / "codec")
   config = _config()
-  how = ivf_pipeline._fit_decoders(
-    config, tmp_path, ivf_pipeline._resolve(config), 0.0
-  )
-  assert how == {}
-  assert {path.name for path in tmp_path.iterdir()} == {
-    "codec",
-    "train_codes",
-    "decoders.safetensors",
-  }
+  ivf_pipeline._encode(config, tmp_path, ivf_pipeline._resolve(config))
+  assert shards == [3, 6]  # Of 500 and 1,200 rows.
 
 
 def test_another_configuration_is_refused(workdir):

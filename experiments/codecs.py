@@ -126,6 +126,7 @@ def try_joint_rule(
   decode_fn = make_decode_fn(codec, knobs.get("dtype", "float32"))
 
   def mse(knobs):
+    knobs = {k: v for k, v in knobs.items() if k != "additive_weight"}
     encode_fn, num_rows = make_encode_fn(codec, knobs, assign=assign)
     errors_fn = lambda x_ND: np.sum(
       (x_ND - np.asarray(decode_fn(np.asarray(encode_fn(x_ND))))) ** 2, axis=1

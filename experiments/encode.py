@@ -68,7 +68,7 @@ OPTIONS = {
     float,
     None,
     "How much its squared error counts in the choice of codes, that of the "
-    "network being 1.",
+    "network being 1; as 0.1. The last step then takes as long as the others.",
   ),
   "output": common.Option(str, None, "File to write; with shards a folder."),
   "raw": common.Option(bool, False, "Write packed bytes without a header."),
@@ -121,6 +121,7 @@ def _take_decoders(config, codec):
     )
   if not config.decoders:
     return codec, {}
+  check_range("--additive_weight", config.additive_weight, 1e-6, 1e6)
   if not hasattr(codec.module, "with_additive"):
     raise ValueError(
       f"--decoders mean nothing to the encoder of a {codec.name} codec; leave "
@@ -193,8 +194,8 @@ def _settings(codec, knobs: dict, assign: str) -> dict:
   """All options of the search, those left at their defaults too."""
   known = inspect.signature(codec.module.encode).parameters.values()
   defaults = {p.name: p.default for p in known if p.kind is p.KEYWORD_ONLY}
-  # The steps are in the shape of the codes; neither blocks nor a weight of 0
-  # change any.
+  # The steps are in the shape of the codes; neither blocks nor no weight change
+  # any.
   for name in ("num_steps", "block_size", "additive_weight"):
     defaults.pop(name, None)
   graph = {"assign": "hnsw"} if codecs.takes_graph(codec, assign) else {}
@@ -330,7 +331,8 @@ def _after(config, codec, num_shards: int) -> str:
     data = f"--data={shlex.quote(config.data)}"
     if config.num_vectors:
       data += f" --num_vectors={config.num_vectors}"
-    decoders = "decoders.safetensors"
+    # Those given had a say in the codes; others suit the codes better.
+    decoders = f"decoders{'2' if config.decoders else ''}.safetensors"
     commands = [
       f"pairwise_decoder {given} {data} --output={decoders}",
       f"build_index {given} --decoders={decoders} --output=index.faiss",

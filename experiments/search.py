@@ -19,12 +19,12 @@ The picture lies beside the output, as search.png; each point is also printed as
 a JSON line when it is measured, alone on stdout: ... > points.jsonl
 
 Columns of the table: nprobe lists are looked into, but for those left out by
-max_ratio; their vectors are put in
-order by the additive decoder, the best num_aq of these by the pairwise decoder,
-and the best num_short of those by the network. qps are queries per second of
-one call with all queries, and coarse (which finds the lists), scan, pairwise
-and network the microseconds per query that go into each step. decoded are the
-vectors that the network decoded per query: one that queries share counts once.
+max_ratio; their vectors are put in order by the additive decoder, the best
+num_aq of these by the pairwise decoder, and the best num_short of those by the
+network. qps are queries per second of one call with all queries, and coarse
+(which finds the lists), scan, pairwise and network the microseconds per query
+that go into each step. decoded are the vectors that the network decoded per
+query: one that queries share counts once.
 
 Times are those of all threads: --threads are those of faiss; those of JAX are
 the cores that the process may use, set from outside: taskset -c 0 python ...
@@ -293,14 +293,14 @@ def _numbers(config, name: str, low: int, high: int) -> list[int]:
 def _ratios(text: str | None) -> list[float | None]:
   """Limits as 1.2,1.5,inf, rising; None stands for none."""
   try:
-    values = sorted({float(part) for part in (text or "inf").split(",")})
+    values = {float(part) for part in (text or "inf").split(",")}
   except ValueError:
-    values = [0.0]
-  if not values[0] >= 1:
+    values = {0.0}
+  if not all(value >= 1 for value in values):
     raise ValueError(
       f"--max_ratio must be numbers from 1 on, as 1.3,1.5,inf; got {text!r}."
     )
-  return [None if math.isinf(value) else value for value in values]
+  return [None if math.isinf(value) else value for value in sorted(values)]
 
 
 def _summarise(config, record, data) -> None:

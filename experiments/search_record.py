@@ -45,7 +45,10 @@ class Record:
 
   def find(self, series: str, setting: dict) -> dict | None:
     """Returns the point of a series at a setting; None where it is missing."""
-    same = lambda p: p["series"] == series and p["setting"] == setting
+    known = lambda at: {k: v for k, v in at.items() if v is not None}
+    same = lambda p: (
+      p["series"] == series and known(p["setting"]) == known(setting)
+    )
     return next(filter(same, self.points), None)
 
   def add(self, points: list[dict]) -> None:

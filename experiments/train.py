@@ -432,16 +432,22 @@ def _finish(config, workdir, dataset, xt_ND, params, seconds):
 
 def _to_search(workdir, dataset) -> str:
   """Commands that make an index of a codec with lists."""
-  codec, decoders = f"--codec={workdir}", workdir / "decoders.safetensors"
+  at = lambda name: str(workdir / name)
+  codes, decoders = at("codes.npy"), at("decoders.safetensors")
+  base = [f"--data={dataset.base or 'BASE'}", f"--output={codes}"]
+  if dataset.num_base:
+    base.insert(1, f"--num_vectors={dataset.num_base}")
   commands = {
+    "encode": base,
     "pairwise_decoder": [f"--data={dataset.train}", f"--output={decoders}"],
     "build_index": [
-      *(f"--data={dataset.base or 'BASE'}", f"--decoders={decoders}"),
-      f"--output={workdir / 'index.faiss'}",
+      *(f"--codes={codes}", f"--decoders={decoders}"),
+      f"--output={at('index.faiss')}",
     ],
   }
   return "".join(
-    f"\n  python -m experiments.{name} {shlex.join([codec, *options])}"
+    f"\n  python -m experiments.{name} "
+    f"{shlex.join([f'--codec={workdir}', *options])}"
     for name, options in commands.items()
   )
 

@@ -415,7 +415,7 @@ def test_inner_product_data_are_searched_by_it(tmp_path):
     ("rq", ["evaluate"]),
     pytest.param(
       "ivf_qinco2_xs",
-      ["evaluate", "pairwise_decoder", "build_index"],
+      ["evaluate", "encode", "pairwise_decoder", "build_index"],
       marks=pytest.mark.slow,
     ),
   ],

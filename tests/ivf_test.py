@@ -92,6 +92,18 @@ def test_codes_come_back(m, k):
   np.testing.assert_array_equal(found, arrays["codes_NM"][rows])
 
 
+def test_tables_of_bfloat16_products_say_nearly_the_same():
+  rng = np.random.default_rng(2)
+  arrays = _random_lists(rng)
+  xq_QD = rng.normal(size=(4, 5)).astype(np.float32)
+  probes_QP = np.tile(np.arange(5), (4, 1))
+  sizes = dict(num_tiles=8, num_best=90)
+  exact_QR = _scan(arrays, xq_QD, probes_QP, **sizes)[2]
+  half_QR = _scan(arrays | {"dtype": "bfloat16"}, xq_QD, probes_QP, **sizes)[2]
+  assert not np.array_equal(half_QR, exact_QR)
+  np.testing.assert_allclose(half_QR, exact_QR, atol=0.02 * exact_QR.max())
+
+
 def test_more_tiles_change_nothing():
   rng = np.random.default_rng(1)
   arrays = _random_lists(rng)

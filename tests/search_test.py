@@ -117,8 +117,9 @@ def test_points_are_what_searching_gives(small):
   assert written["points"] == result["points"]
   assert written["header"] == result["header"]
   assert pathlib.Path(small["output"]).with_suffix(".png").stat().st_size
+  dtype = result["header"]["dtype"]
   searcher = searchers.open_searcher(
-    small["codec"], small["index"], small["decoders"]
+    small["codec"], small["index"], small["decoders"], dtype=dtype
   )
   xq_QD, true_QG = _load(small, "xq.npy"), _load(small, "gt.npy")
   for point in result["points"]:
@@ -323,9 +324,13 @@ def test_decode_all_is_exact_search(kind, request, tmp_path):
 
 
 def test_limits_of_lists_are_settings(small):
-  result = _run(small | {"max_ratio": "inf,1.5", "nprobe": "4"})
-  ours = [p for p in result["points"] if "max_ratio" in p["setting"]]
-  assert {p["setting"]["max_ratio"] for p in ours} == {1.5, None}
+  one = {"num_aq": "0", "num_short": "15"}
+  result = _run(small | one | {"max_ratio": "inf,1.0", "nprobe": "6"})
+  recall = {p["setting"]["max_ratio"]: p["recall"] for p in result["points"]}
+  assert set(recall) == {1.0, None}
+  values = small | one | {"nprobe": "1", "overwrite": True}
+  (nearest,) = _run(values)["points"]
+  assert recall[1.0] == nearest["recall"] != recall[None]
 
 
 @pytest.mark.parametrize(
@@ -335,7 +340,7 @@ def test_limits_of_lists_are_settings(small):
     ({"output": "x.png"}, r"must end in \.json; got x\.png"),
     ({"nprobe": "1,two"}, "--nprobe must be numbers from 1 on.*'1,two'"),
     ({"max_ratio": "2,0.5"}, "--max_ratio must be numbers from 1 on.*'2,0.5'"),
-    ({"max_ratio": "nan"}, "--max_ratio must be numbers from 1 on.*'nan'"),
+    ({"max_ratio": "2,nan"}, "--max_ratio must be numbers from 1 on.*'2,nan'"),
     ({"num_short": "-1"}, "--num_short must be numbers from 0 on.*'-1'"),
     ({"num_aq": "5", "num_short": "9"}, r"above --num_short, got \[5\]"),
     ({"ef_search": "8"}, "effort of a graph, but .* is flat"),
@@ -446,7 +451,7 @@ def test_the_snippet_searches_as_was_measured(small, dtype, monkeypatch):
 def test_stopped_it_says_how_to_go_on(small):
   output = pathlib.Path(small["output"])
   flags = [f"--{name}={value}" for name, value in small.items()]
-  flags += ["--rounds=1000", "--nprobe=1,2,3,4,5,6"]
+  flags += ["--rounds=20", "--nprobe=1,2,3,4,5,6"]
   message = commands.stop_once(output.exists, "search", *flags)
   assert "To go on, add --resume to the same command." in message
   assert json.loads(output.read_text())["points"]

@@ -184,6 +184,7 @@ def encode(
       squared error, plus this times the squared error of the additive decoder
       (`with_additive`), is least. Many are nearly as good for the network;
       that one is found sooner by a search that scans by the additive decoder.
+      The last step then looks at all joint candidates, not at a quarter.
 
   Raises:
     ValueError: Where a size breaks a rule of `check_search`, or a weight is

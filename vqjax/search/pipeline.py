@@ -118,6 +118,8 @@ class Searcher:
     num_lists = len(self._tiles_L)
     nprobe = min(16, num_lists) if nprobe is None else nprobe
     check_range("nprobe", nprobe, 1, num_lists, "lists of the index")
+    if max_ratio is not None:
+      check_range("max_ratio", max_ratio, 1, 1e6)
     check_range("k", k, 1, len(self.parts.ids_N), "vectors in the index")
     for name, value in (("num_aq", num_aq), ("num_short", num_short)):
       check_range(name, value, 0, 1 << 20)
@@ -137,7 +139,6 @@ class Searcher:
       queries_QD, nprobe, ef_search
     )
     if max_ratio is not None:
-      check_range("max_ratio", max_ratio, 1, np.inf)
       limit_Q1 = max_ratio * distances_QP[:, :1]
       probes_QP = np.where(distances_QP <= limit_Q1, probes_QP, -1)
     lap("coarse")
@@ -266,7 +267,7 @@ def _next_block(order_Q, tiles_Q, start: int, num_best: int):
   slot_bytes = 32 * ivf.TILE * num_tiles
   most = min(max(_SLOT_BYTES // slot_bytes, 1), _SCAN_QUERIES)
   rows = order_Q[start : start + most]
-  rows = rows[2 * tiles_Q[rows] >= needed]
+  rows = rows[2 * np.maximum(tiles_Q[rows], least) >= needed]
   pad = (0, min(_round_up(len(rows)), most) - len(rows))
   return _Block(rows, np.pad(rows, pad, "edge")), num_tiles
 

@@ -83,7 +83,7 @@ def test_shards_of_another_weight_are_refused(given, tmp_path):
   run()
   with pytest.raises(ValueError, match=r"additive_weight.*0\.1"):
     run(additive_weight=0.2)
-  with pytest.raises(ValueError, match="additive_weight is 0.1, now it is None"):
+  with pytest.raises(ValueError, match="weight is 0.1, now it is None"):
     run(decoders=None, additive_weight=None)
 
 

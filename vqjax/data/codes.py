@@ -164,7 +164,7 @@ def load_manifest(folder) -> dict:
 
 def check_same(where, found: dict, wanted: dict, prefix: str = "") -> None:
   """Raises ValueError where codes differ from those wanted, and names it."""
-  for name in [*wanted, *(set(found) - set(wanted))]:
+  for name in [*wanted, *sorted(set(found) - set(wanted))]:
     a, b = found.get(name), wanted.get(name)
     if isinstance(a, dict) and isinstance(b, dict):
       check_same(where, a, b, f"{prefix}{name}.")

@@ -84,7 +84,10 @@ def run(config, workdir=None) -> dict:
   if names and jax.process_count() > 1:
     raise ValueError("--baselines run on one host: leave --multihost out.")
   codec = codecs.open_codec(config.codec)
-  _check_parts(names, codec, config.num_steps)
+  num_codes = len(_baseline_sizes(codec, config.num_steps))
+  for name in ("PQ", "OPQ"):
+    if name in names and num_codes:
+      faiss_io.check_parts(name, codec.dim, num_codes)
   dataset = codecs.resolve_data(
     codec,
     config,
@@ -226,17 +229,6 @@ def _num_bits(sizes) -> int:
 def _baseline_sizes(codec, num_steps) -> tuple[int, ...]:
   """Words at each position of a baseline of as many bytes."""
   return codec.codebook_sizes[codec.is_ivf :][:num_steps]
-
-
-def _check_parts(names, codec, num_steps) -> None:
-  """Raises ValueError where a baseline cannot cut vectors as it must."""
-  num_codes = len(_baseline_sizes(codec, num_steps))
-  for name in ("PQ", "OPQ"):
-    if name in names and num_codes and codec.dim % num_codes:
-      raise ValueError(
-        f"{name} cuts vectors into equal parts, but {codec.dim} dimensions "
-        f"cannot be cut into {num_codes}; leave {name} out of the --baselines."
-      )
 
 
 def _measure_baseline(name, codec, num_steps, xt_ND, search) -> dict:

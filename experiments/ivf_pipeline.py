@@ -38,7 +38,7 @@ from experiments import (
   train,
 )
 from vqjax.data import batches, codes, datasets
-from vqjax.interop import decoders_io, faiss_ivf, safetensors_io
+from vqjax.interop import decoders_io, faiss_io, faiss_ivf, safetensors_io
 
 _NUM_FITTED = 1_000_000  # Training vectors for the decoders.
 _SHARD_ROWS = 100_000  # Of the codes; as many are lost by a stop.
@@ -92,12 +92,7 @@ def _check_baselines(config, dataset, options) -> None:
     search.OPTIONS, baselines=options.get("baselines", "")
   )
   if "IVF-PQ" in search_data.baseline_names(asked):
-    num_steps = config.model.num_steps
-    if dataset.dim % num_steps:
-      raise ValueError(
-        f"IVF-PQ cuts vectors into equal parts, but {dataset.dim} dimensions "
-        f"cannot be cut into {num_steps}; leave it out of --baselines."
-      )
+    faiss_io.check_parts("IVF-PQ", dataset.dim, config.model.num_steps)
 
 
 def _find_centroids(config, workdir, dataset) -> None:

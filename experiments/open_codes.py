@@ -1,7 +1,5 @@
 """Codes and decoders that a command is given, compared with its codec."""
 
-import pathlib
-
 import numpy as np
 
 from vqjax.data import codes
@@ -16,11 +14,6 @@ def of_codec(
   Codes that say nothing of themselves may be of any codec and vectors. They
   have fewer positions only if they `may_be_short`.
   """
-  if not pathlib.Path(config.codes).exists():
-    raise FileNotFoundError(
-      f"There is no file or folder {config.codes}; --codes takes a folder of "
-      "shards or a .npy of experiments.encode."
-    )
   found = codes.open_codes(config.codes)
   if vectors is not None:
     _check_rows(config, found, vectors)

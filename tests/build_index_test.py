@@ -93,7 +93,7 @@ def _run(output, files, **values):
   return faiss_ivf.load(output)
 
 
-def _same(ours, theirs):
+def _assert_same(ours, theirs):
   for a, b in zip(
     *map(faiss_ivf.contents, (ours.index, theirs.index)), strict=True
   ):
@@ -161,7 +161,12 @@ def _data(files):
   return str(pathlib.Path(files["codes"]).with_name("x.npy"))
 
 
-def _vectors_are_encoded(files, tmp_path):
+@pytest.mark.parametrize(
+  "files",
+  ["files_of_rq", pytest.param("ivf_files", marks=pytest.mark.slow)],
+  indirect=True,
+)
+def test_vectors_are_encoded_on_the_way(files, tmp_path):
   got = _run(tmp_path / "a", files | {"codes": None}, data=_data(files))
   codec = codecs.open_codec(files["codec"])
   codes_NM = codec.module.encode(
@@ -169,24 +174,15 @@ def _vectors_are_encoded(files, tmp_path):
   )
   np.save(tmp_path / "codes.npy", codes_NM)
   given = files | {"codes": str(tmp_path / "codes.npy")}
-  _same(got, _run(tmp_path / "b", given))
+  _assert_same(got, _run(tmp_path / "b", given))
   described = _run(tmp_path / "c", files).info
   assert got.info["data"] == described["data"]
-
-
-def test_vectors_are_encoded_on_the_way(files_of_rq, tmp_path):
-  _vectors_are_encoded(files_of_rq, tmp_path)
-
-
-@pytest.mark.slow
-def test_vectors_are_encoded_into_lists(ivf_files, tmp_path):
-  _vectors_are_encoded(ivf_files, tmp_path)
 
 
 def test_blocks_change_nothing(files, tmp_path, monkeypatch):
   want = _run(tmp_path / "a.faiss", files)
   monkeypatch.setattr(build_index, "_BLOCK", 7)
-  _same(_run(tmp_path / "b.faiss", files), want)
+  _assert_same(_run(tmp_path / "b.faiss", files), want)
 
 
 def test_norms_are_learnt_from_all_rows_of_a_small_file(files, tmp_path):
@@ -206,7 +202,7 @@ def test_parts_merge_to_the_whole(files, tmp_path, said):
   assert part.info["rows"] == [[40, NUM - 3]]
   assert part.index.ntotal == NUM - 43
   merged = _run(tmp_path / "m", {}, merge=",".join(sorted(paths)))
-  _same(merged, whole)
+  _assert_same(merged, whole)
   assert merged.info["rows"] == [[0, NUM]]
   assert merged.info["sha256"] != part.info["sha256"]
   two = _run(tmp_path / "two", {}, merge=",".join(paths[:2]))
@@ -260,7 +256,7 @@ def test_options_that_make_no_sense_are_refused(
 
 
 def test_codes_that_are_not_there_are_said_to_be_so(ivf_files, tmp_path):
-  match = "no file or folder nowhere; --codes takes a folder of shards or a .n"
+  match = "no file or folder nowhere; codes are a folder of shards or a .n"
   with pytest.raises(FileNotFoundError, match=match):
     _run(tmp_path / "index.faiss", ivf_files, codes="nowhere")
 

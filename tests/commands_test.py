@@ -1,11 +1,9 @@
 """The commands on the bundled sample, the way a user calls them."""
 
-import importlib
 import json
 import os
 import pathlib
 import re
-import shlex
 
 import numpy as np
 import pytest
@@ -407,37 +405,6 @@ def test_inner_product_data_are_searched_by_it(tmp_path):
   xhat_ND = np.asarray(codec.module.decode(codec.tables, codes_NM))
   hit = (xq_QD @ xhat_ND.T).argmax(axis=1) == (xq_QD @ xb_ND.T).argmax(axis=1)
   assert result["rows"][0]["1-recall@1"] == pytest.approx(hit.mean(), abs=0.04)
-
-
-@pytest.mark.parametrize(
-  ("name", "names"),
-  [
-    ("rq", ["evaluate"]),
-    pytest.param(
-      "ivf_qinco2_xs",
-      ["evaluate", "encode", "pairwise_decoder", "build_index"],
-      marks=pytest.mark.slow,
-    ),
-  ],
-)
-def test_training_names_the_next_commands(name, names, tmp_path, monkeypatch):
-  said, run_dir = [], str(tmp_path / "my run")
-  monkeypatch.setattr(
-    train.logging, "info", lambda *message: said.append(message)
-  )
-  train.run(
-    importlib.import_module(f"configs.{name}").get_config("smoke"), run_dir
-  )
-  text, *args = said[-1]
-  lines = (text % tuple(args)).partition("Next:\n")[2].splitlines()
-  for name, line in zip(names, lines, strict=True):
-    _, _, module, *flags = shlex.split(line)
-    assert module == f"experiments.{name}"
-    flags = dict(flag.split("=") for flag in flags)
-    known = importlib.import_module(module).OPTIONS
-    assert {flag.removeprefix("--") for flag in flags} <= set(known)
-    assert flags["--codec"] == run_dir
-    assert pathlib.Path(flags.get("--data", SAMPLE)).exists()
 
 
 def test_train_refuses_nan(tmp_path):

@@ -332,12 +332,18 @@ def open_codes(path) -> Codes:
   read, and ranges are as codes are read.
 
   Raises:
+    FileNotFoundError: There is nothing.
     ValueError: Shards are missing or of another run, or the file is no codes.
       Where a shard is damaged, reading raises it.
   """
   path = pathlib.Path(path)
   if path.is_dir():
     return _open_folder(path)
+  if not path.exists():
+    raise FileNotFoundError(
+      f"There is no file or folder {path}; codes are a folder of shards or a "
+      ".npy of experiments.encode."
+    )
   codes_NM, meta = formats.open_vectors(path), read_description(path)
   if codes_NM.dtype.kind not in "iu":
     raise TypeError(f"{path} must hold integer codes, got {codes_NM.dtype}.")

@@ -45,11 +45,7 @@ def fit(name: str, like: faiss.Index, x_ND: np.ndarray) -> faiss.Index:
   coarse = faiss.clone_index(like.quantizer)
   sizes = (dim, num_lists)
   if name == "IVF-PQ":
-    if dim % num_codes:
-      raise ValueError(
-        f"IVF-PQ cuts vectors into equal parts, but {dim} dimensions cannot be "
-        f"cut into {num_codes}; leave IVF-PQ out of the baselines."
-      )
+    faiss_io.check_parts(name, dim, num_codes)
     lists = faiss.IndexIVFPQ(coarse, *sizes, num_codes, num_bits, metric)
     lists.pq.cp.min_points_per_centroid = 1  # faiss warns below 39.
   elif name == "IVF-RQ":

@@ -365,6 +365,18 @@ def _new_opq(dim: int, num_codes: int, num_bits: int):
   return opq, slices
 
 
+def check_parts(name: str, dim: int, num_codes: int) -> None:
+  """Raises ValueError where the baseline `name` cannot cut vectors as it must.
+
+  Product quantisers cut `dim` dimensions into `num_codes` equal parts.
+  """
+  if dim % num_codes:
+    raise ValueError(
+      f"{name} cuts vectors into equal parts, but {dim} dimensions cannot be "
+      f"cut into {num_codes}; leave {name} out of the baselines."
+    )
+
+
 def _check_training(n, dim, num_codes, num_bits, *, has_slices):
   """Raises ValueError where a codec of these sizes cannot be trained."""
   check_range("num_codes", num_codes, 1, 4096)

@@ -115,19 +115,8 @@ class Searcher:
     queries_QD = np.atleast_2d(np.asarray(queries_QD, np.float32))
     check_vectors(queries_QD, dim=self.dim, name="queries")
     check_range("the number of queries", len(queries_QD), 1, 2**31 - 1)
-    num_lists = len(self._tiles_L)
-    nprobe = min(16, num_lists) if nprobe is None else nprobe
-    check_range("nprobe", nprobe, 1, num_lists, "lists of the index")
-    if max_ratio is not None:
-      check_range("max_ratio", max_ratio, 1, 1e6)
-    check_range("k", k, 1, len(self.parts.ids_N), "vectors in the index")
-    for name, value in (("num_aq", num_aq), ("num_short", num_short)):
-      check_range(name, value, 0, 1 << 20)
-    if num_aq and self.parts.pairwise_fn is None:
-      raise ValueError(
-        f"num_aq={num_aq} asks for the pairwise decoder, but the file of "
-        "decoders has none; set num_aq=0."
-      )
+    nprobe = min(16, len(self._tiles_L)) if nprobe is None else nprobe
+    self._check_setting(k, nprobe, max_ratio, num_aq, num_short)
     seconds, began = {}, time.perf_counter()
 
     def lap(stage):
@@ -158,6 +147,20 @@ class Searcher:
     rows_QR = found.rows_QC[:, :k]
     ids_QR = np.where(rows_QR < 0, -1, self.parts.ids_N[rows_QR])
     return Result(ids_QR, found.distances_QC[:, :k], seconds, num_decoded)
+
+  def _check_setting(self, k, nprobe, max_ratio, num_aq, num_short) -> None:
+    """Raises ValueError where a number does not fit the index."""
+    check_range("nprobe", nprobe, 1, len(self._tiles_L), "lists of the index")
+    if max_ratio is not None:
+      check_range("max_ratio", max_ratio, 1, 1e6)
+    check_range("k", k, 1, len(self.parts.ids_N), "vectors in the index")
+    for name, value in (("num_aq", num_aq), ("num_short", num_short)):
+      check_range(name, value, 0, 1 << 20)
+    if num_aq and self.parts.pairwise_fn is None:
+      raise ValueError(
+        f"num_aq={num_aq} asks for the pairwise decoder, but the file of "
+        "decoders has none; set num_aq=0."
+      )
 
   def _scan(self, queries_QD, probes_QP, distances_QP, num_best) -> Candidates:
     """Candidates of the scan, in blocks of queries with lists alike in size."""

@@ -1,0 +1,42 @@
+"""What a training names as next commands, which can be copied."""
+
+import importlib
+import pathlib
+import shlex
+
+import pytest
+
+from experiments import train
+
+SAMPLE = pathlib.Path(__file__).parents[1] / "third_party" / "sample_sift"
+
+
+@pytest.mark.parametrize(
+  ("name", "names"),
+  [
+    ("rq", ["evaluate"]),
+    pytest.param(
+      "ivf_qinco2_xs",
+      ["evaluate", "encode", "pairwise_decoder", "build_index"],
+      marks=pytest.mark.slow,
+    ),
+  ],
+)
+def test_training_names_the_next_commands(name, names, tmp_path, monkeypatch):
+  said, run_dir = [], str(tmp_path / "my run")
+  monkeypatch.setattr(
+    train.logging, "info", lambda *message: said.append(message)
+  )
+  train.run(
+    importlib.import_module(f"configs.{name}").get_config("smoke"), run_dir
+  )
+  text, *args = said[-1]
+  lines = (text % tuple(args)).partition("Next:\n")[2].splitlines()
+  for name, line in zip(names, lines, strict=True):
+    _, _, module, *flags = shlex.split(line)
+    assert module == f"experiments.{name}"
+    flags = dict(flag.split("=") for flag in flags)
+    known = importlib.import_module(module).OPTIONS
+    assert {flag.removeprefix("--") for flag in flags} <= set(known)
+    assert flags["--codec"] == run_dir
+    assert pathlib.Path(flags.get("--data", SAMPLE)).exists()

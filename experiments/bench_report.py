@@ -10,6 +10,7 @@ import re
 import jax
 
 import vqjax
+from vqjax import devices
 
 _PACKAGES = ("jax", "jaxlib", "numpy", "faiss-cpu", "torch")
 _COLUMNS = {  # Title to figure and format.
@@ -34,9 +35,7 @@ def machine() -> dict:
     "platform": jax.default_backend(),
     "device": _processor() or jax.devices()[0].device_kind,
     "num_devices": jax.device_count(),
-    "threads": len(os.sched_getaffinity(0))
-    if hasattr(os, "sched_getaffinity")
-    else os.cpu_count(),
+    "threads": devices.num_cpus(),
     "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     "python": platform.python_version(),
     "vqjax": vqjax.__version__,

@@ -296,13 +296,16 @@ def decode_rows() -> int:
   return (4096 if is_cpu else 65536) * jax.local_device_count()
 
 
-def mean_of_rows(fn, vectors, block_size: int) -> float:
+def mean_of_rows(fn, vectors, block_size: int, progress=None) -> float:
   """Returns the mean of `fn`, `x_ND` to numbers `[N]`, over all rows.
 
-  Every process computes its share, and all return the same.
+  Every process computes its share, and all return the same; `progress` is
+  told of the rows done and those in the share.
   """
   mine = devices.share(len(vectors))
-  blocks = batches.map_blocks(fn, vectors, block_size=block_size, rows=mine)
+  blocks = batches.map_blocks(
+    fn, vectors, block_size=block_size, rows=mine, progress=progress
+  )
   parts = [np.zeros(0, np.float32), *(value_N for _, value_N in blocks)]
   value_N = devices.gather_rows(np.concatenate(parts), len(vectors))
   return float(np.mean(value_N, dtype=float))

@@ -170,6 +170,9 @@ def _start(main_fn, multihost: bool) -> None:
   def absl_main(argv):
     if len(argv) > 1:
       raise app.UsageError(f"Unexpected argument {argv[1]!r}.")
+    if "threads" in flags.FLAGS and flags.FLAGS.threads is not None:
+      with user_errors():
+        devices.limit_cpus(flags.FLAGS.threads)
     if not (multihost and flags.FLAGS.multihost):
       main_fn()
       return
@@ -192,6 +195,8 @@ def _start(main_fn, multihost: bool) -> None:
 def _parse_flags(argv):
   try:
     return app.parse_flags_with_usage(argv)
+  except OSError as error:
+    sys.exit(f"The configuration cannot be read: {error}")
   except (AttributeError, KeyError, TypeError) as error:
     # ConfigDict's answer to --config.model.no_such_field=1, or to a wrong type.
     reason = error

@@ -26,8 +26,7 @@ network. qps are queries per second of one call with all queries, and coarse
 that go into each step. decoded are the vectors that the network decoded per
 query: one that queries share counts once.
 
-Times are those of all threads: --threads are those of faiss; those of JAX are
-the cores that the process may use, set from outside: taskset -c 0 python ...
+Times are those of all threads; --threads=1 keeps JAX and faiss to one CPU.
 Bytes of a vector are those in the lists, without ids. IVF-RaBitQ has a bit for
 each dimension of the randomly rotated vector, and 8 bytes.
 
@@ -99,7 +98,7 @@ OPTIONS = {
     "Candidates that the network decodes, as 0,5,20; 0 leaves it out.",
   ),
   "threads": common.Option(
-    int, None, "Threads of faiss; its own choice if unset."
+    int, None, "CPUs to work on; all that the process may use if unset."
   ),
   "dtype": common.Option(
     str,

@@ -1,7 +1,6 @@
 """Measured points of a search: their file, table and picture."""
 
 import json
-import os
 import pathlib
 import sys
 
@@ -9,6 +8,7 @@ from absl import logging
 from tqdm import tqdm
 
 from experiments import common
+from vqjax import devices
 from vqjax.data import formats
 from vqjax.search import operating_points, plots
 from vqjax.search.operating_points import Point
@@ -173,8 +173,8 @@ def _picture(path: pathlib.Path) -> pathlib.Path:
 
 
 def threads(num_faiss: int) -> dict[str, int]:
-  """Threads of faiss, and those that JAX found when it started."""
-  return {"faiss": num_faiss, "jax": len(os.sched_getaffinity(0))}
+  """Threads of faiss, and those of JAX and of the scan."""
+  return {"faiss": num_faiss, "jax": devices.num_cpus()}
 
 
 def _read(path, header: dict) -> tuple[list[dict], list[dict]]:

@@ -391,7 +391,8 @@ def _finish(config, workdir, dataset, xt_ND, params, seconds):
     return jnp.sum((x_ND - decode_fn(encode_fn(x_ND))) ** 2, axis=-1)
 
   xv_ND = batches.read_rows(xt_ND, np.arange(held_out.start, held_out.stop))
-  validation = codecs.mean_of_rows(errors, xv_ND, block_size)
+  with common.progress(len(devices.share(len(xv_ND))), "validate") as done:
+    validation = codecs.mean_of_rows(errors, xv_ND, block_size, done)
   info = {
     "encode": knobs,
     "metric": dataset.metric,

@@ -116,7 +116,7 @@ def in_a_hurry(monkeypatch):
     bench_timing, "_PRODUCTS", {"cpu": (((64, 32, 16), (128,) * 3), 2)}
   )
   monkeypatch.setattr(bench_timing, "REST", 0.0)
-  monkeypatch.setattr(bench, "_DECODE_BLOCK", 32)
+  monkeypatch.setattr(codecs, "decode_rows", lambda: 32)
   monkeypatch.setattr(bench_subjects, "_MIN_DRAWN", 500)
 
 

@@ -200,6 +200,32 @@ def test_multihost_alone_is_refused():
   assert "Traceback" not in done.stderr
 
 
+def test_a_process_can_be_kept_to_one_cpu():
+  found = _python(
+    "import faiss, jax; from vqjax import devices; devices.limit_cpus(1); "
+    "import os; jax.numpy.ones((300, 300)) @ jax.numpy.ones((300, 300)); "
+    "print({len(os.sched_getaffinity(int(t))) for t in "
+    "os.listdir('/proc/self/task')}, devices.num_cpus())"
+  )
+  assert found.stdout == "{1} 1\n"
+
+
+def test_more_cpus_than_there_are_are_refused():
+  found = _python("-m", "experiments.search", "--threads=1000")
+  assert found.returncode == 1
+  assert "--threads must lie between 1 and" in found.stderr
+  assert "CPUs of this process" in found.stderr
+  assert "Traceback" not in found.stderr
+
+
+def _python(*arguments):
+  """Runs a program given by its text, or a module."""
+  arguments = arguments if len(arguments) > 1 else ("-c", *arguments)
+  return subprocess.run(
+    [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True
+  )
+
+
 def test_a_batch_that_the_devices_cannot_share_is_refused(monkeypatch):
   monkeypatch.setattr(jax, "device_count", lambda: 3)
   with pytest.raises(ValueError, match="batch of 8 .* multiple of the 3 dev"):

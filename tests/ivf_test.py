@@ -124,5 +124,6 @@ def test_what_does_not_fit_is_refused():
   with pytest.raises(ValueError, match=r"starts must have shape \(7,\)"):
     ivf.make_lists(**{**arrays, "starts_L1": arrays["starts_L1"][:-1]})
   xq_QD = np.zeros((1, 5), np.float32)
-  with pytest.raises(ValueError, match="between 1 and 64, got 65"):
-    _scan(arrays, xq_QD, np.zeros((1, 1), int), num_tiles=1, num_best=65)
+  most = ivf.TILE
+  with pytest.raises(ValueError, match=f"between 1 and {most}, got {most + 1}"):
+    _scan(arrays, xq_QD, np.zeros((1, 1), int), num_tiles=1, num_best=most + 1)

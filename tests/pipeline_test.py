@@ -157,11 +157,27 @@ def test_where_lists_are_short_slots_stay_empty(case):
 
 def test_blocks_change_nothing(case, monkeypatch):
   whole = case.searcher.search(case.xq_QD, 5, nprobe=3, num_short=4)
-  monkeypatch.setattr(pipeline, "_SLOT_BYTES", 32 * 64 * 12)
+  monkeypatch.setattr(pipeline, "_SCAN_QUERIES", 3)
+  monkeypatch.setattr(pipeline, "_SLOT_BYTES", 64 * ivf.TILE * 12)
   monkeypatch.setattr(pipeline, "_DECODE_ROWS", 7)
   monkeypatch.setattr(pipeline, "_RERANKED", 12)
   blocks = case.searcher.search(case.xq_QD, 5, nprobe=3, num_short=4)
   np.testing.assert_array_equal(blocks.ids_QR, whole.ids_QR)
+
+
+def test_an_error_in_a_block_is_not_lost(case, monkeypatch):
+  monkeypatch.setattr(pipeline, "_SCAN_QUERIES", 8)
+  scan_fn, calls = ivf.scan, []
+
+  def scan(*args, **sizes):
+    calls.append(1)
+    if len(calls) == 2:
+      raise MemoryError("of the second block")
+    return scan_fn(*args, **sizes)
+
+  monkeypatch.setattr(ivf, "scan", scan)
+  with pytest.raises(MemoryError, match="of the second block"):
+    case.searcher.search(case.xq_QD, 5, nprobe=3)
 
 
 def test_what_does_not_fit_is_refused(case):

@@ -16,6 +16,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from vqjax.core import check_range
+
 DATA_AXIS = "data"
 _COPIED, _SPLIT = PartitionSpec(), PartitionSpec(DATA_AXIS)
 _OWN_VARIABLES = (
@@ -91,6 +93,29 @@ def has_bfloat16() -> bool:
   except (OSError, UnicodeDecodeError):
     return False
   return bool({"avx512_bf16", "amx_bf16"} & set(flags.split()))
+
+
+def num_cpus() -> int:
+  """Returns on how many CPUs the threads of this process may run."""
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
+def limit_cpus(count: int) -> None:
+  """Keeps all threads of this process to its first `count` CPUs.
+
+  To be called before JAX is used, which takes as many threads as it finds
+  CPUs. Where the system cannot do it (macOS) nothing happens.
+
+  Raises:
+    ValueError: The process may not run on so many.
+  """
+  check_range("--threads", count, 1, num_cpus(), "CPUs of this process")
+  if hasattr(os, "sched_setaffinity"):
+    cpus = sorted(os.sched_getaffinity(0))[:count]
+    for thread in os.listdir("/proc/self/task"):
+      os.sched_setaffinity(int(thread), cpus)
 
 
 def is_first() -> bool:

@@ -24,7 +24,7 @@ def last_candidates(num_joint_candidates: int) -> int:
   return max(-(-num_joint_candidates // 4), min(num_joint_candidates, 16))
 
 
-def _select(weights, residual_NFD, error_NF, num_candidates, num_joint):
+def _select(weights, residual_NFD, error_NF, num_candidates, num_joint, dtype):
   """Pairs of hypothesis and word worth a network: two int32 `[N, C]`."""
   n, f, _ = residual_NFD.shape
   preselect_KD = weights["preselect_TKD"]
@@ -35,8 +35,8 @@ def _select(weights, residual_NFD, error_NF, num_candidates, num_joint):
     spread = lambda x_C: jnp.broadcast_to(x_C, (n, f * num_words))
     return spread(parents_C), spread(ids_C)
   # Without |residual|^2, which is the same for all words of a hypothesis.
-  score_NFK = sq_norms(preselect_KD)[None, None] - 2 * jnp.matmul(
-    residual_NFD, preselect_KD.T, precision="highest"
+  score_NFK = sq_norms(preselect_KD)[None, None] - 2 * qinco_network.matmul(
+    residual_NFD, preselect_KD.T, dtype
   )
   if num_joint:
     score_NFK = score_NFK + error_NF[..., None]
@@ -56,7 +56,7 @@ def _propose(weights, x_ND, beam, *, num_candidates, num_joint, dtype):
   """Candidates of a step with a network, see `beam.py`."""
   residual_NFD = x_ND[:, None] - beam.xhat_NFD
   parents_NC, ids_NC = _select(
-    weights, residual_NFD, beam.error_NF, num_candidates, num_joint
+    weights, residual_NFD, beam.error_NF, num_candidates, num_joint, dtype
   )
   at = lambda x_NFE: beam_lib.rows(x_NFE, parents_NC)
   of_state = lambda name: qinco_network.matmul(

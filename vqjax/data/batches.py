@@ -18,6 +18,7 @@ from vqjax.data import formats
 _FEISTEL_ROUNDS = 8
 _SUBSAMPLE_ROUND = 1 << 62  # No pass over the data has this number.
 _PAGES_BYTES = 1 << 28  # Mapped memory that may pile up before its release.
+_BLOCKS_AT_ONCE = 2
 _FAULT_BYTES = 1 << 21  # What one page fault may map: Linux 6.18 on ext4 does.
 
 
@@ -208,20 +209,20 @@ class BatchReader:
     return x_ND
 
 
-def prefetch(make_item, steps, *, depth: int = 2):
-  """Yields `make_item(step)` in order, up to `depth` made ahead in a thread.
+def prefetch(make_item, steps, *, depth: int = 2, num_threads: int = 1):
+  """Yields `make_item(step)` in order, up to `depth` made ahead in threads.
 
   An exception of `make_item` is raised here, at its step. Closing the
-  generator, or leaving a loop over it, ends the thread. `steps` may be
+  generator, or leaving a loop over it, ends the threads. `steps` may be
   endless.
   """
   if depth < 1:
     raise ValueError(f"depth must be at least 1, got {depth}.")
-  return _prefetch(make_item, iter(steps), depth)
+  return _prefetch(make_item, iter(steps), depth, num_threads)
 
 
-def _prefetch(make_item, steps, depth: int):
-  pool = concurrent.futures.ThreadPoolExecutor(1, "vqjax-prefetch")
+def _prefetch(make_item, steps, depth: int, num_threads: int):
+  pool = concurrent.futures.ThreadPoolExecutor(num_threads, "vqjax-prefetch")
   try:
     ahead = [
       pool.submit(make_item, step) for step in itertools.islice(steps, depth)
@@ -241,13 +242,15 @@ def map_blocks(
 ):
   """Yields `(start, fn(block))` for consecutive blocks of rows, as numpy.
 
-  The next block is read in a thread and its `fn` dispatched before the result
-  of the one before is fetched. All blocks have one size, so that a jitted
+  Two blocks are in work at once, each in a thread that reads it, calls `fn`
+  and fetches the result: while one is read, or does what XLA does on one core,
+  the other keeps the device busy. All blocks have one size, so that a jitted
   `fn` compiles once: the last is padded with its last row, and its results
   are cut back.
 
   Args:
-    fn: takes float32 `[n, D]`, returns arrays `[n, ...]` or a pytree of them.
+    fn: takes float32 `[n, D]`, returns arrays `[n, ...]` or a pytree of them;
+      called from two threads.
     vectors: `[N, D]`, an open file or an array.
     block_size: rows per block; a shorter input is one block of its own size.
     rows: consecutive rows to go through; None for all.
@@ -264,29 +267,19 @@ def map_blocks(
 
 
 def _map_blocks(fn, vectors, block_size: int, rows: range, progress):
-  waiting = None
-
-  def fetch(start, result):
+  def make(start):
     stop = min(start + block_size, rows.stop)
+    block_ND = _read_block(vectors, start, stop, block_size)
     cut_fn = lambda a: np.asarray(a)[: stop - start]
-    out = jax.tree.map(cut_fn, result)
-    if progress is not None:
-      progress(stop - rows.start, len(rows))
-    return start, out
+    return start, stop, jax.tree.map(cut_fn, fn(block_ND))
 
   starts = rows[:: block_size or 1]
-  read_fn = lambda start: (
-    start,
-    _read_block(vectors, start, min(start + block_size, rows.stop), block_size),
-  )
-  with contextlib.closing(prefetch(read_fn, starts)) as blocks:
-    for start, block_ND in blocks:
-      result = fn(block_ND)
-      if waiting is not None:
-        yield fetch(*waiting)
-      waiting = (start, result)
-  if waiting is not None:
-    yield fetch(*waiting)
+  made = prefetch(make, starts, num_threads=_BLOCKS_AT_ONCE)
+  with contextlib.closing(made) as blocks:
+    for start, stop, result in blocks:
+      if progress is not None:
+        progress(stop - rows.start, len(rows))
+      yield start, result
 
 
 def _read_block(vectors, start: int, stop: int, block_size: int) -> np.ndarray:

@@ -24,7 +24,7 @@ from jax import lax
 
 from vqjax.core import Array, check_range, check_shape
 
-TILE = 64  # Codes that are read in one piece.
+TILE = 32  # Codes that are read in one piece.
 
 
 @struct.dataclass

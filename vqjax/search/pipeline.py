@@ -18,10 +18,12 @@ Nothing here knows a codec: what decodes comes as functions. Reference: arXiv
 
 import time
 from collections.abc import Callable
+from concurrent import futures
 from typing import NamedTuple
 
 import numpy as np
 
+from vqjax import devices
 from vqjax.core import check_range
 from vqjax.data.formats import check_vectors
 from vqjax.search import ivf
@@ -77,6 +79,7 @@ class Searcher:
     self.parts = parts
     sizes_L = np.diff(np.asarray(parts.lists.starts_L1))
     self._tiles_L = ivf.count_tiles(sizes_L)
+    self._pool = futures.ThreadPoolExecutor(devices.num_cpus())
 
   @property
   def dim(self) -> int:
@@ -167,29 +170,30 @@ class Searcher:
     tiles_QP = np.where(probes_QP < 0, 0, self._tiles_L[probes_QP])
     tiles_Q = tiles_QP.sum(axis=1)
     order_Q = np.argsort(-tiles_Q, kind="stable")
-    num = len(order_Q)
+    shape = (len(order_Q), num_best)
     out = Candidates(
-      np.full((num, num_best), -1, np.int32),
-      np.full((num, num_best), -1, np.int32),
-      np.full((num, num_best), np.inf, np.float32),
+      np.empty(shape, np.int32),
+      np.empty(shape, np.int32),
+      np.empty(shape, np.float32),
     )
-    waiting, start = [], 0
-    while start < num:
-      at, num_tiles = _next_block(order_Q, tiles_Q, start, num_best)
-      take = lambda x, at=at: x[at.padded]
+
+    def scan(block):
+      take = lambda x: x[block.padded]
       found = ivf.scan(
         self.parts.lists,
         take(queries_QD),
         take(probes_QP),
         take(distances_QP),
-        num_tiles=num_tiles,
+        num_tiles=block.num_tiles,
         num_best=num_best,
       )
-      waiting.append((at.rows, found))
-      start += len(at.rows)
-    for rows, found in waiting:
       for whole, part in zip(out, found, strict=True):
-        whole[rows] = np.asarray(part)[: len(rows)]
+        whole[block.rows] = np.asarray(part)[: len(block.rows)]
+
+    # Side by side: XLA does the selection of one block on one core.
+    blocks = _blocks(order_Q, tiles_Q, num_best)
+    for _ in self._pool.map(scan, blocks):
+      pass  # Raises what a block raised.
     return out
 
   def _rerank(self, decode_fn, queries_QD, found, num_head):
@@ -255,24 +259,29 @@ class Searcher:
 
 
 class _Block(NamedTuple):
-  """Queries of a block, and the same padded to a size of few."""
+  """Queries of a block, the same padded to a size of few, tiles they need."""
 
   rows: np.ndarray
   padded: np.ndarray
+  num_tiles: int
 
 
-def _next_block(order_Q, tiles_Q, start: int, num_best: int):
-  """Queries from `start` on that fit one scan, and the tiles they need."""
-  # In falling order: the queries that follow need as many or fewer.
-  needed = int(tiles_Q[order_Q[start]])
+def _blocks(order_Q, tiles_Q, num_best: int) -> list[_Block]:
+  """All queries, in falling order of tiles, in blocks that fit one scan."""
   least = -(-num_best // ivf.TILE)
-  num_tiles = _round_up(max(needed, least), num_steps=4)
-  slot_bytes = 32 * ivf.TILE * num_tiles
-  most = min(max(_SLOT_BYTES // slot_bytes, 1), _SCAN_QUERIES)
-  rows = order_Q[start : start + most]
-  rows = rows[2 * np.maximum(tiles_Q[rows], least) >= needed]
-  pad = (0, min(_round_up(len(rows)), most) - len(rows))
-  return _Block(rows, np.pad(rows, pad, "edge")), num_tiles
+  blocks, start = [], 0
+  while start < len(order_Q):
+    # The queries that follow need as many tiles or fewer.
+    needed = int(tiles_Q[order_Q[start]])
+    num_tiles = _round_up(max(needed, least), num_steps=4)
+    slot_bytes = 32 * ivf.TILE * num_tiles
+    most = min(max(_SLOT_BYTES // slot_bytes, 1), _SCAN_QUERIES)
+    rows = order_Q[start : start + most]
+    rows = rows[2 * np.maximum(tiles_Q[rows], least) >= needed]
+    pad = (0, min(_round_up(len(rows)), most) - len(rows))
+    blocks.append(_Block(rows, np.pad(rows, pad, "edge"), num_tiles))
+    start += len(rows)
+  return blocks
 
 
 def _round_up(size: int, num_steps: int = 2) -> int:

@@ -172,13 +172,13 @@ def _encode(config, subject, dtype, peak):
     encode_fn, block = codecs.make_encode_fn(codec, knobs)
     contenders = {
       "vqjax": bench_timing.contender(
-        _encoder(subject, encode_fn), [block], work
+        _encoder(subject, encode_fn, _codes), [block], work
       )
     }
     blocks = (block, 8 * block, 32 * block)  # PyTorch may like larger ones.
     for name, program in _torch(config, subject, dtype, rule).items():
       with _left_out(name):
-        make_fn = _encoder(subject, program.encode)
+        make_fn = _encoder(subject, program.encode, _plain_codes)
         contenders[name] = bench_timing.contender(make_fn, blocks, work)
     x_ND = bench_subjects.rows(subject, _MSE_ROWS)
     codes_NM = _codes(encode_fn, x_ND, block)
@@ -189,12 +189,12 @@ def _encode(config, subject, dtype, peak):
     yield from (about | row for row in theirs)
 
 
-def _encoder(subject, encode_fn):
+def _encoder(subject, encode_fn, codes_fn):
   """Returns `make_fn` of `bench_timing.contender`."""
 
   def make_fn(num, block):
     x_ND = bench_subjects.rows(subject, num)
-    return lambda: _codes(encode_fn, x_ND, block)
+    return lambda: codes_fn(encode_fn, x_ND, block)
 
   return make_fn
 
@@ -203,6 +203,12 @@ def _codes(encode_fn, x_ND, block: int) -> np.ndarray:
   """All blocks through `encode_fn`, as the commands do it."""
   blocks = batches.map_blocks(encode_fn, x_ND, block_size=block)
   return np.concatenate([codes_NM for _, codes_NM in blocks])
+
+
+def _plain_codes(encode_fn, x_ND, block: int) -> np.ndarray:
+  """The same one block after the other: PyTorch uses all cores by itself."""
+  starts = range(0, len(x_ND), block)
+  return np.concatenate([encode_fn(x_ND[i : i + block]) for i in starts])
 
 
 def _measure(config, contenders, peak) -> list[dict]:

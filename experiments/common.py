@@ -54,8 +54,9 @@ SEARCH_OPTIONS = {
   "dtype": Option(
     str,
     "auto",
-    "Type of the network's products: float32, bfloat16, or auto: float32 on "
-    "CPUs and bfloat16 on accelerators. Sums and distances are float32.",
+    "Type of the products of the network and of those that pre-select its "
+    "words: float32, bfloat16, or auto: float32 on CPUs and bfloat16 on "
+    "accelerators. Sums and errors are float32.",
   ),
 }
 ASSIGN_OPTION = Option(
@@ -195,6 +196,8 @@ def _start(main_fn, multihost: bool) -> None:
 def _parse_flags(argv):
   try:
     return app.parse_flags_with_usage(argv)
+  except BrokenPipeError:
+    raise  # The reader of --help has seen enough.
   except OSError as error:
     sys.exit(f"The configuration cannot be read: {error}")
   except (AttributeError, KeyError, TypeError) as error:

@@ -222,22 +222,24 @@ def _command(config, knobs: dict) -> str:
 class _Meter:
   """A progress callback that knows how long a vector takes.
 
-  Measured from the end of the first block on, which compiles; with it where it
-  is the only one.
+  Measured from the end of the second block on: the first two are in work at
+  once, and wait for what compiles. With them where there are no more.
   """
 
   def __init__(self, done_fn):
     self._done_fn = done_fn
-    self._marks = [(0, time.perf_counter())]  # Start, first and last block.
+    # Start, the first two blocks and the last.
+    self._marks = [(0, time.perf_counter())]
 
   def __call__(self, num: int, total: int) -> None:
     self._done_fn(num, total)
-    self._marks[2:] = [(num, time.perf_counter())]
+    self._marks[3:] = [(num, time.perf_counter())]
 
   def __str__(self):
-    (_, start), (skipped, begin), (num, end) = self._marks[0], *self._marks[-2:]
+    (_, start), (num, end) = self._marks[0], self._marks[-1]
+    skipped, begin = self._marks[2 if len(self._marks) > 3 else 0]
     each = (end - begin) / (num - skipped) * 1e6
-    aside = ", the first block aside" if skipped else ""
+    aside = ", the first two blocks aside" if skipped else ""
     return f"{num} vectors in {end - start:.1f} s, {each:.1f} us each{aside}"
 
 

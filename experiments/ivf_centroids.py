@@ -8,8 +8,8 @@ r"""Finds the centroids of inverted lists: k-means over a file of vectors.
 
 Every iteration walks over the file in blocks; in memory are 24 bytes for each
 number of a centroid, at most 16 for each vector, never the vectors themselves,
-and the distances of 256 vectors (of more, up to 65,536, where there are fewer
-centroids) to all centroids, 4 bytes each: 1 GiB for 2^20 of them. Ctrl-C or
+and the distances of twice 128 vectors (of more, up to 65,536, where there are
+fewer centroids) to all centroids, 4 bytes each: 1 GiB for 2^20. Ctrl-C or
 SIGTERM saves, as does each iteration that ends a minute after the last save;
 the same command with --resume goes on, to the same centroids as without the
 stop.
@@ -254,7 +254,7 @@ def _make_assign_fn(method: str, words_KD):
   is_cpu = jax.default_backend() == "cpu"
   budget = _CPU_BUDGET if is_cpu else _DEVICE_BUDGET
   # Fewer rows than this and every one of them reads all the words.
-  rows = int(np.clip(budget // (4 * len(words_KD)), 256, 65536))
+  rows = int(np.clip(budget // (4 * len(words_KD)), 128, 65536))
   return functools.partial(_assign_fn(rows), devices.local(words_KD))
 
 

@@ -477,6 +477,15 @@ def test_an_error_is_one_line_for_the_user():
   assert "Traceback" not in done.stderr
 
 
+def test_a_missing_configuration_is_named():
+  done = commands.run(
+    "train", "--config=configs/nowhere.py", "--config.seed=3", check=False
+  )
+  assert done.returncode == 1
+  assert "configs/nowhere.py" in done.stderr
+  assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
   ("option", "field"), [("model.beam=3", "beam"), ("modl.beam_size=3", "modl")]
 )

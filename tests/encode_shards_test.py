@@ -244,8 +244,12 @@ def test_only_rows_of_the_shard_are_read():
   [
     ([(8, 14.0)], "8 vectors in 4.0 s, 500000.0 us each"),
     (
-      [(8, 14.0), (16, 14.5), (20, 15.2)],
-      "20 vectors in 5.2 s, 100000.0 us each, the first block aside",
+      [(8, 14.0), (16, 14.0)],  # Both ended together.
+      "16 vectors in 4.0 s, 250000.0 us each",
+    ),
+    (
+      [(8, 14.0), (16, 14.0), (18, 15.4), (20, 15.6)],
+      "20 vectors in 5.6 s, 400000.0 us each, the first two blocks aside",
     ),
   ],
 )

@@ -208,6 +208,17 @@ def test_bfloat16_products_stay_close():
   assert error(rough_NM) == pytest.approx(error(exact_NM), rel=0.01)
 
 
+@pytest.mark.parametrize("joint", [0, 8])
+def test_only_the_first_step_has_exact_products(joint):
+  tables = qinco.prepare(make_params())
+  knobs = dict(num_candidates=3, beam_size=4, num_joint_candidates=joint)
+  for dtype in ("float32", "bfloat16"):
+    encode = lambda t, x, dtype=dtype: qinco.encode(t, x, **knobs, dtype=dtype)
+    text = str(jax.make_jaxpr(encode)(tables, jnp.asarray(vectors())))
+    exact = text.count("precision=(Precision.HIGHEST")
+    assert exact == (1 if dtype == "bfloat16" else text.count("dot_general["))
+
+
 @pytest.mark.parametrize(
   ("knobs", "message"),
   [

@@ -6,6 +6,7 @@ the rows, spreads it over its own devices (`data_parallel`) and passes results
 on by `gather`.
 """
 
+import contextlib
 import functools
 import os
 import pathlib
@@ -115,7 +116,8 @@ def limit_cpus(count: int) -> None:
   if hasattr(os, "sched_setaffinity"):
     cpus = sorted(os.sched_getaffinity(0))[:count]
     for thread in os.listdir("/proc/self/task"):
-      os.sched_setaffinity(int(thread), cpus)
+      with contextlib.suppress(ProcessLookupError):  # It has just ended.
+        os.sched_setaffinity(int(thread), cpus)
 
 
 def is_first() -> bool:
@@ -214,7 +216,11 @@ def data_parallel(fn: Callable) -> Callable:
       )
       rows = jax.tree.map(pad, rows)
     out = mapped_fn(local(tree), jax.device_put(rows, split))
-    return jax.tree.map(lambda x: x[:num], out) if missing else out
+    if not missing:
+      return out
+    # On the host: on several devices it would be a collective operation, which
+    # two threads must not start at once.
+    return jax.tree.map(lambda x: np.asarray(x)[:num], out)
 
   return run
 

@@ -179,7 +179,8 @@ def encode(
       network; 0 for the published rule with A.
     num_steps: Code positions to fill, the list number not counted; None for
       all. A prefix is the code of a lower rate.
-    dtype: Type of the network's products; sums and distances are float32.
+    dtype: Type of the products of the network and of those that pre-select its
+      words; sums, and the errors that put hypotheses in order, are float32.
     additive_weight: Of the hypotheses of the last step that one is taken whose
       squared error, plus this times the squared error of the additive decoder
       (`with_additive`), is least. Many are nearly as good for the network;

@@ -274,7 +274,9 @@ def _map_blocks(fn, vectors, block_size: int, rows: range, progress):
     return start, stop, jax.tree.map(cut_fn, fn(block_ND))
 
   starts = rows[:: block_size or 1]
-  made = prefetch(make, starts, num_threads=_BLOCKS_AT_ONCE)
+  made = prefetch(
+    make, starts, depth=_BLOCKS_AT_ONCE, num_threads=_BLOCKS_AT_ONCE
+  )
   with contextlib.closing(made) as blocks:
     for start, stop, result in blocks:
       if progress is not None:

@@ -32,6 +32,7 @@ STAGES = ("coarse", "scan", "pairwise", "network")
 _DECODE_ROWS = 4096  # Vectors that are decoded at once.
 _SCAN_QUERIES = 256  # In one scan; their tables should stay in the caches.
 _SLOT_BYTES = 64 << 20  # Of the slots of one scan, at most.
+_SCANS_AT_ONCE = 8
 _RERANKED = 1 << 18  # Candidates that are decoded before any is dropped.
 
 
@@ -79,7 +80,9 @@ class Searcher:
     self.parts = parts
     sizes_L = np.diff(np.asarray(parts.lists.starts_L1))
     self._tiles_L = ivf.count_tiles(sizes_L)
-    self._pool = futures.ThreadPoolExecutor(devices.num_cpus())
+    self._pool = futures.ThreadPoolExecutor(
+      min(devices.num_cpus(), _SCANS_AT_ONCE)
+    )
 
   @property
   def dim(self) -> int:
@@ -190,9 +193,10 @@ class Searcher:
       for whole, part in zip(out, found, strict=True):
         whole[block.rows] = np.asarray(part)[: len(block.rows)]
 
-    # Side by side: XLA does the selection of one block on one core.
     blocks = _blocks(order_Q, tiles_Q, num_best)
-    for _ in self._pool.map(scan, blocks):
+    # Side by side: XLA does the selection of one block on one core.
+    map_fn = self._pool.map if len(blocks) > 1 else map
+    for _ in map_fn(scan, blocks):
       pass  # Raises what a block raised.
     return out
 

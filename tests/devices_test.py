@@ -14,6 +14,7 @@ import pytest
 
 from configs import qinco2_s
 from experiments import codecs, train
+from tests import commands
 from vqjax import devices
 from vqjax.training import loop, writers
 
@@ -201,29 +202,24 @@ def test_multihost_alone_is_refused():
 
 
 def test_a_process_can_be_kept_to_one_cpu():
-  found = _python(
+  program = (
     "import faiss, jax; from vqjax import devices; devices.limit_cpus(1); "
     "import os; jax.numpy.ones((300, 300)) @ jax.numpy.ones((300, 300)); "
     "print({len(os.sched_getaffinity(int(t))) for t in "
     "os.listdir('/proc/self/task')}, devices.num_cpus())"
   )
-  assert found.stdout == "{1} 1\n"
+  done = subprocess.run(
+    [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+  )
+  assert done.stdout == "{1} 1\n"
 
 
 def test_more_cpus_than_there_are_are_refused():
-  found = _python("-m", "experiments.search", "--threads=1000")
-  assert found.returncode == 1
-  assert "--threads must lie between 1 and" in found.stderr
-  assert "CPUs of this process" in found.stderr
-  assert "Traceback" not in found.stderr
-
-
-def _python(*arguments):
-  """Runs a program given by its text, or a module."""
-  arguments = arguments if len(arguments) > 1 else ("-c", *arguments)
-  return subprocess.run(
-    [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True
-  )
+  done = commands.run("search", "--threads=1000", check=False)
+  assert done.returncode == 1
+  assert "--threads must lie between 1 and" in done.stderr
+  assert "CPUs of this process" in done.stderr
+  assert "Traceback" not in done.stderr
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused(monkeypatch):

@@ -171,6 +171,7 @@ def _start(main_fn, multihost: bool) -> None:
   def absl_main(argv):
     if len(argv) > 1:
       raise app.UsageError(f"Unexpected argument {argv[1]!r}.")
+    # Here, where JAX has not started: a program that calls `run` has its own.
     if "threads" in flags.FLAGS and flags.FLAGS.threads is not None:
       with user_errors():
         devices.limit_cpus(flags.FLAGS.threads)

@@ -18,8 +18,8 @@ from vqjax.data import formats
 _FEISTEL_ROUNDS = 8
 _SUBSAMPLE_ROUND = 1 << 62  # No pass over the data has this number.
 _PAGES_BYTES = 1 << 28  # Mapped memory that may pile up before its release.
-_BLOCKS_AT_ONCE = 2
 _FAULT_BYTES = 1 << 21  # What one page fault may map: Linux 6.18 on ext4 does.
+_BLOCKS_AT_ONCE = 2  # In work, see `map_blocks`.
 
 
 def permute(index_N, size: int, seed: int, round: int) -> np.ndarray:

@@ -43,6 +43,7 @@ from experiments import (
   bench_training,
   codecs,
   common,
+  encoders,
 )
 from experiments.bench_arithmetic import Work, decode_work, encode_work
 from vqjax import devices
@@ -166,6 +167,9 @@ def _encode(config, subject, dtype, peak):
   for knobs in bench_subjects.searches(subject, config, dtype):
     sizes = bench_subjects.sizes(codec, knobs)
     about = _about(subject, "encode", dtype, sizes)
+    # Fitted to other vectors than those whose error is measured.
+    others_ND = bench_subjects.rows(subject, 3 * _MSE_ROWS)[_MSE_ROWS:]
+    codec = encoders.with_scout(codec, knobs, others_ND)
     work, rule = None, bench_subjects.rule(knobs)
     if codec.name == "qinco":
       work = encode_work(codec.tables, **rule)
@@ -257,6 +261,7 @@ def _decode(config, subject, dtype, peak):
 def _torch(config, subject, dtype, rule: dict) -> dict:
   """PyTorch's encode and decode by name; none where not wanted."""
   rule = dict(rule)
+  rule.pop("num_finalists", None)
   is_joint = rule.pop("num_joint_candidates", 0)  # Ours alone.
   if not config.torch or subject.codec.name != "qinco" or is_joint:
     return {}

@@ -5,9 +5,11 @@ per vector, with the letters of `vqjax.core` and L residual blocks:
 
   candidate   H E + (L - 1) 2 E H + E D       the last only where E differs
   hypothesis  D E + D H + K D                 K D only with pre-selection
+  with scout  H U of a candidate, 2 D U of a hypothesis
   first step  K D
 
-Candidates are the network; the rest is what surrounds it.
+Candidates are the network, with a scout the finalists among them; the rest is
+what surrounds it.
 """
 
 from typing import NamedTuple
@@ -28,26 +30,39 @@ def encode_work(
   num_candidates: int,
   beam_size: int,
   num_joint_candidates: int = 0,
+  num_finalists: int = 0,
 ) -> Work:
   """Returns the multiply-adds of `qinco.encode`."""
   num_networks, num_words, _ = tables.base_TKE.shape
   per_candidate, per_state = _per_evaluation(tables)
   selection = num_words * qinco.dim(tables)
   each, joint = num_candidates or num_words, num_joint_candidates
-  # Hypotheses and candidates of each step.
-  steps = [(beam_size, joint or beam_size * each)] * num_networks
+  # Hypotheses, candidates and finalists of each step.
+  steps = [(beam_size, joint or beam_size * each, num_finalists)] * num_networks
   if joint:
-    steps[-1] = beam_size, qinco_search.last_candidates(joint)
-  is_joint = [bool(joint)] * num_networks
+    steps[-1] = (
+      beam_size,
+      qinco_search.last_candidates(joint),
+      qinco_search.last_finalists(num_finalists),
+    )
   if tables.is_ivf:  # One hypothesis, with words for the whole beam.
-    steps[0] = 1, min(joint or max(each, beam_size), num_words)
-    is_joint[0] = False
+    widest = min(joint or max(each, beam_size), num_words)
+    steps[0] = 1, widest, num_finalists
   network, rest = 0, tables.first_KD.size
-  for (hypotheses, candidates), by_pairs in zip(steps, is_joint, strict=True):
-    takes_all = not by_pairs and candidates == hypotheses * num_words
-    network += candidates * per_candidate
+  for hypotheses, candidates, finalists in steps:
+    takes_all = not joint and candidates == hypotheses * num_words
     rest += hypotheses * (per_state + (0 if takes_all else selection))
+    if 0 < finalists < candidates:
+      rest += _scouting(tables, hypotheses, candidates)
+      candidates = finalists
+    network += candidates * per_candidate
   return Work(network, network + rest)
+
+
+def _scouting(tables, hypotheses: int, candidates: int) -> int:
+  """Multiply-adds of a scout in one step."""
+  _, h, u = tables.scout.hidden_THU.shape
+  return candidates * h * u + hypotheses * 2 * qinco.dim(tables) * u
 
 
 def decode_work(tables: qinco.QincoTables) -> Work:

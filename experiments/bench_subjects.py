@@ -1,5 +1,6 @@
 """What the benchmark measures: codecs, trained or drawn, and their vectors."""
 
+import functools
 import os
 import pathlib
 import runpy
@@ -58,19 +59,24 @@ def rows(subject: Subject, num: int) -> np.ndarray:
 def searches(subject: Subject, config, dtype: str = "float32") -> list[dict]:
   """Returns options of `encode`: the published rule and the codec's own.
 
-  Those that the user asks for take the place of both.
+  Those that the user asks for take the place of both, but for a scout, which
+  is measured beside them.
   """
+  find = functools.partial(codecs.search_knobs, subject.codec)
   asked = {name: config[name] for name in codecs.RULE}
-  own = codecs.search_knobs(subject.codec, {**asked, "dtype": dtype})
+  wanted = find({**asked, "dtype": dtype})
+  own = find({"dtype": dtype})
+  is_scouted = bool(wanted.get("num_finalists"))
   is_asked = any(value is not None for value in asked.values())
-  if is_asked or not own.get("num_joint_candidates"):
-    return [own]
+  if not own.get("num_joint_candidates") or is_asked and not is_scouted:
+    return [wanted]
   beam_size = min(own["beam_size"], _PUBLISHED_BEAM)
-  return [{**own, "beam_size": beam_size, "num_joint_candidates": 0}, own]
+  published = {**own, "beam_size": beam_size, "num_joint_candidates": 0}
+  return [published, own, *([wanted] if is_scouted else [])]
 
 
 def rule(knobs: dict) -> dict:
-  """Returns A, B and C alone of the options of `encode`."""
+  """Returns A, B, C and F alone of the options of `encode`."""
   return {name: knobs[name] for name in codecs.RULE if name in knobs}
 
 
@@ -82,7 +88,7 @@ def sizes(codec: codecs.Codec, knobs: dict) -> dict:
   if codec.name == "qinco":
     _, found["H"], found["E"] = tables.first_down_THE.shape
     found["L"] = 1 + tables.up_TJEH.shape[1]
-  letters = dict(zip(codecs.RULE, "ABC", strict=True))
+  letters = dict(zip(codecs.RULE, "ABCF", strict=True))
   found |= {letters[name]: size for name, size in rule(knobs).items() if size}
   if "C" in found:  # Takes the place of A.
     found.pop("A", None)

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
-from experiments import codecs, common, open_codes
+from experiments import codecs, common, encoders, open_codes
 from vqjax.data import batches, codes, datasets, formats
 from vqjax.interop import faiss_ivf, safetensors_io
 
@@ -143,7 +143,7 @@ def _encode(config, codec) -> _Source:
   """Codes of vectors that are encoded when asked for."""
   dataset = codecs.resolve_data(codec, config, base=config.data)
   x_ND = datasets.open_split(dataset, "base")
-  encoder = codecs.make_encoder(codec, config, x_ND)
+  encoder = encoders.make_encoder(codec, config, x_ND)
 
   def sample(runs):
     x_nD = batches.read_rows(x_ND, np.concatenate(runs))

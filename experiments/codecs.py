@@ -2,13 +2,11 @@
 
 import functools
 import inspect
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from experiments import common
 from vqjax import devices
@@ -21,7 +19,8 @@ _BLOCK = 4096  # Vectors at once, for codecs without a network.
 _CPU_BUDGET, _DEVICE_BUDGET = 24 << 20, 4 << 30  # Bytes, of one block.
 _MANY_LISTS = 65536  # From here on a graph finds the list sooner, on CPUs.
 ASSIGN = ("auto", "blocks", "hnsw")  # Ways from vectors to lists.
-RULE = ("num_candidates", "beam_size", "num_joint_candidates")  # A, B, C.
+# A, B, C of the papers and of the joint rule, F of its scout.
+RULE = ("num_candidates", "beam_size", "num_joint_candidates", "num_finalists")
 
 
 class Codec(NamedTuple):
@@ -80,78 +79,25 @@ def ranking_dtype(name: str) -> str:
 def search_knobs(codec: Codec, config) -> dict:
   """Returns the codec's encode options with those the user changed.
 
-  Asking for candidates per hypothesis alone switches the joint rule off.
+  Asking for candidates per hypothesis alone switches the joint rule off, and
+  asking for joint ones the scout that would choose among the codec's own.
   """
   knobs = dict(codec.info.get("encode", {}))
   asked = {name: config[name] for name in RULE if config.get(name) is not None}
   if "num_candidates" in asked and "num_joint_candidates" not in asked:
     knobs.pop("num_joint_candidates", None)
+  if "num_candidates" in asked or "num_joint_candidates" in asked:
+    knobs.pop("num_finalists", None)
   knobs.update(asked)
-  unknown = [name for name in asked if not _has_knob(codec, name)]
+  unknown = [name for name in asked if not has_knob(codec, name)]
   if unknown:
     raise ValueError(
       f"--{unknown[0]} means nothing to a {codec.name} codec; leave it out."
     )
-  if _has_knob(codec, "dtype"):
+  if has_knob(codec, "dtype"):
     knobs["dtype"] = product_dtype(config.get("dtype", "auto"))
   if config.get("additive_weight") is not None:
     knobs["additive_weight"] = config.additive_weight
-  return knobs
-
-
-def try_joint_rule(
-  codec: Codec,
-  knobs: dict,
-  x_ND,
-  *,
-  assign="auto",
-  may_widen: bool = True,
-  num_vectors: int = 512,
-) -> dict:
-  """Returns `knobs`, with the joint rule where it costs no quality.
-
-  For codecs whose own options are the published rule (see
-  `vqjax.codecs.qinco`). The first `num_vectors` are encoded by both; the joint
-  rule is taken where its error is at most 0.2 % higher. There must be many
-  more vectors than that, or trying would cost more than it saves. The beam
-  stays as wide as it is unless `may_widen`.
-  """
-  if not _has_knob(codec, "num_joint_candidates"):
-    return knobs
-  num_candidates, beam_size, joint = (knobs.get(name, 0) for name in RULE)
-  if joint or not num_candidates or len(x_ND) < 8 * num_vectors:
-    return knobs
-  num_words = codec.codebook_sizes[-1]
-  first_ND = batches.read_rows(x_ND, range(num_vectors))
-  decode_fn = make_decode_fn(codec, knobs.get("dtype", "float32"))
-
-  def mse(knobs):
-    knobs = {k: v for k, v in knobs.items() if k != "additive_weight"}
-    encode_fn, num_rows = make_encode_fn(codec, knobs, assign=assign)
-    errors_fn = lambda x_ND: np.sum(
-      (x_ND - np.asarray(decode_fn(np.asarray(encode_fn(x_ND))))) ** 2, axis=1
-    )
-    blocks = batches.map_blocks(errors_fn, first_ND, block_size=num_rows)
-    return float(np.mean(np.concatenate([e for _, e in blocks]), dtype=float))
-
-  published = mse(knobs)
-  for beam, joint in (
-    (beam_size, 2 * beam_size),
-    (min(3 * beam_size // 2, num_words), 4 * beam_size),
-  )[: 2 if may_widen else 1]:
-    if joint >= beam_size * num_candidates:
-      continue
-    new = {**knobs, "beam_size": beam, "num_joint_candidates": joint}
-    loss = mse(new) / published - 1
-    if loss <= 0.002:
-      logging.info(
-        "On the first %d vectors B=%d C=%d errs %+.2f %% against A=%d B=%d and "
-        "asks the network %.1f times less: taken. (--num_candidates=%d for the "
-        "published rule.)",
-        *(num_vectors, beam, joint, 100 * loss, num_candidates, beam_size),
-        *(beam_size * num_candidates / joint, num_candidates),
-      )
-      return new
   return knobs
 
 
@@ -176,55 +122,6 @@ def make_encode_fn(
     return functools.partial(devices.data_parallel(encode), tables), num_rows
   encode_fn = devices.data_parallel(lambda tables, rows: encode(tables, *rows))
   return lambda x_ND: encode_fn(tables, (x_ND, assign(x_ND))), num_rows
-
-
-class Encoder(NamedTuple):
-  """Vectors in, codes out, in blocks."""
-
-  encode_fn: Callable
-  block_size: int
-  vectors: Any
-  knobs: dict  # Of the codec's `encode`.
-  codebook_sizes: tuple[int, ...]  # Of the codes.
-
-  def blocks(self, rows: range | None = None, done=None):
-    """Yields the codes of `rows`, `[n, M]`; calls `done(rows, in all)`."""
-    for _, codes_NM in batches.map_blocks(
-      self.encode_fn,
-      self.vectors,
-      block_size=self.block_size,
-      rows=rows,
-      progress=done,
-    ):
-      yield codes_NM
-
-
-def make_encoder(codec: Codec, config, x_ND) -> Encoder:
-  """Returns an encoder of these vectors, by the options of the command.
-
-  `try_joint_rule` has its say where they name no candidates.
-  """
-  num_steps = config.get("num_steps")
-  knobs = search_knobs(codec, config)
-  sizes = _code_sizes(codec, knobs, num_steps)
-  assign = make_graph_fn(codec, config.get("assign", "auto"))
-  if all(config.get(name) is None for name in (RULE[0], RULE[2])):
-    may_widen = config.get("beam_size") is None
-    knobs = try_joint_rule(
-      codec, knobs, x_ND, assign=assign, may_widen=may_widen
-    )
-  encode_fn, num_rows = make_encode_fn(codec, knobs, num_steps, assign=assign)
-  return Encoder(encode_fn, num_rows, x_ND, knobs, sizes)
-
-
-def _code_sizes(codec: Codec, knobs: dict, num_steps) -> tuple[int, ...]:
-  """Codebook sizes of the codes; refuses search sizes that do not fit."""
-  encode_fn = functools.partial(
-    codec.module.encode, num_steps=num_steps, **knobs
-  )
-  x_ND = jax.ShapeDtypeStruct((1, codec.dim), np.float32)
-  width = jax.eval_shape(encode_fn, codec.tables, x_ND).shape[1]
-  return codec.codebook_sizes[:width]
 
 
 def centroids_of(codec: Codec) -> np.ndarray:
@@ -355,5 +252,6 @@ def resolve_data(
   return dataset
 
 
-def _has_knob(codec: Codec, name: str) -> bool:
+def has_knob(codec: Codec, name: str) -> bool:
+  """Whether the codec's `encode` has an option of that name."""
   return name in inspect.signature(codec.module.encode).parameters

@@ -48,6 +48,13 @@ SEARCH_OPTIONS = {
     "C, pairs of hypothesis and word that go through the network, "
     "instead of A for each hypothesis; 0: by A.",
   ),
+  "num_finalists": Option(
+    int,
+    None,
+    "F, of the C joint candidates those that a scout, fitted to the first "
+    "vectors, lets through the whole network; 0: all. Unset: where there are "
+    "many vectors and a trial shows that it costs nothing.",
+  ),
   "num_steps": Option(
     int, None, "Code positions to use, list number not counted; all if unset."
   ),

@@ -49,7 +49,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from experiments import codecs, common, open_codes
+from experiments import codecs, common, encoders, open_codes
 from vqjax.codecs import packing
 from vqjax.core import check_range
 from vqjax.data import codes, datasets, formats
@@ -94,7 +94,7 @@ def run(config, workdir=None) -> dict:
   codec, decoders = _take_decoders(config, codec)
   dataset = codecs.resolve_data(codec, config, base=config.data)
   x_ND = datasets.open_split(dataset, "base", max_vectors=config.num_vectors)
-  encoder = codecs.make_encoder(codec, config, x_ND)
+  encoder = encoders.make_encoder(codec, config, x_ND)
   meta = codes.describe(
     x_ND,
     codec=codec.name,
@@ -194,9 +194,9 @@ def _settings(codec, knobs: dict, assign: str) -> dict:
   """All options of the search, those left at their defaults too."""
   known = inspect.signature(codec.module.encode).parameters.values()
   defaults = {p.name: p.default for p in known if p.kind is p.KEYWORD_ONLY}
-  # The steps are in the shape of the codes; neither blocks nor no weight change
-  # any.
-  for name in ("num_steps", "block_size", "additive_weight"):
+  # The steps are in the shape of the codes; blocks, no weight and no scout
+  # change none.
+  for name in ("num_steps", "block_size", "additive_weight", "num_finalists"):
     defaults.pop(name, None)
   graph = {"assign": "hnsw"} if codecs.takes_graph(codec, assign) else {}
   return defaults | knobs | graph
@@ -213,7 +213,7 @@ def _command(config, knobs: dict) -> str:
   # What was chosen here; another device might choose another.
   is_joint = bool(knobs.get("num_joint_candidates"))
   rule = "num_joint_candidates" if is_joint else "num_candidates"
-  chosen = ("beam_size", rule, "dtype")
+  chosen = ("beam_size", rule, "num_finalists", "dtype")
   asked.update({name: knobs[name] for name in chosen if name in knobs})
   words = [f"--{name}={value}" for name, value in asked.items()]
   return shlex.join(["python", "-m", "experiments.encode", *words])

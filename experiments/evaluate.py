@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from experiments import codecs, common
+from experiments import codecs, common, encoders
 from vqjax import devices
 from vqjax.data import batches, datasets, formats
 from vqjax.interop import faiss_io
@@ -197,6 +197,7 @@ def _measure(codec, knobs, num_steps, search) -> dict:
   """Figures of the codec itself; every process encodes its share."""
   seconds = {}
   xb_ND, mine = search.xb_ND, devices.share(len(search.xb_ND))
+  codec = encoders.with_scout(codec, knobs, xb_ND)
   encode_fn, block_size = codecs.make_encode_fn(codec, knobs, num_steps)
   decode_fn = codecs.make_decode_fn(codec, knobs.get("dtype", "float32"))
   num = len(mine)
@@ -315,6 +316,7 @@ def _log_table(result) -> None:
         ("A", "num_candidates"),
         ("B", "beam_size"),
         ("C", "num_joint_candidates"),
+        ("F", "num_finalists"),
       )
       if row.get(name)
     ]

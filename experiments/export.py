@@ -27,7 +27,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from experiments import codecs, common, open_codes
+from experiments import codecs, common, encoders, open_codes
 from vqjax import __version__
 from vqjax.codecs import additive
 from vqjax.data import codes, datasets, formats
@@ -168,7 +168,7 @@ def _blocks(config, codec, sizes):
     return 0, ()
   dataset = codecs.resolve_data(codec, config, base=config.data)
   x_ND = datasets.open_split(dataset, "base")
-  return len(x_ND), codecs.make_encoder(codec, config, x_ND).blocks()
+  return len(x_ND), encoders.make_encoder(codec, config, x_ND).blocks()
 
 
 def _compare(config, subject: _Subject, num: int, first, index) -> dict:

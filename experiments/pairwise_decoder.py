@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from experiments import codecs, common, open_codes
+from experiments import codecs, common, encoders, open_codes
 from vqjax.codecs import additive, pairwise
 from vqjax.core import check_range
 from vqjax.data import batches, codes, datasets, formats
@@ -176,7 +176,7 @@ def _read_codes(found: codes.Codes, rows_N) -> np.ndarray:
 
 def _encode(codec, config, x_ND) -> np.ndarray:
   """Codes of vectors, as `experiments.encode` makes them."""
-  encoder = codecs.make_encoder(codec, config, x_ND)
+  encoder = encoders.make_encoder(codec, config, x_ND)
   with common.progress(len(x_ND), "encode") as done:
     return np.concatenate(list(encoder.blocks(done=done)))
 

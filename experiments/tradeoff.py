@@ -4,8 +4,10 @@ r"""Measures error against time of encoding, to choose --beam_size and C.
 
 Encodes the same vectors by the published rule (A words of each hypothesis go
 through the network) and by the joint one (the best C of all pairs), at growing
-beam sizes, and draws both curves. A JSON file of the figures lies beside the
-picture. Without --data the vectors are those of the codec's own base.
+beam sizes, and draws both curves; where the network is deep enough also that of
+the joint rule with a scout, which lets F of the C through. A JSON file of the
+figures lies beside the picture. Without --data the vectors are those of the
+codec's own base.
 """
 
 import json
@@ -17,7 +19,7 @@ import matplotlib
 import numpy as np
 from absl import logging
 
-from experiments import codecs, common
+from experiments import codecs, common, encoders
 from vqjax.core import check_range
 from vqjax.data import batches, datasets, formats
 
@@ -62,13 +64,21 @@ def run(config, workdir=None) -> dict:
       f"to trade in this {codec.name} codec."
     )
   dataset = codecs.resolve_data(codec, config, base=config.data)
-  x_ND = datasets.open_split(dataset, "base", max_vectors=config.num_vectors)
-  x_ND = batches.read_rows(x_ND, range(len(x_ND)))
+  check_range("--num_vectors", config.num_vectors, 1, 1 << 40)
+  some_ND = datasets.open_split(
+    dataset, "base", max_vectors=config.num_vectors + encoders.SAMPLE
+  )
+  some_ND = batches.read_rows(some_ND, range(len(some_ND)))
+  # Scouts are fitted to others, where there are any.
+  x_ND, others_ND = np.split(some_ND, [config.num_vectors])
+  others_ND = others_ND if len(others_ND) else x_ND
   rows = []
   sizes = _sizes(config, codec)
   with common.progress(len(sizes), "encode", unit="size") as done:
     for knobs in sizes:
-      rows.append(_measure(codec, x_ND, knobs, config, dataset.scale))
+      knobs["dtype"] = codecs.product_dtype(config.dtype)
+      scouted = encoders.with_scout(codec, knobs, others_ND)
+      rows.append(_measure(scouted, x_ND, knobs, config, dataset.scale))
       done(len(rows), len(sizes))
   rows.sort(key=lambda row: (row["rule"], row["encode_us"]))
   logging.info("%s", _table(rows))
@@ -109,7 +119,15 @@ def _sizes(config, codec) -> list[dict]:
     for factor in _numbers(config, "joint_factors")
     if factor <= num_words
   ]
-  return published + joint
+  scouted = [
+    rule
+    for b in beams
+    for rule in encoders.scout_rules(
+      codec,
+      dict(num_candidates=1, beam_size=b, num_joint_candidates=8 * b // 3),
+    )[:1]
+  ]
+  return published + joint + scouted
 
 
 def _numbers(config, name: str) -> list[int]:
@@ -124,8 +142,7 @@ def _numbers(config, name: str) -> list[int]:
 
 def _measure(codec, x_ND, knobs, config, scale) -> dict:
   """Encodes all vectors with `knobs`, some times over."""
-  dtype = codecs.product_dtype(config.dtype)
-  encode_fn, num_rows = codecs.make_encode_fn(codec, {**knobs, "dtype": dtype})
+  encode_fn, num_rows = codecs.make_encode_fn(codec, knobs)
   num_rows = min(num_rows, len(x_ND))
   jax.block_until_ready(encode_fn(x_ND[:num_rows]))  # Compiles.
   times = []
@@ -134,15 +151,17 @@ def _measure(codec, x_ND, knobs, config, scale) -> dict:
     blocks = batches.map_blocks(encode_fn, x_ND, block_size=num_rows)
     codes_NM = np.concatenate([codes_NM for _, codes_NM in blocks])
     times.append(time.perf_counter() - began)
-  decoded_ND = np.asarray(codecs.make_decode_fn(codec, dtype)(codes_NM))
+  decode_fn = codecs.make_decode_fn(codec, knobs["dtype"])
+  decoded_ND = np.asarray(decode_fn(codes_NM))
   error_N = np.sum((x_ND - decoded_ND) ** 2, axis=1, dtype=np.float64)
-  a, b, c = (knobs[name] for name in codecs.RULE)
+  a, b, c, f = (knobs.get(name) for name in codecs.RULE)
   return {
-    "rule": "joint" if c else "published",
+    "rule": "scout" if f else "joint" if c else "published",
     "B": b,
     "A": None if c else a,
     "C": c or None,
-    "evaluations": c or a * b,
+    "F": f,
+    "evaluations": f or c or a * b,
     "mse": float(error_N.mean()) * scale,
     "encode_us": float(np.median(times)) / len(x_ND) * 1e6,
   }
@@ -150,13 +169,14 @@ def _measure(codec, x_ND, knobs, config, scale) -> dict:
 
 def _table(rows) -> str:
   return common.table(
-    ["rule", "B", "A", "C", "evaluations", "MSE", "us per vector"],
+    ["rule", "B", "A", "C", "F", "evaluations", "MSE", "us per vector"],
     [
       [
         row["rule"],
         row["B"],
         row["A"] or "",
         row["C"] or "",
+        row["F"] or "",
         row["evaluations"],
       ]
       + [f"{row['mse']:.4f}", f"{row['encode_us']:.0f}"]
@@ -168,8 +188,15 @@ def _table(rows) -> str:
 def _draw(rows, scale, path, kind) -> None:
   """Draws each rule's sizes, and the line through those nothing beats."""
   figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-  for rule, colour in (("published", "tab:orange"), ("joint", "tab:blue")):
+  colours = {
+    "published": "tab:orange",
+    "joint": "tab:blue",
+    "scout": "tab:green",
+  }
+  for rule, colour in colours.items():
     mine = [row for row in rows if row["rule"] == rule]
+    if not mine:
+      continue
     best, front = np.inf, []
     for row in mine:  # In the order of time.
       if row["mse"] < best:
@@ -186,9 +213,9 @@ def _draw(rows, scale, path, kind) -> None:
         **style,
       )
     for row in front:
-      second = f"C={row['C']}" if row["C"] else f"A={row['A']}"
+      sizes = [f"{name}={row[name]}" for name in "BACF" if row[name]]
       axes.annotate(
-        f"B={row['B']} {second}",
+        " ".join(sizes),
         (row["encode_us"], row["mse"]),
         fontsize=6,
         xytext=(3, 3),

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import codecs, common, decode, encode
+from experiments import codecs, common, decode, encode, encoders
 from tests import commands
 from vqjax.data import codes, formats
 from vqjax.interop import safetensors_io
@@ -233,7 +233,7 @@ def test_only_rows_of_the_shard_are_read():
       asked.append((rows.start, rows.stop))
       return np.zeros((rows.stop - rows.start, 2), np.float32)
 
-  encoder = codecs.Encoder(lambda x_ND: x_ND, 8, Vectors(), {}, ())
+  encoder = encoders.Encoder(lambda x_ND: x_ND, 8, Vectors(), {}, ())
   blocks = list(encoder.blocks(range(30, 50)))
   assert asked == [(30, 38), (38, 46), (46, 50)]
   assert [len(block) for block in blocks] == [8, 8, 4]

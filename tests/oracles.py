@@ -98,6 +98,18 @@ def qinco_word(params, t, k, xhat):
   Reference: arXiv 2401.14732, section 3; arXiv 2501.03078, section 3.
   """
   c = _weight(params, "codebooks_TKD", t, k)
+  e = _concatenated(params, t, k, xhat)
+  ups = _weight(params, "up_TJEH", t)
+  downs = _weight(params, "down_TJHE", t)
+  for up, down in zip(ups, downs, strict=True):
+    e = e + np.maximum(e @ up, 0) @ down
+  out = _times(e, _weight(params, "out_TED", t))
+  return c + out if params.add_word else out
+
+
+def _concatenated(params, t, k, xhat):
+  """What the residual blocks of a step begin with."""
+  c = _weight(params, "codebooks_TKD", t, k)
   e = _times(c, _weight(params, "in_TDE", t))
   both = np.concatenate([e, xhat])
   concat = np.concatenate(
@@ -105,13 +117,17 @@ def qinco_word(params, t, k, xhat):
   )
   step = _times(both @ concat, _weight(params, "mix_TUE", t))
   bias = _weight(params, "bias_TE", t)
-  e = e + step + (0 if bias is None else bias)
-  ups = _weight(params, "up_TJEH", t)
-  downs = _weight(params, "down_TJHE", t)
-  for up, down in zip(ups, downs, strict=True):
-    e = e + np.maximum(e @ up, 0) @ down
-  out = _times(e, _weight(params, "out_TED", t))
-  return c + out if params.add_word else out
+  return e + step + (0 if bias is None else bias)
+
+
+def scout_word(params, scout, t, k, xhat):
+  """What a scout takes word k of the t-th step for; normalised units."""
+  at = lambda name: np.asarray(getattr(scout, name), np.float64)[t]
+  up = _weight(params, "up_TJEH", t)[0]
+  hidden = np.maximum(_concatenated(params, t, k, xhat) @ up, 0)
+  added = at("words_TKU")[k] + xhat @ at("state_TDU")
+  added = added + hidden @ at("hidden_THU")
+  return _weight(params, "preselect_TKD", t, k) + at("basis_TDU") @ added
 
 
 def qinco_decode(params, codes):
@@ -143,7 +159,26 @@ def _preselect(residuals, book, num_candidates, num_joint):
   return pairs
 
 
-def _qinco_beam(params, z, num_candidates, beam_size, num_joint, num_last):
+def _finalists(params, scout, t, z, kept, pairs, num):
+  """Those of the pairs whose words leave least, as the scout sees them."""
+  errors = []
+  for f, k in pairs:
+    xhat = kept[f][2]
+    left = z - xhat - scout_word(params, scout, t, k, xhat)
+    errors.append((float((left**2).sum()), f, k))
+  return [(f, k) for _, f, k in _keep(errors, num)]
+
+
+def _qinco_beam(
+  params,
+  z,
+  num_candidates,
+  beam_size,
+  num_joint,
+  num_last,
+  scout=None,
+  num_finalists=0,
+):
   """Hypotheses `(error, code, xhat)` of a normalised vector, best first.
 
   See `qinco_encode`; the last step keeps `num_last` of them.
@@ -169,6 +204,11 @@ def _qinco_beam(params, z, num_candidates, beam_size, num_joint, num_last):
       residuals = [z - xhat for _, _, xhat in kept]
       book = _weight(params, "preselect_TKD", t)
       pairs = _preselect(residuals, book, one, joint)
+    finalists = num_finalists
+    if is_last and num_last == 1 and t > 0:
+      finalists = max((finalists + 7) // 8, min(finalists, 8))
+    if scout is not None and finalists < len(pairs):
+      pairs = _finalists(params, scout, t, z, kept, pairs, finalists)
     grown = []
     for f, k in pairs:
       _, code, xhat = kept[f]
@@ -186,6 +226,8 @@ def qinco_encode(
   num_joint_candidates=0,
   words=None,
   additive_weight=0,
+  scout=None,
+  num_finalists=0,
 ):
   """Codes of vectors in data units, one candidate after the other.
 
@@ -194,7 +236,8 @@ def qinco_encode(
   under the joint rule by rank among all pairs. A last step that keeps one
   hypothesis looks at a quarter of the joint candidates, at least 16. With a
   weight it keeps all, and the one is taken whose error plus weight times
-  `qinco_additive_error` is least.
+  `qinco_additive_error` is least. A scout lets `num_finalists` of the joint
+  candidates through, in such a last step an eighth of them, at least 8.
   """
   std = float(params.std)
   num_last = beam_size if additive_weight else 1
@@ -202,7 +245,9 @@ def qinco_encode(
   for row in np.asarray(x, np.float64):
     z = (row - _weight(params, "mean_D")) / std
     kept = _qinco_beam(
-      params, z, num_candidates, beam_size, num_joint_candidates, num_last
+      *(params, z, num_candidates, beam_size, num_joint_candidates, num_last),
+      scout=scout,
+      num_finalists=num_finalists,
     )
     costs = [std**2 * error for error, _, _ in kept]  # In data units.
     if additive_weight:

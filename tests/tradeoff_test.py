@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import codecs, common, encode, tradeoff
+from experiments import codecs, common, encode, encoders, tradeoff
 from tests import qinco_cases
 from vqjax.codecs import qinco
 from vqjax.data import formats
@@ -31,13 +31,13 @@ def _vectors(num=320):
 
 def test_the_joint_rule_is_taken_where_it_is_as_good():
   _, codec = _codec(lambda words_TKD: words_TKD)
-  knobs = codecs.try_joint_rule(codec, PUBLISHED, _vectors(), num_vectors=32)
+  knobs = encoders.try_joint_rule(codec, PUBLISHED, _vectors(), num_vectors=32)
   assert knobs == {**PUBLISHED, "num_joint_candidates": 16}
 
 
 def test_the_joint_rule_is_refused_where_it_is_worse():
   _, codec = _codec(lambda words_TKD: 3 * jnp.flip(words_TKD, axis=1))
-  knobs = codecs.try_joint_rule(codec, PUBLISHED, _vectors(), num_vectors=32)
+  knobs = encoders.try_joint_rule(codec, PUBLISHED, _vectors(), num_vectors=32)
   assert knobs == PUBLISHED
 
 
@@ -51,7 +51,7 @@ def test_the_joint_rule_is_refused_where_it_is_worse():
 )
 def test_nothing_is_tried_where_it_cannot_help(knobs, num):
   _, codec = _codec(lambda words_TKD: words_TKD)
-  got = codecs.try_joint_rule(codec, knobs, _vectors(num), num_vectors=32)
+  got = encoders.try_joint_rule(codec, knobs, _vectors(num), num_vectors=32)
   assert got == knobs
 
 
@@ -70,7 +70,7 @@ def test_trials_share_one_graph_of_the_centroids(
   tables = jax.jit(qinco.prepare)(params)
   codec = codecs.Codec("qinco", qinco, tables, {"encode": PUBLISHED}, "")
   x_ND = _vectors(8 * 512)
-  encoder = codecs.make_encoder(codec, {"assign": assign}, x_ND)
+  encoder = encoders.make_encoder(codec, {"assign": assign}, x_ND)
   assert len(made) == num_graphs
   codes_NM = next(encoder.blocks(range(50)))
   want_NM = qinco.encode(params, x_ND[:50], **encoder.knobs)
@@ -98,8 +98,9 @@ def test_tradeoff_measures_both_rules(tmp_path):
   assert [(r["rule"], r["B"], r["A"], r["C"]) for r in rows if r["B"] == 4] == [
     ("joint", 4, None, 8),
     ("published", 4, 2, None),
+    ("scout", 4, None, 10),
   ]
-  assert [row["evaluations"] for row in rows if row["B"] == 4] == [8, 8]
+  assert [row["evaluations"] for row in rows if row["B"] == 4] == [8, 8, 5]
   codes_NM = qinco.encode(
     codec.tables, _vectors(), num_candidates=2, beam_size=4
   )

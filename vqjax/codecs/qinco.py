@@ -80,6 +80,7 @@ class QincoTables:
   down_TJHE: Array
   out_TED: Array | None
   additive_MKD: Array | None = None  # See `with_additive`.
+  scout: qinco_network.Scout | None = None  # See `qinco_scout.fit`.
   is_ivf: bool = struct.field(pytree_node=False, default=False)
 
 
@@ -162,6 +163,7 @@ def encode(
   num_candidates: int = 16,
   beam_size: int = 32,
   num_joint_candidates: int = 0,
+  num_finalists: int = 0,
   num_steps: int | None = None,
   dtype: str = "float32",
   additive_weight: float = 0.0,
@@ -177,6 +179,8 @@ def encode(
     beam_size: B, hypotheses kept.
     num_joint_candidates: C, pairs of hypothesis and word that go through the
       network; 0 for the published rule with A.
+    num_finalists: How many of the joint candidates a scout lets through the
+      whole network (`qinco_scout.fit`); 0 for all of them.
     num_steps: Code positions to fill, the list number not counted; None for
       all. A prefix is the code of a lower rate.
     dtype: Type of the products of the network and of those that pre-select its
@@ -189,14 +193,24 @@ def encode(
 
   Raises:
     ValueError: Where a size breaks a rule of `check_search`, or a weight is
-      given without words.
+      given without words, finalists without a scout.
   """
   tables = prepare(params) if isinstance(params, QincoParams) else params
   check_shape("x", x_ND, (None, dim(tables)))
   check_lists(tables, x_ND, lists_N)
   check_search(
-    tables, num_candidates, beam_size, num_joint_candidates, num_steps
+    tables,
+    num_candidates,
+    beam_size,
+    num_joint_candidates,
+    num_steps,
+    num_finalists,
   )
+  if num_finalists and tables.scout is None:
+    raise ValueError(
+      f"num_finalists={num_finalists} needs a scout that chooses them: give "
+      "tables of `qinco_scout.fit`."
+    )
   _check_additive(tables, additive_weight, num_steps)
   return qinco_search.encode_normalised(
     _prefix(tables, num_steps),
@@ -205,6 +219,7 @@ def encode(
     num_candidates=num_candidates,
     beam_size=beam_size,
     num_joint_candidates=num_joint_candidates,
+    num_finalists=num_finalists,
     dtype=dtype,
     additive_weight=additive_weight,
   )
@@ -251,6 +266,7 @@ def check_search(
   beam_size: int,
   num_joint_candidates: int = 0,
   num_steps: int | None = None,
+  num_finalists: int = 0,
 ) -> None:
   """Raises ValueError unless the sizes of a search make sense together."""
   num_words = codebook_sizes(params)[-1]
@@ -279,6 +295,20 @@ def check_search(
       beam_size * num_words,
       "beam_size hypotheses must be found among them, "
       "and there are beam_size * codebook_size pairs",
+    )
+  if num_finalists:
+    if not num_joint_candidates:
+      raise ValueError(
+        f"num_finalists={num_finalists} are chosen among the candidates of the "
+        "joint rule: set num_joint_candidates too."
+      )
+    check_range(
+      "num_finalists",
+      num_finalists,
+      beam_size,
+      num_joint_candidates,
+      "they are chosen among num_joint_candidates, and beam_size hypotheses "
+      "among them",
     )
   if params.preselect_TKD is None and (num_candidates or num_joint_candidates):
     raise ValueError(
@@ -309,6 +339,7 @@ def encode_block(
   num_candidates: int = 16,
   beam_size: int = 32,
   num_joint_candidates: int = 0,
+  num_finalists: int = 0,
   budget_bytes: int,
 ) -> int:
   """Returns how many vectors `encode` can take at once within a budget.
@@ -319,9 +350,14 @@ def encode_block(
   per_hypothesis = num_candidates or num_words
   num_candidates = num_joint_candidates or beam_size * per_hypothesis
   h, d = tables.base_up_TKH.shape[2], dim(tables)
+  judged = 0
+  if num_finalists:
+    judged = num_candidates * (h + d)
+    num_candidates = num_finalists
   floats = 2 * beam_size * (num_words + d) + num_candidates * (
     2 * e + 2 * h + d
   )
+  floats = max(floats, 2 * beam_size * (num_words + d) + judged)
   return max(budget_bytes // (4 * floats) // 8, 1) * 8
 
 

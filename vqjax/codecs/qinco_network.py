@@ -5,8 +5,24 @@ Weights are the slice of one step, see `per_step`.
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from vqjax.core import Array
+
+
+@struct.dataclass
+class Scout:
+  """What a scout makes of the first hidden layer; see `qinco_scout`.
+
+  Everything is within `basis_TDU`, the directions in which the words of a
+  network differ most from those that pre-select them.
+  """
+
+  basis_TDU: Array  # Orthonormal columns.
+  plain_TKU: Array  # The pre-selecting words.
+  words_TKU: Array  # What is added to them: a share of the word alone,
+  state_TDU: Array  # one of xhat,
+  hidden_THU: Array  # and one of the first hidden layer.
 
 
 def per_step(tables) -> dict[str, Array | None]:
@@ -24,6 +40,7 @@ def per_step(tables) -> dict[str, Array | None]:
       "up_TJEH",
       "down_TJHE",
       "out_TED",
+      "scout",
     )
   }
 

@@ -24,8 +24,19 @@ def last_candidates(num_joint_candidates: int) -> int:
   return max(-(-num_joint_candidates // 4), min(num_joint_candidates, 16))
 
 
+def last_finalists(num_finalists: int) -> int:
+  """Returns how many finalists the last step has, which keeps one hypothesis.
+
+  An eighth, though at least 8, costs 0.01 % of MSE (docs/performance.md).
+  """
+  return max(-(-num_finalists // 8), min(num_finalists, 8))
+
+
 def _select(weights, residual_NFD, error_NF, num_candidates, num_joint, dtype):
-  """Pairs of hypothesis and word worth a network: two int32 `[N, C]`."""
+  """Pairs of hypothesis and word worth a network: two int32 `[N, C]`.
+
+  With the joint rule also what puts them in order, `[N, C]`, else None.
+  """
   n, f, _ = residual_NFD.shape
   preselect_KD = weights["preselect_TKD"]
   num_words = weights["base_TKE"].shape[0]
@@ -33,36 +44,68 @@ def _select(weights, residual_NFD, error_NF, num_candidates, num_joint, dtype):
     flat_C = jnp.arange(f * num_words, dtype=jnp.int32)
     parents_C, ids_C = jnp.divmod(flat_C, num_words)
     spread = lambda x_C: jnp.broadcast_to(x_C, (n, f * num_words))
-    return spread(parents_C), spread(ids_C)
+    return spread(parents_C), spread(ids_C), None
   # Without |residual|^2, which is the same for all words of a hypothesis.
   score_NFK = sq_norms(preselect_KD)[None, None] - 2 * qinco_network.matmul(
     residual_NFD, preselect_KD.T, dtype
   )
   if num_joint:
+    num_joint = min(num_joint, f * num_words)  # One hypothesis has fewer.
     score_NFK = score_NFK + error_NF[..., None]
-    _, flat_NC = beam_lib.smallest(
+    score_NC, flat_NC = beam_lib.smallest(
       score_NFK.reshape(n, f * num_words), num_joint
     )
-    return jnp.divmod(flat_NC, num_words)
+    return *jnp.divmod(flat_NC, num_words), score_NC
   _, ids_NFA = lax.top_k(-score_NFK, num_candidates)
   parents_NFA = jnp.broadcast_to(
     jnp.arange(f, dtype=jnp.int32)[:, None], ids_NFA.shape
   )
   flat = (n, f * num_candidates)
-  return parents_NFA.reshape(flat), ids_NFA.reshape(flat)
+  return parents_NFA.reshape(flat), ids_NFA.reshape(flat), None
 
 
-def _propose(weights, x_ND, beam, *, num_candidates, num_joint, dtype):
+def _judge(scout, hidden_NCH, beam, residual_NFD, parents_NC, ids_NC, dtype):
+  """By how much a scout expects pre-selection to be wrong: `[N, C]`.
+
+  To be added to the squared distances by which words were pre-selected.
+  """
+  project = lambda x_NFD, w_DU: beam_lib.rows(
+    qinco_network.matmul(x_NFD, w_DU, dtype), parents_NC
+  )
+  left_NCU = project(residual_NFD, scout.basis_TDU) - scout.plain_TKU[ids_NC]
+  added_NCU = scout.words_TKU[ids_NC] + project(beam.xhat_NFD, scout.state_TDU)
+  added_NCU = added_NCU + qinco_network.matmul(
+    jax.nn.relu(hidden_NCH), scout.hidden_THU, dtype
+  )
+  return jnp.sum(added_NCU * (added_NCU - 2 * left_NCU), axis=-1)
+
+
+def propose(
+  weights, x_ND, beam, *, num_candidates, num_joint, num_finalists, dtype
+):
   """Candidates of a step with a network, see `beam.py`."""
   residual_NFD = x_ND[:, None] - beam.xhat_NFD
-  parents_NC, ids_NC = _select(
-    weights, residual_NFD, beam.error_NF, num_candidates, num_joint, dtype
-  )
-  at = lambda x_NFE: beam_lib.rows(x_NFE, parents_NC)
   of_state = lambda name: qinco_network.matmul(
     beam.xhat_NFD, weights[name], dtype
   )
   state_NFE, state_NFH = of_state("state_TDE"), of_state("state_up_TDH")
+  parents_NC, ids_NC, score_NC = _select(
+    weights, residual_NFD, beam.error_NF, num_candidates, num_joint, dtype
+  )
+  if 0 < num_finalists < ids_NC.shape[1]:
+    hidden_NCH = weights["base_up_TKH"][ids_NC] + beam_lib.rows(
+      state_NFH, parents_NC
+    )
+    score_NC = score_NC + _judge(
+      weights["scout"],
+      *(hidden_NCH, beam, residual_NFD, parents_NC, ids_NC, dtype),
+    )
+    _, slots_NC = lax.top_k(-score_NC, num_finalists)
+    parents_NC, ids_NC = (
+      jnp.take_along_axis(x_NC, slots_NC, axis=1)
+      for x_NC in (parents_NC, ids_NC)
+    )
+  at = lambda x_NFE: beam_lib.rows(x_NFE, parents_NC)
   words_NCD = qinco_network.network(
     weights,
     weights["base_TKE"][ids_NC] + at(state_NFE),
@@ -81,7 +124,7 @@ def _propose(weights, x_ND, beam, *, num_candidates, num_joint, dtype):
   return beam_lib.Candidates(parents_NC, ids_NC, error_NC, words_fn)
 
 
-def _propose_plain(words_KD, x_ND, beam):
+def propose_plain(words_KD, x_ND, beam):
   """Candidates of the first step: every word, for one hypothesis."""
   n, k = x_ND.shape[0], words_KD.shape[0]
   ids_NK = jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32), (n, k))
@@ -94,6 +137,15 @@ def _propose_plain(words_KD, x_ND, beam):
   return beam_lib.Candidates(jnp.zeros_like(ids_NK), ids_NK, error_NK, words_fn)
 
 
+def start(tables, z_ND, lists_N):
+  """Returns the beam of one hypothesis: the centroid, or else the origin."""
+  if not tables.is_ivf:
+    return beam_lib.start(z_ND)
+  xhat_N1D = tables.first_KD[lists_N][:, None]
+  error_N1 = jnp.sum((z_ND[:, None] - xhat_N1D) ** 2, axis=-1)
+  return beam_lib.Beam(xhat_N1D, error_N1)
+
+
 def encode_normalised(
   tables,
   z_ND,
@@ -103,33 +155,28 @@ def encode_normalised(
   beam_size,
   num_joint_candidates,
   dtype,
+  num_finalists=0,
   additive_weight=0.0,
 ):
   """`encode` of normalised vectors, over all steps of `tables`."""
-  propose = partial(
-    _propose,
+  propose_fn = partial(
+    propose,
     num_candidates=num_candidates,
     num_joint=num_joint_candidates,
+    num_finalists=num_finalists,
     dtype=dtype,
   )
   steps = qinco_network.per_step(tables)
+  if tables.is_ivf and lists_N is None:
+    lists_N = nearest(z_ND, tables.first_KD)
+  beam = start(tables, z_ND, lists_N)
+  first_fn, first = propose_plain, tables.first_KD
   if tables.is_ivf:
-    if lists_N is None:
-      lists_N = nearest(z_ND, tables.first_KD)
-    xhat_N1D = tables.first_KD[lists_N][:, None]
-    error_N1 = jnp.sum((z_ND[:, None] - xhat_N1D) ** 2, axis=-1)
-    beam = beam_lib.Beam(xhat_N1D, error_N1)
     # The one hypothesis must offer enough words for the whole beam.
-    wanted = num_joint_candidates or max(num_candidates, beam_size)
-    num_words = tables.base_TKE.shape[1]
-    takes_all = not num_joint_candidates and not num_candidates
-    widest = num_words if takes_all else min(wanted, num_words)
-    first_fn = partial(propose, num_candidates=widest, num_joint=0)
+    widest = num_candidates and max(num_candidates, beam_size)
+    first_fn = partial(propose_fn, num_candidates=widest)
     first = jax.tree.map(lambda leaf: leaf[0], steps)
     steps = jax.tree.map(lambda leaf: leaf[1:], steps)
-  else:
-    beam = beam_lib.start(z_ND)
-    first_fn, first = _propose_plain, tables.first_KD
   beam, (_, first_NF) = beam_lib.advance(
     first_fn, first, z_ND, beam, beam_size=beam_size
   )
@@ -137,7 +184,7 @@ def encode_normalised(
   codes_MNF, error_NF = first_NF[None], beam.error_NF
   if steps["base_TKE"].shape[0]:
     codes_MNF, error_NF = _search(
-      propose, steps, z_ND, beam, first_NF, num_last
+      propose_fn, steps, z_ND, beam, first_NF, num_last
     )
   slot_N = jnp.zeros(z_ND.shape[0], jnp.int32)
   if additive_weight:
@@ -151,7 +198,7 @@ def encode_normalised(
   return jnp.column_stack([lists_N, codes_NM]) if tables.is_ivf else codes_NM
 
 
-def _search(propose, steps, z_ND, beam, first_NF, num_last):
+def _search(propose_fn, steps, z_ND, beam, first_NF, num_last):
   """Runs the beam over `steps`, down to the `num_last` best hypotheses.
 
   Returns their codes `[M, N, F]`, those of the first step `first_NF` in front,
@@ -160,12 +207,16 @@ def _search(propose, steps, z_ND, beam, first_NF, num_last):
   """
   middle = jax.tree.map(lambda leaf: leaf[:-1], steps)
   last = jax.tree.map(lambda leaf: leaf[-1], steps)
-  beam, history = beam_lib.advance_all(propose, middle, z_ND, beam)
+  beam, history = beam_lib.advance_all(propose_fn, middle, z_ND, beam)
   if num_last == 1:
-    num_joint = last_candidates(propose.keywords["num_joint"])
-    propose = partial(propose, num_joint=num_joint)
+    sizes = propose_fn.keywords
+    propose_fn = partial(
+      propose_fn,
+      num_joint=last_candidates(sizes["num_joint"]),
+      num_finalists=last_finalists(sizes["num_finalists"]),
+    )
   beam, (parents_NF, ids_NF) = beam_lib.advance(
-    propose, last, z_ND, beam, beam_size=num_last
+    propose_fn, last, z_ND, beam, beam_size=num_last
   )
   trace_fn = jax.vmap(partial(beam_lib.trace, *history), 1, (2, 1))
   ids_TNF, slots_NF = trace_fn(parents_NF)

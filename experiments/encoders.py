@@ -1,0 +1,210 @@
+"""Encoders of the commands: the rule of the search, tried out, and blocks."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+
+from experiments import codecs, common
+from experiments.codecs import RULE, Codec
+from vqjax.codecs import qinco_scout
+from vqjax.data import batches
+
+_LOSS = 0.002  # Of MSE, that a cheaper rule may cost.
+SAMPLE = 512  # Vectors that a rule is tried on, and a scout is fitted to.
+_DEEP = 4  # Residual blocks from which on a scout is worth a longer look.
+
+
+class Encoder(NamedTuple):
+  """Vectors in, codes out, in blocks."""
+
+  encode_fn: Callable
+  block_size: int
+  vectors: Any
+  knobs: dict  # Of the codec's `encode`.
+  codebook_sizes: tuple[int, ...]  # Of the codes.
+
+  def blocks(self, rows: range | None = None, done=None):
+    """Yields the codes of `rows`, `[n, M]`; calls `done(rows, in all)`."""
+    for _, codes_NM in batches.map_blocks(
+      self.encode_fn,
+      self.vectors,
+      block_size=self.block_size,
+      rows=rows,
+      progress=done,
+    ):
+      yield codes_NM
+
+
+def make_encoder(codec: Codec, config, x_ND) -> Encoder:
+  """Returns an encoder of these vectors, by the options of the command.
+
+  Where they name no candidates, `try_joint_rule` and `try_scout` have a say.
+  """
+  num_steps = config.get("num_steps")
+  knobs = codecs.search_knobs(codec, config)
+  sizes = _code_sizes(codec, knobs, num_steps)
+  codec = with_scout(codec, knobs, x_ND)
+  assign = codecs.make_graph_fn(codec, config.get("assign", "auto"))
+  is_given = {name: config.get(name) is not None for name in RULE}
+  if not is_given["num_candidates"] and not is_given["num_joint_candidates"]:
+    may_widen = not is_given["beam_size"]
+    knobs = try_joint_rule(
+      codec, knobs, x_ND, assign=assign, may_widen=may_widen
+    )
+    if not is_given["num_finalists"]:
+      codec, knobs = try_scout(codec, knobs, x_ND, assign=assign)
+  encode_fn, num_rows = codecs.make_encode_fn(
+    codec, knobs, num_steps, assign=assign
+  )
+  return Encoder(encode_fn, num_rows, x_ND, knobs, sizes)
+
+
+def try_joint_rule(
+  codec: Codec,
+  knobs: dict,
+  x_ND,
+  *,
+  assign="auto",
+  may_widen: bool = True,
+  num_vectors: int = SAMPLE,
+) -> dict:
+  """Returns `knobs`, with the joint rule where it costs no quality.
+
+  For codecs whose own options are the published rule (see
+  `vqjax.codecs.qinco`). The first `num_vectors` are encoded by both; the joint
+  rule is taken where its error is at most 0.2 % higher. There must be many
+  more vectors than that, or trying would cost more than it saves. The beam
+  stays as wide as it is unless `may_widen`.
+  """
+  if not codecs.has_knob(codec, "num_joint_candidates"):
+    return knobs
+  num_candidates, beam_size, joint = (knobs.get(name, 0) for name in RULE[:3])
+  if joint or not num_candidates or len(x_ND) < 8 * num_vectors:
+    return knobs
+  num_words = codec.codebook_sizes[-1]
+  mse = functools.partial(
+    _mse, x_ND=batches.read_rows(x_ND, range(num_vectors)), assign=assign
+  )
+  published = mse(codec, knobs)
+  for beam, joint in (
+    (beam_size, 2 * beam_size),
+    (min(3 * beam_size // 2, num_words), 4 * beam_size),
+  )[: 2 if may_widen else 1]:
+    if joint >= beam_size * num_candidates:
+      continue
+    new = {**knobs, "beam_size": beam, "num_joint_candidates": joint}
+    loss = mse(codec, new) / published - 1
+    if loss <= _LOSS:
+      logging.info(
+        "On the first %d vectors B=%d C=%d errs %+.2f %% against A=%d B=%d and "
+        "asks the network %.1f times less: taken. (--num_candidates=%d for the "
+        "published rule.)",
+        *(num_vectors, beam, joint, 100 * loss, num_candidates, beam_size),
+        *(beam_size * num_candidates / joint, num_candidates),
+      )
+      return new
+  return knobs
+
+
+def try_scout(
+  codec: Codec, knobs: dict, x_ND, *, assign="auto", num_vectors: int = SAMPLE
+) -> tuple[Codec, dict]:
+  """Returns codec and `knobs`, with a scout where it costs no quality.
+
+  It is fitted to the first `num_vectors` and taken where the next ones have an
+  error at most 0.2 % higher with it. There must be many more vectors, as for
+  `try_joint_rule`.
+  """
+  rules = scout_rules(codec, knobs)
+  if not rules or len(x_ND) < 128 * num_vectors:
+    return codec, knobs
+  next_ND = batches.read_rows(x_ND, range(num_vectors, 2 * num_vectors))
+  mse = functools.partial(_mse, x_ND=next_ND, assign=assign)
+  scouted = with_scout(codec, rules[0], x_ND, num_vectors=num_vectors)
+  plain = mse(codec, knobs)
+  for rule in rules:
+    loss = mse(scouted, rule) / plain - 1
+    if loss <= _LOSS:
+      logging.info(
+        "On %d vectors a scout, which lets %d of %d words a step through the "
+        "whole network, errs %+.2f %% against %d without one: taken. "
+        "(--num_finalists=0 for none.)",
+        *(num_vectors, rule["num_finalists"], rule["num_joint_candidates"]),
+        *(100 * loss, knobs["num_joint_candidates"]),
+      )
+      return scouted, rule
+  return codec, knobs
+
+
+def scout_rules(codec: Codec, knobs: dict) -> list[dict]:
+  """Returns searches with a scout that may take the place of `knobs`.
+
+  The cheapest first; none where the search is not by the joint rule, or the
+  network so short that there is nothing to save.
+  """
+  beam_size, joint = knobs.get("beam_size"), knobs.get("num_joint_candidates")
+  num_words = codec.codebook_sizes[-1]
+  if not joint or not hasattr(codec.tables, "scout"):
+    return []
+  num_blocks = 1 + codec.tables.up_TJEH.shape[1]
+  if num_blocks < 2 or num_words > qinco_scout.MAX_WORDS:
+    return []
+  if num_blocks < _DEEP:
+    sizes = [(joint, 4 * beam_size // 3)]
+  else:  # An evaluation costs more than looking at many words.
+    wide = min(2 * joint, beam_size * num_words)
+    sizes = [(wide, beam_size), (wide, 7 * beam_size // 6)]
+  names = "num_joint_candidates", "num_finalists"
+  rules = [dict(zip(names, pair, strict=True)) for pair in sizes]
+  return [knobs | rule for rule in rules if rule["num_finalists"] < joint]
+
+
+def with_scout(
+  codec: Codec, knobs: dict, x_ND, *, num_vectors: int = SAMPLE
+) -> Codec:
+  """Returns the codec with the scout that `knobs` ask for, if they do.
+
+  It is fitted to the first `num_vectors` of `[N, D]` vectors, or to all.
+  """
+  if not knobs.get("num_finalists"):
+    return codec
+  rule = {name: knobs[name] for name in RULE if name in knobs}
+  codec.module.check_search(codec.tables, **rule)
+  first_ND = batches.read_rows(x_ND, range(min(num_vectors, len(x_ND))))
+  with common.progress(len(first_ND), "fit the scout") as done:
+    tables = qinco_scout.fit(
+      codec.tables,
+      first_ND,
+      beam_size=rule["beam_size"],
+      num_joint_candidates=rule["num_joint_candidates"],
+      dtype=knobs.get("dtype", "float32"),
+      progress=done,
+    )
+  return codec._replace(tables=tables)
+
+
+def _mse(codec: Codec, knobs: dict, *, x_ND, assign) -> float:
+  """Mean squared error of vectors `[N, D]`, each encoded and decoded."""
+  knobs = {k: v for k, v in knobs.items() if k != "additive_weight"}
+  encode_fn, num_rows = codecs.make_encode_fn(codec, knobs, assign=assign)
+  decode_fn = codecs.make_decode_fn(codec, knobs.get("dtype", "float32"))
+  errors_fn = lambda x_ND: np.sum(
+    (x_ND - np.asarray(decode_fn(np.asarray(encode_fn(x_ND))))) ** 2, axis=1
+  )
+  blocks = batches.map_blocks(errors_fn, x_ND, block_size=num_rows)
+  return float(np.mean(np.concatenate([e for _, e in blocks]), dtype=float))
+
+
+def _code_sizes(codec: Codec, knobs: dict, num_steps) -> tuple[int, ...]:
+  """Codebook sizes of the codes; refuses search sizes that do not fit."""
+  knobs = {k: v for k, v in knobs.items() if k != "num_finalists"}
+  encode_fn = functools.partial(
+    codec.module.encode, num_steps=num_steps, **knobs
+  )
+  x_ND = jax.ShapeDtypeStruct((1, codec.dim), np.float32)
+  width = jax.eval_shape(encode_fn, codec.tables, x_ND).shape[1]
+  return codec.codebook_sizes[:width]

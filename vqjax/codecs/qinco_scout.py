@@ -1,0 +1,184 @@
+"""A scout for QINCo's encoder: half a network that says which words are good.
+
+Pre-selection by plain words is cheap and rough, the network exact and dear.
+Between them stands what the first hidden layer makes of a word and a
+hypothesis, which tables give for the price of a lookup. A linear map of it,
+fitted to the whole network by least squares, tells it well enough to drop most
+of the words that pre-selection offers:
+
+  f_t(c_k, xhat)  ~  s_k + P (v_k + xhat Q + relu(h_t(k, xhat)) W)
+
+with the words s_k of the pre-selection and, in the columns of P, the
+directions in which the right side differs most from them (reduced-rank
+regression). The error that a word would leave is then
+
+  |r - s_k - P a|^2  =  |r - s_k|^2 + a . (a - 2 P' (r - s_k)),   P'P = 1
+
+where r is what is left of the vector and a what stands in brackets: the first
+term has put the words in order before, the second is `qinco_search._judge`.
+
+The deeper the network, the more it saves (docs/performance.md). Codes are
+decoded as ever: a scout is of the encoder alone, and of no file.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from vqjax.codecs import beam as beam_lib
+from vqjax.codecs import qinco, qinco_network, qinco_search
+from vqjax.codecs.distances import nearest
+from vqjax.core import check_range, check_shape
+
+MAX_WORDS = 4096  # The normal equations have a row for each.
+_RIDGE = 0.1  # In normalised units squared, against thousands of words.
+
+
+def fit(
+  tables: qinco.QincoTables,
+  x_ND,
+  lists_N=None,
+  *,
+  beam_size: int = 48,
+  num_joint_candidates: int = 128,
+  rank: int | None = None,
+  dtype: str = "float32",
+  block_size: int = 16,
+  progress=None,
+) -> qinco.QincoTables:
+  """Returns tables with a scout for vectors like these.
+
+  Args:
+    tables: From `qinco.prepare`, with pre-selection.
+    x_ND: Vectors in data units; a few hundred will do.
+    lists_N: Lists of the vectors, of an IVF model; None for the nearest.
+    beam_size: B, of the search that is to be scouted.
+    num_joint_candidates: C, words a step and vector; the scout learns from
+      those that such a search sends through the network.
+    rank: Columns of P; None for an eighth of the hidden width, at most D.
+    dtype: Type of the network's products, as for `qinco.encode`.
+    block_size: Vectors at once.
+    progress: Is told of the vectors done, and of all.
+
+  Raises:
+    ValueError: Where a size breaks a rule of `qinco.check_search`, the codec
+      has no pre-selection or too many words.
+  """
+  check_shape("x", x_ND, (None, qinco.dim(tables)))
+  num_words = tables.base_TKE.shape[1]
+  check_range("codebook_size", num_words, 2, MAX_WORDS, "of a scout")
+  check_range("num_joint_candidates", num_joint_candidates, 1, 1 << 20)
+  if rank is None:
+    rank = min(-(-tables.base_up_TKH.shape[2] // 8), qinco.dim(tables))
+  check_range("rank", rank, 1, qinco.dim(tables))
+  qinco.check_lists(tables, x_ND, lists_N)
+  qinco.check_search(tables, 1, beam_size, num_joint_candidates)
+  if lists_N is None and tables.is_ivf:
+    lists_N = nearest(qinco.normalise(tables, x_ND), tables.first_KD)
+  sums_fn = jax.jit(
+    partial(
+      _sums,
+      beam_size=beam_size,
+      num_joint=num_joint_candidates,
+      dtype=dtype,
+    )
+  )
+  totals = None
+  for start in range(0, len(x_ND), block_size):
+    part = slice(start, start + block_size)
+    sums = sums_fn(
+      tables,
+      qinco.normalise(tables, jnp.asarray(x_ND[part])),
+      None if lists_N is None else lists_N[part],
+    )
+    sums = [np.asarray(x, np.float64) for x in sums]
+    pairs = zip(totals or (0, 0), sums, strict=True)
+    totals = [old + new for old, new in pairs]
+    if progress:
+      progress(min(start + block_size, len(x_ND)), len(x_ND))
+  fitted = [_solve(*step, rank) for step in zip(*totals, strict=True)]
+  return tables.replace(scout=_make_scout(tables, fitted))
+
+
+def _sums(tables, z_ND, lists_N, *, beam_size, num_joint, dtype):
+  """Normal equations of every step: `[T, G, G]` and `[T, G, D]`."""
+  propose = partial(
+    qinco_search.propose,
+    num_candidates=0,
+    num_joint=num_joint,
+    num_finalists=0,
+    dtype=dtype,
+  )
+
+  def step(beam, weights):
+    found = propose(weights, z_ND, beam)
+    next_beam, _ = beam_lib.advance(
+      lambda *_: found, weights, z_ND, beam, beam_size=beam_size
+    )
+    return next_beam, _normal_equations(weights, beam, found, dtype)
+
+  steps = qinco_network.per_step(tables)
+  beam = qinco_search.start(tables, z_ND, lists_N)
+  if not tables.is_ivf:
+    beam, _ = beam_lib.advance(
+      qinco_search.propose_plain,
+      *(tables.first_KD, z_ND, beam),
+      beam_size=beam_size,
+    )
+    return lax.scan(step, beam, steps)[1]
+  # The one hypothesis at the centroid, then the beam.
+  beam, first = step(beam, jax.tree.map(lambda leaf: leaf[0], steps))
+  steps = jax.tree.map(lambda leaf: leaf[1:], steps)
+  _, others = lax.scan(step, beam, steps)
+  join = lambda x, x_T: jnp.concatenate([x[None], x_T])
+  return jax.tree.map(join, first, others)
+
+
+def _normal_equations(weights, beam, found, dtype):
+  """Of the candidates of a step: what is known of them, and is to be told."""
+  n, c = found.ids_NC.shape
+  at = lambda x_NFD: beam_lib.rows(x_NFD, found.parents_NC)
+  state_NFH = qinco_network.matmul(
+    beam.xhat_NFD, weights["state_up_TDH"], dtype
+  )
+  hidden_NCH = weights["base_up_TKH"][found.ids_NC] + at(state_NFH)
+  known_NCG = jnp.concatenate(
+    [
+      jax.nn.relu(hidden_NCH),
+      at(beam.xhat_NFD),
+      jax.nn.one_hot(found.ids_NC, weights["base_TKE"].shape[0]),
+    ],
+    axis=-1,
+  )
+  slots_NC = jnp.broadcast_to(jnp.arange(c), (n, c))
+  words_NCD = found.words_fn(slots_NC)
+  told_NCD = words_NCD - weights["preselect_TKD"][found.ids_NC]
+  is_there_NC1 = jnp.isfinite(found.error_NC)[..., None]
+  known_NCG = jnp.where(is_there_NC1, known_NCG, 0)
+  product = partial(jnp.einsum, "nca,ncb->ab", precision="highest")
+  return product(known_NCG, known_NCG), product(known_NCG, told_NCD)
+
+
+def _solve(known_GG, told_GD, rank):
+  """Reduced-rank regression: `[G, U]` and the basis `[D, U]`."""
+  known_GG = known_GG + _RIDGE * np.eye(len(known_GG))
+  map_GD = np.linalg.solve(known_GG, told_GD)
+  spread_DD = map_GD.T @ known_GG @ map_GD
+  basis_DU = np.linalg.eigh(spread_DD)[1][:, ::-1][:, :rank]
+  return map_GD @ basis_DU, basis_DU
+
+
+def _make_scout(tables, fitted) -> qinco_network.Scout:
+  map_TGU, basis_TDU = (
+    jnp.asarray(np.stack(leaves), jnp.float32)
+    for leaves in zip(*fitted, strict=True)
+  )
+  h, d = tables.base_up_TKH.shape[2], qinco.dim(tables)
+  hidden_THU, state_TDU, words_TKU = jnp.split(map_TGU, [h, h + d], axis=1)
+  plain_TKU = jnp.matmul(tables.preselect_TKD, basis_TDU, precision="highest")
+  return qinco_network.Scout(
+    basis_TDU, plain_TKU, words_TKU, state_TDU, hidden_THU
+  )

@@ -1,6 +1,7 @@
 """Encoders of the commands: the rule of the search, tried out, and blocks."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -172,7 +173,8 @@ def with_scout(
   """
   if not knobs.get("num_finalists"):
     return codec
-  rule = {name: knobs[name] for name in RULE if name in knobs}
+  known = inspect.signature(codec.module.encode).parameters
+  rule = {name: knobs.get(name, known[name].default) for name in RULE}
   codec.module.check_search(codec.tables, **rule)
   first_ND = batches.read_rows(x_ND, range(min(num_vectors, len(x_ND))))
   with common.progress(len(first_ND), "fit the scout") as done:

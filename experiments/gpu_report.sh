@@ -4,8 +4,9 @@
 #   bash experiments/gpu_report.sh VECTORS FOLDER
 #
 # bench.jsonl  encode, decode and training step of QINCo2-S, M and L at the
-#              published sizes, in float32 and bfloat16, beside the machine's
-#              matrix-product peak and, where it is installed, PyTorch
+#              published sizes, in float32 and bfloat16, by each rule of the
+#              encoder, beside the machine's matrix-product peak and, where it
+#              is installed, PyTorch
 # s_float32/, s_bfloat16/   a whole training of S on VECTORS each
 # report.md    a table of all that
 #
@@ -19,9 +20,9 @@ fi
 data="$1" out="$2" python="${PYTHON:-python}"
 [ -e "$data" ] || { echo "$data is not there." >&2; exit 1; }
 [ ! -e "$out" ] || { echo "$out exists already; name a new folder." >&2; exit 1; }
-names=(s m l) sizes=bigann1M bench=() train_arg=""
+names=(s m l) sizes=bigann1M bench=(--num_finalists=64) train_arg=""
 if [ -n "${TRY:-}" ]; then
-  names=(s) sizes=smoke bench=(--repeats=1 --dim=16) train_arg=:smoke
+  names=(s) sizes=smoke bench=(--num_finalists=5 --repeats=1 --dim=16) train_arg=:smoke
 fi
 mkdir -p "$out"
 # PyTorch needs memory on the same card.

@@ -20,7 +20,7 @@ from experiments import (
   codecs,
   common,
 )
-from vqjax.codecs import qinco
+from vqjax.codecs import qinco, qinco_scout
 from vqjax.interop import faiss_io
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -66,6 +66,20 @@ def test_work_is_what_the_traced_program_multiplies(case, sizes):
   assert NUM * bench_arithmetic.decode_work(tables).total == _multiply_adds(
     traced.jaxpr
   )
+
+
+@pytest.mark.parametrize("case", ["qinco2", "qinco2_same_dim", "ivf"])
+@pytest.mark.parametrize("sizes", [(2, 4, 14, 9), (2, 4, 14, 4), (2, 4, 9, 9)])
+def test_work_with_a_scout_is_what_the_traced_program_multiplies(case, sizes):
+  params = qinco_cases.make_params(**qinco_cases.CASES[case])
+  knobs = dict(zip(codecs.RULE, sizes, strict=True))
+  x_ND = qinco_cases.vectors(NUM)
+  tables = qinco_scout.fit(
+    qinco.prepare(params), x_ND, beam_size=4, num_joint_candidates=14, rank=3
+  )
+  traced = jax.make_jaxpr(partial(qinco.encode, **knobs))(tables, x_ND)
+  work = bench_arithmetic.encode_work(tables, **knobs)
+  assert NUM * work.total == _multiply_adds(traced.jaxpr)
 
 
 def test_work_of_the_network_of_s():

@@ -1,5 +1,9 @@
 """The search of QINCo for codes: a beam of which few words see the network.
 
+Words that may extend a hypothesis pass three judges, each dearer and better
+than the one before: plain words for all of them (`_select`), where wanted a
+scout for the C best (`_judge`), and the network for the F best of those.
+
 `qinco.encode` says what the sizes mean.
 """
 
@@ -27,7 +31,7 @@ def last_candidates(num_joint_candidates: int) -> int:
 def last_finalists(num_finalists: int) -> int:
   """Returns how many finalists the last step has, which keeps one hypothesis.
 
-  An eighth, though at least 8, costs 0.01 % of MSE (docs/performance.md).
+  An eighth, though at least 8 (docs/performance.md).
   """
   return max(-(-num_finalists // 8), min(num_finalists, 8))
 

@@ -1,0 +1,196 @@
+"""When a scout is taken, and what the commands make of one."""
+
+import json
+import shlex
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import bench as bench_command
+from experiments import bench_subjects, codecs, common, encode, encoders
+from experiments import evaluate as evaluate_command
+from tests import qinco_cases
+from vqjax.codecs import qinco, qinco_scout, rq
+from vqjax.data import formats
+from vqjax.interop import safetensors_io
+
+KNOBS = dict(beam_size=6, num_joint_candidates=24)
+
+
+def _params(is_plain=False, **sizes):
+  """A codec of 16 words; a plain one adds those that pre-select them."""
+  params = qinco_cases.make_params(num_words=16, **sizes)
+  if not is_plain:
+    return params
+  return params.replace(
+    out_TED=0 * params.out_TED, preselect_TKD=params.codebooks_TKD
+  )
+
+
+def _codec(params, **info):
+  tables = jax.jit(qinco.prepare)(params)
+  return codecs.Codec("qinco", qinco, tables, info, "")
+
+
+@pytest.mark.parametrize(
+  ("num_blocks", "knobs", "sizes"),
+  [
+    (2, KNOBS, [(24, 8)]),
+    (3, KNOBS, [(24, 8)]),
+    (4, KNOBS, [(48, 6), (48, 7)]),
+    (4, dict(KNOBS, num_joint_candidates=90), [(96, 6), (96, 7)]),
+    (4, dict(KNOBS, num_joint_candidates=7), [(14, 6)]),
+    (2, dict(KNOBS, num_joint_candidates=8), []),  # Nothing would be dropped.
+    (1, KNOBS, []),
+    (4, dict(KNOBS, num_joint_candidates=0, num_candidates=4), []),
+  ],
+)
+def test_deep_networks_are_worth_a_longer_look(num_blocks, knobs, sizes):
+  codec = _codec(_params(num_blocks=num_blocks))
+  names = "num_joint_candidates", "num_finalists"
+  got = encoders.scout_rules(codec, knobs)
+  assert [tuple(rule[name] for name in names) for rule in got] == sizes
+  assert all(rule["beam_size"] == knobs["beam_size"] for rule in got)
+
+
+def test_other_codecs_have_no_scout():
+  x_ND = qinco_cases.vectors(50)
+  params = rq.fit(jax.random.key(0), x_ND, num_codes=2, codebook_size=8)
+  codec = codecs.Codec("rq", rq, rq.prepare(params), {}, "")
+  assert encoders.scout_rules(codec, KNOBS) == []
+
+
+def test_a_scout_is_taken_where_it_is_as_good():
+  codec, x_ND = _codec(_params(is_plain=True)), qinco_cases.vectors(128 * 32)
+  got, knobs = encoders.try_scout(codec, KNOBS, x_ND, num_vectors=32)
+  assert knobs == {**KNOBS, "num_finalists": 8}
+  want = qinco_scout.fit(codec.tables, x_ND[:32], **KNOBS).scout
+  np.testing.assert_array_equal(got.tables.scout.words_TKU, want.words_TKU)
+
+
+def test_a_scout_is_refused_where_it_is_worse():
+  codec, x_ND = _codec(_params()), qinco_cases.vectors(128 * 32)
+  got, knobs = encoders.try_scout(codec, KNOBS, x_ND, num_vectors=32)
+  assert got is codec
+  assert knobs == KNOBS
+
+
+def test_few_vectors_are_not_worth_a_trial():
+  codec, x_ND = _codec(_params(is_plain=True)), qinco_cases.vectors(4095)
+  got, knobs = encoders.try_scout(codec, KNOBS, x_ND, num_vectors=32)
+  assert got is codec
+  assert knobs == KNOBS
+
+
+def _write(folder, params, num):
+  """A codec and a file of vectors, as options of a command."""
+  safetensors_io.save_codec(
+    folder / "codec", "qinco", params, info={"encode": KNOBS}
+  )
+  x_ND = qinco_cases.vectors(num)
+  formats.write_vectors(folder / "x.fvecs", x_ND, dtype=np.float32)
+  paths = dict(codec=str(folder / "codec"), data=str(folder / "x.fvecs"))
+  return x_ND, paths
+
+
+def _encode(folder, paths, name="codes.npy", **asked):
+  config = common.get_config(
+    encode.OPTIONS, **paths, output=str(folder / name), **asked
+  )
+  encode.run(config)
+  return np.load(folder / name), json.loads(
+    (folder / f"{name}.json").read_text()
+  )
+
+
+@pytest.mark.parametrize(
+  ("asked", "finalists"),
+  [
+    ({}, 8),
+    (dict(num_finalists=0), 0),
+    (dict(num_joint_candidates=20), None),
+    (dict(num_joint_candidates=20, num_finalists=9), 9),
+  ],
+)
+def test_encode_tries_a_scout_where_that_was_left_open(
+  tmp_path, asked, finalists
+):
+  params = _params(is_plain=True)
+  x_ND, paths = _write(tmp_path, params, 128 * encoders.SAMPLE)
+  codes_NM, about = _encode(tmp_path, paths, **asked)
+  assert about["encode"].get("num_finalists") == finalists
+  if not finalists:
+    return
+  knobs = {**KNOBS, **asked, "num_finalists": finalists}
+  rule = {name: knobs[name] for name in KNOBS}
+  tables = qinco.prepare(params)
+  tables = qinco_scout.fit(tables, x_ND[: encoders.SAMPLE], **rule)
+  want_NM = qinco.encode(tables, x_ND[:200], **knobs)
+  assert (codes_NM[:200] == want_NM).mean() > 0.99  # Ties, to rounding.
+  # The command that is written down makes the same codes.
+  words = shlex.split(about["command"])
+  asked = dict(word[2:].split("=") for word in words if word[:2] == "--")
+  assert {"num_finalists", "num_joint_candidates", "beam_size"} <= set(asked)
+  sizes = {name: int(asked[name]) for name in (*KNOBS, "num_finalists")}
+  again_NM, _ = _encode(tmp_path, paths, "again.npy", **sizes)
+  np.testing.assert_array_equal(again_NM, codes_NM)
+
+
+def test_codes_decode_with_the_codec_that_has_no_scout(tmp_path):
+  """A scout is of the search alone: fingerprint and decoder stay."""
+  _, paths = _write(tmp_path, _params(), 300)
+  _, plain = _encode(tmp_path, paths)
+  codes_NM, about = _encode(tmp_path, paths, "s.npy", num_finalists=7)
+  assert about["codec_fingerprint"] == plain["codec_fingerprint"]
+  x_ND = qinco.decode(_params(), codes_NM)
+  assert np.isfinite(x_ND).all()
+
+
+def test_evaluate_measures_a_scout_that_is_asked_for(tmp_path):
+  _, paths = _write(tmp_path, _params(is_plain=True), 600)
+  config = common.get_config(evaluate_command.OPTIONS, **paths, num_finalists=8)
+  (row,) = evaluate_command.run(config)["rows"]
+  assert row["num_finalists"] == 8
+  config = common.get_config(evaluate_command.OPTIONS, **paths)
+  (plain,) = evaluate_command.run(config)["rows"]
+  assert row["mse"] == pytest.approx(plain["mse"], rel=1e-3)
+  assert "num_finalists" not in plain
+
+
+@pytest.mark.parametrize(
+  ("asked", "message"),
+  [
+    (dict(num_finalists=5), "num_finalists must lie between 6 and 24, got 5"),
+    (dict(num_finalists=25), "must lie between 6 and 24, got 25"),
+    (dict(num_candidates=3, num_finalists=8), "set num_joint_candidates too"),
+  ],
+)
+def test_encode_refuses(tmp_path, asked, message):
+  _, paths = _write(tmp_path, _params(), 100)
+  with pytest.raises(ValueError, match=message):
+    _encode(tmp_path, paths, **asked)
+  assert not (tmp_path / "codes.npy").exists()
+
+
+def test_a_scout_means_nothing_to_rq(tmp_path):
+  x_ND = qinco_cases.vectors(50)
+  params = rq.fit(jax.random.key(0), x_ND, num_codes=2, codebook_size=8)
+  codec = codecs.Codec("rq", rq, rq.prepare(params), {}, "")
+  with pytest.raises(ValueError, match="--num_finalists means nothing to a rq"):
+    codecs.search_knobs(codec, dict(num_finalists=8))
+
+
+def test_bench_measures_a_scout_beside_the_others():
+  subject = bench_subjects.Subject(
+    "x", _codec(_params(), encode=dict(KNOBS)), None, qinco_cases.vectors(9)
+  )
+  config = common.get_config(
+    bench_command.OPTIONS, num_joint_candidates=48, num_finalists=6
+  )
+  published, own, scouted = bench_subjects.searches(subject, config)
+  assert published["num_joint_candidates"] == 0
+  assert own == {**KNOBS, "dtype": "float32"}
+  assert scouted == own | dict(num_joint_candidates=48, num_finalists=6)
+  sizes = bench_subjects.sizes(subject.codec, scouted)
+  assert (sizes["B"], sizes["C"], sizes["F"]) == (6, 48, 6)

@@ -16,7 +16,7 @@ from vqjax.data import batches
 
 _LOSS = 0.002  # Of MSE, that a cheaper rule may cost.
 SAMPLE = 512  # Vectors that a rule is tried on, and a scout is fitted to.
-_DEEP = 4  # Residual blocks from which on a scout is worth a longer look.
+_DEEP = 4  # Residual blocks from which on a scout saves more than it costs.
 
 
 class Encoder(NamedTuple):
@@ -145,20 +145,18 @@ def scout_rules(codec: Codec, knobs: dict) -> list[dict]:
   """Returns searches with a scout that may take the place of `knobs`.
 
   The cheapest first; none where the search is not by the joint rule, or the
-  network so short that there is nothing to save.
+  network so short that there is little to save.
   """
   beam_size, joint = knobs.get("beam_size"), knobs.get("num_joint_candidates")
   num_words = codec.codebook_sizes[-1]
   if not joint or not hasattr(codec.tables, "scout"):
     return []
   num_blocks = 1 + codec.tables.up_TJEH.shape[1]
-  if num_blocks < 2 or num_words > qinco_scout.MAX_WORDS:
+  if num_blocks < _DEEP or num_words > qinco_scout.MAX_WORDS:
     return []
-  if num_blocks < _DEEP:
-    sizes = [(joint, 4 * beam_size // 3)]
-  else:  # An evaluation costs more than looking at many words.
-    wide = min(2 * joint, beam_size * num_words)
-    sizes = [(wide, beam_size), (wide, 7 * beam_size // 6)]
+  # An evaluation costs more than looking at many words.
+  wide = min(2 * joint, beam_size * num_words)
+  sizes = [(wide, beam_size), (wide, 7 * beam_size // 6)]
   names = "num_joint_candidates", "num_finalists"
   rules = [dict(zip(names, pair, strict=True)) for pair in sizes]
   return [knobs | rule for rule in rules if rule["num_finalists"] < joint]

@@ -36,17 +36,16 @@ def _codec(params, **info):
 @pytest.mark.parametrize(
   ("num_blocks", "knobs", "sizes"),
   [
-    (2, KNOBS, [(24, 8)]),
-    (3, KNOBS, [(24, 8)]),
     (4, KNOBS, [(48, 6), (48, 7)]),
+    (5, KNOBS, [(48, 6), (48, 7)]),
     (4, dict(KNOBS, num_joint_candidates=90), [(96, 6), (96, 7)]),
     (4, dict(KNOBS, num_joint_candidates=7), [(14, 6)]),
-    (2, dict(KNOBS, num_joint_candidates=8), []),  # Nothing would be dropped.
-    (1, KNOBS, []),
+    (4, dict(KNOBS, num_joint_candidates=6), []),  # Nothing would be dropped.
+    (3, KNOBS, []),
     (4, dict(KNOBS, num_joint_candidates=0, num_candidates=4), []),
   ],
 )
-def test_deep_networks_are_worth_a_longer_look(num_blocks, knobs, sizes):
+def test_deep_networks_are_worth_a_scout(num_blocks, knobs, sizes):
   codec = _codec(_params(num_blocks=num_blocks))
   names = "num_joint_candidates", "num_finalists"
   got = encoders.scout_rules(codec, knobs)
@@ -62,22 +61,27 @@ def test_other_codecs_have_no_scout():
 
 
 def test_a_scout_is_taken_where_it_is_as_good():
-  codec, x_ND = _codec(_params(is_plain=True)), qinco_cases.vectors(128 * 32)
+  codec = _codec(_params(is_plain=True, num_blocks=4))
+  x_ND = qinco_cases.vectors(128 * 32)
   got, knobs = encoders.try_scout(codec, KNOBS, x_ND, num_vectors=32)
-  assert knobs == {**KNOBS, "num_finalists": 8}
-  want = qinco_scout.fit(codec.tables, x_ND[:32], **KNOBS).scout
+  sizes = dict(beam_size=6, num_joint_candidates=48)
+  assert knobs == {**sizes, "num_finalists": 6}
+  want = qinco_scout.fit(codec.tables, x_ND[:32], **sizes).scout
   np.testing.assert_array_equal(got.tables.scout.words_TKU, want.words_TKU)
 
 
 def test_a_scout_is_refused_where_it_is_worse():
-  codec, x_ND = _codec(_params()), qinco_cases.vectors(128 * 32)
+  params = _params(num_blocks=4)
+  params = params.replace(preselect_TKD=params.codebooks_TKD)
+  codec, x_ND = _codec(params), qinco_cases.vectors(128 * 32)
   got, knobs = encoders.try_scout(codec, KNOBS, x_ND, num_vectors=32)
   assert got is codec
   assert knobs == KNOBS
 
 
 def test_few_vectors_are_not_worth_a_trial():
-  codec, x_ND = _codec(_params(is_plain=True)), qinco_cases.vectors(4095)
+  codec = _codec(_params(is_plain=True, num_blocks=4))
+  x_ND = qinco_cases.vectors(4095)
   got, knobs = encoders.try_scout(codec, KNOBS, x_ND, num_vectors=32)
   assert got is codec
   assert knobs == KNOBS
@@ -107,7 +111,7 @@ def _encode(folder, paths, name="codes.npy", **asked):
 @pytest.mark.parametrize(
   ("asked", "finalists"),
   [
-    ({}, 8),
+    ({}, 6),
     (dict(num_finalists=0), 0),
     (dict(num_joint_candidates=20), None),
     (dict(num_joint_candidates=20, num_finalists=9), 9),
@@ -116,13 +120,14 @@ def _encode(folder, paths, name="codes.npy", **asked):
 def test_encode_tries_a_scout_where_that_was_left_open(
   tmp_path, asked, finalists
 ):
-  params = _params(is_plain=True)
+  params = _params(is_plain=True, num_blocks=4)
   x_ND, paths = _write(tmp_path, params, 128 * encoders.SAMPLE)
   codes_NM, about = _encode(tmp_path, paths, **asked)
   assert about["encode"].get("num_finalists") == finalists
   if not finalists:
     return
-  knobs = {**KNOBS, **asked, "num_finalists": finalists}
+  chosen = asked or {"num_joint_candidates": 48}
+  knobs = {**KNOBS, **chosen, "num_finalists": finalists}
   rule = {name: knobs[name] for name in KNOBS}
   tables = qinco.prepare(params)
   tables = qinco_scout.fit(tables, x_ND[: encoders.SAMPLE], **rule)

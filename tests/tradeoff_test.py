@@ -98,9 +98,8 @@ def test_tradeoff_measures_both_rules(tmp_path):
   assert [(r["rule"], r["B"], r["A"], r["C"]) for r in rows if r["B"] == 4] == [
     ("joint", 4, None, 8),
     ("published", 4, 2, None),
-    ("scout", 4, None, 10),
   ]
-  assert [row["evaluations"] for row in rows if row["B"] == 4] == [8, 8, 5]
+  assert [row["evaluations"] for row in rows if row["B"] == 4] == [8, 8]
   codes_NM = qinco.encode(
     codec.tables, _vectors(), num_candidates=2, beam_size=4
   )
@@ -165,3 +164,18 @@ def test_tradeoff_refuses_before_any_work(tmp_path, values, message):
   with pytest.raises(ValueError, match=message):
     tradeoff.run(config)
   assert not (tmp_path / "x.png").exists()
+
+
+def test_tradeoff_measures_the_scout_of_a_deep_network(tmp_path):
+  params = qinco_cases.make_params(num_words=16, dim=6, num_blocks=4)
+  safetensors_io.save_codec(tmp_path / "codec", "qinco", params, info={})
+  formats.write_vectors(tmp_path / "x.fvecs", _vectors(), dtype=np.float32)
+  config = _config(
+    codec=str(tmp_path / "codec"), data=str(tmp_path / "x.fvecs"),
+    num_vectors=200, num_candidates="2", beam_sizes="6", joint_factors="2",
+    output=str(tmp_path / "tradeoff.png"),
+  )  # fmt: skip
+  scout, *others = tradeoff.run(config)["rows"][::-1]
+  assert {row["rule"] for row in others} == {"published", "joint"}
+  sizes = [scout[name] for name in ("rule", "B", "C", "F", "evaluations")]
+  assert sizes == ["scout", 6, 32, 6, 6]

@@ -156,8 +156,6 @@ def _normal_equations(weights, beam, found, dtype):
   slots_NC = jnp.broadcast_to(jnp.arange(c), (n, c))
   words_NCD = found.words_fn(slots_NC)
   told_NCD = words_NCD - weights["preselect_TKD"][found.ids_NC]
-  is_there_NC1 = jnp.isfinite(found.error_NC)[..., None]
-  known_NCG = jnp.where(is_there_NC1, known_NCG, 0)
   product = partial(jnp.einsum, "nca,ncb->ab", precision="highest")
   return product(known_NCG, known_NCG), product(known_NCG, told_NCD)
 

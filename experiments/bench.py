@@ -163,13 +163,12 @@ def _about(subject, task: str, dtype: str, sizes: dict) -> dict:
 
 
 def _encode(config, subject, dtype, peak):
-  codec = subject.codec
   for knobs in bench_subjects.searches(subject, config, dtype):
-    sizes = bench_subjects.sizes(codec, knobs)
+    sizes = bench_subjects.sizes(subject.codec, knobs)
     about = _about(subject, "encode", dtype, sizes)
-    # Fitted to other vectors than those whose error is measured.
+    # Fitted to others, where there are any, than those whose error is told.
     others_ND = bench_subjects.rows(subject, 3 * _MSE_ROWS)[_MSE_ROWS:]
-    codec = encoders.with_scout(codec, knobs, others_ND)
+    codec = encoders.with_scout(subject.codec, knobs, others_ND)
     work, rule = None, bench_subjects.rule(knobs)
     if codec.name == "qinco":
       work = encode_work(codec.tables, **rule)

@@ -47,7 +47,7 @@ def cells(results: list[dict]) -> tuple[list[str], list[list[str]]]:
   """Returns header and cells of the table."""
   lines = []
   for row in results:
-    search = [f"{letter}={row[letter]}" for letter in "ABC" if row.get(letter)]
+    search = [f"{letter}={row[letter]}" for letter in "ABCF" if row.get(letter)]
     what = [row["name"], row["task"], *search, row["dtype"], row["program"]]
     figures = [
       "" if row.get(name) is None else format(row[name], spec)

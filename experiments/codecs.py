@@ -79,15 +79,12 @@ def ranking_dtype(name: str) -> str:
 def search_knobs(codec: Codec, config) -> dict:
   """Returns the codec's encode options with those the user changed.
 
-  Asking for candidates per hypothesis alone switches the joint rule off, and
-  asking for joint ones the scout that would choose among the codec's own.
+  Asking for candidates per hypothesis alone switches the joint rule off.
   """
   knobs = dict(codec.info.get("encode", {}))
   asked = {name: config[name] for name in RULE if config.get(name) is not None}
   if "num_candidates" in asked and "num_joint_candidates" not in asked:
     knobs.pop("num_joint_candidates", None)
-  if "num_candidates" in asked or "num_joint_candidates" in asked:
-    knobs.pop("num_finalists", None)
   knobs.update(asked)
   unknown = [name for name in asked if not has_knob(codec, name)]
   if unknown:

@@ -13,7 +13,9 @@ written beside them, in codes.npy.json. Memory does not grow with the file.
 A released codec is encoded by the joint rule (C pairs over all hypotheses),
 where a trial on the first vectors shows it to be as good as the published one
 (A words of each) and there are 4,096 vectors or more; --num_candidates=A asks
-for the published rule.
+for the published rule. Deep networks (QINCo2-M, L) get a scout in the same way
+where there are 65,536 vectors or more: it chooses those candidates that are
+worth the whole network (--num_finalists; docs/performance.md).
 
 Where codes are to be searched by the additive decoder alone (stock faiss) or by
 that and little else, --decoders and --additive_weight=0.1 let it have a say: of
@@ -199,6 +201,8 @@ def _settings(codec, knobs: dict, assign: str) -> dict:
   for name in ("num_steps", "block_size", "additive_weight", "num_finalists"):
     defaults.pop(name, None)
   graph = {"assign": "hnsw"} if codecs.takes_graph(codec, assign) else {}
+  if not knobs.get("num_finalists"):
+    knobs = {k: v for k, v in knobs.items() if k != "num_finalists"}
   return defaults | knobs | graph
 
 

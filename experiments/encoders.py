@@ -48,8 +48,8 @@ def make_encoder(codec: Codec, config, x_ND) -> Encoder:
   num_steps = config.get("num_steps")
   knobs = codecs.search_knobs(codec, config)
   sizes = _code_sizes(codec, knobs, num_steps)
-  codec = with_scout(codec, knobs, x_ND)
   assign = codecs.make_graph_fn(codec, config.get("assign", "auto"))
+  codec = with_scout(codec, knobs, x_ND, num_vectors=SAMPLE)
   is_given = {name: config.get(name) is not None for name in RULE}
   if not is_given["num_candidates"] and not is_given["num_joint_candidates"]:
     may_widen = not is_given["beam_size"]
@@ -57,7 +57,14 @@ def make_encoder(codec: Codec, config, x_ND) -> Encoder:
       codec, knobs, x_ND, assign=assign, may_widen=may_widen
     )
     if not is_given["num_finalists"]:
-      codec, knobs = try_scout(codec, knobs, x_ND, assign=assign)
+      codec, knobs = try_scout(
+        codec,
+        knobs,
+        x_ND,
+        num_steps=num_steps,
+        assign=assign,
+        num_vectors=SAMPLE,
+      )
   encode_fn, num_rows = codecs.make_encode_fn(
     codec, knobs, num_steps, assign=assign
   )
@@ -112,19 +119,30 @@ def try_joint_rule(
 
 
 def try_scout(
-  codec: Codec, knobs: dict, x_ND, *, assign="auto", num_vectors: int = SAMPLE
+  codec: Codec,
+  knobs: dict,
+  x_ND,
+  *,
+  num_steps: int | None = None,
+  assign="auto",
+  num_vectors: int = SAMPLE,
 ) -> tuple[Codec, dict]:
   """Returns codec and `knobs`, with a scout where it costs no quality.
 
-  It is fitted to the first `num_vectors` and taken where the next ones have an
-  error at most 0.2 % higher with it. There must be many more vectors, as for
-  `try_joint_rule`.
+  It is fitted to `num_vectors` and taken where as many others, spread over the
+  file as they are, have an error at most 0.2 % higher with it. There must be
+  many more vectors, as for `try_joint_rule`.
   """
   rules = scout_rules(codec, knobs)
   if not rules or len(x_ND) < 128 * num_vectors:
     return codec, knobs
-  next_ND = batches.read_rows(x_ND, range(num_vectors, 2 * num_vectors))
-  mse = functools.partial(_mse, x_ND=next_ND, assign=assign)
+  if num_steps is not None and num_steps + codec.is_ivf < 2:
+    return codec, knobs  # No network is left.
+  _, others = sample_rows(len(x_ND), num_vectors)
+  others_ND = batches.read_rows(x_ND, others)
+  mse = functools.partial(
+    _mse, x_ND=others_ND, num_steps=num_steps, assign=assign
+  )
   scouted = with_scout(codec, rules[0], x_ND, num_vectors=num_vectors)
   plain = mse(codec, knobs)
   for rule in rules:
@@ -167,18 +185,16 @@ def with_scout(
 ) -> Codec:
   """Returns the codec with the scout that `knobs` ask for, if they do.
 
-  It is fitted to the first `num_vectors` of `[N, D]` vectors, or to all.
+  It is fitted to those of the `[N, D]` vectors that `sample_rows` names.
   """
-  if not knobs.get("num_finalists"):
+  rule = check_scout(codec, knobs)
+  if not rule:
     return codec
-  known = inspect.signature(codec.module.encode).parameters
-  rule = {name: knobs.get(name, known[name].default) for name in RULE}
-  codec.module.check_search(codec.tables, **rule)
-  first_ND = batches.read_rows(x_ND, range(min(num_vectors, len(x_ND))))
-  with common.progress(len(first_ND), "fit the scout") as done:
+  rows, _ = sample_rows(len(x_ND), num_vectors)
+  with common.progress(len(rows), "fit the scout") as done:
     tables = qinco_scout.fit(
       codec.tables,
-      first_ND,
+      batches.read_rows(x_ND, rows),
       beam_size=rule["beam_size"],
       num_joint_candidates=rule["num_joint_candidates"],
       dtype=knobs.get("dtype", "float32"),
@@ -187,10 +203,32 @@ def with_scout(
   return codec._replace(tables=tables)
 
 
-def _mse(codec: Codec, knobs: dict, *, x_ND, assign) -> float:
+def check_scout(codec: Codec, knobs: dict) -> dict:
+  """Returns the sizes of a search with a scout, nothing where there is none.
+
+  Raises ValueError where they do not fit the codec.
+  """
+  if not knobs.get("num_finalists"):
+    return {}
+  known = inspect.signature(codec.module.encode).parameters
+  rule = {name: knobs.get(name, known[name].default) for name in RULE}
+  codec.module.check_search(codec.tables, **rule)
+  return rule
+
+
+def sample_rows(num_rows: int, num_vectors: int) -> tuple:
+  """Rows to fit a scout to, and others to try it on, spread over a file."""
+  count = min(2 * num_vectors, num_rows)
+  rows = np.linspace(0, num_rows - 1, count).astype(np.int64)
+  return rows[::2], rows[1::2]
+
+
+def _mse(codec: Codec, knobs: dict, *, x_ND, assign, num_steps=None) -> float:
   """Mean squared error of vectors `[N, D]`, each encoded and decoded."""
   knobs = {k: v for k, v in knobs.items() if k != "additive_weight"}
-  encode_fn, num_rows = codecs.make_encode_fn(codec, knobs, assign=assign)
+  encode_fn, num_rows = codecs.make_encode_fn(
+    codec, knobs, num_steps, assign=assign
+  )
   decode_fn = codecs.make_decode_fn(codec, knobs.get("dtype", "float32"))
   errors_fn = lambda x_ND: np.sum(
     (x_ND - np.asarray(decode_fn(np.asarray(encode_fn(x_ND))))) ** 2, axis=1

@@ -98,6 +98,7 @@ def run(config, workdir=None) -> dict:
   )
   xt_ND = _open_train(codec, config) if names else None
   knobs = codecs.search_knobs(codec, config)
+  encoders.check_scout(codec, knobs)
   xb_ND = _open_base(codec, config, dataset)
   xq_QD, true_QG = _open_queries(config, dataset, xb_ND)
   search = Search(xb_ND, xq_QD, true_QG, dataset.metric)

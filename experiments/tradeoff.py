@@ -71,14 +71,15 @@ def run(config, workdir=None) -> dict:
   some_ND = batches.read_rows(some_ND, range(len(some_ND)))
   # Scouts are fitted to others, where there are any.
   x_ND, others_ND = np.split(some_ND, [config.num_vectors])
-  others_ND = others_ND if len(others_ND) else x_ND
+  others_ND = others_ND if len(others_ND) == encoders.SAMPLE else x_ND
   rows = []
   sizes = _sizes(config, codec)
+  for knobs in sizes:
+    knobs["dtype"] = codecs.product_dtype(config.dtype)
+  scouted = [encoders.with_scout(codec, k, others_ND) for k in sizes]
   with common.progress(len(sizes), "encode", unit="size") as done:
-    for knobs in sizes:
-      knobs["dtype"] = codecs.product_dtype(config.dtype)
-      scouted = encoders.with_scout(codec, knobs, others_ND)
-      rows.append(_measure(scouted, x_ND, knobs, config, dataset.scale))
+    for codec, knobs in zip(scouted, sizes, strict=True):
+      rows.append(_measure(codec, x_ND, knobs, config, dataset.scale))
       done(len(rows), len(sizes))
   rows.sort(key=lambda row: (row["rule"], row["encode_us"]))
   logging.info("%s", _table(rows))

@@ -15,6 +15,7 @@ from jax import extend
 from experiments import (
   bench,
   bench_arithmetic,
+  bench_report,
   bench_subjects,
   bench_timing,
   codecs,
@@ -205,6 +206,14 @@ def test_searches_are_the_published_rule_and_the_own_one():
   del own["num_joint_candidates"]
   (got,) = bench_subjects.searches(_subject(**own), _config())
   assert got == {**own, "dtype": "float32"}
+
+
+def test_the_table_tells_searches_apart():
+  row = dict(name="s", task="encode", dtype="float32", program="vqjax")
+  rows = [row | dict(B=4, C=9), row | dict(B=4, C=9, F=5)]
+  _, cells = bench_report.cells(rows)
+  assert cells[0][0] == "s encode B=4 C=9 float32 vqjax"
+  assert cells[1][0] == "s encode B=4 C=9 F=5 float32 vqjax"
 
 
 def test_a_search_that_does_not_fit_is_refused():

@@ -19,12 +19,12 @@ KNOBS = dict(beam_size=6, num_joint_candidates=24)
 
 
 def _params(is_plain=False, **sizes):
-  """A codec of 16 words; a plain one adds those that pre-select them."""
-  params = qinco_cases.make_params(num_words=16, **sizes)
+  """A codec of 16 words; of a plain one a scout can know all."""
   if not is_plain:
-    return params
+    return qinco_cases.make_params(num_words=16, **sizes)
+  params = qinco_cases.make_params(num_words=16, hidden_dim=48, **sizes)
   return params.replace(
-    out_TED=0 * params.out_TED, preselect_TKD=params.codebooks_TKD
+    out_TED=0 * params.out_TED, preselect_TKD=0.9 * params.codebooks_TKD
   )
 
 
@@ -66,17 +66,32 @@ def test_a_scout_is_taken_where_it_is_as_good():
   got, knobs = encoders.try_scout(codec, KNOBS, x_ND, num_vectors=32)
   sizes = dict(beam_size=6, num_joint_candidates=48)
   assert knobs == {**sizes, "num_finalists": 6}
-  want = qinco_scout.fit(codec.tables, x_ND[:32], **sizes).scout
+  rows, others = encoders.sample_rows(len(x_ND), 32)
+  assert rows[0] == 0
+  assert others[-1] == len(x_ND) - 1  # All of the file has a say.
+  assert len(rows) == len(others) == 32
+  assert (0 < others - rows).all()
+  assert (others - rows < 128).all()
+  want = qinco_scout.fit(codec.tables, x_ND[rows], **sizes).scout
   np.testing.assert_array_equal(got.tables.scout.words_TKU, want.words_TKU)
 
 
 def test_a_scout_is_refused_where_it_is_worse():
-  params = _params(num_blocks=4)
-  params = params.replace(preselect_TKD=params.codebooks_TKD)
-  codec, x_ND = _codec(params), qinco_cases.vectors(128 * 32)
-  got, knobs = encoders.try_scout(codec, KNOBS, x_ND, num_vectors=32)
+  codec, x_ND = _codec(_params(num_blocks=4)), qinco_cases.vectors(128 * 32)
+  exhaustive = dict(KNOBS, num_joint_candidates=96)
+  got, knobs = encoders.try_scout(codec, exhaustive, x_ND, num_vectors=32)
   assert got is codec
-  assert knobs == KNOBS
+  assert knobs == exhaustive
+
+
+@pytest.mark.parametrize(("num_steps", "is_taken"), [(1, False), (2, True)])
+def test_no_scout_where_no_network_is_left(num_steps, is_taken):
+  codec = _codec(_params(is_plain=True, num_blocks=4))
+  x_ND = qinco_cases.vectors(128 * 32)
+  _, knobs = encoders.try_scout(
+    codec, KNOBS, x_ND, num_steps=num_steps, num_vectors=32
+  )
+  assert ("num_finalists" in knobs) == is_taken
 
 
 def test_few_vectors_are_not_worth_a_trial():
@@ -112,16 +127,17 @@ def _encode(folder, paths, name="codes.npy", **asked):
   ("asked", "finalists"),
   [
     ({}, 6),
-    (dict(num_finalists=0), 0),
+    (dict(num_finalists=0), None),
     (dict(num_joint_candidates=20), None),
     (dict(num_joint_candidates=20, num_finalists=9), 9),
   ],
 )
 def test_encode_tries_a_scout_where_that_was_left_open(
-  tmp_path, asked, finalists
+  tmp_path, asked, finalists, monkeypatch
 ):
+  monkeypatch.setattr(encoders, "SAMPLE", 32)
   params = _params(is_plain=True, num_blocks=4)
-  x_ND, paths = _write(tmp_path, params, 128 * encoders.SAMPLE)
+  x_ND, paths = _write(tmp_path, params, 128 * 32)
   codes_NM, about = _encode(tmp_path, paths, **asked)
   assert about["encode"].get("num_finalists") == finalists
   if not finalists:
@@ -130,7 +146,8 @@ def test_encode_tries_a_scout_where_that_was_left_open(
   knobs = {**KNOBS, **chosen, "num_finalists": finalists}
   rule = {name: knobs[name] for name in KNOBS}
   tables = qinco.prepare(params)
-  tables = qinco_scout.fit(tables, x_ND[: encoders.SAMPLE], **rule)
+  rows, _ = encoders.sample_rows(len(x_ND), 32)
+  tables = qinco_scout.fit(tables, x_ND[rows], **rule)
   want_NM = qinco.encode(tables, x_ND[:200], **knobs)
   assert (codes_NM[:200] == want_NM).mean() > 0.99  # Ties, to rounding.
   # The command that is written down makes the same codes.
@@ -142,14 +159,40 @@ def test_encode_tries_a_scout_where_that_was_left_open(
   np.testing.assert_array_equal(again_NM, codes_NM)
 
 
-def test_codes_decode_with_the_codec_that_has_no_scout(tmp_path):
-  """A scout is of the search alone: fingerprint and decoder stay."""
-  _, paths = _write(tmp_path, _params(), 300)
-  _, plain = _encode(tmp_path, paths)
-  codes_NM, about = _encode(tmp_path, paths, "s.npy", num_finalists=7)
-  assert about["codec_fingerprint"] == plain["codec_fingerprint"]
-  x_ND = qinco.decode(_params(), codes_NM)
-  assert np.isfinite(x_ND).all()
+def test_codes_of_a_scout_are_codes_of_the_codec(tmp_path):
+  params = _params(is_plain=True)
+  x_ND, paths = _write(tmp_path, params, 300)
+  mse = lambda codes_NM: float(
+    np.mean((x_ND - np.asarray(qinco.decode(params, codes_NM))) ** 2)
+  )
+  plain_NM, _ = _encode(tmp_path, paths)
+  codes_NM, _ = _encode(tmp_path, paths, "s.npy", num_finalists=7)
+  assert mse(codes_NM) == pytest.approx(mse(plain_NM), rel=0.01)
+
+
+def test_lists_found_by_a_graph_and_fewer_steps():
+  params = _params(is_plain=True, num_lists=20)
+  codec = _codec(params, encode=dict(KNOBS))
+  x_ND = qinco_cases.vectors(300)
+  asked = dict(num_finalists=8, num_steps=2, assign="hnsw")
+  encoder = encoders.make_encoder(codec, asked, x_ND)
+  codes_NM = next(encoder.blocks(range(50)))
+  assert encoder.codebook_sizes == (20, 16, 16)
+  want_NM = qinco.encode(params, x_ND[:50], **KNOBS, num_steps=2)
+  assert (codes_NM == want_NM).mean() > 0.9  # A graph may miss the nearest.
+
+
+@pytest.mark.parametrize("asked", [{}, dict(num_finalists=0)])
+def test_folders_begun_without_a_scout_are_gone_on_with(tmp_path, asked):
+  _, paths = _write(tmp_path, _params(), 100)
+  folder = dict(output=str(tmp_path / "codes"))
+  run = lambda **more: encode.run(
+    common.get_config(encode.OPTIONS, **paths, **folder, **more)
+  )
+  run(shard="0/2")
+  run(shard="1/2", **asked)
+  with pytest.raises(ValueError, match="their encode.num_finalists is None"):
+    run(shards=2, num_finalists=7)
 
 
 def test_evaluate_measures_a_scout_that_is_asked_for(tmp_path):

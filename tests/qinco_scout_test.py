@@ -179,15 +179,18 @@ def test_encode_refuses(knobs, message):
   ("params", "sizes", "message"),
   [
     (dict(is_qinco1=True), {}, "no pre-selection codebooks"),
-    (dict(num_words=5000), {}, "codebook_size must lie between 2 and 4096"),
+    (dict(num_words=1500), {}, "codebook_size must lie between 2 and 1024"),
     ({}, dict(rank=7), "rank must lie between 1 and 6, got 7"),
     ({}, dict(num_joint_candidates=3), "must lie between 4 and 48"),
-    (dict(num_lists=0), dict(dim=5), r"x must have shape \(None, 6\)"),
+    ({}, dict(block_size=0), "block_size must lie between 1"),
+    ({}, dict(num=0), "number of vectors must lie between 1"),
+    (dict(num_networks=0), {}, "networks must lie between 1"),
+    ({}, dict(dim=5), r"x must have shape \(None, 6\)"),
   ],
 )
 def test_fit_refuses(params, sizes, message):
   params = make_params(**({"num_words": 12} | params))
   sizes = dict(SIZES) | sizes
-  x_ND = vectors(dim=sizes.pop("dim", 6))
+  x_ND = vectors(sizes.pop("num", 20), dim=sizes.pop("dim", 6))
   with pytest.raises(ValueError, match=message):
     qinco_scout.fit(qinco.prepare(params), jnp.asarray(x_ND), **sizes)

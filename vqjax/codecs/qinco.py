@@ -350,14 +350,11 @@ def encode_block(
   per_hypothesis = num_candidates or num_words
   num_candidates = num_joint_candidates or beam_size * per_hypothesis
   h, d = tables.base_up_TKH.shape[2], dim(tables)
-  judged = 0
+  per_network = 2 * e + 2 * h + d
+  at_once = (num_finalists or num_candidates) * per_network
   if num_finalists:
-    judged = num_candidates * (h + d)
-    num_candidates = num_finalists
-  floats = 2 * beam_size * (num_words + d) + num_candidates * (
-    2 * e + 2 * h + d
-  )
-  floats = max(floats, 2 * beam_size * (num_words + d) + judged)
+    at_once = max(at_once, num_candidates * (h + d))
+  floats = 2 * beam_size * (num_words + d) + at_once
   return max(budget_bytes // (4 * floats) // 8, 1) * 8
 
 

@@ -15,7 +15,8 @@ regression). The error that a word would leave is then
   |r - s_k - P a|^2  =  |r - s_k|^2 + a . (a - 2 P' (r - s_k)),   P'P = 1
 
 where r is what is left of the vector and a what stands in brackets: the first
-term has put the words in order before, the second is `qinco_search._judge`.
+term has put the words in order before, the second is `qinco_search._judge`. `G`
+counts what is known of a word and a hypothesis: relu(h), xhat, and which word.
 
 The deeper the network, the more it saves (docs/performance.md). Codes are
 decoded as ever: a scout is of the encoder alone, and of no file.
@@ -33,7 +34,7 @@ from vqjax.codecs import qinco, qinco_network, qinco_search
 from vqjax.codecs.distances import nearest
 from vqjax.core import check_range, check_shape
 
-MAX_WORDS = 4096  # The normal equations have a row for each.
+MAX_WORDS = 1024  # The normal equations have a row for each.
 _RIDGE = 0.1  # In normalised units squared, against thousands of words.
 
 
@@ -69,6 +70,9 @@ def fit(
   """
   check_shape("x", x_ND, (None, qinco.dim(tables)))
   num_words = tables.base_TKE.shape[1]
+  check_range("number of vectors", len(x_ND), 1, 1 << 40)
+  check_range("networks", tables.base_TKE.shape[0], 1, 1 << 20)
+  check_range("block_size", block_size, 1, 1 << 20)
   check_range("codebook_size", num_words, 2, MAX_WORDS, "of a scout")
   check_range("num_joint_candidates", num_joint_candidates, 1, 1 << 20)
   if rank is None:
@@ -95,8 +99,11 @@ def fit(
       None if lists_N is None else lists_N[part],
     )
     sums = [np.asarray(x, np.float64) for x in sums]
-    pairs = zip(totals or (0, 0), sums, strict=True)
-    totals = [old + new for old, new in pairs]
+    if totals is None:
+      totals = sums
+    else:
+      for total, new in zip(totals, sums, strict=True):
+        total += new
     if progress:
       progress(min(start + block_size, len(x_ND)), len(x_ND))
   fitted = [_solve(*step, rank) for step in zip(*totals, strict=True)]

@@ -2,7 +2,7 @@
 
 Words that may extend a hypothesis pass three judges, each dearer and better
 than the one before: plain words for all of them (`_select`), where wanted a
-scout for the C best (`_judge`), and the network for the F best of those.
+scout for the C best (`_judge`), and the network for those that are left.
 
 `qinco.encode` says what the sizes mean.
 """

@@ -216,11 +216,17 @@ def check_scout(codec: Codec, knobs: dict) -> dict:
   return rule
 
 
-def sample_rows(num_rows: int, num_vectors: int) -> tuple:
-  """Rows to fit a scout to, and others to try it on, spread over a file."""
-  count = min(2 * num_vectors, num_rows)
+def sample_rows(
+  num_rows: int, num_vectors: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Rows to fit a scout to, and others to try it on, spread over a file.
+
+  Where there are too few for both, all that are needed are fitted to.
+  """
+  is_enough = num_rows >= 2 * num_vectors
+  count = min((1 + is_enough) * num_vectors, num_rows)
   rows = np.linspace(0, num_rows - 1, count).astype(np.int64)
-  return rows[::2], rows[1::2]
+  return (rows[::2], rows[1::2]) if is_enough else (rows, rows[:0])
 
 
 def _mse(codec: Codec, knobs: dict, *, x_ND, assign, num_steps=None) -> float:

@@ -70,7 +70,7 @@ def test_a_scout_is_taken_where_it_is_as_good():
   assert rows[0] == 0
   assert others[-1] == len(x_ND) - 1  # All of the file has a say.
   assert len(rows) == len(others) == 32
-  assert (0 < others - rows).all()
+  assert (others - rows > 0).all()
   assert (others - rows < 128).all()
   want = qinco_scout.fit(codec.tables, x_ND[rows], **sizes).scout
   np.testing.assert_array_equal(got.tables.scout.words_TKU, want.words_TKU)
@@ -82,6 +82,14 @@ def test_a_scout_is_refused_where_it_is_worse():
   got, knobs = encoders.try_scout(codec, exhaustive, x_ND, num_vectors=32)
   assert got is codec
   assert knobs == exhaustive
+
+
+@pytest.mark.parametrize("num_rows", [1, 40, 63, 64])
+def test_small_files_are_fitted_to_as_a_whole(num_rows):
+  rows, others = encoders.sample_rows(num_rows, 32)
+  assert len(rows) == len(set(rows)) == min(num_rows, 32)
+  assert rows.max() < num_rows
+  assert len(others) == (32 if num_rows == 64 else 0)
 
 
 @pytest.mark.parametrize(("num_steps", "is_taken"), [(1, False), (2, True)])

@@ -1,5 +1,6 @@
 """When a scout is taken, and what the commands make of one."""
 
+import functools
 import json
 import shlex
 
@@ -156,7 +157,8 @@ def test_encode_tries_a_scout_where_that_was_left_open(
   tables = qinco.prepare(params)
   rows, _ = encoders.sample_rows(len(x_ND), 32)
   tables = qinco_scout.fit(tables, x_ND[rows], **rule)
-  want_NM = qinco.encode(tables, x_ND[:200], **knobs)
+  encode_fn = functools.partial(qinco.encode, **knobs)
+  want_NM = jax.jit(encode_fn)(tables, x_ND[:200])
   assert (codes_NM[:200] == want_NM).mean() > 0.99  # Ties, to rounding.
   # The command that is written down makes the same codes.
   words = shlex.split(about["command"])
@@ -186,7 +188,8 @@ def test_lists_found_by_a_graph_and_fewer_steps():
   encoder = encoders.make_encoder(codec, asked, x_ND)
   codes_NM = next(encoder.blocks(range(50)))
   assert encoder.codebook_sizes == (20, 16, 16)
-  want_NM = qinco.encode(params, x_ND[:50], **KNOBS, num_steps=2)
+  encode_fn = functools.partial(qinco.encode, **KNOBS, num_steps=2)
+  want_NM = jax.jit(encode_fn)(params, x_ND[:50])
   assert (codes_NM == want_NM).mean() > 0.9  # A graph may miss the nearest.
 
 

@@ -36,9 +36,18 @@ def _mse(tables, x_ND, **knobs):
 @pytest.mark.parametrize(
   ("case", "finalists", "weight"),
   [
-    *[(case, 9, 0) for case in SCOUTED],
-    *[(case, num, 0) for case in ("qinco2", "ivf") for num in (4, 14)],
-    *[(case, 9, 0.7) for case in ("qinco2", "ivf")],
+    ("qinco2", 9, 0),
+    ("low_rank", 9, 0),
+    ("ivf", 4, 0),
+    ("ivf", 9, 0.7),
+    *[
+      pytest.param(*sizes, marks=pytest.mark.slow)
+      for sizes in (
+        *[(case, 9, 0) for case in ("same_dim", "three_blocks", "ivf")],
+        *[("qinco2", num, 0) for num in (4, 14)],
+        *[("ivf", 14, 0), ("qinco2", 9, 0.7)],
+      )
+    ],
   ],
 )
 def test_encode_matches_the_plain_search(case, finalists, weight):

@@ -1,5 +1,6 @@
 """Which encoding rule is taken, and what each costs."""
 
+import functools
 import json
 
 import jax
@@ -73,7 +74,8 @@ def test_trials_share_one_graph_of_the_centroids(
   encoder = encoders.make_encoder(codec, {"assign": assign}, x_ND)
   assert len(made) == num_graphs
   codes_NM = next(encoder.blocks(range(50)))
-  want_NM = qinco.encode(params, x_ND[:50], **encoder.knobs)
+  encode_fn = functools.partial(qinco.encode, **encoder.knobs)
+  want_NM = jax.jit(encode_fn)(params, x_ND[:50])
   assert (codes_NM == want_NM).mean() > 0.9  # A graph may miss the nearest.
 
 
@@ -100,9 +102,8 @@ def test_tradeoff_measures_both_rules(tmp_path):
     ("published", 4, 2, None),
   ]
   assert [row["evaluations"] for row in rows if row["B"] == 4] == [8, 8]
-  codes_NM = qinco.encode(
-    codec.tables, _vectors(), num_candidates=2, beam_size=4
-  )
+  encode_fn = functools.partial(qinco.encode, num_candidates=2, beam_size=4)
+  codes_NM = jax.jit(encode_fn)(codec.tables, _vectors())
   error_ND = _vectors() - np.asarray(qinco.decode(codec.tables, codes_NM))
   (row,) = (r for r in rows if r["rule"] == "published" and r["B"] == 4)
   assert row["mse"] == pytest.approx((error_ND**2).sum(1).mean(), rel=1e-5)
@@ -166,6 +167,7 @@ def test_tradeoff_refuses_before_any_work(tmp_path, values, message):
   assert not (tmp_path / "x.png").exists()
 
 
+@pytest.mark.slow
 def test_tradeoff_measures_the_scout_of_a_deep_network(tmp_path):
   params = qinco_cases.make_params(num_words=16, dim=6, num_blocks=4)
   safetensors_io.save_codec(tmp_path / "codec", "qinco", params, info={})

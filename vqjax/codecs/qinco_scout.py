@@ -69,45 +69,39 @@ def fit(
       has no pre-selection or too many words.
   """
   check_shape("x", x_ND, (None, qinco.dim(tables)))
-  num_words = tables.base_TKE.shape[1]
   check_range("number of vectors", len(x_ND), 1, 1 << 40)
-  check_range("networks", tables.base_TKE.shape[0], 1, 1 << 20)
   check_range("block_size", block_size, 1, 1 << 20)
-  check_range("codebook_size", num_words, 2, MAX_WORDS, "of a scout")
-  check_range("num_joint_candidates", num_joint_candidates, 1, 1 << 20)
   if rank is None:
     rank = min(-(-tables.base_up_TKH.shape[2] // 8), qinco.dim(tables))
   check_range("rank", rank, 1, qinco.dim(tables))
   qinco.check_lists(tables, x_ND, lists_N)
-  qinco.check_search(tables, 1, beam_size, num_joint_candidates)
+  _check_search(tables, beam_size, num_joint_candidates)
   if lists_N is None and tables.is_ivf:
     lists_N = nearest(qinco.normalise(tables, x_ND), tables.first_KD)
-  sums_fn = jax.jit(
-    partial(
-      _sums,
-      beam_size=beam_size,
-      num_joint=num_joint_candidates,
-      dtype=dtype,
-    )
+  sums_fn = partial(
+    _sums, beam_size=beam_size, num_joint=num_joint_candidates, dtype=dtype
   )
-  totals = None
+  sums_fn, totals = jax.jit(sums_fn), None
   for start in range(0, len(x_ND), block_size):
     part = slice(start, start + block_size)
-    sums = sums_fn(
-      tables,
-      qinco.normalise(tables, jnp.asarray(x_ND[part])),
-      None if lists_N is None else lists_N[part],
-    )
-    sums = [np.asarray(x, np.float64) for x in sums]
-    if totals is None:
-      totals = sums
-    else:
-      for total, new in zip(totals, sums, strict=True):
-        total += new
+    z_ND = qinco.normalise(tables, jnp.asarray(x_ND[part]))
+    sums = sums_fn(tables, z_ND, None if lists_N is None else lists_N[part])
+    sums = [np.array(x, np.float64) for x in sums]
+    pairs = zip(totals or sums, sums, strict=True)
+    totals = [np.add(a, b, out=a) if totals else b for a, b in pairs]
     if progress:
       progress(min(start + block_size, len(x_ND)), len(x_ND))
   fitted = [_solve(*step, rank) for step in zip(*totals, strict=True)]
   return tables.replace(scout=_make_scout(tables, fitted))
+
+
+def _check_search(tables, beam_size: int, num_joint: int) -> None:
+  """Raises ValueError where a search cannot be scouted."""
+  check_range("networks", tables.base_TKE.shape[0], 1, 1 << 20)
+  num_words = tables.base_TKE.shape[1]
+  check_range("codebook_size", num_words, 2, MAX_WORDS, "of a scout")
+  check_range("num_joint_candidates", num_joint, 1, 1 << 20)
+  qinco.check_search(tables, 1, beam_size, num_joint)
 
 
 def _sums(tables, z_ND, lists_N, *, beam_size, num_joint, dtype):

@@ -97,25 +97,28 @@ def try_joint_rule(
   mse = functools.partial(
     _mse, x_ND=batches.read_rows(x_ND, range(num_vectors)), assign=assign
   )
-  published = mse(codec, knobs)
-  for beam, joint in (
-    (beam_size, 2 * beam_size),
-    (min(3 * beam_size // 2, num_words), 4 * beam_size),
-  )[: 2 if may_widen else 1]:
-    if joint >= beam_size * num_candidates:
-      continue
-    new = {**knobs, "beam_size": beam, "num_joint_candidates": joint}
-    loss = mse(codec, new) / published - 1
-    if loss <= _LOSS:
-      logging.info(
-        "On the first %d vectors B=%d C=%d errs %+.2f %% against A=%d B=%d and "
-        "asks the network %.1f times less: taken. (--num_candidates=%d for the "
-        "published rule.)",
-        *(num_vectors, beam, joint, 100 * loss, num_candidates, beam_size),
-        *(beam_size * num_candidates / joint, num_candidates),
-      )
-      return new
-  return knobs
+  rules = [
+    {**knobs, "beam_size": beam, "num_joint_candidates": joint}
+    for beam, joint in (
+      (beam_size, 2 * beam_size),
+      (min(3 * beam_size // 2, num_words), 4 * beam_size),
+    )[: 2 if may_widen else 1]
+    if joint < beam_size * num_candidates
+  ]
+  new, loss = _first_as_good(
+    rules, functools.partial(mse, codec), mse(codec, knobs)
+  )
+  if not new:
+    return knobs
+  beam, joint = new["beam_size"], new["num_joint_candidates"]
+  logging.info(
+    "On the first %d vectors B=%d C=%d errs %+.2f %% against A=%d B=%d and "
+    "asks the network %.1f times less: taken. (--num_candidates=%d for the "
+    "published rule.)",
+    *(num_vectors, beam, joint, 100 * loss, num_candidates, beam_size),
+    *(beam_size * num_candidates / joint, num_candidates),
+  )
+  return new
 
 
 def try_scout(
@@ -144,19 +147,19 @@ def try_scout(
     _mse, x_ND=others_ND, num_steps=num_steps, assign=assign
   )
   scouted = with_scout(codec, rules[0], x_ND, num_vectors=num_vectors)
-  plain = mse(codec, knobs)
-  for rule in rules:
-    loss = mse(scouted, rule) / plain - 1
-    if loss <= _LOSS:
-      logging.info(
-        "On %d vectors a scout, which lets %d of %d words a step through the "
-        "whole network, errs %+.2f %% against %d without one: taken. "
-        "(--num_finalists=0 for none.)",
-        *(num_vectors, rule["num_finalists"], rule["num_joint_candidates"]),
-        *(100 * loss, knobs["num_joint_candidates"]),
-      )
-      return scouted, rule
-  return codec, knobs
+  new, loss = _first_as_good(
+    rules, functools.partial(mse, scouted), mse(codec, knobs)
+  )
+  if not new:
+    return codec, knobs
+  logging.info(
+    "On %d vectors a scout, which lets %d of %d words a step through the "
+    "whole network, errs %+.2f %% against %d without one: taken. "
+    "(--num_finalists=0 for none.)",
+    *(num_vectors, new["num_finalists"], new["num_joint_candidates"]),
+    *(100 * loss, knobs["num_joint_candidates"]),
+  )
+  return scouted, new
 
 
 def scout_rules(codec: Codec, knobs: dict) -> list[dict]:
@@ -227,6 +230,18 @@ def sample_rows(
   count = min((1 + is_enough) * num_vectors, num_rows)
   rows = np.linspace(0, num_rows - 1, count).astype(np.int64)
   return (rows[::2], rows[1::2]) if is_enough else (rows, rows[:0])
+
+
+def _first_as_good(rules: list[dict], mse_fn, least: float):
+  """The first rule that errs little more than `least`, and by what share.
+
+  None and 0 where there is none.
+  """
+  for rule in rules:
+    loss = mse_fn(rule) / least - 1
+    if loss <= _LOSS:
+      return rule, loss
+  return None, 0.0
 
 
 def _mse(codec: Codec, knobs: dict, *, x_ND, assign, num_steps=None) -> float:

@@ -55,6 +55,7 @@ def run(config, workdir=None) -> dict:
       f"--output must end in .png, .svg or .pdf; got {config.output}."
     )
   check_range("--repeats", config.repeats, 1, 1000)
+  check_range("--num_vectors", config.num_vectors, 1, 1 << 40)
   for path in (picture, figures):
     formats.check_output(path, overwrite=config.overwrite)
   codec = codecs.open_codec(config.codec)
@@ -64,22 +65,15 @@ def run(config, workdir=None) -> dict:
       f"to trade in this {codec.name} codec."
     )
   dataset = codecs.resolve_data(codec, config, base=config.data)
-  check_range("--num_vectors", config.num_vectors, 1, 1 << 40)
-  some_ND = datasets.open_split(
-    dataset, "base", max_vectors=config.num_vectors + encoders.SAMPLE
-  )
-  some_ND = batches.read_rows(some_ND, range(len(some_ND)))
-  # Scouts are fitted to others, where there are any.
-  x_ND, others_ND = np.split(some_ND, [config.num_vectors])
-  others_ND = others_ND if len(others_ND) == encoders.SAMPLE else x_ND
+  x_ND, others_ND = _read(config, dataset)
   rows = []
   sizes = _sizes(config, codec)
   for knobs in sizes:
     knobs["dtype"] = codecs.product_dtype(config.dtype)
   scouted = [encoders.with_scout(codec, k, others_ND) for k in sizes]
   with common.progress(len(sizes), "encode", unit="size") as done:
-    for codec, knobs in zip(scouted, sizes, strict=True):
-      rows.append(_measure(codec, x_ND, knobs, config, dataset.scale))
+    for ready, knobs in zip(scouted, sizes, strict=True):
+      rows.append(_measure(ready, x_ND, knobs, config, dataset.scale))
       done(len(rows), len(sizes))
   rows.sort(key=lambda row: (row["rule"], row["encode_us"]))
   logging.info("%s", _table(rows))
@@ -97,6 +91,16 @@ def run(config, workdir=None) -> dict:
     _draw(rows, dataset.scale, path, picture.suffix[1:])
   logging.info("Written: %s, %s", picture, figures)
   return result
+
+
+def _read(config, dataset) -> tuple[np.ndarray, np.ndarray]:
+  """The vectors to encode, and others to fit scouts to, if there are any."""
+  some_ND = datasets.open_split(
+    dataset, "base", max_vectors=config.num_vectors + encoders.SAMPLE
+  )
+  some_ND = batches.read_rows(some_ND, range(len(some_ND)))
+  x_ND, others_ND = np.split(some_ND, [config.num_vectors])
+  return x_ND, others_ND if len(others_ND) == encoders.SAMPLE else x_ND
 
 
 def _sizes(config, codec) -> list[dict]:

@@ -145,7 +145,9 @@ def _normal_equations(weights, beam, found, dtype):
   state_NFH = qinco_network.matmul(
     beam.xhat_NFD, weights["state_up_TDH"], dtype
   )
-  hidden_NCH = weights["base_up_TKH"][found.ids_NC] + at(state_NFH)
+  hidden_NCH = qinco_search.first_hidden(
+    weights, state_NFH, found.parents_NC, found.ids_NC
+  )
   known_NCG = jnp.concatenate(
     [
       jax.nn.relu(hidden_NCH),

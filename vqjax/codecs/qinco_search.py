@@ -68,6 +68,25 @@ def _select(weights, residual_NFD, error_NF, num_candidates, num_joint, dtype):
   return parents_NFA.reshape(flat), ids_NFA.reshape(flat), None
 
 
+def first_hidden(weights, state_NFH, parents_NC, ids_NC):
+  """First hidden layer `[N, C, H]`, before its relu, of pairs."""
+  share_NCH = beam_lib.rows(state_NFH, parents_NC)
+  return weights["base_up_TKH"][ids_NC] + share_NCH
+
+
+def _finalists(weights, state_NFH, residual_NFD, beam, candidates, num, dtype):
+  """The `num` pairs of `_select` that the scout likes best: two `[N, num]`."""
+  parents_NC, ids_NC, score_NC = candidates
+  hidden_NCH = first_hidden(weights, state_NFH, parents_NC, ids_NC)
+  score_NC = score_NC + _judge(
+    weights["scout"],
+    *(hidden_NCH, beam, residual_NFD, parents_NC, ids_NC, dtype),
+  )
+  _, slots_NC = lax.top_k(-score_NC, num)
+  pick = lambda x_NC: jnp.take_along_axis(x_NC, slots_NC, axis=1)
+  return pick(parents_NC), pick(ids_NC)
+
+
 def _judge(scout, hidden_NCH, beam, residual_NFD, parents_NC, ids_NC, dtype):
   """By how much a scout expects pre-selection to be wrong: `[N, C]`.
 
@@ -93,27 +112,20 @@ def propose(
     beam.xhat_NFD, weights[name], dtype
   )
   state_NFE, state_NFH = of_state("state_TDE"), of_state("state_up_TDH")
-  parents_NC, ids_NC, score_NC = _select(
+  candidates = _select(
     weights, residual_NFD, beam.error_NF, num_candidates, num_joint, dtype
   )
+  parents_NC, ids_NC, _ = candidates
   if 0 < num_finalists < ids_NC.shape[1]:
-    hidden_NCH = weights["base_up_TKH"][ids_NC] + beam_lib.rows(
-      state_NFH, parents_NC
-    )
-    score_NC = score_NC + _judge(
-      weights["scout"],
-      *(hidden_NCH, beam, residual_NFD, parents_NC, ids_NC, dtype),
-    )
-    _, slots_NC = lax.top_k(-score_NC, num_finalists)
-    parents_NC, ids_NC = (
-      jnp.take_along_axis(x_NC, slots_NC, axis=1)
-      for x_NC in (parents_NC, ids_NC)
+    parents_NC, ids_NC = _finalists(
+      weights,
+      *(state_NFH, residual_NFD, beam, candidates, num_finalists, dtype),
     )
   at = lambda x_NFE: beam_lib.rows(x_NFE, parents_NC)
   words_NCD = qinco_network.network(
     weights,
     weights["base_TKE"][ids_NC] + at(state_NFE),
-    weights["base_up_TKH"][ids_NC] + at(state_NFH),
+    first_hidden(weights, state_NFH, parents_NC, ids_NC),
     dtype,
   )
   if weights["words_TKD"] is not None:

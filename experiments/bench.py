@@ -46,7 +46,6 @@ from experiments import (
   encoders,
 )
 from experiments.bench_arithmetic import Work, decode_work, encode_work
-from vqjax import devices
 from vqjax.codecs import kmeans, qinco
 from vqjax.core import check_range
 from vqjax.data import batches
@@ -230,30 +229,27 @@ def _decode(config, subject, dtype, peak):
   codes_NM = np.random.default_rng(0).integers(
     0, codebooks, (block, len(codebooks)), dtype=np.int32
   )
-  work, decode = None, codec.module.decode
-  if codec.name == "qinco":
-    work = decode_work(codec.tables)
-    decode = functools.partial(decode, dtype=dtype)
-  decode_fn = functools.partial(
-    devices.data_parallel(decode), devices.local(codec.tables)
-  )
+  work = decode_work(codec.tables) if codec.name == "qinco" else None
 
-  def contender(decode_fn):
+  def contender(decode_fn, *blocks):
     def make_fn(num, block):
       def run_fn():
         for _ in range(num // block):
-          jax.block_until_ready(decode_fn(codes_NM))
+          jax.block_until_ready(decode_fn(codes_NM[:block]))
 
       return run_fn
 
-    return bench_timing.contender(make_fn, [block], work)
+    return bench_timing.contender(make_fn, blocks, work)
 
-  contenders = {"vqjax": contender(decode_fn)}
+  decode_fn = codecs.make_decode_fn(codec, dtype)
+  contenders = {"vqjax": contender(decode_fn, block // 4, block)}
   # The search makes no difference to decoding.
   rule = {"num_candidates": 0, "beam_size": 1}
   for name, program in _torch(config, subject, dtype, rule).items():
-    with _left_out(name):
-      contenders[name] = contender(program.decode)
+    with _left_out(name):  # PyTorch may like smaller ones.
+      contenders[name] = contender(
+        program.decode, block // 16, block // 4, block
+      )
   yield from (about | row for row in _measure(config, contenders, peak))
 
 

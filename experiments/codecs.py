@@ -16,7 +16,8 @@ from vqjax.data import batches, datasets
 from vqjax.interop import faiss_ivf, safetensors_io
 
 _BLOCK = 4096  # Vectors at once, for codecs without a network.
-_CPU_BUDGET, _DEVICE_BUDGET = 24 << 20, 4 << 30  # Bytes, of one block.
+_CPU_BUDGET, _DEVICE_BUDGET = 16 << 20, 4 << 30  # Bytes, of one block.
+_CPU_DECODE_BUDGET = 7 << 19  # The same, decoding: what the caches like.
 _MANY_LISTS = 65536  # From here on a graph finds the list sooner, on CPUs.
 ASSIGN = ("auto", "blocks", "hnsw")  # Ways from vectors to lists.
 # A, B, C of the papers and of the joint rule, F of its scout.
@@ -115,9 +116,12 @@ def make_encode_fn(
   encode = functools.partial(codec.module.encode, num_steps=num_steps, **knobs)
   num_rows = block_rows(codec, knobs) * jax.local_device_count()
   tables = devices.local(codec.tables)
+  compile_fn = functools.partial(
+    devices.data_parallel, compiler_options=devices.search_options()
+  )
   if assign is None:
-    return functools.partial(devices.data_parallel(encode), tables), num_rows
-  encode_fn = devices.data_parallel(lambda tables, rows: encode(tables, *rows))
+    return functools.partial(compile_fn(encode), tables), num_rows
+  encode_fn = compile_fn(lambda tables, rows: encode(tables, *rows))
   return lambda x_ND: encode_fn(tables, (x_ND, assign(x_ND))), num_rows
 
 
@@ -175,19 +179,33 @@ def make_assign_fn(centroids_LD, how: str = "auto"):
 def make_decode_fn(codec: Codec, dtype: str = "float32"):
   """Returns `codes_NM -> x_ND`, on all devices of this process.
 
-  `dtype` is the type of a network's products; other codecs have none.
+  It takes any number of codes, best `decode_rows`. `dtype` is the type of a
+  network's products; other codecs have none.
   """
   decode_fn = codec.module.decode
   if "dtype" in inspect.signature(decode_fn).parameters:
     decode_fn = functools.partial(decode_fn, dtype=dtype)
   decode_fn = devices.data_parallel(decode_fn)
-  return functools.partial(decode_fn, devices.local(codec.tables))
+  decode_fn = functools.partial(decode_fn, devices.local(codec.tables))
+  return batches.in_blocks(decode_fn, _decode_block(codec))
 
 
 def decode_rows() -> int:
-  """Returns how many codes to decode at once: what the caches like."""
+  """Returns how many codes to decode in one call, which cuts them up."""
   is_cpu = jax.default_backend() == "cpu"
-  return (4096 if is_cpu else 65536) * jax.local_device_count()
+  return (16384 if is_cpu else 65536) * jax.local_device_count()
+
+
+def _decode_block(codec: Codec) -> int:
+  """Returns how many codes go through the decoder at once."""
+  if jax.default_backend() != "cpu":
+    return decode_rows()
+  rows = _BLOCK
+  if hasattr(codec.module, "decode_block"):
+    rows = codec.module.decode_block(
+      codec.tables, budget_bytes=_CPU_DECODE_BUDGET
+    )
+  return rows * jax.local_device_count()
 
 
 def mean_of_rows(fn, vectors, block_size: int, progress=None) -> float:

@@ -258,6 +258,34 @@ def test_map_blocks_works_on_two_at_once():
   np.testing.assert_array_equal(np.concatenate([y for _, y in blocks]), x[:, 0])
 
 
+@pytest.mark.parametrize("num", [0, 1, 4, 5, 11])
+def test_in_blocks_is_the_function_of_all_rows(num):
+  sizes, both = [], threading.Barrier(2, timeout=20)
+
+  def fn(x_ND):
+    sizes.append(len(x_ND))
+    if num == 5:
+      both.wait()  # Breaks unless another block is in work.
+    return x_ND.sum(axis=1)
+
+  x_ND = np.arange(2.0 * num).reshape(num, 2)
+  got_N = batches.in_blocks(fn, 4)(x_ND)
+  np.testing.assert_array_equal(got_N, x_ND.sum(axis=1))
+  assert sizes == ([num] if num <= 4 else [4] * -(-num // 4))
+  with pytest.raises(ValueError, match="block_size .*got 0"):
+    batches.in_blocks(fn, 0)
+
+
+def test_in_blocks_raises_what_a_block_raised():
+  def fn(x_N):
+    if x_N[0] >= 8:
+      raise ValueError("no such row")
+    return x_N
+
+  with pytest.raises(ValueError, match="no such row"):
+    batches.in_blocks(fn, 4)(np.arange(20))
+
+
 def test_map_blocks_releases_pages(monkeypatch):
   released = []
   monkeypatch.setattr(formats, "release_pages", released.append)

@@ -23,6 +23,15 @@ GOLDEN = ROOT / "third_party" / "golden"
 BATCH = 128  # Of all devices together.
 
 
+def test_options_of_xla_that_it_does_not_know_are_left_out(monkeypatch):
+  devices.search_options.cache_clear()
+  assert devices.search_options() in (None, devices._SEARCH_OPTIONS)
+  monkeypatch.setattr(devices, "_SEARCH_OPTIONS", {"xla_cpu_no_such": "1"})
+  devices.search_options.cache_clear()
+  assert devices.search_options() is None
+  devices.search_options.cache_clear()
+
+
 def make_figures(folder: str) -> None:
   """Trains and encodes on the devices there are; writes what came out."""
   folder = pathlib.Path(folder)

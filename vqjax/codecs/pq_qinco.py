@@ -178,6 +178,13 @@ def encode_block(tables: PqQincoTables, *, budget_bytes: int, **sizes) -> int:
   )
 
 
+def decode_block(tables: PqQincoTables, *, budget_bytes: int) -> int:
+  """Returns how many codes `decode` can take at once, see `qinco`."""
+  return qinco.decode_block(
+    _one_block(tables), budget_bytes=budget_bytes // num_blocks(tables)
+  )
+
+
 def decode(
   params: PqQincoParams | PqQincoTables,
   codes_NM: Array,

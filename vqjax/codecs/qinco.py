@@ -344,7 +344,9 @@ def encode_block(
 ) -> int:
   """Returns how many vectors `encode` can take at once within a budget.
 
-  Counts the arrays of a step that live together; a multiple of 8, at least 8.
+  Counts the arrays of a step that live together. They may take as much again
+  as the weights of the step: every block reads those anew, so that a large
+  network wants large blocks. A multiple of 8, at least 8.
   """
   num_words, e = tables.base_TKE.shape[1:]
   per_hypothesis = num_candidates or num_words
@@ -355,7 +357,20 @@ def encode_block(
   if num_finalists:
     at_once = max(at_once, num_candidates * (h + d))
   floats = 2 * beam_size * (num_words + d) + at_once
+  weights = (tables.first_down_THE, tables.up_TJEH, tables.down_TJHE)
+  num_networks = tables.base_TKE.shape[0]
+  budget_bytes += sum(4 * w.size for w in weights) // max(num_networks, 1)
   return max(budget_bytes // (4 * floats) // 8, 1) * 8
+
+
+def decode_block(tables: QincoTables, *, budget_bytes: int) -> int:
+  """Returns how many codes `decode` can take at once within a budget.
+
+  Counts one array of each width of the network; a multiple of 64, at least
+  64.
+  """
+  e, h = tables.base_TKE.shape[2], tables.base_up_TKH.shape[2]
+  return max(budget_bytes // (4 * (dim(tables) + e + h)) // 64, 1) * 64
 
 
 def _prefix(tables: QincoTables, num_steps: int | None) -> QincoTables:

@@ -35,6 +35,7 @@ from vqjax.codecs.distances import nearest
 from vqjax.core import check_range, check_shape
 
 MAX_WORDS = 1024  # The normal equations have a row for each.
+_RANK = 48
 _RIDGE = 0.1  # In normalised units squared, against thousands of words.
 
 
@@ -59,7 +60,7 @@ def fit(
     beam_size: B, of the search that is to be scouted.
     num_joint_candidates: C, words a step and vector; the scout learns from
       those that such a search sends through the network.
-    rank: Columns of P; None for an eighth of the hidden width, at most D.
+    rank: Columns of P; None for 48, at most D.
     dtype: Type of the network's products, as for `qinco.encode`.
     block_size: Vectors at once.
     progress: Is told of the vectors done, and of all.
@@ -72,7 +73,7 @@ def fit(
   check_range("number of vectors", len(x_ND), 1, 1 << 40)
   check_range("block_size", block_size, 1, 1 << 20)
   if rank is None:
-    rank = min(-(-tables.base_up_TKH.shape[2] // 8), qinco.dim(tables))
+    rank = min(_RANK, qinco.dim(tables))
   check_range("rank", rank, 1, qinco.dim(tables))
   qinco.check_lists(tables, x_ND, lists_N)
   _check_search(tables, beam_size, num_joint_candidates)

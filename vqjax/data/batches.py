@@ -284,6 +284,37 @@ def _map_blocks(fn, vectors, block_size: int, rows: range, progress):
       yield start, result
 
 
+def in_blocks(fn, block_size: int):
+  """Returns `fn` for any number of rows, cut into blocks: two at work at once.
+
+  For the reason of `map_blocks`, and because small arrays stay in the caches.
+
+  Args:
+    fn: takes `[n, ...]`, returns one array `[n, ...]`; called from two threads.
+      At most `block_size` rows go to it as they are.
+    block_size: rows per block; the last is padded with its last row, and its
+      results are cut back.
+  """
+  if block_size < 1:
+    raise ValueError(f"block_size must be at least 1, got {block_size}.")
+  pool = concurrent.futures.ThreadPoolExecutor(_BLOCKS_AT_ONCE, "vqjax-blocks")
+
+  def run(rows_N):
+    if len(rows_N) <= block_size:
+      return fn(rows_N)
+
+    def make(start):
+      block_N = rows_N[start : start + block_size]
+      pad = [(0, block_size - len(block_N))] + [(0, 0)] * (rows_N.ndim - 1)
+      return np.asarray(fn(np.pad(block_N, pad, "edge")))[: len(block_N)]
+
+    return np.concatenate(
+      list(pool.map(make, range(len(rows_N))[::block_size]))
+    )
+
+  return run
+
+
 def _read_block(vectors, start: int, stop: int, block_size: int) -> np.ndarray:
   """Rows `start` to `stop` as float32; repeats the last to fill the block."""
   x_ND = np.asarray(vectors[start:stop])

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from experiments import common
 from vqjax import devices
@@ -17,6 +18,7 @@ from vqjax.interop import faiss_ivf, safetensors_io
 
 _BLOCK = 4096  # Vectors at once, for codecs without a network.
 _CPU_BUDGET, _DEVICE_BUDGET = 16 << 20, 4 << 30  # Bytes, of one block.
+_PAIRS_BYTES = 256 << 20  # Of a table of pairs of words.
 _CPU_DECODE_BUDGET = 7 << 19  # The same, decoding: what the caches like.
 _MANY_LISTS = 65536  # From here on a graph finds the list sooner, on CPUs.
 ASSIGN = ("auto", "blocks", "hnsw")  # Ways from vectors to lists.
@@ -123,6 +125,27 @@ def make_encode_fn(
     return functools.partial(compile_fn(encode), tables), num_rows
   encode_fn = compile_fn(lambda tables, rows: encode(tables, *rows))
   return lambda x_ND: encode_fn(tables, (x_ND, assign(x_ND))), num_rows
+
+
+def with_pairs(
+  codec: Codec, num_vectors: int, *, beam_size: int = 1, dtype: str = "float32"
+) -> Codec:
+  """Returns the codec with a table of its first network, where that pays.
+
+  That is where encoding so many vectors asks the network four times as often
+  as making the table (`qinco.with_pairs`), and memory is no matter; decoding
+  has one hypothesis.
+  """
+  sizes = codec.codebook_sizes
+  if not hasattr(codec.tables, "pairs_LKD") or len(sizes) < 2:
+    return codec
+  num_pairs = sizes[0] * sizes[1]
+  is_large = 4 * num_pairs * codec.dim > _PAIRS_BYTES
+  if is_large or num_vectors * beam_size < 4 * num_pairs:
+    return codec
+  logging.info("Making a table of the first network's %d words.", num_pairs)
+  make_fn = jax.jit(functools.partial(codec.module.with_pairs, dtype=dtype))
+  return codec._replace(tables=make_fn(codec.tables))
 
 
 def centroids_of(codec: Codec) -> np.ndarray:

@@ -53,8 +53,10 @@ def run(config, workdir=None) -> dict:
       f"{config.codes} has {found.shape[1]} codes per vector, but the codec "
       f"decodes at most {len(sizes)}."
     )
-  decode_fn = codecs.make_decode_fn(codec, codecs.product_dtype(config.dtype))
   num, seconds = len(found), {}
+  dtype = codecs.product_dtype(config.dtype)
+  codec = codecs.with_pairs(codec, num, dtype=dtype)
+  decode_fn = codecs.make_decode_fn(codec, dtype)
   with common.progress(num, "decode") as done, common.timed(seconds, "decode"):
     blocks = open_codes.decoded(
       decode_fn, found, sizes[:width], min(codecs.decode_rows(), num), done

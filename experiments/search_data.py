@@ -241,8 +241,10 @@ def baseline_fn(index, k: int):
 
 def search_decoded(codec, config, data: Data, found: codes.Codes, seconds):
   """Ids `[Q, R]` by exact search among the decoded codes, all of them."""
-  decode_fn = codecs.make_decode_fn(codec, codecs.product_dtype(config.dtype))
   sizes, num = codec.codebook_sizes[: found.shape[1]], len(found)
+  dtype = codecs.product_dtype(config.dtype)
+  codec = codecs.with_pairs(codec, num, dtype=dtype)
+  decode_fn = codecs.make_decode_fn(codec, dtype)
   size = min(codecs.decode_rows(), num)
   check_range("k", config.k, 1, num, "codes to search in")
   decode_fn(np.asarray(found[:1]).repeat(size, axis=0))  # Compiles.

@@ -16,6 +16,7 @@ networks: QINCo2, arXiv 2501.03078, section 3.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -84,18 +85,33 @@ def advance(
 
 
 def advance_all(
-  propose: Propose, stacked: Any, x_ND: Array, beam: Beam
+  propose: Propose,
+  stacked: Any,
+  x_ND: Array,
+  beam: Beam,
+  steps: range | None = None,
 ) -> tuple[Beam, tuple[Array, Array]]:
   """Runs `advance` over the leading axis of `stacked`, at constant width.
 
+  `steps` are the places on that axis; None for all. (A slice of `stacked`
+  would be a copy of it, for every block of vectors.)
   Returns the last beam and the stacked `(parents, ids)`, `[T, N, F]`.
   """
   beam_size = beam.error_NF.shape[1]
+  if steps is None:
+    steps = range(jax.tree.leaves(stacked)[0].shape[0])
 
-  def body(beam, weights):
+  def body(beam, t):
+    weights = at_step(stacked, t)
     return advance(propose, weights, x_ND, beam, beam_size=beam_size)
 
-  return lax.scan(body, beam, stacked)
+  return lax.scan(body, beam, jnp.asarray(steps, jnp.int32))
+
+
+def at_step(stacked: Any, t) -> Any:
+  """The part of place `t` on the leading axis of every leaf."""
+  at_fn = partial(lax.dynamic_index_in_dim, index=t, keepdims=False)
+  return jax.tree.map(at_fn, stacked)
 
 
 def trace(

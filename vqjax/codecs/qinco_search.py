@@ -104,33 +104,34 @@ def _judge(scout, hidden_NCH, beam, residual_NFD, parents_NC, ids_NC, dtype):
 
 
 def propose(
-  weights, x_ND, beam, *, num_candidates, num_joint, num_finalists, dtype
+  weights,
+  x_ND,
+  beam,
+  *,
+  num_candidates,
+  num_joint,
+  num_finalists,
+  dtype,
+  lookup_fn=None,
 ):
-  """Candidates of a step with a network, see `beam.py`."""
+  """Candidates of a step with a network, see `beam.py`.
+
+  `lookup_fn` finds the words of pairs of hypothesis and word, where there is a
+  table of all of them.
+  """
   residual_NFD = x_ND[:, None] - beam.xhat_NFD
-  of_state = lambda name: qinco_network.matmul(
-    beam.xhat_NFD, weights[name], dtype
-  )
-  state_NFE, state_NFH = of_state("state_TDE"), of_state("state_up_TDH")
   candidates = _select(
     weights, residual_NFD, beam.error_NF, num_candidates, num_joint, dtype
   )
-  parents_NC, ids_NC, _ = candidates
-  if 0 < num_finalists < ids_NC.shape[1]:
-    parents_NC, ids_NC = _finalists(
-      weights,
-      *(state_NFH, residual_NFD, beam, candidates, num_finalists, dtype),
+  if lookup_fn:
+    parents_NC, ids_NC, _ = candidates
+    words_NCD = lookup_fn(parents_NC, ids_NC)
+  else:
+    parents_NC, ids_NC, words_NCD = _through_network(
+      weights, beam, residual_NFD, candidates, num_finalists, dtype
     )
-  at = lambda x_NFE: beam_lib.rows(x_NFE, parents_NC)
-  words_NCD = qinco_network.network(
-    weights,
-    weights["base_TKE"][ids_NC] + at(state_NFE),
-    first_hidden(weights, state_NFH, parents_NC, ids_NC),
-    dtype,
-  )
-  if weights["words_TKD"] is not None:
-    words_NCD = words_NCD + weights["words_TKD"][ids_NC]
-  error_NC = jnp.sum((at(residual_NFD) - words_NCD) ** 2, axis=-1)
+  left_NCD = beam_lib.rows(residual_NFD, parents_NC) - words_NCD
+  error_NC = jnp.sum(left_NCD**2, axis=-1)
   error_NC = jnp.where(
     jnp.isinf(jnp.take_along_axis(beam.error_NF, parents_NC, axis=1)),
     jnp.inf,
@@ -138,6 +139,31 @@ def propose(
   )
   words_fn = lambda slots_NF: beam_lib.rows(words_NCD, slots_NF)
   return beam_lib.Candidates(parents_NC, ids_NC, error_NC, words_fn)
+
+
+def _through_network(
+  weights, beam, residual_NFD, candidates, num_finalists, dtype
+):
+  """Those of the candidates that get so far, and the words they become."""
+  of_state = lambda name: qinco_network.matmul(
+    beam.xhat_NFD, weights[name], dtype
+  )
+  state_NFE, state_NFH = of_state("state_TDE"), of_state("state_up_TDH")
+  parents_NC, ids_NC, _ = candidates
+  if 0 < num_finalists < ids_NC.shape[1]:
+    parents_NC, ids_NC = _finalists(
+      weights,
+      *(state_NFH, residual_NFD, beam, candidates, num_finalists, dtype),
+    )
+  words_NCD = qinco_network.network(
+    weights,
+    weights["base_TKE"][ids_NC] + beam_lib.rows(state_NFE, parents_NC),
+    first_hidden(weights, state_NFH, parents_NC, ids_NC),
+    dtype,
+  )
+  if weights["words_TKD"] is not None:
+    words_NCD = words_NCD + weights["words_TKD"][ids_NC]
+  return parents_NC, ids_NC, words_NCD
 
 
 def propose_plain(words_KD, x_ND, beam):
@@ -185,45 +211,83 @@ def encode_normalised(
   steps = qinco_network.per_step(tables)
   if tables.is_ivf and lists_N is None:
     lists_N = nearest(z_ND, tables.first_KD)
-  beam = start(tables, z_ND, lists_N)
-  first_fn, first = propose_plain, tables.first_KD
-  if tables.is_ivf:
-    # The one hypothesis must offer enough words for the whole beam.
-    widest = num_candidates and max(num_candidates, beam_size)
-    first_fn = partial(propose_fn, num_candidates=widest)
-    first = jax.tree.map(lambda leaf: leaf[0], steps)
-    steps = jax.tree.map(lambda leaf: leaf[1:], steps)
-  beam, (_, first_NF) = beam_lib.advance(
-    first_fn, first, z_ND, beam, beam_size=beam_size
+  beam, codes_MNF = _begin(
+    tables, propose_fn, steps, z_ND, lists_N, beam_size=beam_size
   )
   num_last = beam_size if additive_weight else 1
-  codes_MNF, error_NF = first_NF[None], beam.error_NF
-  if steps["base_TKE"].shape[0]:
+  error_NF = beam.error_NF
+  left = range(len(codes_MNF) - 1, steps["base_TKE"].shape[0])
+  if left:
     codes_MNF, error_NF = _search(
-      propose_fn, steps, z_ND, beam, first_NF, num_last
+      propose_fn, steps, left, z_ND, beam, codes_MNF, num_last
     )
   slot_N = jnp.zeros(z_ND.shape[0], jnp.int32)
   if additive_weight:
-    target_ND = z_ND - tables.first_KD[lists_N] if tables.is_ivf else z_ND
+    target_ND, words_MNF = z_ND, codes_MNF
+    if tables.is_ivf:
+      target_ND, words_MNF = z_ND - tables.first_KD[lists_N], codes_MNF[1:]
     error_NF = error_NF + additive_weight * _additive_errors(
-      tables.additive_MKD, codes_MNF, target_ND
+      tables.additive_MKD, words_MNF, target_ND
     )
     slot_N = jnp.argmin(error_NF, axis=1)
   codes_NM = jnp.take_along_axis(codes_MNF, slot_N[None, :, None], axis=2)
-  codes_NM = codes_NM[..., 0].T.astype(jnp.int32)
-  return jnp.column_stack([lists_N, codes_NM]) if tables.is_ivf else codes_NM
+  return codes_NM[..., 0].T.astype(jnp.int32)
 
 
-def _search(propose_fn, steps, z_ND, beam, first_NF, num_last):
-  """Runs the beam over `steps`, down to the `num_last` best hypotheses.
+def _begin(tables, propose_fn, steps, z_ND, lists_N, *, beam_size):
+  """The beam after the first words, and its codes `[M, N, F]`.
 
-  Returns their codes `[M, N, F]`, those of the first step `first_NF` in front,
-  and their squared errors. A last step that keeps one hypothesis needs fewer
-  joint candidates: see `last_candidates`.
+  Lists count as words. The first network has a step of its own where it starts
+  from one hypothesis, or where its words are known.
   """
-  middle = jax.tree.map(lambda leaf: leaf[:-1], steps)
-  last = jax.tree.map(lambda leaf: leaf[-1], steps)
-  beam, history = beam_lib.advance_all(propose_fn, middle, z_ND, beam)
+  advance = partial(beam_lib.advance, beam_size=beam_size)
+  beam = start(tables, z_ND, lists_N)
+  if tables.is_ivf:
+    codes_MNF = lists_N[None, :, None]
+    # The one hypothesis must offer enough words for the whole beam.
+    num = propose_fn.keywords["num_candidates"]
+    propose_fn = partial(propose_fn, num_candidates=num and max(num, beam_size))
+  else:
+    beam, (_, ids_NF) = advance(propose_plain, tables.first_KD, z_ND, beam)
+    codes_MNF = ids_NF[None]
+  is_known = tables.pairs_LKD is not None
+  if is_known:
+    propose_fn = partial(propose_fn, lookup_fn=_lookup(tables, codes_MNF[0]))
+  if tables.is_ivf or (is_known and steps["base_TKE"].shape[0] > 1):
+    first = beam_lib.at_step(steps, 0)
+    beam, (parents_NF, ids_NF) = advance(propose_fn, first, z_ND, beam)
+    codes_MNF = _extend(codes_MNF, parents_NF, ids_NF[None])
+  return beam, codes_MNF
+
+
+def _lookup(tables, first_NF):
+  """Words of the first network, from the table of `qinco.with_pairs`.
+
+  `first_NF` are the first words, or lists, of the hypotheses.
+  """
+
+  def lookup_fn(parents_NC, ids_NC):
+    first_NC = jnp.take_along_axis(first_NF, parents_NC, axis=1)
+    return tables.pairs_LKD[first_NC, ids_NC]
+
+  return lookup_fn
+
+
+def _extend(codes_MNF, parents_NF, more_MNF):
+  """Codes of hypotheses: those of their parents, and the words since."""
+  before_MNF = jnp.take_along_axis(codes_MNF, parents_NF[None], axis=2)
+  return jnp.concatenate([before_MNF, more_MNF])
+
+
+def _search(propose_fn, steps, left, z_ND, beam, codes_MNF, num_last):
+  """Runs the beam over the `left` of the steps, down to `num_last` hypotheses.
+
+  Returns their codes `[M, N, F]`, those so far in front, and their squared
+  errors. A last step that keeps one hypothesis needs fewer joint candidates:
+  see `last_candidates`.
+  """
+  beam, history = beam_lib.advance_all(propose_fn, steps, z_ND, beam, left[:-1])
+  last = beam_lib.at_step(steps, left[-1])
   if num_last == 1:
     sizes = propose_fn.keywords
     propose_fn = partial(
@@ -236,8 +300,8 @@ def _search(propose_fn, steps, z_ND, beam, first_NF, num_last):
   )
   trace_fn = jax.vmap(partial(beam_lib.trace, *history), 1, (2, 1))
   ids_TNF, slots_NF = trace_fn(parents_NF)
-  first_NF = jnp.take_along_axis(first_NF, slots_NF, axis=1)
-  return jnp.concatenate([first_NF[None], ids_TNF, ids_NF[None]]), beam.error_NF
+  more_MNF = jnp.concatenate([ids_TNF, ids_NF[None]])
+  return _extend(codes_MNF, slots_NF, more_MNF), beam.error_NF
 
 
 def _additive_errors(words_MKD, codes_MNF, target_ND):

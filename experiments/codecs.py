@@ -132,9 +132,9 @@ def with_pairs(
 ) -> Codec:
   """Returns the codec with a table of its first network, where that pays.
 
-  That is where encoding so many vectors asks the network four times as often
-  as making the table (`qinco.with_pairs`), and memory is no matter; decoding
-  has one hypothesis.
+  That is where so many vectors ask that network, once for each of the beam,
+  four times as often as making the table does (`qinco.with_pairs`), and the
+  table is no larger than 256 MB. Decoding has a beam of one.
   """
   sizes = codec.codebook_sizes
   if not hasattr(codec.tables, "pairs_LKD") or len(sizes) < 2:

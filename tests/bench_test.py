@@ -83,8 +83,17 @@ def test_work_with_a_scout_is_what_the_traced_program_multiplies(case, sizes):
   assert NUM * work.total == _multiply_adds(traced.jaxpr)
 
 
-@pytest.mark.parametrize("case", ["qinco2", "qinco1", "ivf"])
-@pytest.mark.parametrize("num_networks", [1, 3])
+@pytest.mark.parametrize(
+  ("case", "num_networks"),
+  [
+    ("qinco2", 1),
+    ("ivf", 3),
+    *[
+      pytest.param(*sizes, marks=pytest.mark.slow)
+      for sizes in (("qinco2", 3), ("qinco1", 3), ("ivf", 1))
+    ],
+  ],
+)
 def test_work_with_a_table_is_what_the_traced_program_multiplies(
   case, num_networks
 ):

@@ -42,8 +42,9 @@ def _searches():
   for case, sizes in (CASES | SHORT).items():
     for rule in RULES:
       is_quick = (case, rule) in (
-        *(("qinco2", "joint"), ("ivf", "joint"), ("ivf", "published")),
-        *(("qinco1", "all"), ("short", "wide"), ("short_ivf", "published")),
+        ("qinco2", "joint"),
+        ("ivf", "published"),
+        ("short", "wide"),
       )
       marks = () if is_quick else pytest.mark.slow
       if rule == "all" or make_params(**sizes).preselect_TKD is not None:
@@ -60,7 +61,15 @@ def test_encode_matches_the_plain_search(case, rule):
   )
 
 
-@pytest.mark.parametrize("case", CASES | SHORT)
+def _quick(quick, cases):
+  """The cases, those slow that are not among the quick ones."""
+  for case in cases:
+    yield pytest.param(
+      case, marks=() if case in quick else pytest.mark.slow, id=str(case)
+    )
+
+
+@pytest.mark.parametrize("case", list(_quick(["ivf", "short"], CASES | SHORT)))
 def test_decode_matches_the_plain_network(case):
   params = make_params(**(CASES | SHORT)[case])
   rng, sizes = np.random.default_rng(0), qinco.codebook_sizes(params)
@@ -104,8 +113,17 @@ def test_the_table_is_what_is_read(case):
   assert np.abs(far_ND[0]).max() > 10
 
 
-@pytest.mark.parametrize("case", ["qinco2", "ivf"])
-@pytest.mark.parametrize("num_steps", [1, 2, 3])
+@pytest.mark.parametrize(
+  ("case", "num_steps"),
+  [
+    ("qinco2", 1),
+    ("ivf", 2),
+    *[
+      pytest.param(case, num_steps, marks=pytest.mark.slow)
+      for case, num_steps in (("qinco2", 2), ("qinco2", 3), ("ivf", 1))
+    ],
+  ],
+)
 def test_prefixes(case, num_steps):
   params = make_params(**CASES[case])
   knobs = dict(RULES["joint"], num_steps=num_steps)
@@ -128,7 +146,9 @@ def test_lists_that_are_given_and_additive_words():
   np.testing.assert_array_equal(codes_NM, encode_fn(qinco.prepare(params)))
 
 
-@pytest.mark.parametrize("case", [dict(), dict(num_lists=11)])
+@pytest.mark.parametrize(
+  "case", [dict(), pytest.param(dict(num_lists=11), marks=pytest.mark.slow)]
+)
 def test_known_words_need_no_scout(case):
   params = make_params(**case, num_words=12)
   knobs = dict(beam_size=4, num_joint_candidates=14)

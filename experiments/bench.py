@@ -170,7 +170,7 @@ def _encode(config, subject, dtype, peak):
     # Fitted to others, where there are any, than those whose error is told.
     others_ND = bench_subjects.rows(subject, 3 * _MSE_ROWS)[_MSE_ROWS:]
     codec = encoders.with_scout(subject.codec, knobs, others_ND)
-    codec = encoders.with_pairs(codec, knobs, _MANY)
+    codec = codecs.with_pairs(codec, knobs, _MANY)
     work, rule = None, bench_subjects.rule(knobs)
     if codec.name == "qinco":
       work = encode_work(codec.tables, **rule)
@@ -225,7 +225,7 @@ def _measure(config, contenders, peak) -> list[dict]:
 
 
 def _decode(config, subject, dtype, peak):
-  codec = codecs.with_pairs(subject.codec, _MANY, dtype=dtype)
+  codec = codecs.with_pairs(subject.codec, {"dtype": dtype}, _MANY)
   about = _about(subject, "decode", dtype, bench_subjects.sizes(codec, {}))
   codebooks = codec.codebook_sizes
   block = codecs.decode_rows()

@@ -127,23 +127,24 @@ def make_encode_fn(
   return lambda x_ND: encode_fn(tables, (x_ND, assign(x_ND))), num_rows
 
 
-def with_pairs(
-  codec: Codec, num_vectors: int, *, beam_size: int = 1, dtype: str = "float32"
-) -> Codec:
+def with_pairs(codec: Codec, knobs: dict, num_vectors: int) -> Codec:
   """Returns the codec with a table of its first network, where that pays.
 
   That is where so many vectors ask that network, once for each of the beam,
   four times as often as making the table does (`qinco.with_pairs`), and the
-  table is no larger than 256 MB. Decoding has a beam of one.
+  table is no larger than 256 MB. `knobs` are options of `encode`; decoding has
+  no beam.
   """
   sizes = codec.codebook_sizes
   if not hasattr(codec.tables, "pairs_LKD") or len(sizes) < 2:
     return codec
   num_pairs = sizes[0] * sizes[1]
   is_large = 4 * num_pairs * codec.dim > _PAIRS_BYTES
-  if is_large or num_vectors * beam_size < 4 * num_pairs:
+  num_asked = num_vectors * knobs.get("beam_size", 1)
+  if is_large or num_asked < 4 * num_pairs:
     return codec
   logging.info("Making a table of the first network's %d words.", num_pairs)
+  dtype = knobs.get("dtype", "float32")
   make_fn = jax.jit(functools.partial(codec.module.with_pairs, dtype=dtype))
   return codec._replace(tables=make_fn(codec.tables))
 

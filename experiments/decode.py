@@ -55,7 +55,7 @@ def run(config, workdir=None) -> dict:
     )
   num, seconds = len(found), {}
   dtype = codecs.product_dtype(config.dtype)
-  codec = codecs.with_pairs(codec, num, dtype=dtype)
+  codec = codecs.with_pairs(codec, {"dtype": dtype}, num)
   decode_fn = codecs.make_decode_fn(codec, dtype)
   with common.progress(num, "decode") as done, common.timed(seconds, "decode"):
     blocks = open_codes.decoded(

@@ -65,7 +65,7 @@ def make_encoder(codec: Codec, config, x_ND) -> Encoder:
         assign=assign,
         num_vectors=SAMPLE,
       )
-  codec = with_pairs(codec, knobs, len(x_ND))
+  codec = codecs.with_pairs(codec, knobs, len(x_ND))
   encode_fn, num_rows = codecs.make_encode_fn(
     codec, knobs, num_steps, assign=assign
   )
@@ -205,16 +205,6 @@ def with_scout(
       progress=done,
     )
   return codec._replace(tables=tables)
-
-
-def with_pairs(codec: Codec, knobs: dict, num_vectors: int) -> Codec:
-  """Returns the codec with a table of its first network, where that pays."""
-  return codecs.with_pairs(
-    codec,
-    num_vectors,
-    beam_size=knobs.get("beam_size", 1),
-    dtype=knobs.get("dtype", "float32"),
-  )
 
 
 def check_scout(codec: Codec, knobs: dict) -> dict:

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from vqjax.codecs.qinco import QincoParams
+from vqjax.codecs.qinco import QincoParams, codebook_sizes
 
 
 def make_params(
@@ -57,6 +57,13 @@ CASES = {
   "low_rank": dict(is_qinco1=True, low_rank=2),
   "ivf": dict(num_lists=11),
 }
+
+
+def prefixes(params, n=9):
+  """Codes drawn at random, `[n, 1]` to `[n, M]`."""
+  rng, sizes = np.random.default_rng(0), codebook_sizes(params)
+  codes_NM = np.stack([rng.integers(k, size=n) for k in sizes], axis=1)
+  return [jnp.asarray(codes_NM[:, : m + 1]) for m in range(len(sizes))]
 
 
 def vectors(n=20, dim=6, seed=1):

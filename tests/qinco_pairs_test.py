@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import codecs, common, decode, encode, encoders, evaluate
+from experiments import codecs, common, decode, encode, evaluate
 from tests import oracles
-from tests.qinco_cases import CASES, make_params, vectors
+from tests.qinco_cases import CASES, make_params, prefixes, vectors
 from vqjax.codecs import qinco, qinco_scout, rq
 from vqjax.data import formats
 from vqjax.interop import safetensors_io
@@ -72,11 +72,8 @@ def _quick(quick, cases):
 @pytest.mark.parametrize("case", list(_quick(["ivf", "short"], CASES | SHORT)))
 def test_decode_matches_the_plain_network(case):
   params = make_params(**(CASES | SHORT)[case])
-  rng, sizes = np.random.default_rng(0), qinco.codebook_sizes(params)
-  codes_NM = np.stack([rng.integers(k, size=9) for k in sizes], axis=1)
   tables = _tables(params)
-  for num_codes in range(1, len(sizes) + 1):
-    prefix_NM = jnp.asarray(codes_NM[:, :num_codes])
+  for prefix_NM in prefixes(params):
     np.testing.assert_allclose(
       qinco.decode(tables, prefix_NM),
       oracles.qinco_decode(params, prefix_NM),
@@ -186,16 +183,16 @@ def _has_table(codec) -> bool:
 def test_a_table_is_made_where_it_pays(num_vectors, beam_size, is_worth_it):
   codec = _codec(make_params())
   knobs = dict(beam_size=beam_size)
-  got = encoders.with_pairs(codec, knobs, num_vectors)
+  got = codecs.with_pairs(codec, knobs, num_vectors)
   assert _has_table(got) == is_worth_it
 
 
 def test_no_table_is_made_that_is_large(monkeypatch):
   codec, many = _codec(make_params()), 1 << 40
   monkeypatch.setattr(codecs, "_PAIRS_BYTES", 4 * 49 * 6)
-  assert _has_table(codecs.with_pairs(codec, many))
+  assert _has_table(codecs.with_pairs(codec, {}, many))
   monkeypatch.setattr(codecs, "_PAIRS_BYTES", 4 * 49 * 6 - 1)
-  assert codecs.with_pairs(codec, many) is codec
+  assert codecs.with_pairs(codec, {}, many) is codec
 
 
 def test_other_codecs_have_no_table():
@@ -204,13 +201,13 @@ def test_other_codecs_have_no_table():
     codecs.Codec("rq", rq, rq.prepare(params), {}, ""),
     _codec(make_params(num_networks=0)),
   ):
-    assert codecs.with_pairs(codec, 1 << 40) is codec
+    assert codecs.with_pairs(codec, {}, 1 << 40) is codec
 
 
 def test_products_of_the_table_are_of_the_type_asked_for():
   codec = _codec(make_params())
   knobs = dict(beam_size=4, dtype="bfloat16")
-  got = encoders.with_pairs(codec, knobs, 1000).tables.pairs_LKD
+  got = codecs.with_pairs(codec, knobs, 1000).tables.pairs_LKD
   want = jax.jit(functools.partial(qinco.with_pairs, dtype="bfloat16"))
   np.testing.assert_array_equal(got, want(codec.tables).pairs_LKD)
 

@@ -5,7 +5,7 @@ import pytest
 
 from configs import qinco1, qinco2_l, qinco2_m, qinco2_s, qinco2_xs
 from tests import oracles
-from tests.qinco_cases import CASES, make_params, vectors
+from tests.qinco_cases import CASES, make_params, prefixes, vectors
 from vqjax.codecs import qinco
 
 KNOBS = [
@@ -24,11 +24,7 @@ KNOBS = [
 @pytest.mark.parametrize("case", CASES)
 def test_decode_matches_the_plain_network(case):
   params = make_params(**CASES[case])
-  rng = np.random.default_rng(0)
-  sizes = qinco.codebook_sizes(params)
-  codes_NM = np.stack([rng.integers(k, size=9) for k in sizes], axis=1)
-  for num_codes in range(1, len(sizes) + 1):
-    prefix_NM = jnp.asarray(codes_NM[:, :num_codes])
+  for prefix_NM in prefixes(params):
     np.testing.assert_allclose(
       qinco.decode(params, prefix_NM),
       oracles.qinco_decode(params, prefix_NM),

@@ -20,11 +20,12 @@ a JSON line when it is measured, alone on stdout: ... > points.jsonl
 
 Columns of the table: nprobe lists are looked into, but for those left out by
 max_ratio; their vectors are put in order by the additive decoder, the best
-num_aq of these by the pairwise decoder, and the best num_short of those by the
-network. qps are queries per second of one call with all queries, and coarse
-(which finds the lists), scan, pairwise and network the microseconds per query
-that go into each step. decoded are the vectors that the network decoded per
-query: one that queries share counts once.
+num_signs of these by their signs, or the best num_aq by the pairwise decoder,
+and the best num_short of those by the network. qps are queries per second of
+one call with all queries, and coarse (which finds the lists), scan (with the
+signs), pairwise and network the microseconds per query that go into each step.
+decoded are the vectors that the network decoded per query: one that queries
+share counts once.
 
 Times are those of all threads; --threads=1 keeps JAX and faiss to one CPU.
 Bytes of a vector are those in the lists, without ids. IVF-RaBitQ has a bit for
@@ -55,6 +56,7 @@ from vqjax.interop import (
   faiss_index,
   faiss_ivf,
   searchers,
+  signs_io,
 )
 
 OPTIONS = {
@@ -62,6 +64,9 @@ OPTIONS = {
   "index": common.Option(str, None, "Index of experiments.build_index."),
   "decoders": common.Option(
     str, None, "Decoders of experiments.pairwise_decoder, for --num_aq."
+  ),
+  "signs": common.Option(
+    str, None, "Signs of experiments.signs, for --num_signs."
   ),
   "queries": common.Option(
     str, None, "Queries; those of the codec's data set if unset."
@@ -86,16 +91,22 @@ OPTIONS = {
     "Lists are left out whose centroid is farther than so many times the "
     "nearest (squared distances), as 1.3,1.5,inf; inf, no limit, if unset.",
   ),
+  "num_signs": common.Option(
+    str,
+    None,
+    "Candidates that their signs put in order, as 0,10,20; 0 leaves them out.",
+  ),
   "num_aq": common.Option(
     str,
     None,
     "Candidates that the pairwise decoder puts in order, as 0,32,64; 0 leaves "
-    "it out. Not above --num_short it is no setting.",
+    "it out. Not above --num_short, or with signs, it is no setting.",
   ),
   "num_short": common.Option(
     str,
     None,
-    "Candidates that the network decodes, as 0,5,20; 0 leaves it out.",
+    "Candidates that the network decodes, as 0,5,20; 0 leaves it out. Above a "
+    "--num_signs that is not 0 it is no setting.",
   ),
   "threads": common.Option(
     int, None, "CPUs to work on; all that the process may use if unset."
@@ -150,10 +161,9 @@ def run(config, workdir=None) -> dict:
   codec = codecs.open_codec(config.codec)
   dtype = codecs.ranking_dtype(config.dtype)
   searcher = searchers.open_searcher(
-    config.codec, config.index, config.decoders, dtype=dtype
+    config.codec, config.index, config.decoders, config.signs, dtype=dtype
   )
-  has_pairwise = searcher.parts.pairwise_fn is not None
-  ranges = _ranges(config, info, has_pairwise)
+  ranges = _ranges(config, info, searcher.parts)
   check_range("--k", config.k, 1, info["num_vectors"], "vectors in the index")
   data = search_data.open_data(
     codec, config, config.index, info["num_vectors"], info.get("data")
@@ -207,11 +217,12 @@ def _baseline_fns(config, names, ranges, like, train, data, record) -> dict:
 
 def _header(config, codec, info, data, train, num_threads) -> dict:
   """What points must share to be compared; `Record` goes on with no others."""
-  decoders = config.decoders and formats.sha256(config.decoders)
+  sha256 = lambda path: path and formats.sha256(path)
   return {
     "codec": codec.fingerprint,
     "index": info["sha256"],
-    "decoders": decoders,
+    "decoders": sha256(config.decoders),
+    **({"signs": sha256(config.signs)} if config.signs else {}),
     "num_vectors": info["num_vectors"],
     "num_lists": info["num_lists"],
     "coarse": info["coarse"],
@@ -223,19 +234,21 @@ def _header(config, codec, info, data, train, num_threads) -> dict:
     "threads": search_record.threads(num_threads),
     "device": jax.devices()[0].device_kind,
     "vqjax": __version__,
-    "bytes": {codec.name: _code_bytes(info)},
+    "bytes": {codec.name: _code_bytes(config, info)},
     "baselines": search_data.baselines_of(train, data.base) if train else {},
   }
 
 
-def _code_bytes(info: dict) -> int:
-  """Bytes of a vector in the lists: its codes, and a byte for the norm."""
+def _code_bytes(config, info: dict) -> int:
+  """Bytes of a vector: its codes, a byte for the norm, signs."""
   bits = (info["codebook_size"] - 1).bit_length()
-  return math.ceil(info["num_codes"] * bits / 8) + 1
+  num_bytes = math.ceil(info["num_codes"] * bits / 8) + 1
+  return num_bytes + (signs_io.num_bytes(info["dim"]) if config.signs else 0)
 
 
-def _ranges(config, info, has_pairwise: bool) -> dict[str, list]:
+def _ranges(config, info, parts) -> dict[str, list]:
   """Values of each parameter, rising; cut at the size of the index."""
+  has_pairwise, has_signs = parts.pairwise_fn is not None, bool(parts.signs)
   num_lists, num_vectors = info["num_lists"], info["num_vectors"]
   is_graph = info["coarse"] == "hnsw"
   if config.ef_search and not is_graph:
@@ -252,12 +265,19 @@ def _ranges(config, info, has_pairwise: bool) -> dict[str, list]:
     "nprobe": _numbers(config, "nprobe", 1, num_lists) or probes,
     "ef_search": _numbers(config, "ef_search", 1, 1 << 20) or [32, 128, 512],
     "max_ratio": _ratios(config.max_ratio),
+    "num_signs": _numbers(config, "num_signs", 0, num_vectors)
+    or ([0, 10, 20, 50] if has_signs else [None]),
     "num_aq": _numbers(config, "num_aq", 0, num_vectors)
     or ([0, 8, 32, 128] if has_pairwise else [0]),
     "num_short": _numbers(config, "num_short", 0, num_vectors) or short,
   }
   if not is_graph:
     ranges["ef_search"] = [None]
+  if any(ranges["num_signs"]) and not has_signs:
+    raise ValueError(
+      "--num_signs asks for signs: give --signs=FILE of experiments.signs, or "
+      "--num_signs=0."
+    )
   if max(ranges["num_aq"]) and not has_pairwise:
     raise ValueError(
       "--num_aq asks for the pairwise decoder: give --decoders=FILE of "
@@ -314,7 +334,7 @@ def _summarise(config, record, data) -> None:
   )
   _doubt(data, max(p["recall"]["1-recall@1"] for p in record.points))
   best = record.best(next(iter(record.header["bytes"])))
-  if not best["num_short"] and any(
+  if not (best["num_short"] or best["num_signs"]) and any(
     p["setting"].get("num_short") for p in record.points
   ):
     logging.warning(
@@ -322,7 +342,8 @@ def _summarise(config, record, data) -> None:
       "trained? Settings were left out as if more of it gained recall."
     )
   at = ", ".join(f"{k}={v}" for k, v in best.items() if v is not None)
-  options = f", {config.decoders!r}" if config.decoders else ""
+  files = {"decoders": config.decoders, "signs": config.signs}
+  options = "".join(f", {k}={v!r}" for k, v in files.items() if v)
   if record.header["dtype"] != "float32":
     options += f", dtype={record.header['dtype']!r}"
   logging.info(

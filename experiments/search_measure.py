@@ -63,8 +63,7 @@ def explore(config, record, ours: str, ranges, search_fns, data) -> None:
   num_tried = 0
   with common.progress(grid.num_settings, "search", unit="settings") as done:
     for number, (setting, may_win) in enumerate(grid.settings(), 1):
-      is_one = not 0 < setting["num_aq"] <= setting["num_short"]
-      if is_one and may_win and not record.find(ours, setting):
+      if _is_one(setting) and may_win and not record.find(ours, setting):
         add(measure([(ours, setting), *of_probe(setting)])[0])
         num_tried += 1
       done(number, grid.num_settings)
@@ -77,6 +76,14 @@ def explore(config, record, ours: str, ranges, search_fns, data) -> None:
     num_tried,
     grid.num_settings,
   )
+
+
+def _is_one(setting: dict) -> bool:
+  """Whether no stage of a setting is undone by a later one."""
+  short = setting["num_short"]
+  if setting["num_signs"]:
+    return not setting["num_aq"] and short <= setting["num_signs"]
+  return not 0 < setting["num_aq"] <= short
 
 
 def _measure(config, jobs, search_fns, data) -> list[dict]:

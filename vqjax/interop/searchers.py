@@ -14,7 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from vqjax.codecs import pairwise, registry
-from vqjax.interop import decoders_io, faiss_io, faiss_ivf, safetensors_io
+from vqjax.interop import (
+  decoders_io,
+  faiss_io,
+  faiss_ivf,
+  safetensors_io,
+  signs_io,
+)
 from vqjax.search import ivf, pipeline
 
 
@@ -22,6 +28,7 @@ def open_searcher(
   codec: str,
   index: str,
   decoders: str | None = None,
+  signs: str | None = None,
   *,
   dtype: str = "float32",
 ) -> pipeline.Searcher:
@@ -31,6 +38,7 @@ def open_searcher(
     codec: Run folder, codec.safetensors or released checkpoint.
     index: File of `experiments.build_index`.
     decoders: File of `experiments.pairwise_decoder`, for the pairwise stage.
+    signs: File of `experiments.signs`, for a truer order of the scan.
     dtype: Type of the products of the scan and of the network, "float32" or
       "bfloat16"; sums are float32.
 
@@ -47,6 +55,7 @@ def open_searcher(
       "by squared distances; build it with --metric=l2. For vectors of length "
       "1 the order is that of inner products."
     )
+  found_signs = None if signs is None else signs_io.load(signs, meta)
   contents = faiss_ivf.contents(faiss_index)
   coarse = faiss_ivf.keep_coarse(faiss_index)  # The codes are not kept twice.
   pairwise_fn = None
@@ -76,6 +85,7 @@ def open_searcher(
       decode_fn=make_decode_fn(loaded, dtype),
       pairwise_fn=pairwise_fn,
       distances_fn=faiss_io.distances_to,
+      signs=found_signs,
     )
   )
 

@@ -11,7 +11,8 @@ code, as a byte within the range of its list. The tables of a block of queries
 are one matrix product. Lists are read in tiles of consecutive codes, so that
 little but the table lookups is done for each code.
 
-The words are those of an additive decoder (`vqjax.codecs.additive`).
+The words are those of an additive decoder (`vqjax.codecs.additive`). Where the
+vectors have signs too (`signs.py`), these put the nearest in a truer order.
 """
 
 from functools import partial
@@ -23,6 +24,7 @@ from flax import struct
 from jax import lax
 
 from vqjax.core import Array, check_range, check_shape
+from vqjax.search import signs as signs_lib
 
 TILE = 32  # Codes that are read in one piece.
 
@@ -118,15 +120,17 @@ def codes_at(lists: Lists, rows: Array) -> Array:
   return jnp.stack(_unpack(packed, lists.num_codes, lists.num_bits), axis=-1)
 
 
-@partial(jax.jit, static_argnames=("num_tiles", "num_best"))
+@partial(jax.jit, static_argnames=("num_tiles", "num_best", "num_signs"))
 def scan(
   lists: Lists,
   queries_QD: Array,
   probes_QP: Array,
   distances_QP: Array,
+  signs: signs_lib.Signs | None = None,
   *,
   num_tiles: int,
   num_best: int,
+  num_signs: int = 0,
 ) -> tuple[Array, Array, Array]:
   """Finds the nearest codes in the probed lists of each query.
 
@@ -135,8 +139,11 @@ def scan(
     queries_QD: Queries.
     probes_QP: Lists to look into, -1 for none.
     distances_QP: Squared distances to their centroids.
+    signs: Of the same rows, for `num_signs`.
     num_tiles: At least as many as any query needs, see `count_tiles`.
     num_best: R, at most `num_tiles * TILE`.
+    num_signs: So many of the nearest get the distances, and the order, that
+      their signs tell; at most R.
 
   Returns:
     Rows `[Q, R]` of the lists, nearest first and -1 where there are no more,
@@ -159,9 +166,21 @@ def scan(
   take = lambda x_QI, i_QR: jnp.take_along_axis(x_QI, i_QR, axis=1)
   found_QR = ~jnp.isneginf(score_QR)
   none = lambda x_QR: jnp.where(found_QR, x_QR, -1)
-  rows_QR = take(rows_QI, tile_QR) + at_QR
-  lists_QR = take(probes_QP, take(probe_QI, tile_QR))
-  return none(rows_QR), none(lists_QR), -score_QR
+  rows_QR = none(take(rows_QI, tile_QR) + at_QR)
+  lists_QR = none(take(probes_QP, take(probe_QI, tile_QR)))
+  if not num_signs:
+    return rows_QR, lists_QR, -score_QR
+  head = lambda x_QR: x_QR[:, :num_signs]
+  distances_QS = signs_lib.distances(
+    signs, queries_QD, head(rows_QR), head(-score_QR)
+  )
+  negative_QS, order_QS = lax.top_k(-distances_QS, num_signs)
+  sort = lambda x_QR, head_QS: jnp.hstack([head_QS, x_QR[:, num_signs:]])
+  return (
+    sort(rows_QR, take(rows_QR, order_QS)),
+    sort(lists_QR, take(lists_QR, order_QS)),
+    sort(-score_QR, -negative_QS),
+  )
 
 
 def count_tiles(sizes):

@@ -1,12 +1,15 @@
 """From queries to neighbours in four stages, each dearer and truer.
 
   coarse    the lists nearest to a query
-  scan      all their codes, by tables of the additive decoder (`ivf.py`)
+  scan      all their codes, by tables of the additive decoder (`ivf.py`), and
+            the `num_signs` best of those by their signs, if any (`signs.py`)
   pairwise  the `num_aq` best of those, by tables over pairs of codes
   network   the `num_short` best of those, decoded; exact distances to that
 
 Every stage after the scan puts the head of the list of candidates in a better
-order and leaves the tail as it is. A stage whose number is 0 is left out.
+order and leaves the tail as it is. A stage whose number is 0 is left out. Signs
+say of a vector what its codes do not, so that the network, where it follows
+them, has a share in the distances instead of replacing them.
 
   searcher = pipeline.Searcher(parts)
   result = searcher.search(xq_QD, k=10, nprobe=16, num_short=20)
@@ -27,6 +30,7 @@ from vqjax import devices
 from vqjax.core import check_range
 from vqjax.data.formats import check_vectors
 from vqjax.search import ivf
+from vqjax.search.signs import Signs
 
 STAGES = ("coarse", "scan", "pairwise", "network")
 _DECODE_ROWS = 4096  # Vectors that are decoded at once.
@@ -34,6 +38,7 @@ _SCAN_QUERIES = 256  # In one scan; their tables should stay in the caches.
 _SLOT_BYTES = 64 << 20  # Of the slots of one scan, at most.
 _SCANS_AT_ONCE = 8
 _RERANKED = 1 << 18  # Candidates that are decoded before any is dropped.
+_SHARE = 0.4  # Of the network, where signs have the rest: docs/ivf.md.
 
 
 class Parts(NamedTuple):
@@ -49,6 +54,7 @@ class Parts(NamedTuple):
   decode_fn: Callable  # -> x_ND, by the network.
   pairwise_fn: Callable | None  # -> x_ND, by the pairwise decoder.
   distances_fn: Callable  # (xq_QD, x_UD, rows_QR) -> squared distances [Q, R].
+  signs: Signs | None = None  # Of the rows of `lists`, on the device.
 
 
 class Result(NamedTuple):
@@ -97,6 +103,7 @@ class Searcher:
     nprobe: int | None = None,
     ef_search: int | None = None,
     max_ratio: float | None = None,
+    num_signs: int | None = None,
     num_aq: int = 0,
     num_short: int = 20,
   ) -> Result:
@@ -112,8 +119,12 @@ class Searcher:
       max_ratio: Of the `nprobe` lists those are left out whose centroid lies
         at more than so many times the squared distance of the nearest: queries
         amid a list need few others. None for no limit.
-      num_aq: Candidates of the scan that the pairwise decoder puts in order.
-      num_short: Candidates that the network decodes.
+      num_signs: Candidates of the scan that their signs put in order; None for
+        `max(k, num_short)` where there are signs, else 0.
+      num_aq: Candidates that the pairwise decoder puts in order; 0 with signs,
+        which know better.
+      num_short: Candidates that the network decodes, with signs at most
+        `num_signs`.
 
     Raises:
       ValueError: Where a number or a dimension does not fit.
@@ -122,7 +133,9 @@ class Searcher:
     check_vectors(queries_QD, dim=self.dim, name="queries")
     check_range("the number of queries", len(queries_QD), 1, 2**31 - 1)
     nprobe = min(16, len(self._tiles_L)) if nprobe is None else nprobe
-    self._check_setting(k, nprobe, max_ratio, num_aq, num_short)
+    if num_signs is None:
+      num_signs = max(k, num_short) if self.parts.signs and not num_aq else 0
+    self._check_setting(k, nprobe, max_ratio, num_signs, num_aq, num_short)
     seconds, began = {}, time.perf_counter()
 
     def lap(stage):
@@ -137,9 +150,8 @@ class Searcher:
       limit_Q1 = max_ratio * distances_QP[:, :1]
       probes_QP = np.where(distances_QP <= limit_Q1, probes_QP, -1)
     lap("coarse")
-    found = self._scan(
-      queries_QD, probes_QP, distances_QP, max(k, num_aq, num_short)
-    )
+    num_best = max(k, num_signs, num_aq, num_short)
+    found = self._scan(queries_QD, probes_QP, distances_QP, num_best, num_signs)
     lap("scan")
     num_decoded = 0
     if num_aq:
@@ -147,28 +159,48 @@ class Searcher:
       lap("pairwise")
     if num_short:
       found, num_decoded = self._rerank(
-        self.parts.decode_fn, queries_QD, found, num_short
+        self.parts.decode_fn,
+        *(queries_QD, found, num_short),
+        share=_SHARE if num_signs else 1.0,
       )
       lap("network")
     rows_QR = found.rows_QC[:, :k]
     ids_QR = np.where(rows_QR < 0, -1, self.parts.ids_N[rows_QR])
     return Result(ids_QR, found.distances_QC[:, :k], seconds, num_decoded)
 
-  def _check_setting(self, k, nprobe, max_ratio, num_aq, num_short) -> None:
-    """Raises ValueError where a number does not fit the index."""
+  def _check_setting(
+    self, k, nprobe, max_ratio, num_signs, num_aq, num_short
+  ) -> None:
+    """Raises ValueError where a number does not fit the index, or another."""
     check_range("nprobe", nprobe, 1, len(self._tiles_L), "lists of the index")
     if max_ratio is not None:
       check_range("max_ratio", max_ratio, 1, 1e6)
     check_range("k", k, 1, len(self.parts.ids_N), "vectors in the index")
-    for name, value in (("num_aq", num_aq), ("num_short", num_short)):
+    for name, value in (
+      ("num_signs", num_signs),
+      ("num_aq", num_aq),
+      ("num_short", num_short),
+    ):
       check_range(name, value, 0, 1 << 20)
+    if num_signs and self.parts.signs is None:
+      raise ValueError(
+        f"num_signs={num_signs} asks for signs, but none were opened: make "
+        "them with python -m experiments.signs, or set num_signs=0."
+      )
+    if num_signs and (num_aq or num_short > num_signs):
+      raise ValueError(
+        "With signs num_aq must be 0, and num_short at most num_signs; got "
+        f"num_signs={num_signs}, num_aq={num_aq} and num_short={num_short}."
+      )
     if num_aq and self.parts.pairwise_fn is None:
       raise ValueError(
         f"num_aq={num_aq} asks for the pairwise decoder, but the file of "
         "decoders has none; set num_aq=0."
       )
 
-  def _scan(self, queries_QD, probes_QP, distances_QP, num_best) -> Candidates:
+  def _scan(
+    self, queries_QD, probes_QP, distances_QP, num_best, num_signs
+  ) -> Candidates:
     """Candidates of the scan, in blocks of queries with lists alike in size."""
     tiles_QP = np.where(probes_QP < 0, 0, self._tiles_L[probes_QP])
     tiles_Q = tiles_QP.sum(axis=1)
@@ -187,8 +219,10 @@ class Searcher:
         take(queries_QD),
         take(probes_QP),
         take(distances_QP),
+        self.parts.signs if num_signs else None,
         num_tiles=block.num_tiles,
         num_best=num_best,
+        num_signs=num_signs,
       )
       for whole, part in zip(out, found, strict=True):
         whole[block.rows] = np.asarray(part)[: len(block.rows)]
@@ -200,11 +234,12 @@ class Searcher:
       pass  # Raises what a block raised.
     return out
 
-  def _rerank(self, decode_fn, queries_QD, found, num_head):
+  def _rerank(self, decode_fn, queries_QD, found, num_head, share=1.0):
     """Puts the first `num_head` candidates in the order of exact distances.
 
-    In blocks of queries, or all vectors of a large batch would be in memory.
-    Also returns how many vectors were decoded.
+    These have a `share` in the new distances, those so far the rest. In blocks
+    of queries, or all vectors of a large batch would be in memory. Also returns
+    how many vectors were decoded.
     """
     size = max(_RERANKED // num_head, 1)
     blocks, num_decoded = [], 0
@@ -214,7 +249,7 @@ class Searcher:
         decode_fn,
         queries_QD[rows],
         Candidates(*(x_QC[rows] for x_QC in found)),
-        num_head,
+        *(num_head, share),
       )
       blocks.append(block)
       num_decoded += num
@@ -222,7 +257,7 @@ class Searcher:
       num_decoded
     )
 
-  def _rerank_block(self, decode_fn, queries_QD, found, num_head):
+  def _rerank_block(self, decode_fn, queries_QD, found, num_head, share):
     """`_rerank` of some queries."""
     head = Candidates(*(x_QC[:, :num_head] for x_QC in found))
     is_there = head.rows_QC >= 0
@@ -235,6 +270,9 @@ class Searcher:
     at_QC = np.full(head.rows_QC.shape, -1, np.int64)
     at_QC[is_there] = back
     distances_QC = self.parts.distances_fn(queries_QD, x_UD, at_QC)
+    if share < 1:
+      distances_QC *= share
+      distances_QC += (1 - share) * head.distances_QC
     distances_QC = np.where(is_there, distances_QC, np.inf)
     head = head._replace(distances_QC=distances_QC)
     order_QC = np.argsort(distances_QC, axis=1, kind="stable")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.ivf_test import CENTROIDS_LD, _random_lists
-from vqjax.search import ivf, pipeline
+from vqjax.search import ivf, pipeline, signs
 
 _NUM, _LISTS, _DIM = 90, 6, 5
 
@@ -197,3 +197,66 @@ def test_what_does_not_fit_is_refused(case):
     search(case.xq_QD, 91, nprobe=1)
   with pytest.raises(ValueError, match="num_aq=5 asks for the pairwise"):
     _Case(has_pairwise=False).searcher.search(case.xq_QD, 3, nprobe=1, num_aq=5)
+
+
+class _SignedCase(_Case):
+  """With signs of vectors near what the words add up to."""
+
+  def __init__(self):
+    super().__init__()
+    words = [
+      book_KD[codes_N]
+      for book_KD, codes_N in zip(
+        self.arrays["codebooks_MKD"], self.arrays["codes_NM"].T, strict=True
+      )
+    ]
+    xhat_ND = CENTROIDS_LD[self.list_N] + sum(words)
+    rng = np.random.default_rng(4)
+    x_ND = xhat_ND + 0.5 * rng.normal(size=xhat_ND.shape).astype(np.float32)
+    rotation_DE = signs.random_rotation(_DIM)
+    found = signs.describe(x_ND, xhat_ND, (xhat_ND**2).sum(axis=1), rotation_DE)
+    self.signs = signs.make_signs(*map(np.asarray, found), rotation_DE)
+    self.searcher = pipeline.Searcher(
+      self.searcher.parts._replace(signs=jax.tree.map(jnp.asarray, self.signs))
+    )
+
+
+@pytest.mark.parametrize(
+  ("num_signs", "num_short"), [(9, 0), (9, 4), (9, 9), (None, 6), (None, 20)]
+)
+def test_the_network_has_a_share_beside_signs(num_signs, num_short):
+  case, k = _SignedCase(), 12
+  at = dict(nprobe=3, num_short=0)
+  size = max(k, num_short) if num_signs is None else num_signs
+  scanned = case.searcher.search(case.xq_QD, max(k, size), **at, num_signs=0)
+  result = case.searcher.search(
+    case.xq_QD, k, nprobe=3, num_signs=num_signs, num_short=num_short
+  )
+  row_of = {name: row for row, name in enumerate(case.ids_N)}
+  for q, x_D in enumerate(case.xq_QD):
+    rows = [row_of[i] for i in scanned.ids_QR[q]]
+    head = np.array([rows[:size]])
+    signed = signs.distances(
+      case.signs, x_D[None], head, scanned.distances_QR[q : q + 1, :size]
+    )
+    of = dict(zip(rows[:size], np.asarray(signed)[0].tolist(), strict=True))
+    rows[:size] = sorted(rows[:size], key=of.get)
+    exact_N = case.exact(x_D)
+    both = {row: 0.4 * exact_N[row] + 0.6 * of[row] for row in rows[:num_short]}
+    rows[:num_short] = sorted(rows[:num_short], key=both.get)
+    np.testing.assert_array_equal(result.ids_QR[q], case.ids_N[rows[:k]])
+    want = [{**of, **both}.get(row, np.nan) for row in rows[:k]]
+    known = ~np.isnan(want)
+    np.testing.assert_allclose(
+      result.distances_QR[q][known], np.array(want)[known], rtol=1e-3, atol=1e-3
+    )
+
+
+def test_settings_of_signs_that_make_no_sense_are_refused(case):
+  with pytest.raises(ValueError, match="num_signs=5 asks for signs, but none"):
+    case.searcher.search(case.xq_QD, 3, nprobe=1, num_signs=5)
+  search = _SignedCase().searcher.search
+  with pytest.raises(ValueError, match="num_aq must be 0, and num_short at"):
+    search(case.xq_QD, 3, nprobe=1, num_signs=5, num_short=6)
+  with pytest.raises(ValueError, match="num_aq must be 0, and num_short at"):
+    search(case.xq_QD, 3, nprobe=1, num_signs=5, num_aq=6, num_short=2)

@@ -27,6 +27,7 @@ from vqjax.core import Array, check_range, check_shape
 WORD = 32  # Signs that are kept in one number.
 _CUT = 1e-4  # Of scales and offsets on either side, out of the byte's range.
 _LEAST_STEP = 1e-12
+_PLACE_11B = np.arange(WORD, dtype=np.uint32)[None, None]
 
 
 @struct.dataclass
@@ -83,8 +84,7 @@ def describe(
   norm_N = jnp.sum(xhat_ND**2, axis=1)
   offset_N = sq_N + 2 * scale_N * along_N + norm_N - scanned_N
   bit_NWB = is_up_NE.reshape(len(x_ND), -1, WORD).astype(jnp.uint32)
-  place_B = jnp.arange(WORD, dtype=jnp.uint32)
-  bits_NW = jnp.sum(bit_NWB << place_B, axis=2, dtype=jnp.uint32)
+  bits_NW = jnp.sum(bit_NWB << _PLACE_11B, axis=2, dtype=jnp.uint32)
   return bits_NW, scale_N, offset_N
 
 
@@ -125,8 +125,7 @@ def distances(
   """
   turned_QE = jnp.matmul(queries_QD, signs.rotation_DE, precision="highest")
   at = lambda x_N: x_N[jnp.maximum(rows_QS, 0)]
-  place_B = jnp.arange(WORD, dtype=jnp.uint32)
-  is_up_QSWB = (at(signs.bits_NW)[..., None] >> place_B) & 1 == 1
+  is_up_QSWB = (at(signs.bits_NW)[..., None] >> _PLACE_11B[None]) & 1 == 1
   is_up_QSE = is_up_QSWB.reshape(*rows_QS.shape, -1)
   turned_Q1E = turned_QE[:, None]
   along_QS = jnp.sum(jnp.where(is_up_QSE, turned_Q1E, -turned_Q1E), axis=-1)

@@ -1,0 +1,140 @@
+"""The signs command on a small index, and searches with what it writes."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from experiments import build_index, common, search, search_measure, signs
+from tests import search_test
+from vqjax.interop import faiss_ivf, searchers, signs_io
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def _single_calls(monkeypatch):
+  monkeypatch.setattr(search_measure, "_MIN_SECONDS", 0.0)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["ivf", "rq"])
+def files(request, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("signs")
+  made = search_test._make(folder, request.param)
+  # The codes are of the decoded vectors, the signs of vectors beside them.
+  made["data"] = str(folder / "x.npy")
+  return made
+
+
+def _signs(files, output, **values):
+  values = {"index": files["index"], "data": files["data"], **values}
+  config = common.get_config(signs.OPTIONS, **values, output=str(output))
+  return signs.run(config)
+
+
+def _search(files, **values):
+  values = {k: v for k, v in files.items() if k != "data"} | values
+  return search.run(common.get_config(search.OPTIONS, **values))
+
+
+def test_signs_are_of_the_rows_of_the_index(files, tmp_path):
+  path = tmp_path / "signs.safetensors"
+  result = _signs(files, path)
+  assert result == {"output": str(path), "num_vectors": search_test.NUM}
+  index, info = faiss_ivf.load(files["index"])
+  contents, made = faiss_ivf.contents(index), signs_io.load(path, info)
+  x_ND, decode_fn = np.load(files["data"]), faiss_ivf.faiss_lists.make_decode_fn
+  words_ND = decode_fn(contents.codebooks_MKD)(contents.codes_NM)
+  list_N = np.repeat(
+    np.arange(len(contents.centroids_LD)), np.diff(contents.starts)
+  )
+  left_ND = x_ND[contents.ids_N] - contents.centroids_LD[list_N] - words_ND
+  left_NE = left_ND @ np.asarray(made.rotation_DE)
+  place_B = np.arange(32, dtype=np.uint32)
+  bits_NE = (np.asarray(made.bits_NW)[..., None] >> place_B & 1).reshape(
+    len(x_ND), -1
+  )
+  sure_NE = np.abs(left_NE) > 1e-4
+  np.testing.assert_array_equal((left_NE > 0)[sure_NE], bits_NE[sure_NE] == 1)
+  assert sure_NE.mean() > 0.9
+  # With its own rotation, one of its own.
+  other = tmp_path / "other.safetensors"
+  _signs(files, other, seed=1)
+  assert not np.array_equal(signs_io.load(other, info).bits_NW, made.bits_NW)
+
+
+def test_a_search_gains_by_signs(files, tmp_path):
+  path, output = tmp_path / "signs.safetensors", str(tmp_path / "out.json")
+  _signs(files, path)
+  # Distances of the words alone are rough: these are not of the network.
+  at = {"signs": str(path), "num_aq": "0", "num_short": "0,12", "nprobe": "6"}
+  at |= {"output": output, "dtype": "float32"}
+  result = _search(files, **at, num_signs="0,30")
+  recall = {
+    (p["setting"]["num_signs"], p["setting"]["num_short"]): p["recall"]
+    for p in result["points"]
+  }
+  assert set(recall) == {(0, 0), (0, 12), (30, 0), (30, 12)}
+  plain, signed = recall[0, 0]["knn_recall@10"], recall[30, 0]["knn_recall@10"]
+  if result["header"]["num_lists"] > 1:
+    assert signed > plain + 0.02
+  num_bytes = (
+    3
+    + signs_io.num_bytes(search_test.D)
+    - (result["header"]["num_lists"] == 1 and 0)
+  )
+  assert list(result["header"]["bytes"].values()) == [num_bytes]
+  found = searchers.open_searcher(files["codec"], files["index"], None, path)
+  xq_QD = np.load(files["queries"])
+  true_QG = np.load(files["groundtruth"])
+  nprobe = min(6, result["header"]["num_lists"])
+  ids_QR = found.search(xq_QD, 10, nprobe=nprobe, num_signs=30, num_short=0)
+  hit = np.mean(ids_QR.ids_QR[:, 0] == true_QG[:, 0])
+  assert recall[30, 0]["1-recall@1"] == pytest.approx(hit)
+  # Points of other signs do not go into the same record.
+  other = tmp_path / "other.safetensors"
+  _signs(files, other, seed=1)
+  with pytest.raises(ValueError, match="measured with signs .*, now it is"):
+    _search(files, **at | {"signs": str(other)}, num_signs="0,30", resume=True)
+  at |= {"signs": None, "overwrite": True}
+  with pytest.raises(ValueError, match="--num_signs asks for signs"):
+    _search(files, **at, num_signs="0,30")
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_read(files, tmp_path):
+  path = tmp_path / "signs.safetensors"
+  other = str(tmp_path / "other.npy")
+  x_ND = np.load(files["data"])
+  np.save(other, x_ND[::-1])
+  with pytest.raises(ValueError, match="vectors that were encoded as --data"):
+    _signs(files, path, data=other)
+  np.save(other, x_ND[:-1])
+  with pytest.raises(ValueError, match=r"--data must have shape \(500, 8\)"):
+    _signs(files, path, data=other)
+  np.save(other, x_ND[:, :-1])
+  with pytest.raises(ValueError, match=r"--data must have shape \(500, 8\)"):
+    _signs(files, path, data=other)
+  with pytest.raises(ValueError, match=r"file \*.safetensors"):
+    _signs(files, tmp_path / "signs.npy")
+  path.write_bytes(b"there")
+  with pytest.raises(FileExistsError, match="exists already"):
+    _signs(files, path)
+  assert path.read_bytes() == b"there"
+  assert _signs(files, path, overwrite=True)["num_vectors"] == 500
+
+
+def test_a_part_of_an_index_has_signs_too(files, tmp_path):
+  folder = pathlib.Path(files["index"]).parent
+  part = {name: files[name] for name in ("codec", "decoders")}
+  part |= {"codes": str(folder / "codes.npy"), "rows": "100:350"}
+  part |= {"output": str(tmp_path / "part.faiss")}
+  build_index.run(common.get_config(build_index.OPTIONS, **part))
+  path = tmp_path / "part.safetensors"
+  found = _signs({**files, "index": part["output"]}, path)
+  assert found["num_vectors"] == 250
+  info = json.loads((tmp_path / "part.faiss.json").read_text())
+  assert signs_io.load(path, info).bits_NW.shape == (250, 1)
+  whole = json.loads(pathlib.Path(files["index"] + ".json").read_text())
+  with pytest.raises(ValueError, match="make its own by python -m"):
+    signs_io.load(path, whole)

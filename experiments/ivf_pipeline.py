@@ -12,6 +12,7 @@ runs the commands below, each of which can be run by itself, into --workdir:
   codes       encode             codes/, of the base, and train_codes/
   decoders    pairwise_decoder   decoders.safetensors
   index       build_index        index.faiss
+  signs       signs              signs.safetensors, with --signs
   search      search             search.json, search.png
 
 A step whose output is there is skipped, so that the same command goes on where
@@ -35,19 +36,30 @@ from experiments import (
   pairwise_decoder,
   search,
   search_data,
+  signs,
   train,
 )
 from vqjax.data import batches, codes, datasets
-from vqjax.interop import decoders_io, faiss_io, faiss_ivf, safetensors_io
+from vqjax.interop import (
+  decoders_io,
+  faiss_io,
+  faiss_ivf,
+  safetensors_io,
+  signs_io,
+)
 
 _NUM_FITTED = 1_000_000  # Training vectors for the decoders.
 _SHARD_ROWS = 100_000  # Of the codes; as many are lost by a stop.
 OPTIONS = {
   name: search.OPTIONS[name]
   for name in (
-    *("k", "nprobe", "max_ratio", "num_aq", "num_short"),
+    *("k", "nprobe", "max_ratio", "num_signs", "num_aq", "num_short"),
     *("threads", "baselines"),
   )
+} | {
+  "signs": common.Option(
+    bool, False, "Keep signs of the vectors too (experiments.signs)."
+  ),
 }
 
 
@@ -70,6 +82,8 @@ def run(config, workdir: str, **options):
   _encode(config, workdir, dataset)
   _fit_decoders(config, workdir, dataset)
   _build_index(workdir)
+  if options.pop("signs", False):
+    options["signs"] = _make_signs(workdir, dataset)
   return _search(workdir, options)
 
 
@@ -186,6 +200,16 @@ def _build_index(workdir) -> None:
     decoders=str(decoders),
     output=str(path),
   )
+
+
+def _make_signs(workdir, dataset) -> str:
+  """Returns the file of signs of the index, made if it is missing."""
+  path, index = workdir / "signs.safetensors", workdir / "index.faiss"
+  if _is_there(path):
+    signs_io.load(path, faiss_ivf.load(index, mmap=True).info)
+  else:
+    _run(signs, index=str(index), data=dataset.base, output=str(path))
+  return str(path)
 
 
 def _search(workdir, options):

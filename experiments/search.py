@@ -222,7 +222,7 @@ def _header(config, codec, info, data, train, num_threads) -> dict:
     "codec": codec.fingerprint,
     "index": info["sha256"],
     "decoders": sha256(config.decoders),
-    **({"signs": sha256(config.signs)} if config.signs else {}),
+    "signs": sha256(config.signs),
     "num_vectors": info["num_vectors"],
     "num_lists": info["num_lists"],
     "coarse": info["coarse"],

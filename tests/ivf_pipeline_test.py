@@ -172,3 +172,19 @@ def test_what_cannot_be_searched_is_refused_first(tmp_path):
   with pytest.raises(ValueError, match="128 dimensions cannot be cut into 3"):
     ivf_pipeline.run(_config(), str(tmp_path / "x"), baselines="IVF-PQ")
   assert not (tmp_path / "x").exists()
+
+
+def test_signs_where_they_are_wanted(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("signed")
+  few = FEW | {"signs": True, "num_signs": "0,10"}
+  result = ivf_pipeline.run(_config(), str(folder), k=10, **few)
+  found = {point["setting"]["num_signs"] for point in result["points"]}
+  assert found == {0, 10}
+  path = folder / "signs.safetensors"
+  before = _times(folder)[path]
+  again = ivf_pipeline.run(_config(), str(folder), k=10, **few)
+  assert again["points"] == result["points"]
+  assert _times(folder)[path] == before
+  # Without them it is another search.
+  with pytest.raises(ValueError, match="measured with signs"):
+    ivf_pipeline.run(_config(), str(folder), k=10, **FEW)

@@ -58,6 +58,16 @@ def test_signs_are_of_the_rows_of_the_index(files, tmp_path):
   sure_NE = np.abs(left_NE) > 1e-4
   np.testing.assert_array_equal((left_NE > 0)[sure_NE], bits_NE[sure_NE] == 1)
   assert sure_NE.mean() > 0.9
+  # Of a vector to itself the distance is zero, but for bytes and the rest.
+  searcher = searchers.open_searcher(files["codec"], files["index"], None, path)
+  found = searcher.search(
+    *(x_ND, 500), nprobe=info["num_lists"], num_signs=500, num_short=0
+  )
+  is_self_NR = found.ids_QR == np.arange(500)[:, None]
+  assert is_self_NR.any(axis=1).all()
+  far = np.mean(np.sum(left_ND**2, axis=1))
+  own = np.abs(found.distances_QR[is_self_NR])
+  assert np.median(own) < 0.05 * far + 1e-3 * np.mean(np.sum(x_ND**2, axis=1))
   # With its own rotation, one of its own.
   other = tmp_path / "other.safetensors"
   _signs(files, other, seed=1)
@@ -67,39 +77,48 @@ def test_signs_are_of_the_rows_of_the_index(files, tmp_path):
 def test_a_search_gains_by_signs(files, tmp_path):
   path, output = tmp_path / "signs.safetensors", str(tmp_path / "out.json")
   _signs(files, path)
-  # Distances of the words alone are rough: these are not of the network.
-  at = {"signs": str(path), "num_aq": "0", "num_short": "0,12", "nprobe": "6"}
+  at = {"signs": str(path), "num_aq": "0", "num_short": "0", "nprobe": "6"}
   at |= {"output": output, "dtype": "float32"}
-  result = _search(files, **at, num_signs="0,30")
-  recall = {
-    (p["setting"]["num_signs"], p["setting"]["num_short"]): p["recall"]
-    for p in result["points"]
-  }
-  assert set(recall) == {(0, 0), (0, 12), (30, 0), (30, 12)}
-  plain, signed = recall[0, 0]["knn_recall@10"], recall[30, 0]["knn_recall@10"]
-  if result["header"]["num_lists"] > 1:
-    assert signed > plain + 0.02
-  num_bytes = (
-    3
-    + signs_io.num_bytes(search_test.D)
-    - (result["header"]["num_lists"] == 1 and 0)
+  (plain,) = _search(files, **at, num_signs="0")["points"]
+  at["overwrite"] = True
+  result = _search(files, **at, num_signs="30")
+  (signed,), header = result["points"], result["header"]
+  assert signed["setting"]["num_signs"] == 30
+  if header["num_lists"] > 1:  # Else the words are those of the codec.
+    name = "knn_recall@10"
+    assert signed["recall"][name] > plain["recall"][name] + 0.02
+  num_bytes = 3 + signs_io.num_bytes(search_test.D)
+  assert list(header["bytes"].values()) == [num_bytes]
+  searcher = searchers.open_searcher(files["codec"], files["index"], None, path)
+  nprobe = signed["setting"]["nprobe"]
+  found = searcher.search(
+    np.load(files["queries"]), 10, nprobe=nprobe, num_signs=30, num_short=0
   )
-  assert list(result["header"]["bytes"].values()) == [num_bytes]
-  found = searchers.open_searcher(files["codec"], files["index"], None, path)
-  xq_QD = np.load(files["queries"])
-  true_QG = np.load(files["groundtruth"])
-  nprobe = min(6, result["header"]["num_lists"])
-  ids_QR = found.search(xq_QD, 10, nprobe=nprobe, num_signs=30, num_short=0)
-  hit = np.mean(ids_QR.ids_QR[:, 0] == true_QG[:, 0])
-  assert recall[30, 0]["1-recall@1"] == pytest.approx(hit)
-  # Points of other signs do not go into the same record.
+  hit = np.mean(found.ids_QR[:, 0] == np.load(files["groundtruth"])[:, 0])
+  assert signed["recall"]["1-recall@1"] == pytest.approx(hit)
+
+
+def test_which_settings_of_signs_are_some(files, tmp_path):
+  path = tmp_path / "signs.safetensors"
+  _signs(files, path)
+  at = {"signs": str(path), "num_aq": "0", "nprobe": "6"}
+  at |= {"output": str(tmp_path / "out.json")}
+  result = _search(files, **at, num_signs="0,12", num_short="0,12,30")
+  settings = [point["setting"] for point in result["points"]]
+  pairs = {(s["num_signs"], s["num_short"]) for s in settings}
+  assert pairs <= {(0, 0), (0, 12), (0, 30), (12, 0), (12, 12)}
+  assert (0, 0) in pairs
+  # Points of other signs, or of none, do not go into the same record.
   other = tmp_path / "other.safetensors"
   _signs(files, other, seed=1)
+  at |= {"num_short": "0", "resume": True}
   with pytest.raises(ValueError, match="measured with signs .*, now it is"):
-    _search(files, **at | {"signs": str(other)}, num_signs="0,30", resume=True)
-  at |= {"signs": None, "overwrite": True}
+    _search(files, **at | {"signs": str(other)}, num_signs="0,12")
+  at["signs"] = None
+  with pytest.raises(ValueError, match="measured with signs .*, now it is"):
+    _search(files, **at, num_signs="0")
   with pytest.raises(ValueError, match="--num_signs asks for signs"):
-    _search(files, **at, num_signs="0,30")
+    _search(files, **at, num_signs="0,12")
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_read(files, tmp_path):

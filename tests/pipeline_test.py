@@ -157,9 +157,15 @@ def test_where_lists_are_short_slots_stay_empty(case):
   assert np.isposinf(result.distances_QR).all()
 
 
+def _limit_queries(case, monkeypatch, num):
+  num_words = case.searcher.parts.lists.words_DC.shape[1]
+  monkeypatch.setattr(pipeline, "_TABLE_BYTES", 4 * num_words * num)
+  monkeypatch.setattr(pipeline, "_LEAST_QUERIES", 1)
+
+
 def test_blocks_change_nothing(case, monkeypatch):
   whole = case.searcher.search(case.xq_QD, 5, nprobe=3, num_short=4)
-  monkeypatch.setattr(pipeline, "_SCAN_QUERIES", 3)
+  _limit_queries(case, monkeypatch, 3)
   monkeypatch.setattr(pipeline, "_SLOT_BYTES", 64 * ivf.TILE * 12)
   monkeypatch.setattr(pipeline, "_DECODE_ROWS", 7)
   monkeypatch.setattr(pipeline, "_RERANKED", 12)
@@ -168,7 +174,7 @@ def test_blocks_change_nothing(case, monkeypatch):
 
 
 def test_an_error_in_a_block_is_not_lost(case, monkeypatch):
-  monkeypatch.setattr(pipeline, "_SCAN_QUERIES", 8)
+  _limit_queries(case, monkeypatch, 8)
   scan_fn, calls = ivf.scan, itertools.count()
 
   def scan(*args, **sizes):

@@ -34,7 +34,8 @@ from vqjax.search.signs import Signs
 
 STAGES = ("coarse", "scan", "pairwise", "network")
 _DECODE_ROWS = 4096  # Vectors that are decoded at once.
-_SCAN_QUERIES = 256  # In one scan; their tables should stay in the caches.
+_TABLE_BYTES = 2 << 20  # Of one scan; these should stay in the caches.
+_LEAST_QUERIES = 32  # In one scan, where tables are larger.
 _SLOT_BYTES = 64 << 20  # Of the slots of one scan, at most.
 _SCANS_AT_ONCE = 8
 _RERANKED = 1 << 18  # Candidates that are decoded before any is dropped.
@@ -227,7 +228,9 @@ class Searcher:
       for whole, part in zip(out, found, strict=True):
         whole[block.rows] = np.asarray(part)[: len(block.rows)]
 
-    blocks = _blocks(order_Q, tiles_Q, num_best)
+    num_words = self.parts.lists.words_DC.shape[1]
+    most = max(_TABLE_BYTES // (4 * num_words), _LEAST_QUERIES)
+    blocks = _blocks(order_Q, tiles_Q, num_best, most)
     # Side by side: XLA does the selection of one block on one core.
     map_fn = self._pool.map if len(blocks) > 1 else map
     for _ in map_fn(scan, blocks):
@@ -308,8 +311,8 @@ class _Block(NamedTuple):
   num_tiles: int
 
 
-def _blocks(order_Q, tiles_Q, num_best: int) -> list[_Block]:
-  """All queries, in falling order of tiles, in blocks that fit one scan."""
+def _blocks(order_Q, tiles_Q, num_best: int, num_queries: int) -> list[_Block]:
+  """All queries, in falling order of tiles, at most so many in a block."""
   least = -(-num_best // ivf.TILE)
   blocks, start = [], 0
   while start < len(order_Q):
@@ -317,7 +320,7 @@ def _blocks(order_Q, tiles_Q, num_best: int) -> list[_Block]:
     needed = int(tiles_Q[order_Q[start]])
     num_tiles = _round_up(max(needed, least), num_steps=4)
     slot_bytes = 32 * ivf.TILE * num_tiles
-    most = min(max(_SLOT_BYTES // slot_bytes, 1), _SCAN_QUERIES)
+    most = min(max(_SLOT_BYTES // slot_bytes, 1), num_queries)
     rows = order_Q[start : start + most]
     rows = rows[2 * np.maximum(tiles_Q[rows], least) >= needed]
     pad = (0, min(_round_up(len(rows)), most) - len(rows))

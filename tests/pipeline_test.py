@@ -258,6 +258,22 @@ def test_the_network_has_a_share_beside_signs(num_signs, num_short):
     )
 
 
+def test_blocks_change_nothing_with_signs(monkeypatch):
+  case, sizes, scan_fn = _SignedCase(), [], ivf.scan
+
+  def scan(lists, queries_QD, *args, **at):
+    sizes.append(len(queries_QD))
+    return scan_fn(lists, queries_QD, *args, **at)
+
+  monkeypatch.setattr(ivf, "scan", scan)
+  at = dict(nprobe=3, num_signs=9, num_short=0)
+  whole = case.searcher.search(case.xq_QD, 5, **at)
+  monkeypatch.setattr(pipeline, "_SLOT_BYTES", 4 * _DIM * 9 * 3)
+  blocks = case.searcher.search(case.xq_QD, 5, **at)
+  assert sizes[0] > 3 >= max(sizes[-7:])
+  np.testing.assert_array_equal(blocks.ids_QR, whole.ids_QR)
+
+
 def test_settings_of_signs_that_make_no_sense_are_refused(case):
   with pytest.raises(ValueError, match="num_signs=5 asks for signs, but none"):
     case.searcher.search(case.xq_QD, 3, nprobe=1, num_signs=5)

@@ -121,7 +121,7 @@ def test_which_settings_of_signs_are_some(files, tmp_path):
     _search(files, **at, num_signs="0,12")
 
 
-def test_what_does_not_fit_is_refused_before_anything_is_read(files, tmp_path):
+def test_what_does_not_fit_is_refused(files, tmp_path, monkeypatch):
   path = tmp_path / "signs.safetensors"
   other = str(tmp_path / "other.npy")
   x_ND = np.load(files["data"])
@@ -136,6 +136,13 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(files, tmp_path):
     _signs(files, path, data=other)
   with pytest.raises(ValueError, match=r"file \*.safetensors"):
     _signs(files, tmp_path / "signs.npy")
+  bad_ND = x_ND.copy()
+  bad_ND[7, 2] = np.nan  # A row of which the checksum takes no notice.
+  np.save(other, bad_ND)
+  monkeypatch.setattr(signs.open_codes, "check_data", lambda *_: None)
+  with pytest.raises(ValueError, match="must be finite, .* row 7"):
+    _signs(files, path, data=other)
+  assert not path.exists()
   path.write_bytes(b"there")
   with pytest.raises(FileExistsError, match="exists already"):
     _signs(files, path)

@@ -230,6 +230,8 @@ class Searcher:
 
     num_words = self.parts.lists.words_DC.shape[1]
     most = max(_TABLE_BYTES // (4 * num_words), _LEAST_QUERIES)
+    if num_signs:  # Unpacked, signs are as large as vectors.
+      most = min(most, max(_SLOT_BYTES // (4 * self.dim * num_signs), 1))
     blocks = _blocks(order_Q, tiles_Q, num_best, most)
     # Side by side: XLA does the selection of one block on one core.
     map_fn = self._pool.map if len(blocks) > 1 else map

@@ -15,17 +15,14 @@ the names of their fields. The header says, beside what `tensor_files` needs:
                       on held-out vectors
 """
 
-import datetime
 import pathlib
 from typing import NamedTuple
 
 import numpy as np
 
-from vqjax import __version__
 from vqjax.codecs.additive import AdditiveParams
 from vqjax.codecs.pairwise import PairwiseParams
 from vqjax.core import check_shape
-from vqjax.data.formats import atomic_output
 from vqjax.interop import tensor_files
 
 SUFFIX = ".safetensors"
@@ -73,20 +70,16 @@ def save(
   if pairwise is not None:
     more = tensor_files.flatten(pairwise, "pairwise.")
     arrays, static = arrays | more[0], static | more[1]
-  header = {
-    "format": _FORMAT,
-    "version": _VERSION,
-    "codec_fingerprint": codec_fingerprint,
+  tensor_files.save(
+    path,
+    *(arrays, static),
+    overwrite=overwrite,
+    info=info,
+    format=_FORMAT,
+    version=_VERSION,
+    codec_fingerprint=codec_fingerprint,
     **sizes,
-    "static": static,
-    "fingerprint": tensor_files.digest(arrays, static),
-    "vqjax_version": __version__,
-    "created": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"),
-    "info": info,
-  }
-  text = tensor_files.to_json(header)
-  with atomic_output(path, overwrite) as temporary:
-    tensor_files.write(temporary, arrays, text)
+  )
 
 
 def check_path(path) -> None:
@@ -102,17 +95,14 @@ def load(path) -> Decoders:
     FileNotFoundError: Where there is no such file.
     ValueError: Where it is no file of decoders, damaged or changed.
   """
-  path = pathlib.Path(path)
-  if not path.is_file():
-    raise FileNotFoundError(
-      f"There is no file {path}; python -m experiments.pairwise_decoder makes "
-      "the decoders of a codec."
-    )
-  text, arrays = tensor_files.read(path)
-  header = tensor_files.parse_header(
-    path, text, format=_FORMAT, version=_VERSION, what="file of decoders"
+  header, arrays = tensor_files.load(
+    path,
+    format=_FORMAT,
+    version=_VERSION,
+    what="file of decoders",
+    missing="python -m experiments.pairwise_decoder makes the decoders of a "
+    "codec.",
   )
-  tensor_files.check_digest(path, arrays, header)
   additive, pairwise = _rebuild(path, arrays, dict(header["static"]))
   try:
     sizes = _check_sizes(additive, pairwise)

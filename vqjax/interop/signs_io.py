@@ -12,12 +12,9 @@ beside what `tensor_files` needs:
   info                    what the caller knows
 """
 
-import datetime
 import pathlib
 
-from vqjax import __version__
 from vqjax.core import check_shape
-from vqjax.data.formats import atomic_output
 from vqjax.interop import tensor_files
 from vqjax.search.signs import WORD, Signs, num_words
 
@@ -49,20 +46,15 @@ def save(
     overwrite: Replaces a file that is there instead of refusing.
   """
   check_path(path)
-  arrays, static = tensor_files.flatten(signs)
-  header = {
-    "format": _FORMAT,
-    "version": _VERSION,
-    "of_index": of_index,
-    "static": static,
-    "fingerprint": tensor_files.digest(arrays, static),
-    "vqjax_version": __version__,
-    "created": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"),
-    "info": info,
-  }
-  text = tensor_files.to_json(header)
-  with atomic_output(path, overwrite) as temporary:
-    tensor_files.write(temporary, arrays, text)
+  tensor_files.save(
+    path,
+    *tensor_files.flatten(signs),
+    overwrite=overwrite,
+    info=info,
+    format=_FORMAT,
+    version=_VERSION,
+    of_index=of_index,
+  )
 
 
 def load(path, index_info: dict) -> Signs:
@@ -72,17 +64,13 @@ def load(path, index_info: dict) -> Signs:
     FileNotFoundError: There is no such file.
     ValueError: It is no file of signs, damaged, changed, or of another index.
   """
-  path = pathlib.Path(path)
-  if not path.is_file():
-    raise FileNotFoundError(
-      f"There is no file {path}; python -m experiments.signs makes the signs "
-      "of an index."
-    )
-  text, arrays = tensor_files.read(path)
-  header = tensor_files.parse_header(
-    path, text, format=_FORMAT, version=_VERSION, what="file of signs"
+  header, arrays = tensor_files.load(
+    path,
+    format=_FORMAT,
+    version=_VERSION,
+    what="file of signs",
+    missing="python -m experiments.signs makes the signs of an index.",
   )
-  tensor_files.check_digest(path, arrays, header)
   if header.get("of_index") != index_info.get("sha256"):
     raise ValueError(
       f"{path} holds signs of an index with checksum {header.get('of_index')}, "

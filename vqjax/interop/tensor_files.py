@@ -8,6 +8,7 @@ arrays and static values, by which a changed file is found out.
 """
 
 import dataclasses
+import datetime
 import hashlib
 import json
 import pathlib
@@ -20,6 +21,7 @@ import safetensors
 from safetensors import numpy as safetensors_numpy
 
 from vqjax import __version__
+from vqjax.data.formats import atomic_output
 
 
 def flatten(params, prefix: str = "") -> tuple[dict, dict]:
@@ -101,6 +103,56 @@ def read(path: pathlib.Path) -> tuple[str | None, dict]:
     raise ValueError(
       f"{path} is truncated or no safetensors file ({error})."
     ) from error
+
+
+def save(
+  path, arrays: dict, static: dict, *, overwrite: bool, info: dict, **header
+) -> None:
+  """Writes arrays and static values, whole or not at all.
+
+  Args:
+    path: File to write.
+    arrays: From `flatten`, as `static`.
+    static: Of the header.
+    overwrite: Replaces a file that is there instead of refusing.
+    info: What the caller knows, plain JSON values.
+    **header: `format`, `version`, and what else this kind of file says.
+  """
+  header |= {
+    "static": static,
+    "fingerprint": digest(arrays, static),
+    "vqjax_version": __version__,
+    "created": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"),
+    "info": info,
+  }
+  text = to_json(header)
+  with atomic_output(path, overwrite) as temporary:
+    write(temporary, arrays, text)
+
+
+def load(
+  path, *, format: str, version: int, what: str, missing: str
+) -> tuple[dict, dict]:
+  """Reads what `save` wrote: the header, and the arrays.
+
+  Args:
+    path: The file.
+    format: That it must have, as `version`.
+    version: See there.
+    what: It is, for people.
+    missing: What to do where there is none.
+
+  Raises:
+    FileNotFoundError: There is no such file.
+    ValueError: It is of another kind, damaged or changed.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(f"There is no file {path}; {missing}")
+  text, arrays = read(path)
+  header = parse_header(path, text, format=format, version=version, what=what)
+  check_digest(path, arrays, header)
+  return header, arrays
 
 
 def parse_header(

@@ -144,12 +144,9 @@ class Searcher:
       now = time.perf_counter()
       seconds[stage], began = now - began, now
 
-    probes_QP, distances_QP = self.parts.coarse_fn(
-      queries_QD, nprobe, ef_search
+    probes_QP, distances_QP = self._find_lists(
+      queries_QD, nprobe, ef_search, max_ratio
     )
-    if max_ratio is not None:
-      limit_Q1 = max_ratio * distances_QP[:, :1]
-      probes_QP = np.where(distances_QP <= limit_Q1, probes_QP, -1)
     lap("coarse")
     num_best = max(k, num_signs, num_aq, num_short)
     found = self._scan(queries_QD, probes_QP, distances_QP, num_best, num_signs)
@@ -198,6 +195,16 @@ class Searcher:
         f"num_aq={num_aq} asks for the pairwise decoder, but the file of "
         "decoders has none; set num_aq=0."
       )
+
+  def _find_lists(self, queries_QD, nprobe, ef_search, max_ratio):
+    """Lists of each query, -1 for those left out, and their distances."""
+    probes_QP, distances_QP = self.parts.coarse_fn(
+      queries_QD, nprobe, ef_search
+    )
+    if max_ratio is not None:
+      limit_Q1 = max_ratio * distances_QP[:, :1]
+      probes_QP = np.where(distances_QP <= limit_Q1, probes_QP, -1)
+    return probes_QP, distances_QP
 
   def _scan(
     self, queries_QD, probes_QP, distances_QP, num_best, num_signs

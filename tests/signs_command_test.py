@@ -164,3 +164,15 @@ def test_a_part_of_an_index_has_signs_too(files, tmp_path):
   whole = json.loads(pathlib.Path(files["index"] + ".json").read_text())
   with pytest.raises(ValueError, match="make its own by python -m"):
     signs_io.load(path, whole)
+
+
+def test_an_index_for_inner_products_is_refused(files, tmp_path):
+  folder = pathlib.Path(files["index"]).parent
+  values = {name: files[name] for name in ("codec", "decoders")}
+  values |= {"codes": str(folder / "codes.npy"), "metric": "ip"}
+  values |= {"output": str(tmp_path / "ip.faiss")}
+  build_index.run(common.get_config(build_index.OPTIONS, **values))
+  path = tmp_path / "signs.safetensors"
+  with pytest.raises(ValueError, match="is of metric 'ip', but signs are for"):
+    _signs({**files, "index": values["output"]}, path)
+  assert not path.exists()

@@ -35,6 +35,7 @@ With --decode_all there is no index: all codes are decoded by the network, and
 the search among them is exact.
 """
 
+import itertools
 import math
 
 import jax
@@ -283,12 +284,20 @@ def _ranges(config, info, parts) -> dict[str, list]:
       "--num_aq asks for the pairwise decoder: give --decoders=FILE of "
       "experiments.pairwise_decoder that has one, or --num_aq=0."
     )
-  if min(ranges["num_aq"]) and min(ranges["num_short"]) >= max(
-    ranges["num_aq"]
+  combined = itertools.product(*ranges.values())
+  if not any(
+    search_measure.is_one(dict(zip(ranges, values, strict=True)))
+    for values in combined
   ):
+    of_signs = (
+      f" With --num_signs, got {ranges['num_signs']}, --num_aq must be 0 and "
+      "--num_short at most that."
+      if has_signs
+      else ""
+    )
     raise ValueError(
       "No setting is left: --num_aq must be 0 or above --num_short, got "
-      f"{ranges['num_aq']} and {ranges['num_short']}."
+      f"{ranges['num_aq']} and {ranges['num_short']}.{of_signs}"
     )
   return ranges
 

@@ -63,7 +63,7 @@ def explore(config, record, ours: str, ranges, search_fns, data) -> None:
   num_tried = 0
   with common.progress(grid.num_settings, "search", unit="settings") as done:
     for number, (setting, may_win) in enumerate(grid.settings(), 1):
-      if _is_one(setting) and may_win and not record.find(ours, setting):
+      if is_one(setting) and may_win and not record.find(ours, setting):
         add(measure([(ours, setting), *of_probe(setting)])[0])
         num_tried += 1
       done(number, grid.num_settings)
@@ -78,8 +78,8 @@ def explore(config, record, ours: str, ranges, search_fns, data) -> None:
   )
 
 
-def _is_one(setting: dict) -> bool:
-  """Whether no stage of a setting is undone by a later one."""
+def is_one(setting: dict) -> bool:
+  """Returns whether no stage of a setting is undone by a later one."""
   short = setting["num_short"]
   if setting["num_signs"]:
     return not setting["num_aq"] and short <= setting["num_signs"]

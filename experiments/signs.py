@@ -23,7 +23,7 @@ from absl import logging
 from experiments import common, open_codes
 from vqjax.core import check_shape
 from vqjax.data import batches, datasets, formats
-from vqjax.interop import faiss_ivf, signs_io
+from vqjax.interop import faiss_ivf, faiss_lists, signs_io
 from vqjax.search import signs as signs_lib
 
 OPTIONS = {
@@ -97,26 +97,26 @@ def _describe(contents, vectors, rotation_DE):
     np.empty(num, np.float32),
     np.empty(num, np.float32),
   )
+  decode_fn = faiss_lists.make_decode_fn(contents.codebooks_MKD)
   with common.progress(num, "signs") as done:
     for start in range(0, num, _BLOCK):
       block = slice(start, start + _BLOCK)
       rows_n = order_N[block]
       x_nD = batches.read_rows(vectors, ids_N[block])
-      found = signs_lib.describe(x_nD, *_words(contents, rows_n), rotation_DE)
+      found = signs_lib.describe(
+        x_nD, *_words(contents, decode_fn, rows_n), rotation_DE
+      )
       for whole, part in zip(out, found, strict=True):
         whole[rows_n] = np.asarray(part)
       done(start + len(rows_n), num)
   return out
 
 
-def _words(contents, rows_n):
+def _words(contents, decode_fn, rows_n):
   """What codes of rows add up to, and what the scan takes for its |xhat|^2."""
   lists_n = np.searchsorted(contents.starts, rows_n, "right") - 1
   centroids_nD = contents.centroids_LD[lists_n]
-  codes_nM = contents.codes_NM[rows_n]
-  xhat_nD = centroids_nD.copy()
-  for words_KD, codes_n in zip(contents.codebooks_MKD, codes_nM.T, strict=True):
-    xhat_nD += words_KD[codes_n]
+  xhat_nD = centroids_nD + decode_fn(contents.codes_NM[rows_n])
   scanned_n = np.square(centroids_nD).sum(axis=1)
   scanned_n += contents.low_L[lists_n]
   scanned_n += contents.step_L[lists_n] * contents.norm_N[rows_n]

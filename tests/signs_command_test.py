@@ -108,6 +108,10 @@ def test_which_settings_of_signs_are_some(files, tmp_path):
   pairs = {(s["num_signs"], s["num_short"]) for s in settings}
   assert pairs <= {(0, 0), (0, 12), (0, 30), (12, 0), (12, 12)}
   assert (0, 0) in pairs
+  # Before anything is measured: a stage that another undoes.
+  none = at | {"output": str(tmp_path / "none.json")}
+  with pytest.raises(ValueError, match="No setting is left: .*num_signs, got .12."):
+    _search(files, **none, num_signs="12", num_short="30")
   # Points of other signs, or of none, do not go into the same record.
   other = tmp_path / "other.safetensors"
   _signs(files, other, seed=1)
@@ -150,15 +154,19 @@ def test_what_does_not_fit_is_refused(files, tmp_path, monkeypatch):
   assert _signs(files, path, overwrite=True)["num_vectors"] == 500
 
 
-def test_a_part_of_an_index_has_signs_too(files, tmp_path):
+def _build(files, output, **values):
+  """Another index of the same codes; returns its name."""
   folder = pathlib.Path(files["index"]).parent
-  part = {name: files[name] for name in ("codec", "decoders")}
-  part |= {"codes": str(folder / "codes.npy"), "rows": "100:350"}
-  part |= {"output": str(tmp_path / "part.faiss")}
-  build_index.run(common.get_config(build_index.OPTIONS, **part))
+  values |= {name: files[name] for name in ("codec", "decoders")}
+  values |= {"codes": str(folder / "codes.npy"), "output": str(output)}
+  build_index.run(common.get_config(build_index.OPTIONS, **values))
+  return str(output)
+
+
+def test_a_part_of_an_index_has_signs_too(files, tmp_path):
+  part = _build(files, tmp_path / "part.faiss", rows="100:350")
   path = tmp_path / "part.safetensors"
-  found = _signs({**files, "index": part["output"]}, path)
-  assert found["num_vectors"] == 250
+  assert _signs({**files, "index": part}, path)["num_vectors"] == 250
   info = json.loads((tmp_path / "part.faiss.json").read_text())
   assert signs_io.load(path, info).bits_NW.shape == (250, 1)
   whole = json.loads(pathlib.Path(files["index"] + ".json").read_text())
@@ -167,12 +175,8 @@ def test_a_part_of_an_index_has_signs_too(files, tmp_path):
 
 
 def test_an_index_for_inner_products_is_refused(files, tmp_path):
-  folder = pathlib.Path(files["index"]).parent
-  values = {name: files[name] for name in ("codec", "decoders")}
-  values |= {"codes": str(folder / "codes.npy"), "metric": "ip"}
-  values |= {"output": str(tmp_path / "ip.faiss")}
-  build_index.run(common.get_config(build_index.OPTIONS, **values))
+  index = _build(files, tmp_path / "ip.faiss", metric="ip")
   path = tmp_path / "signs.safetensors"
   with pytest.raises(ValueError, match="is of metric 'ip', but signs are for"):
-    _signs({**files, "index": values["output"]}, path)
+    _signs({**files, "index": index}, path)
   assert not path.exists()

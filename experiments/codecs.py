@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 
 from experiments import common
-from vqjax import devices
+from vqjax import cpu, devices
 from vqjax.codecs import registry
 from vqjax.codecs.distances import nearest
 from vqjax.data import batches, datasets
@@ -75,7 +75,7 @@ def ranking_dtype(name: str) -> str:
   There `auto` is bfloat16 on CPUs that have it too.
   """
   if name == "auto" and jax.default_backend() == "cpu":
-    return "bfloat16" if devices.has_bfloat16() else "float32"
+    return "bfloat16" if cpu.has_bfloat16() else "float32"
   return product_dtype(name)
 
 
@@ -119,7 +119,7 @@ def make_encode_fn(
   num_rows = block_rows(codec, knobs) * jax.local_device_count()
   tables = devices.local(codec.tables)
   compile_fn = functools.partial(
-    devices.data_parallel, compiler_options=devices.search_options()
+    devices.data_parallel, compiler_options=devices.product_options()
   )
   if assign is None:
     return functools.partial(compile_fn(encode), tables), num_rows

@@ -15,7 +15,7 @@ import pytest
 from configs import qinco2_s
 from experiments import codecs, train
 from tests import commands
-from vqjax import devices
+from vqjax import cpu, devices
 from vqjax.training import loop, writers
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -23,13 +23,26 @@ GOLDEN = ROOT / "third_party" / "golden"
 BATCH = 128  # Of all devices together.
 
 
+@pytest.fixture
+def _fresh_options():
+  devices.product_options.cache_clear()
+  yield
+  devices.product_options.cache_clear()
+
+
+@pytest.mark.usefixtures("_fresh_options")
+@pytest.mark.parametrize("is_intel", [True, False])
+def test_products_of_xla_suit_the_processor(is_intel, monkeypatch):
+  monkeypatch.setattr(cpu, "is_intel_avx512", lambda: is_intel)
+  wanted = devices._NOTHING if is_intel else devices._PRODUCTS_ALONE
+  assert devices.product_options() in (None, wanted)
+
+
+@pytest.mark.usefixtures("_fresh_options")
 def test_options_of_xla_that_it_does_not_know_are_left_out(monkeypatch):
-  devices.search_options.cache_clear()
-  assert devices.search_options() in (None, devices._SEARCH_OPTIONS)
-  monkeypatch.setattr(devices, "_SEARCH_OPTIONS", {"xla_cpu_no_such": "1"})
-  devices.search_options.cache_clear()
-  assert devices.search_options() is None
-  devices.search_options.cache_clear()
+  for name in ("_NOTHING", "_PRODUCTS_ALONE"):
+    monkeypatch.setattr(devices, name, {"xla_cpu_no_such": "1"})
+  assert devices.product_options() is None
 
 
 def make_figures(folder: str) -> None:
@@ -235,14 +248,3 @@ def test_a_batch_that_the_devices_cannot_share_is_refused(monkeypatch):
   monkeypatch.setattr(jax, "device_count", lambda: 3)
   with pytest.raises(ValueError, match="batch of 8 .* multiple of the 3 dev"):
     devices.check_batch(8)
-
-
-@pytest.mark.parametrize(
-  ("flags", "has"), [("sse avx512_bf16", True), ("avx512f avx512bw", False)]
-)
-def test_products_of_bfloat16_are_found(flags, has, tmp_path, monkeypatch):
-  (tmp_path / "cpuinfo").write_text(f"flags : fpu {flags}\n")
-  monkeypatch.setattr(devices, "_CPU_INFO", tmp_path / "cpuinfo")
-  assert devices.has_bfloat16.__wrapped__() == has
-  monkeypatch.setattr(devices, "_CPU_INFO", tmp_path / "none")
-  assert not devices.has_bfloat16.__wrapped__()

@@ -7,7 +7,7 @@ import pytest
 
 from tests import oracles
 from tests.qinco_cases import CASES, make_params, vectors
-from vqjax.codecs import qinco, qinco_learning, rq
+from vqjax.codecs import qinco, qinco_learning, qinco_network, rq
 
 KNOBS = dict(num_candidates=3, beam_size=3)
 
@@ -96,6 +96,49 @@ def test_gradient_matches_finite_differences(case):
   numeric = (main_term(1e-5) - main_term(-1e-5)) / 2e-5
   exact = jax.tree.map(lambda g, d: np.vdot(g, d), grads, direction)
   assert sum(jax.tree.leaves(exact)) == pytest.approx(numeric, rel=1e-4)
+
+
+def test_steps_written_out_have_the_gradient_of_a_scan(monkeypatch):
+  params, x_ND = make_params(), jnp.asarray(vectors())
+  counts, scan = [], jax.lax.scan
+
+  def counted(*args, unroll=1, **kwargs):
+    counts.append(unroll)
+    return scan(*args, unroll=unroll, **kwargs)
+
+  def grads():
+    loss_fn = lambda p: qinco_learning.loss(
+      p, jax.random.key(0), x_ND, **KNOBS
+    )[0]
+    return jax.tree.leaves(jax.jit(jax.grad(loss_fn))(params))
+
+  monkeypatch.setattr(jax.lax, "scan", counted)
+  written_out = grads()
+  assert 3 in counts
+  monkeypatch.setattr(qinco_learning, "_MAX_UNROLLED", 0)
+  counts.clear()
+  scanned = grads()
+  assert set(counts) == {1}
+  for a, b in zip(written_out, scanned, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("sizes", "count"),
+  [
+    (dict(), 7),  # QINCo2-S.
+    (dict(network_dim=384, hidden_dim=384, num_blocks=4), 7),  # M
+    (dict(network_dim=384, hidden_dim=384, num_blocks=16), 1),  # L
+    (dict(num_networks=33), 1),
+  ],
+)
+def test_few_and_small_steps_are_written_out(sizes, count):
+  published = dict(
+    dim=128, num_networks=7, num_words=256, network_dim=128, hidden_dim=256
+  )
+  params = jax.eval_shape(lambda: make_params(**{**published, **sizes}))
+  stacked = qinco_network.per_step(jax.eval_shape(qinco.prepare, params))
+  assert qinco_learning._num_unrolled(stacked) == count
 
 
 def test_frozen_parts_have_no_gradient():

@@ -110,7 +110,9 @@ def test_which_settings_of_signs_are_some(files, tmp_path):
   assert (0, 0) in pairs
   # Before anything is measured: a stage that another undoes.
   none = at | {"output": str(tmp_path / "none.json")}
-  with pytest.raises(ValueError, match="No setting is left: .*num_signs, got .12."):
+  with pytest.raises(
+    ValueError, match="No setting is left: .*num_signs, got .12."
+  ):
     _search(files, **none, num_signs="12", num_short="30")
   # Points of other signs, or of none, do not go into the same record.
   other = tmp_path / "other.safetensors"

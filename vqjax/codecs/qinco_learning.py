@@ -19,6 +19,8 @@ from vqjax.core import Array, check_range, check_shape
 
 REDRAWS = ("split", "published", "none")
 _MOMENTUM = 0.1  # Of the running moments of a step's target.
+# Steps written out in the gradient, and their weights and tables, in floats.
+_MAX_UNROLLED, _MAX_WEIGHTS = 32, 1 << 24
 
 
 @struct.dataclass
@@ -340,8 +342,9 @@ def decode_losses(tables, z_ND, codes_NM, dtype):
     return xhat_ND, (mse(xhat_ND), preselect, moments_of(target_ND))
 
   xhat_ND = tables.first_KD[codes_NM[:, 0]]
+  stacked = qinco_network.per_step(tables)
   _, (errors_T, preselect_T, moments_TD) = lax.scan(
-    body, xhat_ND, (qinco_network.per_step(tables), codes_NM[:, 1:].T)
+    body, xhat_ND, (stacked, codes_NM[:, 1:].T), unroll=_num_unrolled(stacked)
   )
   errors_M = jnp.concatenate([mse(xhat_ND)[None], errors_T])
   moments = jax.tree.map(
@@ -350,6 +353,20 @@ def decode_losses(tables, z_ND, codes_NM, dtype):
     moments_TD,
   )
   return errors_M, preselect_T, moments
+
+
+def _num_unrolled(stacked) -> int:
+  """How many steps of a scan with a gradient to write out.
+
+  A scan keeps what the gradient needs in arrays over the steps, which XLA
+  fills with zeros first: a fifth of a training step of S. Where weights are
+  large (L), joining the gradients of steps written out costs more, and many
+  steps take long to compile.
+  """
+  leaves = jax.tree.leaves(stacked)
+  num_steps, num_weights = len(leaves[0]), sum(leaf.size for leaf in leaves)
+  is_small = num_steps <= _MAX_UNROLLED and num_weights <= _MAX_WEIGHTS
+  return num_steps if is_small else 1
 
 
 def _gain(add_word: bool, has_projection: bool) -> int:

@@ -170,7 +170,11 @@ def make_train_step(
     }
     return state, {**metrics, **extra}, order
 
-  return jax.jit(train_step, donate_argnums=0)
+  return jax.jit(
+    train_step,
+    donate_argnums=0,
+    compiler_options=devices.product_options(),
+  )
 
 
 def train(

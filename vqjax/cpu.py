@@ -1,0 +1,42 @@
+"""What the processor of this machine is, as Linux tells, and what follows.
+
+Elsewhere nothing is known, and libraries choose for themselves.
+"""
+
+import functools
+import pathlib
+
+_CPU_INFO = pathlib.Path("/proc/cpuinfo")
+_AVX512 = {"avx512f", "avx512dq", "avx512bw", "avx512vl"}
+
+
+@functools.cache
+def _words() -> frozenset[str]:
+  """Vendor and flags among all words of the description."""
+  try:
+    return frozenset(_CPU_INFO.read_text(encoding="ascii").split())
+  except (OSError, UnicodeDecodeError):
+    return frozenset()
+
+
+def has_bfloat16() -> bool:
+  """True on a processor with products of bfloat16, which XLA then uses."""
+  return bool({"avx512_bf16", "amx_bf16"} & _words())
+
+
+def is_intel_avx512() -> bool:
+  """True on a processor of Intel with AVX-512."""
+  return "GenuineIntel" in _words() and _words() >= _AVX512
+
+
+def blas_kernels() -> str | None:
+  """Kernels for the OpenBLAS that comes with faiss; None: it knows best.
+
+  It is of 2021, knows no newer processors of Intel, and takes kernels of 2004
+  there, which are three to four times slower (docs/performance.md).
+  """
+  if is_intel_avx512():
+    return "SkylakeX"
+  if "GenuineIntel" in _words() and _words() >= {"avx2", "fma"}:
+    return "Haswell"
+  return None

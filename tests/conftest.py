@@ -1,15 +1,37 @@
-"""Settings of the whole suite: CPU, and no broadcasting by accident."""
+"""Settings of the whole suite: CPU, and no broadcasting by accident.
+
+Most of the time goes into compiling programs that run for milliseconds. So XLA
+does not optimise them, and all processes of a run share what was compiled.
+`XLA_FLAGS= pytest` compiles as users do.
+"""
 
 import os
+import shutil
+import tempfile
 
 # A machine with an accelerator runs the others by JAX_PLATFORMS=cuda.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
+  os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+  )
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
+_OWN_CACHE = None if _CACHE in os.environ else tempfile.mkdtemp()
+if _OWN_CACHE:  # In the first process; its workers and commands inherit it.
+  os.environ[_CACHE] = _OWN_CACHE
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+  os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-import faiss
-import jax
-import pytest
+import faiss  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_unconfigure():
+  if _OWN_CACHE:
+    shutil.rmtree(_OWN_CACHE, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

@@ -90,12 +90,13 @@ def one_and_eight(tmp_path_factory):
   program = "import sys; from tests import devices_test as t; " + (
     "t.make_figures(sys.argv[1])"
   )
-  flag = "--xla_force_host_platform_device_count="
+  flags = os.environ.get("XLA_FLAGS", "")
+  flags += " --xla_force_host_platform_device_count="
   running = [
     subprocess.Popen(
       [sys.executable, "-c", program, str(folder)],
       cwd=ROOT,
-      env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{flag}{num}"},
+      env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{flags}{num}"},
     )
     for folder, num in ((one, 1), (eight, 8))
   ]

@@ -129,7 +129,8 @@ def test_a_scout_beats_as_many_words_without_one():
 
 def test_blocks_and_lists_make_no_difference():
   params = make_params(num_lists=11)
-  tables, x_ND = qinco.prepare(params), vectors(30)
+  # Among the vectors of seed 1 is one with two candidates equal to rounding.
+  tables, x_ND = qinco.prepare(params), vectors(30, seed=2)
   z_ND = np.asarray(qinco.normalise(params, x_ND))
   lists_N = oracles.nearest(z_ND, params.first_KD)
   sizes = dict(beam_size=4, num_joint_candidates=14)
@@ -142,8 +143,7 @@ def test_blocks_and_lists_make_no_difference():
   told = lambda scout: [
     oracles.scout_word(params, scout, 2, k, np.ones(6)) for k in range(7)
   ]
-  # Few vectors for a regression: it magnifies what rounding makes of sums.
-  np.testing.assert_allclose(told(whole.scout), told(parts.scout), atol=0.05)
+  np.testing.assert_allclose(told(whole.scout), told(parts.scout), atol=1e-3)
 
 
 def test_a_scout_of_a_prefix():

@@ -33,7 +33,7 @@ def blas_kernels() -> str | None:
   """Kernels for the OpenBLAS that comes with faiss; None: it knows best.
 
   It is of 2021, knows no newer processors of Intel, and takes kernels of 2004
-  there, which are three to four times slower (docs/performance.md).
+  there, which are two to four times slower (docs/performance.md).
   """
   if is_intel_avx512():
     return "SkylakeX"

@@ -188,9 +188,9 @@ def product_options() -> dict[str, str] | None:
   On CPUs XLA gives a library its products together with the sums and
   reductions around them, which the library does slowly. Given the products
   alone, a search with a scout takes a tenth to a fifth less time; on Intel's
-  processors XLA's own products are faster still, in training by a sixth
-  (docs/performance.md). None for XLA's own choice, on accelerators and where
-  it does not know the option.
+  processors XLA's own products are faster still, in training by up to a
+  fifth (docs/performance.md). None for XLA's own choice, on accelerators and
+  where it does not know the option.
   """
   if jax.default_backend() != "cpu":
     return None

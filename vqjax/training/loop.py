@@ -125,28 +125,11 @@ def make_train_step(
     stats = learner.merge_stats_fn(stats, new)
     return stats, {"loss": loss, **aux["metrics"]}, grads
 
-  def accumulated(params, key, stats, x_ND):
-    parts = x_ND.reshape(accumulate, -1, x_ND.shape[-1])
-
-    def body(stats, x_ND):
-      stats, metrics, grads = grads_of(params, key, stats, x_ND)
-      return stats, (metrics, grads)
-
-    # One part at a time; adding up inside would need zeros like the grads.
-    def add(carry, x_ND):
-      stats, total = carry
-      stats, new = body(stats, x_ND)
-      return (stats, jax.tree.map(jnp.add, total, new)), None
-
-    first = body(stats, parts[0])
-    (stats, total), _ = jax.lax.scan(add, first, parts[1:])
-    metrics, grads = jax.tree.map(lambda leaf: leaf / accumulate, total)
-    return stats, metrics, grads
+  compute_fn = grads_of if accumulate == 1 else _in_parts(grads_of, accumulate)
 
   def on_device(params, key, stats, rows):
     wish_1, x_ND = rows
-    compute = grads_of if accumulate == 1 else accumulated
-    stats, metrics, grads = compute(params, key, stats, x_ND)
+    stats, metrics, grads = compute_fn(params, key, stats, x_ND)
     metrics, grads = jax.lax.pmean((metrics, grads), devices.DATA_AXIS)
     return stats, metrics, grads, jax.lax.pmax(wish_1[0], devices.DATA_AXIS)
 
@@ -175,6 +158,25 @@ def make_train_step(
     donate_argnums=0,
     compiler_options=devices.product_options(),
   )
+
+
+def _in_parts(grads_fn: Callable, num_parts: int) -> Callable:
+  """Returns `grads_fn` over parts of the rows, one at a time, averaged."""
+
+  def run(params, key, stats, x_ND):
+    parts = x_ND.reshape(num_parts, -1, x_ND.shape[-1])
+
+    # Starting from the first part needs no zeros like the gradients.
+    def add(carry, x_ND):
+      stats, *total = carry
+      stats, *new = grads_fn(params, key, stats, x_ND)
+      return (stats, *jax.tree.map(jnp.add, total, new)), None
+
+    first = grads_fn(params, key, stats, parts[0])
+    (stats, *total), _ = jax.lax.scan(add, first, parts[1:])
+    return stats, *jax.tree.map(lambda leaf: leaf / num_parts, total)
+
+  return run
 
 
 def train(

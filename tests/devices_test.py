@@ -31,10 +31,10 @@ def _fresh_options():
 
 
 @pytest.mark.usefixtures("_fresh_options")
-@pytest.mark.parametrize("is_intel", [True, False])
-def test_products_of_xla_suit_the_processor(is_intel, monkeypatch):
-  monkeypatch.setattr(cpu, "is_intel_avx512", lambda: is_intel)
-  wanted = devices._NOTHING if is_intel else devices._PRODUCTS_ALONE
+@pytest.mark.parametrize("by_xla", [True, False])
+def test_products_of_xla_suit_the_processor(by_xla, monkeypatch):
+  monkeypatch.setattr(cpu, "multiplies_best_by_xla", lambda: by_xla)
+  wanted = devices._NOTHING if by_xla else devices._PRODUCTS_ALONE
   assert devices.product_options() in (None, wanted)
 
 

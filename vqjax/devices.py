@@ -194,7 +194,7 @@ def product_options() -> dict[str, str] | None:
   """
   if jax.default_backend() != "cpu":
     return None
-  options = _NOTHING if cpu.is_intel_avx512() else _PRODUCTS_ALONE
+  options = _NOTHING if cpu.multiplies_best_by_xla() else _PRODUCTS_ALONE
   try:
     plus_fn = jax.jit(lambda x: x + 1, compiler_options=options)
     plus_fn.lower(0.0).compile()

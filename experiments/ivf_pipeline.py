@@ -13,6 +13,7 @@ runs the commands below, each of which can be run by itself, into --workdir:
   decoders    pairwise_decoder   decoders.safetensors
   index       build_index        index.faiss
   signs       signs              signs.safetensors, with --signs
+  filter      filter             filter.faiss, with --filter
   search      search             search.json, search.png
 
 A step whose output is there is skipped, so that the same command goes on where
@@ -39,9 +40,11 @@ from experiments import (
   signs,
   train,
 )
+from experiments import filter as filter_command
 from vqjax.data import batches, codes, datasets
 from vqjax.interop import (
   decoders_io,
+  faiss_filter,
   faiss_io,
   faiss_ivf,
   safetensors_io,
@@ -53,12 +56,15 @@ _SHARD_ROWS = 100_000  # Of the codes; as many are lost by a stop.
 OPTIONS = {
   name: search.OPTIONS[name]
   for name in (
-    *("k", "nprobe", "max_ratio", "num_signs", "num_aq", "num_short"),
-    *("threads", "baselines"),
+    *("k", "nprobe", "max_ratio", "num_signs", "num_words", "num_aq"),
+    *("num_short", "threads", "baselines"),
   )
 } | {
   "signs": common.Option(
     bool, False, "Keep signs of the vectors too (experiments.signs)."
+  ),
+  "filter": common.Option(
+    bool, False, "Scan by a filter (experiments.filter), not with signs."
   ),
 }
 
@@ -71,6 +77,8 @@ def run(config, workdir: str, **options):
       "The configuration is of a codec without lists; take one of "
       "configs/ivf_*.py, or set --config.ivf.num_lists."
     )
+  if options.get("signs") and options.get("filter"):
+    raise ValueError("Signs order the scan that a filter replaces; take one.")
   dataset = _resolve(config)
   _check_baselines(config, dataset, options)
   workdir.mkdir(parents=True, exist_ok=True)
@@ -84,6 +92,8 @@ def run(config, workdir: str, **options):
   _build_index(workdir)
   if options.pop("signs", False):
     options["signs"] = _make_signs(workdir, dataset)
+  if options.pop("filter", False):
+    options["filter"] = _make_filter(workdir, dataset)
   return _search(workdir, options)
 
 
@@ -209,6 +219,22 @@ def _make_signs(workdir, dataset) -> str:
     signs_io.load(path, faiss_ivf.load(index, mmap=True).info)
   else:
     _run(signs, index=str(index), data=dataset.base, output=str(path))
+  return str(path)
+
+
+def _make_filter(workdir, dataset) -> str:
+  """Returns the file of the filter of the index, made if it is missing."""
+  path, index = workdir / "filter.faiss", workdir / "index.faiss"
+  if _is_there(path):
+    faiss_filter.load(path, faiss_ivf.load(index, mmap=True).info)
+    return str(path)
+  _run(
+    filter_command,
+    codec=str(workdir / "codec"),
+    index=str(index),
+    data=dataset.base,
+    output=str(path),
+  )
   return str(path)
 
 

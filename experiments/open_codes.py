@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from vqjax.data import codes
+from vqjax.core import check_shape
+from vqjax.data import codes, datasets
 from vqjax.interop import decoders_io
 
 
@@ -52,6 +53,40 @@ def check_data(path, data: dict | None, vectors) -> None:
     raise ValueError(
       f"{error} Give the vectors that were encoded as --data."
     ) from error
+
+
+def of_index(config, info: dict):
+  """Opens --data, the vectors of the --index of this description.
+
+  For commands that keep more of the vectors beside the index. Raises ValueError
+  where they are others, or the index is not for squared distances.
+  """
+  if info["metric"] != "l2":
+    raise ValueError(
+      f"{config.index} is of metric {info['metric']!r}, but signs and "
+      "filters are for squared distances; build it with --metric=l2."
+    )
+  dataset = datasets.own_dataset(base=config.data)
+  num_rows = info.get("num_rows")
+  vectors = datasets.open_split(dataset, "base", max_vectors=num_rows)
+  check_shape("--data", vectors, (num_rows, info["dim"]))
+  check_data(config.index, info.get("data"), vectors)
+  return vectors
+
+
+def sort_ids(ids_N, vectors) -> tuple[np.ndarray, np.ndarray]:
+  """The order of rows of an index by their ids, and the ids in that order.
+
+  Raises ValueError unless ids are rows of the vectors.
+  """
+  order_N = np.argsort(ids_N, kind="stable")
+  sorted_N = ids_N[order_N]
+  if not len(ids_N) or sorted_N[0] < 0 or sorted_N[-1] >= len(vectors):
+    raise ValueError(
+      f"The index has {len(ids_N)} vectors, of which the ids must be rows of "
+      f"the {len(vectors)} of --data."
+    )
+  return order_N, sorted_N
 
 
 def _check_rows(config, found: codes.Codes, vectors) -> None:

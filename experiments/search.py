@@ -21,9 +21,11 @@ a JSON line when it is measured, alone on stdout: ... > points.jsonl
 Columns of the table: nprobe lists are looked into, but for those left out by
 max_ratio; their vectors are put in order by the additive decoder, the best
 num_signs of these by their signs, or the best num_aq by the pairwise decoder,
-and the best num_short of those by the network. qps are queries per second of
-one call with all queries, and coarse (which finds the lists), scan (with the
-signs), pairwise and network the microseconds per query that go into each step.
+and the best num_short of those by the network. With --filter vectors are put in
+order by the filter, and the best num_words of these by their words, or the best
+num_short by the network. qps are queries per second of one call with all
+queries, and coarse (which finds the lists), scan (with the signs), words,
+pairwise and network the microseconds per query that go into each step.
 decoded are the vectors that the network decoded per query: one that queries
 share counts once.
 
@@ -54,6 +56,7 @@ from vqjax.core import check_range
 from vqjax.data import codes, formats
 from vqjax.interop import (
   faiss_baselines,
+  faiss_filter,
   faiss_index,
   faiss_ivf,
   searchers,
@@ -68,6 +71,12 @@ OPTIONS = {
   ),
   "signs": common.Option(
     str, None, "Signs of experiments.signs, for --num_signs."
+  ),
+  "filter": common.Option(
+    str,
+    None,
+    "Filter of experiments.filter: scanned instead of the words, far faster; "
+    "instead of --signs.",
   ),
   "queries": common.Option(
     str, None, "Queries; those of the codec's data set if unset."
@@ -97,11 +106,18 @@ OPTIONS = {
     None,
     "Candidates that their signs put in order, as 0,10,20; 0 leaves them out.",
   ),
+  "num_words": common.Option(
+    str,
+    None,
+    "Candidates of the filter that their words put in order, as 0,5,10; 0 "
+    "leaves them out. Together with --num_short it is no setting.",
+  ),
   "num_aq": common.Option(
     str,
     None,
     "Candidates that the pairwise decoder puts in order, as 0,32,64; 0 leaves "
-    "it out. Not above --num_short, or with signs, it is no setting.",
+    "it out. Not above --num_short, or with signs or a filter, it is no "
+    "setting.",
   ),
   "num_short": common.Option(
     str,
@@ -155,6 +171,10 @@ def run(config, workdir=None) -> dict:
   search_record.check_output(
     config.output, resume=config.resume, overwrite=config.overwrite
   )
+  if config.signs and config.filter:
+    raise ValueError(
+      "--signs order the scan that a --filter replaces; give one of them."
+    )
   names = search_data.baseline_names(config)
   num_threads = faiss_index.set_num_threads(config.threads)
   like, info = faiss_ivf.load(config.index, mmap=True)
@@ -162,7 +182,9 @@ def run(config, workdir=None) -> dict:
   codec = codecs.open_codec(config.codec)
   dtype = codecs.ranking_dtype(config.dtype)
   searcher = searchers.open_searcher(
-    config.codec, config.index, config.decoders, config.signs, dtype=dtype
+    *(config.codec, config.index, config.decoders, config.signs),
+    filter=config.filter,
+    dtype=dtype,
   )
   ranges = _ranges(config, info, searcher.parts)
   check_range("--k", config.k, 1, info["num_vectors"], "vectors in the index")
@@ -224,6 +246,7 @@ def _header(config, codec, info, data, train, num_threads) -> dict:
     "index": info["sha256"],
     "decoders": sha256(config.decoders),
     "signs": sha256(config.signs),
+    "filter": sha256(config.filter),
     "num_vectors": info["num_vectors"],
     "num_lists": info["num_lists"],
     "coarse": info["coarse"],
@@ -241,15 +264,21 @@ def _header(config, codec, info, data, train, num_threads) -> dict:
 
 
 def _code_bytes(config, info: dict) -> int:
-  """Bytes of a vector: its codes, a byte for the norm, signs."""
+  """Bytes of a vector: its codes, a byte for the norm, signs or filter."""
   bits = (info["codebook_size"] - 1).bit_length()
   num_bytes = math.ceil(info["num_codes"] * bits / 8) + 1
-  return num_bytes + (signs_io.num_bytes(info["dim"]) if config.signs else 0)
+  if config.signs:
+    num_bytes += signs_io.num_bytes(info["dim"])
+  if config.filter:
+    found = faiss_filter.load(config.filter, info).info
+    num_bytes += found["code_bytes"]
+  return num_bytes
 
 
 def _ranges(config, info, parts) -> dict[str, list]:
   """Values of each parameter, rising; cut at the size of the index."""
-  has_pairwise, has_signs = parts.pairwise_fn is not None, bool(parts.signs)
+  has_filter, has_signs = parts.filter is not None, bool(parts.signs)
+  has_pairwise = parts.pairwise_fn is not None and not has_filter
   num_lists, num_vectors = info["num_lists"], info["num_vectors"]
   is_graph = info["coarse"] == "hnsw"
   if config.ef_search and not is_graph:
@@ -268,6 +297,8 @@ def _ranges(config, info, parts) -> dict[str, list]:
     "max_ratio": _ratios(config.max_ratio),
     "num_signs": _numbers(config, "num_signs", 0, num_vectors)
     or ([0, 10, 20, 50] if has_signs else [None]),
+    "num_words": _numbers(config, "num_words", 0, num_vectors)
+    or ([0, 3, 5, 10] if has_filter else [0]),
     "num_aq": _numbers(config, "num_aq", 0, num_vectors)
     or ([0, 8, 32, 128] if has_pairwise else [0]),
     "num_short": _numbers(config, "num_short", 0, num_vectors) or short,
@@ -278,6 +309,16 @@ def _ranges(config, info, parts) -> dict[str, list]:
     raise ValueError(
       "--num_signs asks for signs: give --signs=FILE of experiments.signs, or "
       "--num_signs=0."
+    )
+  if max(ranges["num_words"]) and not has_filter:
+    raise ValueError(
+      "--num_words asks for a filter: give --filter=FILE of "
+      "experiments.filter, or --num_words=0."
+    )
+  if max(ranges["num_aq"]) and has_filter:
+    raise ValueError(
+      "With --filter --num_aq must be 0: words or the network put in order "
+      "what the filter finds."
     )
   if max(ranges["num_aq"]) and not has_pairwise:
     raise ValueError(
@@ -293,6 +334,8 @@ def _ranges(config, info, parts) -> dict[str, list]:
       f" With --num_signs, got {ranges['num_signs']}, --num_aq must be 0 and "
       "--num_short at most that."
       if has_signs
+      else " With --filter one of --num_words and --num_short must be 0."
+      if has_filter
       else ""
     )
     raise ValueError(
@@ -343,15 +386,19 @@ def _summarise(config, record, data) -> None:
   )
   _doubt(data, max(p["recall"]["1-recall@1"] for p in record.points))
   best = record.best(next(iter(record.header["bytes"])))
-  if not (best["num_short"] or best["num_signs"]) and any(
-    p["setting"].get("num_short") for p in record.points
-  ):
+  if not any(
+    best[name] for name in ("num_short", "num_signs", "num_words")
+  ) and any(p["setting"].get("num_short") for p in record.points):
     logging.warning(
       "The network gains less than 1 % of the best 1-recall@1: is the codec "
       "trained? Settings were left out as if more of it gained recall."
     )
   at = ", ".join(f"{k}={v}" for k, v in best.items() if v is not None)
-  files = {"decoders": config.decoders, "signs": config.signs}
+  files = {
+    "decoders": config.decoders,
+    "signs": config.signs,
+    "filter": config.filter,
+  }
   options = "".join(f", {k}={v!r}" for k, v in files.items() if v)
   if record.header["dtype"] != "float32":
     options += f", dtype={record.header['dtype']!r}"

@@ -81,6 +81,8 @@ def explore(config, record, ours: str, ranges, search_fns, data) -> None:
 def is_one(setting: dict) -> bool:
   """Returns whether no stage of a setting is undone by a later one."""
   short = setting["num_short"]
+  if setting["num_words"] and short:
+    return False
   if setting["num_signs"]:
     return not setting["num_aq"] and short <= setting["num_signs"]
   return not 0 < setting["num_aq"] <= short

@@ -13,7 +13,7 @@ from vqjax.data import formats
 from vqjax.search import operating_points, plots
 from vqjax.search.operating_points import Point
 
-_STAGES = ("coarse", "scan", "pairwise", "network")
+_STAGES = ("coarse", "scan", "words", "pairwise", "network")
 _MAX_ROWS = 40
 _JOINED = ("bytes", "baselines")  # Of the header, {} where there are none.
 

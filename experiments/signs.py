@@ -21,8 +21,7 @@ import numpy as np
 from absl import logging
 
 from experiments import common, open_codes
-from vqjax.core import check_shape
-from vqjax.data import batches, datasets, formats
+from vqjax.data import batches, formats
 from vqjax.interop import faiss_ivf, faiss_lists, signs_io
 from vqjax.search import signs as signs_lib
 
@@ -43,7 +42,7 @@ def run(config, workdir=None) -> dict:
   signs_io.check_path(config.output)
   formats.check_output(config.output, overwrite=config.overwrite)
   index, info = faiss_ivf.load(config.index)
-  vectors = _open_data(config, info)
+  vectors = open_codes.of_index(config, info)
   contents = faiss_ivf.contents(index)
   rotation_DE = signs_lib.random_rotation(index.d, config.seed)
   signs = signs_lib.make_signs(
@@ -66,31 +65,10 @@ def run(config, workdir=None) -> dict:
   return {"output": config.output, "num_vectors": index.ntotal}
 
 
-def _open_data(config, info: dict):
-  """The vectors of the index; raises ValueError where they are others."""
-  if info["metric"] != "l2":
-    raise ValueError(
-      f"{config.index} is of metric {info['metric']!r}, but signs are for "
-      "squared distances; build it with --metric=l2."
-    )
-  dataset = datasets.own_dataset(base=config.data)
-  num_rows = info.get("num_rows")
-  vectors = datasets.open_split(dataset, "base", max_vectors=num_rows)
-  check_shape("--data", vectors, (num_rows, info["dim"]))
-  open_codes.check_data(config.index, info.get("data"), vectors)
-  return vectors
-
-
 def _describe(contents, vectors, rotation_DE):
   """What `signs.make_signs` takes, in the order of the rows of the index."""
   num = len(contents.ids_N)
-  order_N = np.argsort(contents.ids_N, kind="stable")
-  ids_N = contents.ids_N[order_N]
-  if not num or ids_N[0] < 0 or ids_N[-1] >= len(vectors):
-    raise ValueError(
-      f"The index has {num} vectors, of which the ids must be rows of the "
-      f"{len(vectors)} of --data."
-    )
+  order_N, ids_N = open_codes.sort_ids(contents.ids_N, vectors)
   num_words = signs_lib.num_words(vectors.shape[1])
   out = (
     np.empty((num, num_words), np.uint32),

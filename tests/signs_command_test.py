@@ -179,6 +179,8 @@ def test_a_part_of_an_index_has_signs_too(files, tmp_path):
 def test_an_index_for_inner_products_is_refused(files, tmp_path):
   index = _build(files, tmp_path / "ip.faiss", metric="ip")
   path = tmp_path / "signs.safetensors"
-  with pytest.raises(ValueError, match="is of metric 'ip', but signs are for"):
+  with pytest.raises(
+    ValueError, match="is of metric 'ip', but signs and filters are for"
+  ):
     _signs({**files, "index": index}, path)
   assert not path.exists()

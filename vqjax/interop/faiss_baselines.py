@@ -16,7 +16,7 @@ import faiss
 import numpy as np
 
 from vqjax.core import check_range
-from vqjax.interop import faiss_io
+from vqjax.interop import faiss_io, faiss_lists
 
 NAMES = ("IVF-PQ", "IVF-RQ", "IVF-RaBitQ")
 QUERY_BITS = (4, 8)  # Of RaBitQ's queries: faster or better.
@@ -57,13 +57,13 @@ def fit(name: str, like: faiss.Index, x_ND: np.ndarray) -> faiss.Index:
   else:
     turn = faiss.RandomRotationMatrix(dim, dim)
     turn.init(0)
-    _rotate(coarse, turn)
+    faiss_lists.rotate(coarse, turn)
     lists = faiss.IndexIVFRaBitQFastScan(coarse, *sizes, metric)
-  _hand_over(coarse, lists)
+  faiss_lists.hand_over(coarse, lists)
   if name == "IVF-RaBitQ":
     index = faiss.IndexPreTransform(turn, lists)
-    _hand_over(turn, index)
-    _hand_over(lists, index)
+    faiss_lists.hand_over(turn, index)
+    faiss_lists.hand_over(lists, index)
   else:
     index = lists
   index.train(x_ND)
@@ -119,19 +119,3 @@ def lists_of(index: faiss.Index):
   if isinstance(index, faiss.IndexPreTransform):
     return faiss.downcast_index(index.index)
   return index
-
-
-def _rotate(coarse: faiss.Index, turn) -> None:
-  """Rotates centroids in place; a graph of them stays what it is."""
-  coarse = faiss.downcast_index(coarse)
-  is_graph = isinstance(coarse, faiss.IndexHNSW)
-  flat = faiss.downcast_index(coarse.storage) if is_graph else coarse
-  centroids_LD = turn.apply(flat.reconstruct_n(0, flat.ntotal))
-  flat.reset()
-  flat.add(centroids_LD)
-
-
-def _hand_over(part, owner) -> None:
-  """Makes faiss free `part` together with `owner`."""
-  part.this.disown()
-  owner.own_fields = True

@@ -20,6 +20,12 @@ from vqjax.data.formats import atomic_output
 
 METRICS = {"l2": faiss.METRIC_L2, "ip": faiss.METRIC_INNER_PRODUCT}
 ADDITIVE = ("PQ", "OPQ", "RQ", "LSQ")
+# Numbers of a batch of queries from which on faiss takes matrix products: by
+# itself 128,000, where 32 to 999 queries of 128 dimensions take twice as long.
+_LEAST_PRODUCT = 2560
+faiss.cvar.distance_compute_blas_threshold = min(
+  faiss.cvar.distance_compute_blas_threshold, _LEAST_PRODUCT
+)
 
 
 class FaissCodec(NamedTuple):

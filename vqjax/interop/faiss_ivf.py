@@ -14,25 +14,23 @@ description `index.faiss.json` says which codec made the codes.
 Reference: arXiv 2501.03078, section 3.4.
 """
 
-import json
-import pathlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import faiss
 import numpy as np
 
-from vqjax import __version__
 from vqjax.codecs.rq import RQParams
 from vqjax.core import check_range, check_shape
-from vqjax.data import codes, formats
-from vqjax.interop import faiss_io, faiss_lists
+from vqjax.data import codes
+from vqjax.interop import faiss_files, faiss_io, faiss_lists
 from vqjax.interop.faiss_io import METRICS, float_rows
 from vqjax.interop.faiss_lists import assign_lists as assign_lists
 from vqjax.interop.faiss_lists import contents as contents
 from vqjax.interop.faiss_lists import make_coarse as make_coarse
+from vqjax.interop.faiss_lists import make_rows_fn as make_rows_fn
 
-_FORMAT, _VERSION = "vqjax index", 1
+_KIND = ("vqjax index", 1)
 _LEAST_RANGE = 1e-6  # Of norms, relative; the byte divides by the range.
 
 
@@ -270,23 +268,9 @@ def save(
       and what the caller knows.
     overwrite: Replaces existing files instead of refusing.
   """
-  meta = {
-    "format": _FORMAT,
-    "version": _VERSION,
-    **info,
-    **describe(index),
-    "vqjax_version": __version__,
-    "faiss_version": faiss.__version__,
-  }
-  beside = codes.description_path(path)
-  formats.check_output(beside, overwrite)
-  with faiss_io.write_index(index, path, overwrite=overwrite) as temporary:
-    meta |= {
-      "bytes": temporary.stat().st_size,
-      "sha256": formats.sha256(temporary),
-    }
-  codes.write_json(beside, meta, overwrite=True)
-  return meta
+  return faiss_files.save(
+    index, path, {**info, **describe(index)}, kind=_KIND, overwrite=overwrite
+  )
 
 
 def load(path, *, mmap: bool = False, require_sidecar: bool = True) -> Loaded:
@@ -303,48 +287,19 @@ def load(path, *, mmap: bool = False, require_sidecar: bool = True) -> Loaded:
     FileNotFoundError: One of them is missing.
     ValueError: The file is damaged, or no index of this kind.
   """
-  path = pathlib.Path(path)
-  if not path.is_file():
-    raise FileNotFoundError(f"There is no file {path}; check the name.")
-  info = _read_description(path)
-  if info:
-    _check_file(path, info, is_thorough=not mmap)
-  elif require_sidecar:
+  index, info = faiss_files.load(path, kind=_KIND, mmap=mmap)
+  index = faiss_lists.check_index(index, path)
+  if require_sidecar and not info:
     raise FileNotFoundError(
       f"{path} has no description {codes.description_path(path).name} beside "
       "it, so nobody knows which codec it is of: copy it too, or build the "
       "index again; require_sidecar=False in Python does without."
     )
-  flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY if mmap else 0
-  try:
-    index = faiss_lists.check_index(faiss.read_index(str(path), flags), path)
-  except (RuntimeError, MemoryError) as error:
-    raise ValueError(f"{path} is no index file, or is truncated.") from error
   found = describe(index)
   wanted = {name: info.get(name, value) for name, value in found.items()}
   if found != wanted:
     raise ValueError(f"{path} has {found}, but its description says {wanted}.")
   return Loaded(index, info)
-
-
-def _read_description(path) -> dict:
-  """Returns the description beside an index file, {} without one."""
-  beside = codes.description_path(path)
-  if not beside.is_file():
-    return {}
-  try:
-    info = json.loads(beside.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{beside} is damaged ({error}).") from error
-  if not isinstance(info, dict) or info.get("format") != _FORMAT:
-    raise ValueError(f"{beside} must have format {_FORMAT!r}.")
-  if info.get("version") != _VERSION:
-    raise ValueError(
-      f"{beside} has version {info.get('version')!r}, this vqjax {__version__} "
-      f"reads version {_VERSION}; use the vqjax that wrote it, "
-      f"{info.get('vqjax_version')}."
-    )
-  return info
 
 
 def check_codec(path, info: dict, fingerprint: str) -> None:
@@ -354,21 +309,6 @@ def check_codec(path, info: dict, fingerprint: str) -> None:
     raise ValueError(
       f"{path} holds codes of codec {found}, but the codec is {fingerprint}; "
       "search with the codec that made them, or build the index again."
-    )
-
-
-def _check_file(path: pathlib.Path, info: dict, *, is_thorough: bool) -> None:
-  """Raises ValueError where the file is not the one described."""
-  size = path.stat().st_size
-  if size != info.get("bytes"):
-    raise ValueError(
-      f"{path} is truncated or of another run: it has {size} bytes, its "
-      f"description says {info.get('bytes')}."
-    )
-  if is_thorough and formats.sha256(path) != info.get("sha256"):
-    raise ValueError(
-      f"{path} is damaged, or was changed after it was written: it does not "
-      "match the checksum in its description."
     )
 
 

@@ -65,6 +65,22 @@ def make_coarse(
   return coarse
 
 
+def rotate(coarse: faiss.Index, turn) -> None:
+  """Rotates centroids in place; a graph of them stays what it is."""
+  coarse = faiss.downcast_index(coarse)
+  is_graph = isinstance(coarse, faiss.IndexHNSW)
+  flat = faiss.downcast_index(coarse.storage) if is_graph else coarse
+  centroids_LD = turn.apply(flat.reconstruct_n(0, flat.ntotal))
+  flat.reset()
+  flat.add(centroids_LD)
+
+
+def hand_over(part, owner) -> None:
+  """Makes faiss free `part` together with `owner`."""
+  part.this.disown()
+  owner.own_fields = True
+
+
 def assign_lists(
   coarse: faiss.Index, x_ND: np.ndarray, *, ef_search: int = 64
 ) -> np.ndarray:
@@ -143,6 +159,37 @@ def make_decode_fn(codebooks_MKD):
   m, k, _ = codebooks_MKD.shape
   words = faiss_io.rq_to_faiss(RQParams(codebooks_MKD))
   return faiss_io.to_codec(words, m, k.bit_length() - 1).decode
+
+
+def make_rows_fn(contents: Contents):
+  """Returns `rows_N -> x_ND`: what centroid and words of rows add up to.
+
+  The list is packed into the bits of the code, as its first position.
+  """
+  num_lists, dim = contents.centroids_LD.shape
+  num_codes, num_words, _ = contents.codebooks_MKD.shape
+  num_bits = faiss.UInt64Vector()
+  list_bits = max((num_lists - 1).bit_length(), 1)
+  for bits in (list_bits, *[num_words.bit_length() - 1] * num_codes):
+    num_bits.push_back(bits)
+  padding = np.zeros(((1 << list_bits) - num_lists, dim), np.float32)
+  words = [contents.centroids_LD, padding, *contents.codebooks_MKD]
+  rq = faiss.ResidualQuantizer(dim, num_bits)
+  words = np.concatenate(words).astype(np.float32)
+  faiss.copy_array_to_vector(words.ravel(), rq.codebooks)
+  rq.is_trained = True
+  packed = np.empty((len(contents.codes_NM), rq.code_size), np.uint8)
+  for i in range(0, len(packed), BLOCK):
+    part = packed[i : i + BLOCK]
+    rows = np.arange(i, i + len(part))
+    lists = np.searchsorted(contents.starts, rows, "right") - 1
+    codes = np.column_stack([lists, contents.codes_NM[rows]]).astype(np.int32)
+    rq.pack_codes(len(part), faiss.swig_ptr(codes), faiss.swig_ptr(part))
+
+  def decode(rows_N):
+    return rq.decode(packed[rows_N])
+
+  return decode
 
 
 def pack(index, codes_NM) -> np.ndarray:

@@ -2,14 +2,16 @@
 
   coarse    the lists nearest to a query
   scan      all their codes, by tables of the additive decoder (`ivf.py`), and
-            the `num_signs` best of those by their signs, if any (`signs.py`)
+            the `num_signs` best of those by their signs, if any (`signs.py`);
+            or by a filter, other codes of the same vectors
+  words     the `num_words` best of a filter, by what their words add up to
   pairwise  the `num_aq` best of those, by tables over pairs of codes
   network   the `num_short` best of those, decoded; exact distances to that
 
 Every stage after the scan puts the head of the list of candidates in a better
 order and leaves the tail as it is. A stage whose number is 0 is left out. Signs
-say of a vector what its codes do not, so that the network, where it follows
-them, has a share in the distances instead of replacing them.
+and filters say of a vector what its codes do not, so that what follows them has
+a share in the distances instead of replacing them.
 
   searcher = pipeline.Searcher(parts)
   result = searcher.search(xq_QD, k=10, nprobe=16, num_short=20)
@@ -22,6 +24,7 @@ Nothing here knows a codec: what decodes comes as functions. Reference: arXiv
 import time
 from collections.abc import Callable
 from concurrent import futures
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -32,14 +35,29 @@ from vqjax.data.formats import check_vectors
 from vqjax.search import ivf
 from vqjax.search.signs import Signs
 
-STAGES = ("coarse", "scan", "pairwise", "network")
+STAGES = ("coarse", "scan", "words", "pairwise", "network")
 _DECODE_ROWS = 4096  # Vectors that are decoded at once.
 _TABLE_BYTES = 2 << 20  # Of one scan; these should stay in the caches.
 _LEAST_QUERIES = 32  # In one scan, where tables are larger.
 _SLOT_BYTES = 64 << 20  # Of the slots of one scan, at most.
 _SCANS_AT_ONCE = 8
+_LEAST_PART = 256  # Queries that a thread is worth.
+_WORD_ROWS = 4096  # Candidates whose words are added up at once.
 _RERANKED = 1 << 18  # Candidates that are decoded before any is dropped.
 _SHARE = 0.4  # Of the network, where signs have the rest: docs/ivf.md.
+
+
+class Filter(NamedTuple):
+  """Other codes of the vectors, which are scanned instead of the lists.
+
+  Shares, 0 to 1, are those that words and network have in the distances.
+  """
+
+  scan_fn: Callable  # (xq_QD, probes_QP, k) -> rows and distances [Q, k].
+  words_fn: Callable  # Rows [n] -> x_nD, what their words add up to.
+  map_fn: Callable  # As `map`, in threads, in each of which these use one.
+  words_share: float
+  network_share: float
 
 
 class Parts(NamedTuple):
@@ -56,6 +74,7 @@ class Parts(NamedTuple):
   pairwise_fn: Callable | None  # -> x_ND, by the pairwise decoder.
   distances_fn: Callable  # (xq_QD, x_UD, rows_QR) -> squared distances [Q, R].
   signs: Signs | None = None  # Of the rows of `lists`, on the device.
+  filter: Filter | None = None  # Instead of signs.
 
 
 class Result(NamedTuple):
@@ -85,8 +104,13 @@ class Searcher:
   def __init__(self, parts: Parts):
     """Takes the parts as they are."""
     self.parts = parts
+    if parts.signs is not None and parts.filter is not None:
+      raise ValueError("Signs order the scan that a filter replaces; open one.")
     sizes_L = np.diff(np.asarray(parts.lists.starts_L1))
     self._tiles_L = ivf.count_tiles(sizes_L)
+    if parts.filter is not None:
+      lists_L = np.arange(len(sizes_L), dtype=np.int32)
+      self._list_of_N = np.repeat(lists_L, sizes_L)
     self._pool = futures.ThreadPoolExecutor(
       min(devices.num_cpus(), _SCANS_AT_ONCE)
     )
@@ -105,6 +129,7 @@ class Searcher:
     ef_search: int | None = None,
     max_ratio: float | None = None,
     num_signs: int | None = None,
+    num_words: int = 0,
     num_aq: int = 0,
     num_short: int = 20,
   ) -> Result:
@@ -122,8 +147,10 @@ class Searcher:
         amid a list need few others. None for no limit.
       num_signs: Candidates of the scan that their signs put in order; None for
         `max(k, num_short)` where there are signs, else 0.
-      num_aq: Candidates that the pairwise decoder puts in order; 0 with signs,
-        which know better.
+      num_words: Candidates of a filter that their words put in order, 0 where
+        the network decodes any; 5 are nearly as good as more.
+      num_aq: Candidates that the pairwise decoder puts in order; 0 with signs
+        or a filter, which know better.
       num_short: Candidates that the network decodes, with signs at most
         `num_signs`.
 
@@ -136,38 +163,45 @@ class Searcher:
     nprobe = min(16, len(self._tiles_L)) if nprobe is None else nprobe
     if num_signs is None:
       num_signs = max(k, num_short) if self.parts.signs and not num_aq else 0
-    self._check_setting(k, nprobe, max_ratio, num_signs, num_aq, num_short)
-    seconds, began = {}, time.perf_counter()
-
-    def lap(stage):
-      nonlocal began
-      now = time.perf_counter()
-      seconds[stage], began = now - began, now
-
-    probes_QP, distances_QP = self._find_lists(
-      queries_QD, nprobe, ef_search, max_ratio
+    self._check_setting(
+      k, nprobe, max_ratio, num_signs, num_words, num_aq, num_short
     )
-    lap("coarse")
-    num_best = max(k, num_signs, num_aq, num_short)
-    found = self._scan(queries_QD, probes_QP, distances_QP, num_best, num_signs)
-    lap("scan")
+    clock = _Clock()
+    num_best = max(k, num_signs, num_words, num_aq, num_short)
+    find_fn = partial(
+      self._find_lists,
+      nprobe=nprobe,
+      ef_search=ef_search,
+      max_ratio=max_ratio,
+    )
+    if self.parts.filter is None:
+      share = _SHARE if num_signs else 1.0
+      probes_QP, distances_QP = find_fn(queries_QD)
+      clock.lap("coarse")
+      found = self._scan(
+        queries_QD, probes_QP, distances_QP, num_best, num_signs
+      )
+      clock.lap("scan")
+    else:
+      share = self.parts.filter.network_share
+      found = self._filter(clock, queries_QD, find_fn, num_best, num_words)
     num_decoded = 0
     if num_aq:
       found, _ = self._rerank(self.parts.pairwise_fn, queries_QD, found, num_aq)
-      lap("pairwise")
+      clock.lap("pairwise")
     if num_short:
       found, num_decoded = self._rerank(
         self.parts.decode_fn,
         *(queries_QD, found, num_short),
-        share=_SHARE if num_signs else 1.0,
+        share=share,
       )
-      lap("network")
+      clock.lap("network")
     rows_QR = found.rows_QC[:, :k]
     ids_QR = np.where(rows_QR < 0, -1, self.parts.ids_N[rows_QR])
-    return Result(ids_QR, found.distances_QC[:, :k], seconds, num_decoded)
+    return Result(ids_QR, found.distances_QC[:, :k], clock.seconds, num_decoded)
 
   def _check_setting(
-    self, k, nprobe, max_ratio, num_signs, num_aq, num_short
+    self, k, nprobe, max_ratio, num_signs, num_words, num_aq, num_short
   ) -> None:
     """Raises ValueError where a number does not fit the index, or another."""
     check_range("nprobe", nprobe, 1, len(self._tiles_L), "lists of the index")
@@ -176,6 +210,7 @@ class Searcher:
     check_range("k", k, 1, len(self.parts.ids_N), "vectors in the index")
     for name, value in (
       ("num_signs", num_signs),
+      ("num_words", num_words),
       ("num_aq", num_aq),
       ("num_short", num_short),
     ):
@@ -189,6 +224,16 @@ class Searcher:
       raise ValueError(
         "With signs num_aq must be 0, and num_short at most num_signs; got "
         f"num_signs={num_signs}, num_aq={num_aq} and num_short={num_short}."
+      )
+    if num_words and self.parts.filter is None:
+      raise ValueError(
+        f"num_words={num_words} asks for a filter, but none was opened: make "
+        "one with python -m experiments.filter, or set num_words=0."
+      )
+    if self.parts.filter is not None and (num_aq or num_words and num_short):
+      raise ValueError(
+        "With a filter num_aq must be 0, and one of num_words and num_short; "
+        f"got num_aq={num_aq}, num_words={num_words} and num_short={num_short}."
       )
     if num_aq and self.parts.pairwise_fn is None:
       raise ValueError(
@@ -246,6 +291,61 @@ class Searcher:
       pass  # Raises what a block raised.
     return out
 
+  def _filter(
+    self, clock, queries_QD, find_fn, num_best, num_words
+  ) -> Candidates:
+    """Candidates of the filter, some in the order of their words.
+
+    As many parts of the queries as there are threads go through all of it side
+    by side. Seconds are those of a part, the mean of all.
+    """
+    num = len(queries_QD)
+    size = max(-(-num // devices.num_cpus()), _LEAST_PART)
+    starts = range(0, num, size)
+
+    def run(start):
+      part_QD = queries_QD[start : start + size]
+      own = _Clock()
+      probes_QP, _ = find_fn(part_QD)
+      own.lap("coarse")
+      rows_QC, distances_QC = self.parts.filter.scan_fn(
+        part_QD, probes_QP, num_best
+      )
+      lists_QC = np.where(rows_QC < 0, -1, self._list_of_N[rows_QC])
+      found = Candidates(rows_QC, lists_QC, distances_QC)
+      own.lap("scan")
+      if num_words:
+        found = self._order_by_words(part_QD, found, num_words)
+        own.lap("words")
+      return found, own.seconds
+
+    map_fn = self.parts.filter.map_fn if len(starts) > 1 else map
+    parts, seconds = zip(*map_fn(run, starts), strict=True)
+    clock.skip({s: np.mean([at[s] for at in seconds]) for s in seconds[0]})
+    return Candidates(*map(np.concatenate, zip(*parts, strict=True)))
+
+  def _order_by_words(self, queries_QD, found, num_head) -> Candidates:
+    """Puts the head in order by its words, in blocks that fit the caches.
+
+    Vectors of several queries are decoded for each: it costs less than to find
+    them.
+    """
+    size = max(_WORD_ROWS // num_head, 1)
+    blocks = []
+    for start in range(0, len(queries_QD), size):
+      part = Candidates(*(x_QC[start : start + size] for x_QC in found))
+      rows_QC = part.rows_QC[:, :num_head]
+      x_ND = self.parts.filter.words_fn(np.maximum(rows_QC, 0).ravel())
+      at_QC = np.arange(rows_QC.size).reshape(rows_QC.shape)
+      distances_QC = self.parts.distances_fn(
+        queries_QD[start : start + size],
+        x_ND,
+        np.where(rows_QC < 0, -1, at_QC),
+      )
+      share = self.parts.filter.words_share
+      blocks.append(_reorder(part, distances_QC, share))
+    return Candidates(*map(np.concatenate, zip(*blocks, strict=True)))
+
   def _rerank(self, decode_fn, queries_QD, found, num_head, share=1.0):
     """Puts the first `num_head` candidates in the order of exact distances.
 
@@ -282,17 +382,7 @@ class Searcher:
     at_QC = np.full(head.rows_QC.shape, -1, np.int64)
     at_QC[is_there] = back
     distances_QC = self.parts.distances_fn(queries_QD, x_UD, at_QC)
-    if share < 1:
-      distances_QC *= share
-      distances_QC += (1 - share) * head.distances_QC
-    distances_QC = np.where(is_there, distances_QC, np.inf)
-    head = head._replace(distances_QC=distances_QC)
-    order_QC = np.argsort(distances_QC, axis=1, kind="stable")
-    merged = []
-    for x_QC, whole_QC in zip(head, found, strict=True):
-      sorted_QC = np.take_along_axis(x_QC, order_QC, axis=1)
-      merged.append(np.hstack([sorted_QC, whole_QC[:, num_head:]]))
-    return Candidates(*merged), len(rows_U)
+    return _reorder(found, distances_QC, share), len(rows_U)
 
   def _decode(self, decode_fn, rows_U, lists_U) -> np.ndarray:
     """Vectors `[U, D]` of rows, in blocks of few sizes."""
@@ -310,6 +400,42 @@ class Searcher:
     for block, x_ND in waiting:
       out_UD[block] = np.asarray(x_ND)[: block.stop - block.start]
     return out_UD
+
+
+class _Clock:
+  """Seconds of the stages, one after the other."""
+
+  def __init__(self):
+    self.seconds, self._began = {}, time.perf_counter()
+
+  def lap(self, stage: str) -> None:
+    """All time since the last stage went into this one."""
+    now = time.perf_counter()
+    self.seconds[stage], self._began = now - self._began, now
+
+  def skip(self, seconds: dict[str, float]) -> None:
+    """It went into stages that were timed elsewhere."""
+    self.seconds |= seconds
+    self._began = time.perf_counter()
+
+
+def _reorder(found, distances_QC, share: float) -> Candidates:
+  """Puts the head, which these distances are of, in order.
+
+  They have a `share` in the new distances, those so far the rest.
+  """
+  num_head = distances_QC.shape[1]
+  head = Candidates(*(x_QC[:, :num_head] for x_QC in found))
+  if share < 1:
+    distances_QC = share * distances_QC + (1 - share) * head.distances_QC
+  distances_QC = np.where(head.rows_QC < 0, np.float32(np.inf), distances_QC)
+  head = head._replace(distances_QC=distances_QC)
+  order_QC = np.argsort(distances_QC, axis=1, kind="stable")
+  merged = []
+  for x_QC, whole_QC in zip(head, found, strict=True):
+    sorted_QC = np.take_along_axis(x_QC, order_QC, axis=1)
+    merged.append(np.hstack([sorted_QC, whole_QC[:, num_head:]]))
+  return Candidates(*merged)
 
 
 class _Block(NamedTuple):

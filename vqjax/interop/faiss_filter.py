@@ -1,0 +1,251 @@
+"""A filter: 4-bit codes of the vectors of an index, for a faster scan.
+
+The index of a codec (`faiss_ivf`) keeps M words of 8 bits for each vector, and
+scanning them takes M lookups in tables that do not fit into registers. A filter
+holds the same vectors in the same lists, cut after a learned rotation into
+parts of 4 bits, and a byte for the norm, which faiss compares 32 at a time in
+registers ("fast scan"). With parts of 4 dimensions it is D / 8 + 1 bytes a
+vector and puts candidates in a truer order than the words do. What the codec
+knows of the best of them then has a share in their distances
+(`vqjax.search.pipeline`).
+
+The file is an ordinary index of faiss, `OPQ{P},IVF{L},PRQ{P}x1x4fs_Nrq2x4`,
+which any faiss searches by itself.
+
+References: arXiv 1704.07355 for the scan in registers, CVPR 2013 (Ge et al.)
+for the rotation.
+"""
+
+from typing import NamedTuple
+
+import faiss
+import numpy as np
+
+from vqjax.core import check_range, check_shape
+from vqjax.data import formats
+from vqjax.interop import faiss_files, faiss_io, faiss_lists
+from vqjax.interop.faiss_io import float_rows
+
+_KIND = ("vqjax filter", 1)
+_NUM_BITS = 4  # A fast scan has no other.
+_PART_DIM = 4  # Dimensions of a part, unless asked for otherwise.
+LEAST_TRAINING = 39 << _NUM_BITS  # Below it faiss warns.
+_OPQ_ITERATIONS = 20
+
+
+class Loaded(NamedTuple):
+  """A filter from a file, and its description."""
+
+  index: faiss.Index
+  info: dict
+
+
+def fit(
+  like: faiss.Index, x_ND: np.ndarray, *, num_parts: int | None = None
+) -> faiss.Index:
+  """Learns rotation and words of an empty filter.
+
+  Args:
+    like: From `faiss_ivf.load`; its lists and its coarse quantiser are taken.
+    x_ND: Training vectors, of any numeric type.
+    num_parts: P, a divisor of D; None for parts of 4 dimensions.
+
+  Raises:
+    ValueError: Where sizes do not fit each other, or the metric is not l2.
+  """
+  dim = like.d
+  num_parts = check_parts(dim, num_parts)
+  if like.metric_type != faiss.METRIC_L2:
+    raise ValueError("A filter is for squared distances, an index of l2.")
+  x_ND = float_rows("vectors", x_ND, dim)
+  check_range(
+    "the number of training vectors", len(x_ND), LEAST_TRAINING, np.inf
+  )
+  coarse = faiss.clone_index(like.quantizer)
+  rotation_DD = faiss_io.train_opq(
+    _left_of(coarse, x_ND),
+    num_parts,
+    _NUM_BITS,
+    num_iterations=_OPQ_ITERATIONS,
+  )
+  turn = faiss.LinearTransform(dim, dim, False)
+  faiss.copy_array_to_vector(
+    np.ascontiguousarray(rotation_DD.T).ravel(), turn.A
+  )
+  turn.is_trained = turn.is_orthonormal = True
+  faiss_lists.rotate(coarse, turn)
+  lists = faiss.IndexIVFProductResidualQuantizerFastScan(
+    *(coarse, dim, like.nlist, num_parts, 1, _NUM_BITS, faiss.METRIC_L2),
+    faiss.AdditiveQuantizer.ST_norm_rq2x4,
+  )
+  # Scaled norms lose recall, and only `search` knows how to undo it.
+  lists.rescale_norm = False
+  faiss_lists.hand_over(coarse, lists)
+  index = faiss.IndexPreTransform(turn, lists)
+  faiss_lists.hand_over(turn, index)
+  faiss_lists.hand_over(lists, index)
+  lists.train(turn.apply(x_ND))
+  index.is_trained = True
+  return index
+
+
+def check_parts(dim: int, num_parts: int | None) -> int:
+  """Returns the number of parts; raises ValueError where it does not fit."""
+  if num_parts is None:
+    num_parts = max(dim // _PART_DIM, 1)
+  check_range("num_parts", num_parts, 1, dim, "dimensions of the vectors")
+  if dim % num_parts:
+    fitting = [str(p) for p in range(1, dim + 1) if dim % p == 0]
+    raise ValueError(
+      f"num_parts must divide the {dim} dimensions of the vectors, got "
+      f"{num_parts}; {', '.join(fitting)} do."
+    )
+  return num_parts
+
+
+def add(index: faiss.Index, x_ND: np.ndarray, ids_N: np.ndarray) -> None:
+  """Adds vectors under the ids that they have in the index beside it."""
+  check_shape("ids", ids_N, (len(x_ND),))
+  formats.check_vectors(x_ND, dim=index.d, name="vectors")
+  ids_N = np.ascontiguousarray(ids_N, np.int64)
+  index.add_with_ids(float_rows("vectors", x_ND, index.d), ids_N)
+
+
+def reconstruct(index: faiss.Index, x_ND: np.ndarray) -> np.ndarray:
+  """What the filter knows of vectors `[N, D]`, in data units."""
+  turn, lists = _parts(index)
+  x_ND = turn.apply(float_rows("vectors", x_ND, index.d))
+  left_ND = _left_of(lists.quantizer, x_ND)
+  words_ND = lists.prq.decode(lists.prq.compute_codes(left_ND))
+  return turn.reverse_transform(x_ND - left_ND + words_ND)
+
+
+def scan(
+  index: faiss.Index, queries_QD: np.ndarray, probes_QP: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Ids `[Q, k]` of the nearest in the probed lists, and squared distances.
+
+  The nearest come first; where there are no more, id -1 is at distance inf.
+
+  Args:
+    index: From `fit` or `load`.
+    queries_QD: Queries.
+    probes_QP: Lists to look into; -1, for none, in the last columns alone.
+    k: Results.
+  """
+  turn, lists = _parts(index)
+  queries_QD = float_rows("queries", queries_QD, index.d)
+  turned_QD = turn.apply(queries_QD)
+  ids_QK = np.full((len(queries_QD), k), -1, np.int64)
+  distances_QK = np.empty(ids_QK.shape, np.float32)
+  # faiss reads memory that nobody wrote where some of the lists are -1.
+  num_Q = np.count_nonzero(probes_QP >= 0, axis=1)
+  for num in np.unique(num_Q[num_Q > 0]):
+    rows = np.flatnonzero(num_Q == num)
+    found = _scan(lists, turned_QD[rows], probes_QP[rows, :num], k)
+    ids_QK[rows], distances_QK[rows] = found
+  # faiss leaves the part of the query out of all.
+  distances_QK += np.einsum("qd,qd->q", queries_QD, queries_QD)[:, None]
+  return ids_QK, np.where(ids_QK < 0, np.float32(np.inf), distances_QK)
+
+
+def _scan(lists, queries_QD, probes_QP, k: int):
+  """Ids and distances, as faiss has them, where all lists are some."""
+  num, nprobe = probes_QP.shape
+  probes_QP = np.ascontiguousarray(probes_QP, np.int64)
+  ids_QK = np.empty((num, k), np.int64)
+  distances_QK = np.empty((num, k), np.float32)
+  # Distances to centroids are part of its own tables.
+  unused_QP = np.zeros((num, nprobe), np.float32)
+  lists.search_preassigned_c(
+    num,
+    faiss.swig_ptr(queries_QD),
+    k,
+    *map(faiss.swig_ptr, (probes_QP, unused_QP, distances_QK, ids_QK)),
+    False,
+    faiss.SearchParametersIVF(nprobe=nprobe),
+    None,
+  )
+  return ids_QK, distances_QK
+
+
+def describe(index: faiss.Index) -> dict:
+  """Returns the sizes of a filter, as its description has them."""
+  _, lists = _parts(index)
+  return {
+    "dim": index.d,
+    "num_vectors": index.ntotal,
+    "num_lists": lists.nlist,
+    "num_parts": int(lists.prq.nsplits),
+    "code_bytes": lists.code_size,
+  }
+
+
+def save(
+  index: faiss.Index,
+  path,
+  *,
+  of_index: str,
+  info: dict,
+  overwrite: bool = False,
+) -> dict:
+  """Writes a filter and its description, which it returns.
+
+  Args:
+    index: From `fit`.
+    path: The file.
+    of_index: Checksum of the index it stands beside, `sha256` of its
+      description.
+    info: What else the description says, plain values.
+    overwrite: Replaces existing files instead of refusing.
+  """
+  meta = {**info, "of_index": of_index, **describe(index)}
+  return faiss_files.save(index, path, meta, kind=_KIND, overwrite=overwrite)
+
+
+def load(path, index_info: dict) -> Loaded:
+  """Reads the filter of the index of this description.
+
+  Raises:
+    FileNotFoundError: There is no such file, or no description beside it.
+    ValueError: It is damaged, no filter, or of another index.
+  """
+  index, info = faiss_files.load(path, kind=_KIND)
+  if not info:
+    raise FileNotFoundError(
+      f"{path} has no description beside it, so nobody knows which index it is "
+      "of: copy it too, or make the filter again by python -m "
+      "experiments.filter."
+    )
+  found = describe(index) if _is_filter(index) else None
+  if found is None or found != {name: info.get(name) for name in found}:
+    raise ValueError(f"{path} is no filter as its description has it: {found}.")
+  if info.get("of_index") != index_info.get("sha256"):
+    raise ValueError(
+      f"{path} is a filter of an index with checksum {info.get('of_index')}, "
+      f"but this index has {index_info.get('sha256')}; make its own by python "
+      "-m experiments.filter."
+    )
+  return Loaded(index, info)
+
+
+def _is_filter(index) -> bool:
+  index = faiss.downcast_index(index)
+  return isinstance(index, faiss.IndexPreTransform) and isinstance(
+    faiss.downcast_index(index.index),
+    faiss.IndexIVFProductResidualQuantizerFastScan,
+  )
+
+
+def _parts(index):
+  """The rotation and the lists."""
+  index = faiss.downcast_index(index)
+  turn = faiss.downcast_VectorTransform(index.chain.at(0))
+  return turn, faiss.downcast_index(index.index)
+
+
+def _left_of(coarse: faiss.Index, x_ND: np.ndarray) -> np.ndarray:
+  """What the centroids of their lists leave of vectors."""
+  coarse = faiss.downcast_index(coarse)
+  lists_N = faiss_lists.assign_lists(coarse, x_ND)
+  return x_ND - coarse.reconstruct_batch(lists_N.astype(np.int64))

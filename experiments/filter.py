@@ -131,7 +131,8 @@ def _summarise(config, meta: dict) -> None:
   ]
   logging.info(
     "%s\n\nFilter of %d vectors, %d bytes each: %s, %s.json\nNext:\n"
-    "  python -m experiments.search --codec=%s --index=%s --filter=%s --num_words=0,5,10",
+    "  python -m experiments.search --codec=%s --index=%s --filter=%s "
+    "--num_words=0,3,5,10",
     common.table(["", "squared error", "share beside the filter"], rows),
     *(meta["num_vectors"], meta["code_bytes"], config.output, config.output),
     *map(shlex.quote, (config.codec, config.index, config.output)),

@@ -174,7 +174,7 @@ def test_what_cannot_be_searched_is_refused_first(tmp_path):
   assert not (tmp_path / "x").exists()
 
 
-def test_signs_where_they_are_wanted(tmp_path_factory):
+def test_signs_or_a_filter_where_they_are_wanted(tmp_path_factory):
   folder = tmp_path_factory.mktemp("signed")
   few = FEW | {"signs": True, "num_signs": "0,10"}
   result = ivf_pipeline.run(_config(), str(folder), k=10, **few)
@@ -188,3 +188,16 @@ def test_signs_where_they_are_wanted(tmp_path_factory):
   # Without them it is another search.
   with pytest.raises(ValueError, match="measured with signs"):
     ivf_pipeline.run(_config(), str(folder), k=10, **FEW)
+  for name in ("search.json", "search.png"):
+    (folder / name).unlink()
+  few = {"nprobe": "8", "num_short": "0", "filter": True}
+  filtered = ivf_pipeline.run(_config(), str(folder), k=10, **few)
+  found = [point["setting"]["num_words"] for point in filtered["points"]]
+  assert found[0] == 0
+  assert set(found) <= {0, 3, 5, 10}
+  before = _times(folder)[folder / "filter.faiss"]
+  again = ivf_pipeline.run(_config(), str(folder), k=10, **few)
+  assert again["points"] == filtered["points"]
+  assert _times(folder)[folder / "filter.faiss"] == before
+  with pytest.raises(ValueError, match="a filter replaces; take one"):
+    ivf_pipeline.run(_config(), str(folder), k=10, **few, signs=True)

@@ -282,3 +282,107 @@ def test_settings_of_signs_that_make_no_sense_are_refused(case):
     search(case.xq_QD, 3, nprobe=1, num_signs=5, num_short=6)
   with pytest.raises(ValueError, match="num_aq must be 0, and num_short at"):
     search(case.xq_QD, 3, nprobe=1, num_signs=5, num_aq=6, num_short=2)
+
+
+class _FilteredCase(_Case):
+  """With a filter that knows vectors near what the words add up to."""
+
+  def __init__(self):
+    super().__init__()
+    arrays, rng = self.arrays, np.random.default_rng(4)
+    words = zip(arrays["codebooks_MKD"], arrays["codes_NM"].T, strict=True)
+    self.words_ND = CENTROIDS_LD[self.list_N] + sum(b[c] for b, c in words)
+    noise_ND = rng.normal(size=self.words_ND.shape).astype(np.float32)
+    self.known_ND = self.words_ND + 0.5 * noise_ND
+    self.num_maps, self.num_queries = 0, []
+    self.searcher = pipeline.Searcher(
+      self.searcher.parts._replace(
+        filter=pipeline.Filter(
+          self._scan, lambda rows_N: self.words_ND[rows_N], self._map, 0.3, 0.6
+        )
+      )
+    )
+
+  def _scan(self, xq_QD, probes_QP, k):
+    self.num_queries.append(len(xq_QD))
+    sq_QN = ((xq_QD[:, None] - self.known_ND[None]) ** 2).sum(axis=-1)
+    in_QN = (probes_QP[:, :, None] == self.list_N).any(axis=1)
+    sq_QN = np.where(in_QN, sq_QN, np.inf).astype(np.float32)
+    rows_QK = np.argsort(sq_QN, axis=1, kind="stable")[:, :k].astype(np.int32)
+    sq_QK = np.take_along_axis(sq_QN, rows_QK, axis=1)
+    return np.where(np.isinf(sq_QK), -1, rows_QK), sq_QK
+
+  def _map(self, fn, items):
+    self.num_maps += 1
+    return map(fn, items)
+
+
+@pytest.mark.parametrize("max_ratio", [None, 1.2])
+@pytest.mark.parametrize(
+  ("num_words", "num_short"), [(0, 0), (6, 0), (25, 0), (0, 6), (0, 25)]
+)
+def test_what_follows_a_filter_has_a_share(num_words, num_short, max_ratio):
+  case, k = _FilteredCase(), 9
+  result = case.searcher.search(
+    *(case.xq_QD, k),
+    nprobe=2,
+    max_ratio=max_ratio,
+    num_words=num_words,
+    num_short=num_short,
+  )
+  stages = ["coarse", "scan"] + ["words"] * (num_words > 0)
+  assert list(result.seconds) == stages + ["network"] * (num_short > 0)
+  assert (result.num_decoded > 0) == (num_short > 0)
+  num, moved = num_words or num_short, 0
+  for q, x_D in enumerate(case.xq_QD):
+    gap_L = ((CENTROIDS_LD - x_D) ** 2).sum(axis=1)
+    near = np.argsort(gap_L)[:2]
+    near = near[gap_L[near] <= (max_ratio or np.inf) * gap_L.min()]
+    of_N = ((case.known_ND - x_D) ** 2).sum(axis=1)
+    rows = [row for row in np.argsort(of_N) if case.list_N[row] in near]
+    rows, of = rows[: max(k, num)], dict(enumerate(of_N.tolist()))
+    words_N = ((case.words_ND - x_D) ** 2).sum(axis=1)
+    then_N, share = (words_N, 0.3) if num_words else (case.exact(x_D), 0.6)
+    for row in rows[:num]:
+      of[row] = share * then_N[row] + (1 - share) * of[row]
+    wanted = [*sorted(rows[:num], key=of.get), *rows[num:]][:k]
+    moved += wanted != rows[:k]
+    missing = [-1] * (k - len(wanted))
+    ids = [*case.ids_N[wanted].tolist(), *missing]
+    np.testing.assert_array_equal(result.ids_QR[q], ids)
+    want = [*(of[row] for row in wanted), *(np.inf for _ in missing)]
+    np.testing.assert_allclose(result.distances_QR[q], want, rtol=1e-4)
+  assert (moved > 0) == (num > 0)
+
+
+def test_a_filter_takes_parts_of_a_batch_side_by_side(monkeypatch):
+  case, at = _FilteredCase(), dict(nprobe=3, num_words=5, num_short=0)
+  whole = case.searcher.search(case.xq_QD, 7, **at)
+  assert (case.num_maps, case.num_queries) == (0, [20])
+  monkeypatch.setattr(pipeline.devices, "num_cpus", lambda: 3)
+  monkeypatch.setattr(pipeline, "_LEAST_PART", 2)
+  monkeypatch.setattr(pipeline, "_WORD_ROWS", 11)  # Two queries in a block.
+  parts = case.searcher.search(case.xq_QD, 7, **at)
+  assert (case.num_maps, case.num_queries[1:]) == (1, [7, 7, 6])
+  np.testing.assert_array_equal(parts.ids_QR, whole.ids_QR)
+  np.testing.assert_array_equal(parts.distances_QR, whole.distances_QR)
+  assert sum(parts.seconds.values()) > 0
+  monkeypatch.setattr(pipeline, "_LEAST_PART", 20)
+  case.searcher.search(case.xq_QD, 7, **at)
+  assert (case.num_maps, case.num_queries[-1]) == (1, 20)
+
+
+def test_settings_of_filters_that_make_no_sense_are_refused(case):
+  with pytest.raises(ValueError, match="num_words=5 asks for a filter, but"):
+    case.searcher.search(case.xq_QD, 3, nprobe=1, num_words=5, num_short=0)
+  filtered = _FilteredCase()
+  search = filtered.searcher.search
+  with pytest.raises(ValueError, match="num_aq must be 0, and one of num_w"):
+    search(case.xq_QD, 3, nprobe=1, num_words=5, num_short=6)
+  with pytest.raises(ValueError, match="num_aq must be 0, and one of num_w"):
+    search(case.xq_QD, 3, nprobe=1, num_aq=6, num_short=2)
+  with pytest.raises(ValueError, match="asks for signs, but none"):
+    search(case.xq_QD, 3, nprobe=1, num_signs=5, num_short=2)
+  both = filtered.searcher.parts._replace(signs=_SignedCase().signs)
+  with pytest.raises(ValueError, match="a filter replaces; open one"):
+    pipeline.Searcher(both)

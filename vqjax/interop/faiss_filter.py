@@ -29,7 +29,8 @@ from vqjax.interop.faiss_io import float_rows
 _KIND = ("vqjax filter", 1)
 _NUM_BITS = 4  # A fast scan has no other.
 _PART_DIM = 4  # Dimensions of a part, unless asked for otherwise.
-LEAST_TRAINING = 39 << _NUM_BITS  # Below it faiss warns.
+_LEAST_TRAINING = 1 << 2 * _NUM_BITS  # Norms have a byte.
+_WARNS_BELOW = 39 << _NUM_BITS
 _OPQ_ITERATIONS = 20
 
 
@@ -59,8 +60,9 @@ def fit(
     raise ValueError("A filter is for squared distances, an index of l2.")
   x_ND = float_rows("vectors", x_ND, dim)
   check_range(
-    "the number of training vectors", len(x_ND), LEAST_TRAINING, np.inf
+    "the number of training vectors", len(x_ND), _LEAST_TRAINING, np.inf
   )
+  x_ND = np.resize(x_ND, (max(len(x_ND), _WARNS_BELOW), dim))  # In turns.
   coarse = faiss.clone_index(like.quantizer)
   rotation_DD = faiss_io.train_opq(
     _left_of(coarse, x_ND),

@@ -209,7 +209,9 @@ def make_decode_fn(codec: Codec, dtype: str = "float32"):
   decode_fn = codec.module.decode
   if "dtype" in inspect.signature(decode_fn).parameters:
     decode_fn = functools.partial(decode_fn, dtype=dtype)
-  decode_fn = devices.data_parallel(decode_fn)
+  decode_fn = devices.data_parallel(
+    decode_fn, compiler_options=devices.product_options()
+  )
   decode_fn = functools.partial(decode_fn, devices.local(codec.tables))
   return batches.in_blocks(decode_fn, _decode_block(codec))
 

@@ -183,7 +183,7 @@ def on_shares(fn: Callable) -> Callable:
 
 @functools.cache
 def product_options() -> dict[str, str] | None:
-  """Options of XLA with which beam searches and training steps run fastest.
+  """Options of XLA with which searches, decoding and training run fastest.
 
   On CPUs XLA gives a library its products together with the sums and
   reductions around them, which the library does slowly. Given the products

@@ -70,17 +70,20 @@ def fit(
     _NUM_BITS,
     num_iterations=_OPQ_ITERATIONS,
   )
-  turn = faiss.LinearTransform(dim, dim, False)
-  faiss.copy_array_to_vector(
-    np.ascontiguousarray(rotation_DD.T).ravel(), turn.A
-  )
+  # From the middle of the vectors: the byte of a norm has less to tell.
+  turn = faiss.LinearTransform(dim, dim, True)
+  for value, field in (
+    (rotation_DD.T, turn.A),
+    (-x_ND.mean(axis=0) @ rotation_DD, turn.b),
+  ):
+    faiss.copy_array_to_vector(np.ascontiguousarray(value).ravel(), field)
   turn.is_trained = turn.is_orthonormal = True
   faiss_lists.rotate(coarse, turn)
   lists = faiss.IndexIVFProductResidualQuantizerFastScan(
     *(coarse, dim, like.nlist, num_parts, 1, _NUM_BITS, faiss.METRIC_L2),
     faiss.AdditiveQuantizer.ST_norm_rq2x4,
   )
-  # Scaled norms lose recall, and only `search` knows how to undo it.
+  # Scaled norms lose recall, and `search_preassigned` does not undo it.
   lists.rescale_norm = False
   faiss_lists.hand_over(coarse, lists)
   index = faiss.IndexPreTransform(turn, lists)
@@ -136,9 +139,8 @@ def scan(
     k: Results.
   """
   turn, lists = _parts(index)
-  queries_QD = float_rows("queries", queries_QD, index.d)
-  turned_QD = turn.apply(queries_QD)
-  ids_QK = np.full((len(queries_QD), k), -1, np.int64)
+  turned_QD = turn.apply(float_rows("queries", queries_QD, index.d))
+  ids_QK = np.full((len(turned_QD), k), -1, np.int64)
   distances_QK = np.empty(ids_QK.shape, np.float32)
   # faiss reads memory that nobody wrote where some of the lists are -1.
   num_Q = np.count_nonzero(probes_QP >= 0, axis=1)
@@ -147,7 +149,7 @@ def scan(
     found = _scan(lists, turned_QD[rows], probes_QP[rows, :num], k)
     ids_QK[rows], distances_QK[rows] = found
   # faiss leaves the part of the query out of all.
-  distances_QK += np.einsum("qd,qd->q", queries_QD, queries_QD)[:, None]
+  distances_QK += np.einsum("qd,qd->q", turned_QD, turned_QD)[:, None]
   return ids_QK, np.where(ids_QK < 0, np.float32(np.inf), distances_QK)
 
 

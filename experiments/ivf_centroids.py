@@ -77,6 +77,7 @@ _SAVE_SECONDS = 60.0  # Between checkpoints, at least.
 _START_ITERATIONS = 10  # On either level of the start.
 _START_VECTORS = 256  # For each centroid of a k-means of the start, at most.
 _CPU_BUDGET, _DEVICE_BUDGET = 1 << 20, 4 << 30  # Bytes of distances at once.
+_WORDS_AT_ONCE = 1024  # On CPUs, so that these distances stay in the caches.
 
 
 class State(NamedTuple):
@@ -252,17 +253,21 @@ def _make_assign_fn(method: str, words_KD):
 
     return assign
   is_cpu = jax.default_backend() == "cpu"
+  num_at_once = min(_WORDS_AT_ONCE, len(words_KD)) if is_cpu else len(words_KD)
   budget = _CPU_BUDGET if is_cpu else _DEVICE_BUDGET
-  # Fewer rows than this and every one of them reads all the words.
-  rows = int(np.clip(budget // (4 * len(words_KD)), 128, 65536))
-  return functools.partial(_assign_fn(rows), devices.local(words_KD))
+  rows = int(np.clip(budget // (4 * num_at_once), 128, 65536))
+  return functools.partial(
+    _assign_fn(rows, num_at_once), devices.local(words_KD)
+  )
 
 
 @functools.cache
-def _assign_fn(block_size: int):
+def _assign_fn(block_size: int, num_at_once: int):
   """One compiled program for all iterations."""
   return devices.data_parallel(
-    lambda words_KD, x_ND: kmeans.assign(x_ND, words_KD, block_size=block_size)
+    lambda words_KD, x_ND: kmeans.assign(
+      x_ND, words_KD, block_size=block_size, num_at_once=num_at_once
+    )
   )
 
 

@@ -125,3 +125,21 @@ def test_senseless_sizes_are_refused():
     kmeans.fit(KEY, x_ND, 4, init="best")
   with pytest.raises(ValueError, match=r"\(120,\), got \(119,\)"):
     kmeans.fit(KEY, x_ND, 4, weights_N=jnp.ones(119))
+
+
+@pytest.mark.parametrize("num_at_once", [None, 1, 5, 7, 23, 40])
+@pytest.mark.parametrize("block_size", [1, 6, 64])
+def test_words_in_blocks_are_compared_as_in_loops(block_size, num_at_once):
+  rng = np.random.default_rng(0)
+  x_ND = rng.integers(-3, 4, (31, 2)).astype(np.float32)  # Many ties.
+  words_KD = rng.integers(-3, 4, (23, 2)).astype(np.float32)
+  ids_N, error_N = kmeans.assign(
+    x_ND, words_KD, block_size=block_size, num_at_once=num_at_once
+  )
+  for x_D, found, error in zip(x_ND, ids_N, error_N, strict=True):
+    nearest, least = 0, np.inf
+    for k, word_D in enumerate(words_KD):
+      sq = ((x_D - word_D) ** 2).sum()
+      if sq < least:
+        nearest, least = k, sq
+    assert (int(found), float(error)) == (nearest, least)

@@ -123,7 +123,7 @@ def lloyd_step(
   def body(carry, block):
     sums_KD, counts_K = carry
     x_ND, weights_N = block
-    ids_N, error_N = _nearest(x_ND, words_KD, half_K)
+    ids_N, error_N = _nearest(x_ND, words_KD, half_K, num_words)
     more_KD, more_K = _sums(ids_N, x_ND, weights_N, num_words)
     return (sums_KD + more_KD, counts_K + more_K), error_N * weights_N
 
@@ -143,16 +143,26 @@ def lloyd_step(
 
 
 def assign(
-  x_ND: Array, words_KD: Array, *, block_size: int = 4096
+  x_ND: Array,
+  words_KD: Array,
+  *,
+  block_size: int = 4096,
+  num_at_once: int | None = None,
 ) -> tuple[Array, Array]:
   """Nearest words `[N]`, int32, and squared distances to them `[N]`.
 
-  Memory is `block_size * K` numbers.
+  Args:
+    x_ND: Vectors.
+    words_KD: Words; the lower of two that are equally near wins.
+    block_size: Vectors that are compared at a time,
+    num_at_once: with so many words, None for all. Memory is that many
+      numbers; few of both stay in the caches.
   """
   check_shape("x", x_ND, (None, None))
   check_shape("words", words_KD, (None, x_ND.shape[1]))
   half_K = sq_norms(words_KD) / 2
-  body = lambda _, x_ND: (None, _nearest(x_ND, words_KD, half_K))
+  size = num_at_once or len(words_KD)
+  body = lambda _, x_ND: (None, _nearest(x_ND, words_KD, half_K, size))
   return scan_blocks(body, None, x_ND, block_size=block_size)[1]
 
 
@@ -252,9 +262,25 @@ def _sums(ids_N, x_ND, weights_N, num_words):
   )
 
 
-def _nearest(x_ND, words_KD, half_K):
-  """Nearest words and squared distances; `half_K` as in `half_scores`."""
-  ids_N, half_N = least(half_scores(x_ND, words_KD, half_K))
+def _nearest(x_ND, words_KD, half_K, size: int):
+  """Nearest words and squared distances; `half_K` as in `half_scores`.
+
+  In blocks of `size` words.
+  """
+
+  def compare(best, block):
+    number_k, words_kD, half_k = block
+    ids_N, half_N = least(half_scores(x_ND, words_kD, half_k))
+    ids_N = jnp.where(half_N < best[1], number_k[0] + ids_N, best[0])
+    return (ids_N, jnp.minimum(half_N, best[1])), None
+
+  number_K = jnp.arange(len(words_KD), dtype=jnp.int32)
+  (ids_N, half_N), _ = scan_blocks(
+    compare,
+    (jnp.zeros(len(x_ND), jnp.int32), jnp.full(len(x_ND), jnp.inf)),
+    (number_K, words_KD, half_K),
+    block_size=size,
+  )
   return ids_N, jnp.maximum(sq_norms(x_ND) + 2 * half_N, 0)
 
 

@@ -83,6 +83,15 @@ def test_shares_are_in_proportion(total):
 
 
 @pytest.mark.parametrize("start", ivf_centroids.STARTS)
+def test_many_centroids_are_for_faiss_on_cpus(monkeypatch):
+  many = ivf_centroids._FAISS_FROM
+  assert ivf_centroids._method("auto", many - 1) == "jax"
+  assert ivf_centroids._method("auto", many) == "faiss"
+  assert ivf_centroids._method("jax", many) == "jax"
+  monkeypatch.setattr(ivf_centroids.jax, "default_backend", lambda: "gpu")
+  assert ivf_centroids._method("auto", many) == "jax"
+
+
 @pytest.mark.parametrize("method", ["jax", "faiss"])
 def test_the_record_is_that_of_the_file(start, method, data):
   config = _config(data, start=start, method=method)

@@ -82,7 +82,6 @@ def test_shares_are_in_proportion(total):
   assert (np.abs(got - total * sizes / 100) < 1).all()
 
 
-@pytest.mark.parametrize("start", ivf_centroids.STARTS)
 def test_many_centroids_are_for_faiss_on_cpus(monkeypatch):
   many = ivf_centroids._FAISS_FROM
   assert ivf_centroids._method("auto", many - 1) == "jax"
@@ -92,6 +91,7 @@ def test_many_centroids_are_for_faiss_on_cpus(monkeypatch):
   assert ivf_centroids._method("auto", many) == "jax"
 
 
+@pytest.mark.parametrize("start", ivf_centroids.STARTS)
 @pytest.mark.parametrize("method", ["jax", "faiss"])
 def test_the_record_is_that_of_the_file(start, method, data):
   config = _config(data, start=start, method=method)

@@ -56,7 +56,8 @@ def run(config, workdir=None) -> dict:
   vectors = open_codes.of_index(config, info)
   contents = faiss_ivf.contents(like)
   order_N, ids_N = open_codes.sort_ids(contents.ids_N, vectors)
-  xt_ND = batches.read_rows(vectors, ids_N[_spread(len(ids_N), _MAX_TRAINED)])
+  trained = batches.spread(len(ids_N), _MAX_TRAINED)
+  xt_ND = batches.read_rows(vectors, ids_N[trained])
   seconds = {}
   logging.info("Learning the filter from %d vectors ...", len(xt_ND))
   with common.timed(seconds, "learn"):
@@ -67,7 +68,7 @@ def run(config, workdir=None) -> dict:
       ids_n = ids_N[start : start + _BLOCK]
       faiss_filter.add(index, batches.read_rows(vectors, ids_n), ids_n)
       done(start + len(ids_n), len(ids_N))
-  at = _spread(len(ids_N), _NUM_COMPARED)
+  at = batches.spread(len(ids_N), _NUM_COMPARED)
   x_ND = batches.read_rows(vectors, ids_N[at])
   errors = _errors(index, loaded, contents, order_N[at], x_ND)
   meta = faiss_filter.save(
@@ -79,11 +80,6 @@ def run(config, workdir=None) -> dict:
   )
   _summarise(config, meta)
   return meta
-
-
-def _spread(num: int, most: int) -> np.ndarray:
-  """At most so many of `num` rows, at equal distances."""
-  return np.unique(np.linspace(0, num - 1, min(num, most), dtype=np.int64))
 
 
 def _errors(index, loaded, contents, rows_N, x_ND) -> dict[str, np.ndarray]:

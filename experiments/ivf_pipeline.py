@@ -91,9 +91,14 @@ def run(config, workdir: str, **options):
   _fit_decoders(config, workdir, dataset)
   _build_index(workdir)
   if options.pop("signs", False):
-    options["signs"] = _make_signs(workdir, dataset)
+    options["signs"] = _make_beside(
+      workdir, dataset, signs, "signs.safetensors", signs_io.load
+    )
   if options.pop("filter", False):
-    options["filter"] = _make_filter(workdir, dataset)
+    options["filter"] = _make_beside(
+      *(workdir, dataset, filter_command, "filter.faiss", faiss_filter.load),
+      codec=str(workdir / "codec"),
+    )
   return _search(workdir, options)
 
 
@@ -212,29 +217,14 @@ def _build_index(workdir) -> None:
   )
 
 
-def _make_signs(workdir, dataset) -> str:
-  """Returns the file of signs of the index, made if it is missing."""
-  path, index = workdir / "signs.safetensors", workdir / "index.faiss"
+def _make_beside(workdir, dataset, command, name, load_fn, **values) -> str:
+  """Returns a file that is kept beside the index, made if it is missing."""
+  path, index = workdir / name, workdir / "index.faiss"
   if _is_there(path):
-    signs_io.load(path, faiss_ivf.load(index, mmap=True).info)
+    load_fn(path, faiss_ivf.load(index, mmap=True).info)
   else:
-    _run(signs, index=str(index), data=dataset.base, output=str(path))
-  return str(path)
-
-
-def _make_filter(workdir, dataset) -> str:
-  """Returns the file of the filter of the index, made if it is missing."""
-  path, index = workdir / "filter.faiss", workdir / "index.faiss"
-  if _is_there(path):
-    faiss_filter.load(path, faiss_ivf.load(index, mmap=True).info)
-    return str(path)
-  _run(
-    filter_command,
-    codec=str(workdir / "codec"),
-    index=str(index),
-    data=dataset.base,
-    output=str(path),
-  )
+    values |= {"index": str(index), "data": dataset.base, "output": str(path)}
+    _run(command, **values)
   return str(path)
 
 

@@ -106,9 +106,9 @@ def _check_neighbours(dataset, xq_QD, true_QG, base) -> None:
   For some queries: the first must not be farther than any vector of a sample,
   nor one that recall is measured with farther than the next.
   """
-  at = _spread(len(xq_QD), _NUM_CHECKED)
+  at = batches.spread(len(xq_QD), _NUM_CHECKED)
   xq_QD, ids_QG = xq_QD[at], true_QG[at, :_OVERLAP]
-  sample_N = _spread(len(base), _NUM_SAMPLED)
+  sample_N = batches.spread(len(base), _NUM_SAMPLED)
   xs_ND = batches.read_rows(base, sample_N)
   _, near_Q1 = faiss_io.knn(xq_QD, xs_ND, 1, dataset.metric)
   ids_QR = np.hstack([ids_QG, sample_N[near_Q1]])
@@ -125,11 +125,6 @@ def _check_neighbours(dataset, xq_QD, true_QG, base) -> None:
       f"farther than row {ids_QR[q, more[r]]}; give the ground truth of these "
       "files, or leave it out to have it found by exact search."
     )
-
-
-def _spread(num: int, most: int) -> np.ndarray:
-  """At most so many of `num` rows, at equal distances."""
-  return np.unique(np.linspace(0, num - 1, min(num, most), dtype=np.int64))
 
 
 def _errors(xq_QD, ids_QR, base, metric: str):

@@ -5,17 +5,12 @@ import pathlib
 import numpy as np
 import pytest
 
-from experiments import build_index, common, search, search_measure
+from experiments import build_index, common, search
 from experiments import filter as filter_command
 from tests import search_test
 from vqjax.interop import faiss_filter, faiss_ivf, safetensors_io, searchers
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _single_calls(monkeypatch):
-  monkeypatch.setattr(search_measure, "_MIN_SECONDS", 0.0)
+pytestmark = pytest.mark.usefixtures("one_thread", "single_calls")
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["ivf", "rq"])

@@ -13,7 +13,7 @@ from vqjax.data import codes, formats
 from vqjax.interop import decoders_io, safetensors_io, searchers
 
 D, K, M, L, NUM = 8, 16, 4, 6, 500
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "single_calls")
 
 
 def _make(folder, is_ivf):
@@ -76,11 +76,6 @@ def _make(folder, is_ivf):
     "rounds": 1,
     "threads": 1,
   }
-
-
-@pytest.fixture(autouse=True)
-def _single_calls(monkeypatch):
-  monkeypatch.setattr(search_measure, "_MIN_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")

@@ -6,16 +6,11 @@ import pathlib
 import numpy as np
 import pytest
 
-from experiments import build_index, common, search, search_measure, signs
+from experiments import build_index, common, search, signs
 from tests import search_test
 from vqjax.interop import faiss_ivf, searchers, signs_io
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _single_calls(monkeypatch):
-  monkeypatch.setattr(search_measure, "_MIN_SECONDS", 0.0)
+pytestmark = pytest.mark.usefixtures("one_thread", "single_calls")
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["ivf", "rq"])

@@ -329,6 +329,12 @@ def _read_block(vectors, start: int, stop: int, block_size: int) -> np.ndarray:
   return np.pad(x_ND, ((0, block_size - len(x_ND)), (0, 0)), "edge")
 
 
+def spread(num_rows: int, most: int) -> np.ndarray:
+  """At most so many of the rows, at equal distances, int64."""
+  num = min(num_rows, most)
+  return np.unique(np.linspace(0, num_rows - 1, num, dtype=np.int64))
+
+
 def subsample(
   vectors, num: int, seed: int, *, num_rows: int | None = None
 ) -> np.ndarray:

@@ -156,7 +156,7 @@ def load_manifest(folder) -> dict:
     raise FileNotFoundError(
       f"{folder} is no folder of codes: it has no {MANIFEST_NAME}."
     )
-  manifest = _read_description(path)
+  manifest = parse_description(path)
   if not manifest.get("num_shards"):
     raise ValueError(f"{path} describes a single file, not a folder of shards.")
   return manifest
@@ -402,7 +402,7 @@ def description_path(path) -> pathlib.Path:
 def read_description(path) -> dict:
   """Returns the description beside a file of codes, empty without one."""
   path = description_path(path)
-  return _read_description(path) if path.is_file() else {}
+  return parse_description(path) if path.is_file() else {}
 
 
 def check_described(path, meta: dict, shape) -> None:
@@ -415,19 +415,24 @@ def check_described(path, meta: dict, shape) -> None:
     )
 
 
-def _read_description(path: pathlib.Path) -> dict:
+def parse_description(
+  path: pathlib.Path, kind: tuple[str, int] = (_FORMAT, _VERSION)
+) -> dict:
+  """Returns the description in a file; `kind` is name and version of a format.
+
+  Raises ValueError where it is damaged, or of another kind.
+  """
+  name, version = kind
   try:
     found = json.loads(path.read_text(encoding="utf-8"))
   except ValueError as error:
     raise ValueError(f"{path} is damaged, or no JSON file: {error}.") from error
-  if not isinstance(found, dict) or found.get("format") != _FORMAT:
-    raise ValueError(
-      f"{path} must have format {_FORMAT!r}: it is not of vqjax."
-    )
-  if found.get("version") != _VERSION:
+  if not isinstance(found, dict) or found.get("format") != name:
+    raise ValueError(f"{path} must have format {name!r}: it is not of vqjax.")
+  if found.get("version") != version:
     raise ValueError(
       f"{path} has version {found.get('version')!r}, this vqjax {__version__} "
-      f"reads version {_VERSION}; use the vqjax that wrote it, "
+      f"reads version {version}; use the vqjax that wrote it, "
       f"{found.get('vqjax_version')}."
     )
   return found

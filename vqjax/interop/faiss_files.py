@@ -4,7 +4,6 @@ The description says what the file is of, and its checksum. Each is written
 whole or not at all.
 """
 
-import json
 import pathlib
 
 import faiss
@@ -66,7 +65,8 @@ def load(
   path = pathlib.Path(path)
   if not path.is_file():
     raise FileNotFoundError(f"There is no file {path}; check the name.")
-  info = _read_description(path, *kind)
+  beside = codes.description_path(path)
+  info = codes.parse_description(beside, kind) if beside.is_file() else {}
   if info:
     _check_file(path, info, is_thorough=not mmap)
   flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY if mmap else 0
@@ -74,26 +74,6 @@ def load(
     return faiss.read_index(str(path), flags), info
   except (RuntimeError, MemoryError) as error:
     raise ValueError(f"{path} is no index file, or is truncated.") from error
-
-
-def _read_description(path, name: str, version: int) -> dict:
-  """Returns the description beside an index file, {} without one."""
-  beside = codes.description_path(path)
-  if not beside.is_file():
-    return {}
-  try:
-    info = json.loads(beside.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{beside} is damaged ({error}).") from error
-  if not isinstance(info, dict) or info.get("format") != name:
-    raise ValueError(f"{beside} must have format {name!r}.")
-  if info.get("version") != version:
-    raise ValueError(
-      f"{beside} has version {info.get('version')!r}, this vqjax {__version__} "
-      f"reads version {version}; use the vqjax that wrote it, "
-      f"{info.get('vqjax_version')}."
-    )
-  return info
 
 
 def _check_file(path: pathlib.Path, info: dict, *, is_thorough: bool) -> None:

@@ -168,20 +168,11 @@ class Searcher:
     )
     clock = _Clock()
     num_best = max(k, num_signs, num_words, num_aq, num_short)
-    find_fn = partial(
-      self._find_lists,
-      nprobe=nprobe,
-      ef_search=ef_search,
-      max_ratio=max_ratio,
-    )
+    probing = {"nprobe": nprobe, "ef_search": ef_search, "max_ratio": max_ratio}
+    find_fn = partial(self._find_lists, **probing)
     if self.parts.filter is None:
       share = _SHARE if num_signs else 1.0
-      probes_QP, distances_QP = find_fn(queries_QD)
-      clock.lap("coarse")
-      found = self._scan(
-        queries_QD, probes_QP, distances_QP, num_best, num_signs
-      )
-      clock.lap("scan")
+      found = self._scan(clock, queries_QD, find_fn, num_best, num_signs)
     else:
       share = self.parts.filter.network_share
       found = self._filter(clock, queries_QD, find_fn, num_best, num_words)
@@ -191,9 +182,7 @@ class Searcher:
       clock.lap("pairwise")
     if num_short:
       found, num_decoded = self._rerank(
-        self.parts.decode_fn,
-        *(queries_QD, found, num_short),
-        share=share,
+        self.parts.decode_fn, queries_QD, found, num_short, share
       )
       clock.lap("network")
     rows_QR = found.rows_QC[:, :k]
@@ -252,9 +241,11 @@ class Searcher:
     return probes_QP, distances_QP
 
   def _scan(
-    self, queries_QD, probes_QP, distances_QP, num_best, num_signs
+    self, clock, queries_QD, find_fn, num_best, num_signs
   ) -> Candidates:
     """Candidates of the scan, in blocks of queries with lists alike in size."""
+    probes_QP, distances_QP = find_fn(queries_QD)
+    clock.lap("coarse")
     tiles_QP = np.where(probes_QP < 0, 0, self._tiles_L[probes_QP])
     tiles_Q = tiles_QP.sum(axis=1)
     order_Q = np.argsort(-tiles_Q, kind="stable")
@@ -289,6 +280,7 @@ class Searcher:
     map_fn = self._pool.map if len(blocks) > 1 else map
     for _ in map_fn(scan, blocks):
       pass  # Raises what a block raised.
+    clock.lap("scan")
     return out
 
   def _filter(

@@ -82,13 +82,39 @@ def test_shares_are_in_proportion(total):
   assert (np.abs(got - total * sizes / 100) < 1).all()
 
 
-def test_many_centroids_are_for_faiss_on_cpus(monkeypatch):
-  many = ivf_centroids._FAISS_FROM
-  assert ivf_centroids._method("auto", many - 1) == "jax"
-  assert ivf_centroids._method("auto", many) == "faiss"
-  assert ivf_centroids._method("jax", many) == "jax"
-  monkeypatch.setattr(ivf_centroids.jax, "default_backend", lambda: "gpu")
-  assert ivf_centroids._method("auto", many) == "jax"
+def test_many_centroids_go_in_blocks_of_seconds(data, monkeypatch):
+  assert ivf_centroids._block_size(1 << 20) == 8192
+  sizes, make_fn = set(), ivf_centroids._make_assign_fn
+
+  def make_noting_fn(*args):
+    assign_fn = make_fn(*args)
+    return lambda x_ND: sizes.add(len(x_ND)) or assign_fn(x_ND)
+
+  monkeypatch.setattr(ivf_centroids, "_make_assign_fn", make_noting_fn)
+  monkeypatch.setattr(ivf_centroids, "_BLOCK_DISTANCES", 9 * 50 + 8)
+  ivf_centroids.run(_config(data, start="random"))
+  assert sizes == {50}
+
+
+def test_faiss_is_called_by_one_thread_at_a_time(monkeypatch):
+  inside, most = [], []
+
+  def knn(x_ND, words_KD, k):
+    inside.append(1)
+    most.append(len(inside))
+    time.sleep(0.05)
+    inside.pop()
+    return np.zeros((len(x_ND), k)), np.zeros((len(x_ND), k), np.int64)
+
+  monkeypatch.setattr(ivf_centroids.faiss_io, "knn", knn)
+  assign_fn = ivf_centroids._make_assign_fn("faiss", np.zeros((3, 2)))
+  kmeans.pass_over(
+    np.zeros((8, 2), np.float32),
+    np.zeros((3, 2), np.float32),
+    assign_fn,
+    block_size=1,
+  )
+  assert most == [1] * 8
 
 
 @pytest.mark.parametrize("start", ivf_centroids.STARTS)
@@ -221,7 +247,7 @@ def test_resume_refuses_other_data_and_damage(data, monkeypatch):
     (dict(num_centroids=301), "between 1 and 300, got 301: .*300 vectors"),
     (dict(num_centroids=0), "--num_centroids is needed"),
     (dict(num_vectors=5), "between 1 and 5, got 9"),
-    (dict(method="gpu"), "--method must be one of auto, .* got 'gpu'"),
+    (dict(method="gpu"), "--method must be one of jax, .* got 'gpu'"),
     (dict(start="best"), "--start must be one of two-level.* got 'best'"),
     (dict(output="centroids.txt"), r"must end in \.npy"),
     (dict(num_iterations=-1), "between 0 and 100000, got -1"),

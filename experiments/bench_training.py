@@ -51,17 +51,21 @@ def _make_step(subject, rule: dict, dtype: str, x_ND):
     end_epoch_fn=None,  # These belong to the epoch, not to a step.
     usage_fn=None,
     validate_fn=None,
+    frozen_fn=qinco_learning.frozen,
   )
   schedule = lambda step: 1e-6
   tx = optimisers.make_optimiser(
     schedule,
-    qinco_learning.frozen(params),
     weight_decay=settings.weight_decay,
     clip_value=settings.clip_value,
   )
   _, aux = jax.eval_shape(loss_fn, params, jax.random.key(0), x_ND)
   state = loop.make_state(
-    params, tx, qinco_learning.empty_stats(params), ["loss", *aux["metrics"]]
+    params,
+    tx,
+    qinco_learning.empty_stats(params),
+    ["loss", *aux["metrics"]],
+    qinco_learning.frozen,
   )
   # Copies: the step donates its state.
   state = devices.replicate(jax.tree.map(jnp.copy, state))

@@ -171,15 +171,16 @@ def _empty_index(config, codec, decoders, source: _Source):
   num_lists = len(centroids_LD)
   coarse = config.coarse or ("flat" if num_lists < _MANY_LISTS else "hnsw")
   codebooks_MKD = np.asarray(decoders.additive.codebooks_MKD)
-  if num_lists >= 65536 and coarse == "hnsw":
-    logging.info("Making the graph of %d centroids.", num_lists)
-  return faiss_ivf.make_index(
-    centroids_LD,
-    codebooks_MKD,
-    norm_range=faiss_ivf.fit_norm_range(codebooks_MKD, _sample(codec, source)),
-    coarse=coarse,
-    metric=config.metric,
-  )
+  norm_range = faiss_ivf.fit_norm_range(codebooks_MKD, _sample(codec, source))
+  with common.progress(num_lists, "lists", unit="list") as done:
+    return faiss_ivf.make_index(
+      centroids_LD,
+      codebooks_MKD,
+      norm_range=norm_range,
+      coarse=coarse,
+      metric=config.metric,
+      progress=done,
+    )
 
 
 def _sample(codec, source: _Source) -> np.ndarray:

@@ -111,7 +111,8 @@ def make_encode_fn(
   """Returns `x_ND -> codes_NM` and how many vectors to give it.
 
   It runs on all devices of this process. `assign` is how an IVF model finds
-  lists: one of `ASSIGN`, or what `make_graph_fn` returned.
+  lists: one of `ASSIGN`, or a function that makes of rows the vectors `[N, D]`
+  and lists `[N]`, as `make_graph_fn` returns.
   """
   if isinstance(assign, str):
     assign = make_graph_fn(codec, assign)
@@ -124,7 +125,7 @@ def make_encode_fn(
   if assign is None:
     return functools.partial(compile_fn(encode), tables), num_rows
   encode_fn = compile_fn(lambda tables, rows: encode(tables, *rows))
-  return lambda x_ND: encode_fn(tables, (x_ND, assign(x_ND))), num_rows
+  return lambda rows: encode_fn(tables, assign(rows)), num_rows
 
 
 def with_pairs(codec: Codec, knobs: dict, num_vectors: int) -> Codec:
@@ -173,13 +174,15 @@ def _takes_graph(how: str, num_lists: int) -> bool:
 
 
 def make_graph_fn(codec: Codec, assign: str = "auto"):
-  """Returns `x_ND -> lists_N` by a graph; None where encoding compares all.
+  """Returns `x_ND -> (x_ND, lists_N)`; None where encoding compares all.
 
-  The graph of a million centroids takes minutes: make it once.
+  The lists are found by a graph. That of a million centroids takes minutes:
+  make it once.
   """
   if not takes_graph(codec, assign):
     return None
-  return make_assign_fn(centroids_of(codec), "hnsw")[0]
+  assign_fn, _ = make_assign_fn(centroids_of(codec), "hnsw")
+  return lambda x_ND: (x_ND, assign_fn(x_ND))
 
 
 def make_assign_fn(centroids_LD, how: str = "auto"):
@@ -190,7 +193,8 @@ def make_assign_fn(centroids_LD, how: str = "auto"):
   are many lists, on CPUs.
   """
   if _takes_graph(how, len(centroids_LD)):
-    coarse = faiss_ivf.make_coarse(centroids_LD, "hnsw")
+    with common.progress(len(centroids_LD), "graph", unit="list") as done:
+      coarse = faiss_ivf.make_coarse(centroids_LD, "hnsw", progress=done)
     return functools.partial(faiss_ivf.assign_lists, coarse), _BLOCK
   assign_fn = devices.data_parallel(
     lambda centroids_LD, x_ND: nearest(x_ND, centroids_LD)

@@ -213,7 +213,7 @@ def _train_learned(config, workdir, dataset, xt_ND, plan, resume):
     logging.info("Going on from step %d of %d.", step, plan.total_steps)
   elif state is None:  # Killed before the first checkpoint.
     state = make_state(jnp.asarray(_sample(config, xt_ND)))
-  learner, tx = _make_learner(config, state.params, xv_ND, schedule)
+  learner, tx = _make_learner(config, xv_ND, schedule)
   reader = batches.BatchReader(
     xt_ND,
     config.seed,
@@ -288,10 +288,9 @@ def _make_schedule(config, plan):
   )
 
 
-def _make_tx(config, params, schedule):
+def _make_tx(config, schedule):
   return optimisers.make_optimiser(
     schedule,
-    qinco_learning.frozen(params),
     weight_decay=config.train.weight_decay,
     clip_value=config.train.clip_value,
   )
@@ -306,9 +305,12 @@ def _make_state(config, schedule, centroids_LD, x_ND):
   params = qinco_learning.init(
     jax.random.key(config.seed), x_ND, **sizes, **start
   )
-  stats = qinco_learning.empty_stats(params)
   return loop.make_state(
-    params, _make_tx(config, params, schedule), stats, _METRICS
+    params,
+    _make_tx(config, schedule),
+    qinco_learning.empty_stats(params),
+    _METRICS,
+    qinco_learning.frozen,
   )
 
 
@@ -332,18 +334,15 @@ def check_search(config, params) -> None:
       raise ValueError(f"In config.{name}: {error}") from error
 
 
-def _make_learner(config, params, xv_ND, schedule):
+def _make_learner(config, xv_ND, schedule):
   """Returns what the loop needs of a QINCo, and its optimiser."""
   knobs = {name: config.model[name] for name in SEARCH}
 
-  def rows_of(params, x_ND):
-    return ivf_lists.split(x_ND) if params.is_ivf else (x_ND, None)
-
   def loss(params, key, x_ND, **options):
-    return qinco_learning.loss(params, key, *rows_of(params, x_ND), **options)
+    return qinco_learning.loss(params, key, *_split(params, x_ND), **options)
 
   def errors(tables, x_ND):
-    x_ND, lists_N = rows_of(tables, x_ND)
+    x_ND, lists_N = _split(tables, x_ND)
     codes_NM = qinco.encode(tables, x_ND, lists_N, **knobs)
     return jnp.sum((x_ND - qinco.decode(tables, codes_NM)) ** 2, axis=-1)
 
@@ -370,8 +369,15 @@ def _make_learner(config, params, xv_ND, schedule):
     ),
     usage_fn=qinco_learning.usage,
     validate_fn=validate,
+    frozen_fn=qinco_learning.frozen,
   )
-  return learner, _make_tx(config, params, schedule)
+  return learner, _make_tx(config, schedule)
+
+
+def _split(params, rows):
+  """Vectors `[N, D]`, and their lists `[N]` or None, of what is read."""
+  is_ivf = getattr(params, "is_ivf", False)
+  return ivf_lists.split(rows) if is_ivf else (rows, None)
 
 
 def _unit(dataset) -> str:
@@ -380,15 +386,20 @@ def _unit(dataset) -> str:
 
 def _finish(config, workdir, dataset, xt_ND, params, seconds):
   """Writes the portable codec and the summary, and says what to do next."""
-  _, held_out = batches.split(len(xt_ND), config.data.validation_size)
+  num_rows, held_out = batches.split(len(xt_ND), config.data.validation_size)
+  assign = "auto"
+  if getattr(params, "is_ivf", False):  # The lists are known.
+    _, xt_ND = ivf_lists.prepare(config, workdir, xt_ND, num_rows)
+    assign = ivf_lists.split
   module = registry.get(config.codec)
   codec = codecs.Codec(config.codec, module, module.prepare(params), {}, "")
   knobs = config.encode.to_dict()
-  encode_fn, block_size = codecs.make_encode_fn(codec, knobs)
+  encode_fn, block_size = codecs.make_encode_fn(codec, knobs, assign=assign)
   decode_fn = codecs.make_decode_fn(codec)
 
-  def errors(x_ND):
-    return jnp.sum((x_ND - decode_fn(encode_fn(x_ND))) ** 2, axis=-1)
+  def errors(rows):
+    x_ND, _ = _split(params, rows)
+    return jnp.sum((x_ND - decode_fn(encode_fn(rows))) ** 2, axis=-1)
 
   xv_ND = batches.read_rows(xt_ND, np.arange(held_out.start, held_out.stop))
   with common.progress(len(devices.share(len(xv_ND))), "validate") as done:

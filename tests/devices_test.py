@@ -77,7 +77,7 @@ def _compile_step(config):
   schedule = train._make_schedule(config, plan)
   x_ND = np.random.default_rng(0).normal(size=(BATCH, 128)).astype(np.float32)
   state = train._make_state(config, schedule, None, jnp.asarray(x_ND))
-  learner, tx = train._make_learner(config, state.params, x_ND, schedule)
+  learner, tx = train._make_learner(config, x_ND, schedule)
   step_fn = loop.make_train_step(learner, tx, schedule, seed=0)
   wish_N = np.zeros(jax.device_count(), np.int32)
   args = devices.replicate(state), *devices.shard((wish_N, x_ND))

@@ -284,7 +284,11 @@ def test_lists_of_vectors(kind, monkeypatch):
   monkeypatch.setattr(faiss_lists, "BLOCK", 64)
   case = _case(num_lists=100)
   x_ND = np.random.default_rng(1).integers(0, 9, (150, D)).astype(np.uint8)
-  coarse = faiss_ivf.make_coarse(case["centroids_LD"], kind)
+  seen = []
+  coarse = faiss_ivf.make_coarse(
+    case["centroids_LD"], kind, progress=lambda *at: seen.append(at)
+  )
+  assert seen == [(64, 100), (100, 100)]
   lists_N = faiss_ivf.assign_lists(coarse, x_ND, ef_search=100)
   assert lists_N.dtype == np.int32
   np.testing.assert_array_equal(

@@ -147,10 +147,18 @@ def test_ways_to_find_the_list(x_ND, how):
     codecs.make_assign_fn(x_ND, "tree")
 
 
-def test_the_codec_has_the_centroids(tmp_path):
-  config = _config(num_lists=4, assign="hnsw")
+def test_the_codec_has_the_centroids_of_one_graph(tmp_path, monkeypatch):
+  made, make_coarse = [], codecs.faiss_ivf.make_coarse
+  monkeypatch.setattr(
+    codecs.faiss_ivf,
+    "make_coarse",
+    lambda *args, **knobs: made.append(args) or make_coarse(*args, **knobs),
+  )
+  monkeypatch.setattr(codecs, "_MANY_LISTS", 1)  # Then auto is the graph.
+  config = _config(num_lists=4)
   config.train.num_epochs = 1
   train.run(config, str(tmp_path))
+  assert len(made) == 1  # None to find the lists of the held-out again.
   params = safetensors_io.load_codec(tmp_path).params
   centroids_LD = params.first_KD * params.std + params.mean_D[None]
   np.testing.assert_allclose(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vqjax import devices
 from vqjax.training import checkpoints as checkpoints_lib
 from vqjax.training import loop, optimisers, writers
 
@@ -66,7 +67,7 @@ def _run(folder, *, plan=None, batch_fn=_batch, learner=None):
     "ramp_cosine", peak_lr=0.05, ramp_steps=4, total_steps=plan.total_steps
   )
   params = {"w_D": jnp.zeros(DIM)}
-  tx = optimisers.make_optimiser(schedule, {"w_D": False})
+  tx = optimisers.make_optimiser(schedule)
   state = loop.make_state(params, tx, {"seen": jnp.float32(0)}, METRICS)
   checkpoints = checkpoints_lib.Checkpoints(folder / "checkpoints")
   step = checkpoints.latest()
@@ -118,6 +119,37 @@ def test_resumed_equals_uninterrupted(tmp_path, at_step, number):
   assert resumed.is_done
   _assert_same(resumed.state, whole.state)
   assert _rows(part) == _rows(tmp_path / "whole")
+
+
+def test_frozen_parts_have_neither_gradients_nor_moments():
+  def loss(params, key, x_ND):  # Whose gradient would reach the frozen part.
+    params = {"w_D": params["w_D"] + params["frozen_F"].sum()}
+    return _loss(params, key, x_ND)
+
+  frozen_fn = lambda params: {"w_D": False, "frozen_F": True}
+  learner = _learner(loss)._replace(frozen_fn=frozen_fn)
+  params = {"w_D": jnp.zeros(DIM), "frozen_F": jnp.full(1000, 2.0)}
+  schedule = lambda step: 0.1
+  tx = optimisers.make_optimiser(schedule)
+  state = loop.make_state(
+    params, tx, {"seen": jnp.float32(0)}, METRICS, frozen_fn
+  )
+  assert all(leaf.size < 1000 for leaf in jax.tree.leaves(state.opt))
+  key = jax.random.fold_in(jax.random.key(0), 0)
+  grad_D = jax.grad(lambda w_D: loss(params | {"w_D": w_D}, key, _batch(0))[0])(
+    params["w_D"]
+  )
+  for accumulate in (1, 2):
+    step_fn = loop.make_train_step(
+      learner, tx, schedule, seed=0, accumulate=accumulate
+    )
+    rows = devices.shard((np.zeros(jax.device_count(), np.int32), _batch(0)))
+    new, metrics, _ = step_fn(jax.tree.map(jnp.copy, state), *rows)
+    np.testing.assert_array_equal(new.params["frozen_F"], 2.0)
+    assert np.asarray(new.params["w_D"]).all()
+    np.testing.assert_allclose(
+      metrics["grad_norm"], np.linalg.norm(grad_D), rtol=1e-5
+    )
 
 
 def test_the_clock_saves_between_epochs(tmp_path):

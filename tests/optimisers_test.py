@@ -1,4 +1,3 @@
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -41,7 +40,7 @@ def test_plateau_cuts_and_counts():
 def test_optimiser_is_adamw_with_clipped_gradients():
   lr, decay = 0.01, 0.1
   tx = optimisers.make_optimiser(
-    lambda step: lr, {"w": False}, weight_decay=decay, clip_value=0.1
+    lambda step: lr, weight_decay=decay, clip_value=0.1
   )
   params = {"w": jnp.asarray([1.0, -2.0])}
   grads = {"w": jnp.asarray([5.0, 0.05])}  # The first is clipped to 0.1.
@@ -53,14 +52,3 @@ def test_optimiser_is_adamw_with_clipped_gradients():
   updates, _ = tx.update({"w": jnp.asarray([0.1, 0.05])}, state, params)
   # A clipped gradient leaves the moments of one that was 0.1 all along.
   np.testing.assert_allclose(updates["w"], want, rtol=1e-4)
-
-
-def test_frozen_parts_have_neither_updates_nor_moments():
-  frozen = {"w": False, "centroids": True}
-  tx = optimisers.make_optimiser(lambda step: 1.0, frozen)
-  params = {"w": jnp.ones(2), "centroids": jnp.ones(1000)}
-  state = tx.init(params)
-  assert all(leaf.size < 1000 for leaf in jax.tree.leaves(state))
-  updates, _ = tx.update(params, state, params)
-  assert not np.asarray(updates["centroids"]).any()
-  assert np.asarray(updates["w"]).all()

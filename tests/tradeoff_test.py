@@ -64,7 +64,7 @@ def test_trials_share_one_graph_of_the_centroids(
   monkeypatch.setattr(
     faiss_ivf,
     "make_coarse",
-    lambda *args: made.append(args) or make_coarse(*args),
+    lambda *args, **knobs: made.append(args) or make_coarse(*args, **knobs),
   )
   monkeypatch.setattr(codecs, "_MANY_LISTS", 1)  # Then auto is the graph.
   params = qinco_cases.make_params(num_words=16, dim=6, num_lists=20)

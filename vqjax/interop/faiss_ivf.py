@@ -69,6 +69,7 @@ def make_index(
   norm_range: tuple[float, float],
   coarse: str = "hnsw",
   metric: str = "l2",
+  progress=None,
 ) -> faiss.Index:
   """Returns an empty index, to be filled by `add_codes`.
 
@@ -79,6 +80,7 @@ def make_index(
     norm_range: From `fit_norm_range`; a byte cuts it into 256 steps.
     coarse: See `make_coarse`.
     metric: "l2" or "ip".
+    progress: See `make_coarse`.
 
   Raises:
     ValueError: Where sizes do not fit each other, or faiss.
@@ -91,7 +93,7 @@ def make_index(
     raise ValueError(
       f"norm_range must be two finite norms in order, got {norm_range}."
     )
-  quantizer = make_coarse(centroids_LD, coarse, metric)
+  quantizer = make_coarse(centroids_LD, coarse, metric, progress=progress)
   index = faiss.IndexIVFResidualQuantizer(
     *(
       quantizer,

@@ -41,7 +41,11 @@ class Contents(NamedTuple):
 
 
 def make_coarse(
-  centroids_LD: np.ndarray, kind: str = "hnsw", metric: str = "l2"
+  centroids_LD: np.ndarray,
+  kind: str = "hnsw",
+  metric: str = "l2",
+  *,
+  progress=None,
 ) -> faiss.Index:
   """Returns an index that finds the lists of vectors.
 
@@ -50,6 +54,7 @@ def make_coarse(
     kind: "flat" compares with all of them; "hnsw" walks a graph, made here in
       minutes for a million centroids, and may miss the nearest.
     metric: "l2" or "ip".
+    progress: Called with `(centroids done, centroids in all)` now and then.
   """
   if kind not in COARSE:
     raise ValueError(f"coarse must be one of {COARSE}, got {kind!r}.")
@@ -61,7 +66,11 @@ def make_coarse(
   else:
     coarse = faiss.IndexHNSWFlat(dim, _NUM_LINKS, METRICS[metric])
     coarse.hnsw.efConstruction = _EF_CONSTRUCTION
-  coarse.add(float_rows("centroids", centroids_LD))
+  num_lists = len(centroids_LD)
+  for i in range(0, num_lists, BLOCK):
+    coarse.add(float_rows("centroids", centroids_LD[i : i + BLOCK]))
+    if progress is not None:
+      progress(coarse.ntotal, num_lists)
   return coarse
 
 

@@ -34,6 +34,10 @@ from vqjax.training.writers import Writer
 _GO_ON, _SAVE, _STOP = range(3)  # What a process wants; the greatest is done.
 
 
+def _none_frozen(params):
+  return jax.tree.map(lambda leaf: False, params)
+
+
 class Learner(NamedTuple):
   """What the loop asks of a learned codec.
 
@@ -47,6 +51,8 @@ class Learner(NamedTuple):
   end_epoch_fn: Callable  # (params, key, stats) -> (params, stats, report)
   usage_fn: Callable  # stats -> report
   validate_fn: Callable  # params -> squared error per vector, float
+  # params -> tree of bools: True where there are neither gradients nor moments.
+  frozen_fn: Callable = _none_frozen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,17 +97,33 @@ class Outcome(NamedTuple):
 
 
 def make_state(
-  params: Any, tx: optax.GradientTransformation, stats: Any, metrics: list[str]
+  params: Any,
+  tx: optax.GradientTransformation,
+  stats: Any,
+  metrics: list[str],
+  frozen_fn: Callable = _none_frozen,
 ) -> TrainState:
-  """Returns the state before the first step."""
+  """Returns the state before the first step; `frozen_fn` as the learner's."""
   return TrainState(
     step=jnp.int32(0),
     params=params,
-    opt=tx.init(params),
+    opt=tx.init(_learned(params, frozen_fn)),
     stats=stats,
     sums={name: jnp.float32(0) for name in metrics},
     plateau=optimisers.make_plateau(),
   )
+
+
+def _learned(params, frozen_fn: Callable):
+  """The parameters, None where they are frozen."""
+  take_fn = lambda leaf, is_frozen: None if is_frozen else leaf
+  return jax.tree.map(take_fn, params, frozen_fn(params))
+
+
+def _join(learned, params):
+  """The parameters with what was learned; frozen ones as they are."""
+  take_fn = lambda new, old: old if new is None else new
+  return jax.tree.map(take_fn, learned, params, is_leaf=lambda x: x is None)
 
 
 def make_train_step(
@@ -117,10 +139,12 @@ def make_train_step(
   The state is donated. `wish_N` is a number per device, and `order` the
   greatest: what one process wants, all know at the same step.
   """
+  learned_fn = lambda params: _learned(params, learner.frozen_fn)
 
   def grads_of(params, key, stats, x_ND):
-    grad_fn = jax.value_and_grad(learner.loss_fn, has_aux=True)
-    (loss, aux), grads = grad_fn(params, key, x_ND)
+    loss_fn = lambda learned: learner.loss_fn(_join(learned, params), key, x_ND)
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    (loss, aux), grads = grad_fn(learned_fn(params))
     new = learner.join_stats_fn(aux["stats"], devices.DATA_AXIS)
     stats = learner.merge_stats_fn(stats, new)
     return stats, {"loss": loss, **aux["metrics"]}, grads
@@ -138,11 +162,12 @@ def make_train_step(
     stats, metrics, grads, order = devices.on_shares(on_device)(
       state.params, key, state.stats, (wish_N, x_ND)
     )
-    updates, opt = tx.update(grads, state.opt, state.params)
+    learned = learned_fn(state.params)
+    updates, opt = tx.update(grads, state.opt, learned)
     updates = jax.tree.map(lambda u: u * state.plateau.scale, updates)
     state = state.replace(
       step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
+      params=_join(optax.apply_updates(learned, updates), state.params),
       opt=opt,
       stats=stats,
       sums=jax.tree.map(jnp.add, state.sums, metrics),

@@ -5,9 +5,6 @@ quarter of a cosine), and `plateau`, that of QINCo (divide by ten when the
 validation error stops falling, stop when that no longer helps).
 """
 
-from typing import Any
-
-import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
@@ -87,25 +84,15 @@ def make_schedule(
 
 def make_optimiser(
   schedule: optax.Schedule,
-  frozen: Any,
   *,
   weight_decay: float = 0.1,
   clip_value: float | None = 0.1,
 ) -> optax.GradientTransformation:
-  """Returns AdamW on gradients clipped by value; `weight_decay` 0 is Adam.
-
-  `frozen` is a tree of bools like the parameters; what it marks gets neither
-  updates nor moments.
-  """
+  """Returns AdamW on gradients clipped by value; `weight_decay` 0 is Adam."""
   parts = [optax.clip(clip_value)] if clip_value else []
   parts.append(
     optax.adamw(schedule, weight_decay=weight_decay)
     if weight_decay
     else optax.adam(schedule)
   )
-  labels = jax.tree.map(
-    lambda is_frozen: "frozen" if is_frozen else "learned", frozen
-  )
-  return optax.partition(
-    {"learned": optax.chain(*parts), "frozen": optax.set_to_zero()}, labels
-  )
+  return optax.chain(*parts)

@@ -77,7 +77,8 @@ class Checkpoints:
       raise ValueError(
         f"The checkpoint of step {step} in {self._folder} does not fit the "
         f"model of this configuration ({_first_line(error)}). Resume with the "
-        "configuration the run was started with, or choose a new --workdir."
+        "configuration and the version of vqjax the run was started with, or "
+        "choose a new --workdir."
       ) from error
 
   def wait(self) -> None:

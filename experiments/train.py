@@ -64,7 +64,7 @@ def run(config: config_dict.ConfigDict, workdir: str, *, resume: bool = False):
   if plan is None:
     params, seconds = _fit_classic(config, xt_ND), 0
   else:
-    params, seconds = _train_learned(
+    params, seconds, xt_ND = _train_learned(
       config, workdir, dataset, xt_ND, plan, resume
     )
   if params is None:
@@ -190,7 +190,8 @@ def _fit_classic(config, xt_ND):
 def _train_learned(config, workdir, dataset, xt_ND, plan, resume):
   """Trains a QINCo: the best parameters, and seconds of earlier processes.
 
-  The parameters are None when the run was interrupted.
+  And the vectors, an IVF model's with their list. The parameters are None when
+  the run was interrupted.
   """
   num_rows, held_out = batches.split(len(xt_ND), config.data.validation_size)
   schedule = _make_schedule(config, plan)
@@ -245,11 +246,11 @@ def _train_learned(config, workdir, dataset, xt_ND, plan, resume):
         int(outcome.state.step),
         plan.total_steps,
       )
-      return None, writer.seconds
+      return None, writer.seconds, xt_ND
     best = checkpoints.best()
     logging.info("The best validation error is that of step %d.", best)
     params = checkpoints.restore(best, outcome.state).params
-    return devices.local(params), writer.seconds
+    return devices.local(params), writer.seconds, xt_ND
   finally:
     writer.close()
     checkpoints.close()
@@ -386,11 +387,9 @@ def _unit(dataset) -> str:
 
 def _finish(config, workdir, dataset, xt_ND, params, seconds):
   """Writes the portable codec and the summary, and says what to do next."""
-  num_rows, held_out = batches.split(len(xt_ND), config.data.validation_size)
-  assign = "auto"
-  if getattr(params, "is_ivf", False):  # The lists are known.
-    _, xt_ND = ivf_lists.prepare(config, workdir, xt_ND, num_rows)
-    assign = ivf_lists.split
+  _, held_out = batches.split(len(xt_ND), config.data.validation_size)
+  is_ivf = getattr(params, "is_ivf", False)
+  assign = ivf_lists.split if is_ivf else "auto"  # The lists are known.
   module = registry.get(config.codec)
   codec = codecs.Codec(config.codec, module, module.prepare(params), {}, "")
   knobs = config.encode.to_dict()

@@ -37,16 +37,16 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from experiments import (
+from experiments.lib import (
   bench_report,
   bench_subjects,
   bench_timing,
   bench_training,
+  cli,
   codecs,
-  common,
   encoders,
 )
-from experiments.bench_arithmetic import Work, decode_work, encode_work
+from experiments.lib.bench_arithmetic import Work, decode_work, encode_work
 from vqjax.codecs import kmeans, qinco
 from vqjax.core import check_range
 from vqjax.data import batches
@@ -59,22 +59,22 @@ _MSE_ROWS = 256  # The same vectors for all rules and types.
 _ITERATIONS = 10  # Of k-means.
 
 OPTIONS = {
-  "codec": common.CODEC_OPTION,
-  "config": common.Option(
+  "codec": cli.CODEC_OPTION,
+  "config": cli.Option(
     str,
     None,
     f"Configurations, with commas; {bench_subjects.PRESETS} if unset.",
   ),
-  **common.DATA_OPTIONS,
-  "dim": common.Option(int, 128, "Dimensions of the vectors, without --data."),
-  "tasks": common.Option(str, ",".join(TASKS), "Which of these to measure."),
-  "dtype": common.Option(str, "float32", "Any of float32,bfloat16."),
-  **{name: common.SEARCH_OPTIONS[name] for name in codecs.RULE},
-  "kmeans_vectors": common.Option(int, 60_000, "Vectors of k-means."),
-  "kmeans_words": common.Option(int, 1024, "Words of k-means."),
-  "torch": common.Option(bool, False, "Also the same network in PyTorch."),
-  "repeats": common.Option(int, 9, "Timed calls, at most, per result."),
-  "output": common.Option(
+  **cli.DATA_OPTIONS,
+  "dim": cli.Option(int, 128, "Dimensions of the vectors, without --data."),
+  "tasks": cli.Option(str, ",".join(TASKS), "Which of these to measure."),
+  "dtype": cli.Option(str, "float32", "Any of float32,bfloat16."),
+  **{name: cli.SEARCH_OPTIONS[name] for name in codecs.RULE},
+  "kmeans_vectors": cli.Option(int, 60_000, "Vectors of k-means."),
+  "kmeans_words": cli.Option(int, 1024, "Words of k-means."),
+  "torch": cli.Option(bool, False, "Also the same network in PyTorch."),
+  "repeats": cli.Option(int, 9, "Timed calls, at most, per result."),
+  "output": cli.Option(
     str, "runs/bench.jsonl", "File that results are added to."
   ),
 }
@@ -105,7 +105,7 @@ def run(config, workdir=None) -> list[dict]:
           found["task"],
           100 * found["share"],
         )
-  table = common.table(*bench_report.cells(results))
+  table = cli.table(*bench_report.cells(results))
   logging.info("%s\nAdded to %s", table, config.output)
   return results
 
@@ -263,7 +263,7 @@ def _torch(config, subject, dtype, rule: dict) -> dict:
   is_joint = rule.pop("num_joint_candidates", 0)  # Ours alone.
   if not config.torch or subject.codec.name != "qinco" or is_joint:
     return {}
-  from experiments import torch_baseline
+  from experiments.lib import torch_baseline
 
   return torch_baseline.programs(subject.params, dtype=dtype, **rule)
 
@@ -326,4 +326,4 @@ def _kmeans(config, subject, peak):
 
 
 if __name__ == "__main__":
-  common.main(run, OPTIONS, __doc__)
+  cli.main(run, OPTIONS, __doc__)

@@ -28,37 +28,38 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
-from experiments import codecs, common, encoders, open_codes
-from vqjax.data import batches, codes, datasets, formats
-from vqjax.interop import faiss_ivf, safetensors_io
+from experiments.lib import cli, codecs, encoders, inputs
+from vqjax.data import batches, datasets, files
+from vqjax.interop import faiss_ivf
+from vqjax.storage import codec_file
 
 OPTIONS = {
-  "codec": common.CODEC_OPTION,
-  "codes": common.Option(str, None, "Codes: folder of shards, or .npy."),
-  "data": common.Option(str, None, "Vectors to encode, instead of --codes."),
-  "decoders": common.Option(
+  "codec": cli.CODEC_OPTION,
+  "codes": cli.Option(str, None, "Codes: folder of shards, or .npy."),
+  "data": cli.Option(str, None, "Vectors to encode, instead of --codes."),
+  "decoders": cli.Option(
     str, None, "decoders.safetensors of experiments.pairwise_decoder."
   ),
-  "coarse": common.Option(
+  "coarse": cli.Option(
     str,
     None,
     "How lists are found: flat, by all distances, or hnsw, a graph of their "
     "centroids; if unset flat below 16,384 lists, where it is the faster.",
   ),
-  "metric": common.Option(
+  "metric": cli.Option(
     str,
     "l2",
     "l2, what experiments.search compares by; ip for faiss programs that want "
     "inner products.",
   ),
-  "rows": common.Option(str, None, "first:stop, only these rows; a part."),
-  "merge": common.Option(
+  "rows": cli.Option(str, None, "first:stop, only these rows; a part."),
+  "merge": cli.Option(
     str, None, "Parts to merge, a.faiss,b.faiss; nothing else is built."
   ),
-  **{k: v for k, v in common.SEARCH_OPTIONS.items() if k != "num_steps"},
-  "assign": common.ASSIGN_OPTION,
-  "output": common.Option(str, None, "Index file to write, index.faiss."),
-  "overwrite": common.Option(bool, False, "Replace an existing output."),
+  **{k: v for k, v in cli.SEARCH_OPTIONS.items() if k != "num_steps"},
+  "assign": cli.ASSIGN_OPTION,
+  "output": cli.Option(str, None, "Index file to write, index.faiss."),
+  "overwrite": cli.Option(bool, False, "Replace an existing output."),
 }
 _OF_SEARCH = (*codecs.RULE, "dtype", "assign")  # Options of encoding --data.
 _MANY_LISTS = 16384  # From here on a graph finds the lists of a query sooner.
@@ -83,9 +84,9 @@ class _Source(NamedTuple):
 def run(config, workdir=None) -> dict:
   """Writes the index; returns what was written."""
   del workdir
-  common.require(config, "output")
-  for path in (config.output, codes.description_path(config.output)):
-    formats.check_output(path, overwrite=config.overwrite)
+  cli.require(config, "output")
+  for path in (config.output, files.description_path(config.output)):
+    files.check_output(path, overwrite=config.overwrite)
   if config.merge:
     index, info = _merge(config)
   else:
@@ -96,7 +97,7 @@ def run(config, workdir=None) -> dict:
 
 def _build(config):
   """Returns the filled index and its description."""
-  common.require(config, "codec")
+  cli.require(config, "codec")
   if bool(config.codes) == bool(config.data):
     raise ValueError("Give either --codes or --data, what the index is of.")
   if not config.decoders:
@@ -106,23 +107,23 @@ def _build(config):
       "--codes=CODES --data=VECTORS --output=decoders.safetensors."
     )
   codec = codecs.open_codec(config.codec)
-  decoders = open_codes.decoders(config, codec)
+  decoders = inputs.decoders(config, codec)
   source = (
     _open_codes(config, codec) if config.codes else _encode(config, codec)
   )
   rows = _parse_rows(config.rows, source.num_rows)
   index = _empty_index(config, codec, decoders, source)
-  with common.progress(len(rows), "add") as done:
+  with cli.progress(len(rows), "add") as done:
     first = rows.start
     for codes_NM in source.blocks(rows):
       ids_N = np.arange(first, first + len(codes_NM))
-      faiss_ivf.add_codes(index, *open_codes.split(codec, codes_NM), ids_N)
+      faiss_ivf.add_codes(index, *inputs.split(codec, codes_NM), ids_N)
       first += len(codes_NM)
       done(first - rows.start, len(rows))
   return index, {
     "codec": codec.name,
     "codec_fingerprint": codec.fingerprint,
-    "decoders_fingerprint": safetensors_io.fingerprint(decoders.additive),
+    "decoders_fingerprint": codec_file.fingerprint(decoders.additive),
     "data": source.data,
     "num_rows": source.num_rows,
     "rows": [[rows.start, rows.stop]],
@@ -130,11 +131,9 @@ def _build(config):
 
 
 def _open_codes(config, codec) -> _Source:
-  open_codes.refuse_search(config, _OF_SEARCH)
-  found = open_codes.of_codec(config, codec)
-  blocks = lambda rows: open_codes.blocks(
-    found, codec.codebook_sizes, _BLOCK, rows
-  )
+  inputs.refuse_search(config, _OF_SEARCH)
+  found = inputs.of_codec(config, codec)
+  blocks = lambda rows: inputs.blocks(found, codec.codebook_sizes, _BLOCK, rows)
   sample = lambda runs: np.concatenate([c for run in runs for c in blocks(run)])
   return _Source(len(found), blocks, sample, found.meta.get("data"))
 
@@ -149,7 +148,7 @@ def _encode(config, codec) -> _Source:
     x_nD = batches.read_rows(x_ND, np.concatenate(runs))
     return np.concatenate(list(encoder._replace(vectors=x_nD).blocks()))
 
-  return _Source(len(x_ND), encoder.blocks, sample, codes.identify(x_ND))
+  return _Source(len(x_ND), encoder.blocks, sample, files.identify(x_ND))
 
 
 def _parse_rows(text: str | None, num_rows: int) -> range:
@@ -172,7 +171,7 @@ def _empty_index(config, codec, decoders, source: _Source):
   coarse = config.coarse or ("flat" if num_lists < _MANY_LISTS else "hnsw")
   codebooks_MKD = np.asarray(decoders.additive.codebooks_MKD)
   norm_range = faiss_ivf.fit_norm_range(codebooks_MKD, _sample(codec, source))
-  with common.progress(num_lists, "lists", unit="list") as done:
+  with cli.progress(num_lists, "lists", unit="list") as done:
     return faiss_ivf.make_index(
       centroids_LD,
       codebooks_MKD,
@@ -191,7 +190,7 @@ def _sample(codec, source: _Source) -> np.ndarray:
     range(start, min(start + _RUN_ROWS, source.num_rows))
     for start in starts.tolist()
   ]
-  return open_codes.split(codec, source.sample(runs))[1]
+  return inputs.split(codec, source.sample(runs))[1]
 
 
 def _merge(config):
@@ -208,7 +207,7 @@ def _merge(config):
       yield faiss_ivf.load(path).index
       done(number, len(paths))
 
-  with common.progress(len(paths), "merge", unit="part") as done:
+  with cli.progress(len(paths), "merge", unit="part") as done:
     return faiss_ivf.merge(load(done)), info
 
 
@@ -223,12 +222,12 @@ def _join_descriptions(paths) -> dict:
     found = faiss_ivf.load(path, mmap=True).info
     if not found.get("rows"):
       raise ValueError(
-        f"{codes.description_path(path)} does not say which rows {path} has, "
+        f"{files.description_path(path)} does not say which rows {path} has, "
         "so it cannot be merged: make it with experiments.build_index --rows."
       )
     info = {name: found.get(name) for name in _KEPT}
     shared = [{**x, "rows": None} for x in (info, *infos[:1])]
-    codes.check_same(path, shared[0], shared[-1])
+    files.check_same(path, shared[0], shared[-1])
     infos.append(info)
   rows = _join([pair for info in infos for pair in info["rows"]])
   return {**infos[0], "rows": rows}
@@ -258,7 +257,7 @@ def _report(config, info: dict) -> dict:
     "it is in %s.",
     *(info["num_vectors"], info["num_lists"], output),
     *(info["bytes"] / info["num_vectors"], info["bytes"] / 1e6),
-    codes.description_path(output),
+    files.description_path(output),
   )
   stops = [0, *[stop for _, stop in info["rows"]]]
   firsts = [*[first for first, _ in info["rows"]], num_rows]
@@ -285,4 +284,4 @@ def _report(config, info: dict) -> dict:
 
 
 if __name__ == "__main__":
-  common.main(run, OPTIONS, __doc__)
+  cli.main(run, OPTIONS, __doc__)

@@ -15,30 +15,30 @@ import os
 import numpy as np
 from absl import logging
 
-from experiments import codecs, common, open_codes
+from experiments.lib import cli, codecs, inputs
 from vqjax.codecs import packing
 from vqjax.core import check_range
-from vqjax.data import codes, formats
+from vqjax.data import codes, files, formats
 
 OPTIONS = {
-  "codec": common.CODEC_OPTION,
-  "codes": common.Option(
+  "codec": cli.CODEC_OPTION,
+  "codes": cli.Option(
     str, None, "Codes: folder of shards, .npy, or packed bytes."
   ),
-  "num_steps": common.SEARCH_OPTIONS["num_steps"],
-  "dtype": common.SEARCH_OPTIONS["dtype"],
-  "output": common.Option(
+  "num_steps": cli.SEARCH_OPTIONS["num_steps"],
+  "dtype": cli.SEARCH_OPTIONS["dtype"],
+  "output": cli.Option(
     str, None, "File to write: .npy, .fvecs, .fbin, ... float32."
   ),
-  "overwrite": common.Option(bool, False, "Replace an existing output."),
+  "overwrite": cli.Option(bool, False, "Replace an existing output."),
 }
 
 
 def run(config, workdir=None) -> dict:
   """Writes the decoded vectors; returns what was written."""
   del workdir
-  common.require(config, "codec", "codes", "output")
-  formats.check_output(config.output, overwrite=config.overwrite)
+  cli.require(config, "codec", "codes", "output")
+  files.check_output(config.output, overwrite=config.overwrite)
   codec = codecs.open_codec(config.codec)
   sizes = codec.codebook_sizes
   width = len(sizes)
@@ -46,7 +46,7 @@ def run(config, workdir=None) -> dict:
     check_range("num_steps", config.num_steps, 1, width - codec.is_ivf)
     width = config.num_steps + codec.is_ivf
   found = _open(config.codes, sizes[:width])
-  open_codes.check_codec(config, codec, found.meta)
+  inputs.check_codec(config, codec, found.meta)
   width = width if config.num_steps else found.shape[1]
   if not 1 <= min(width, found.shape[1]) <= len(sizes):
     raise ValueError(
@@ -57,8 +57,8 @@ def run(config, workdir=None) -> dict:
   dtype = codecs.product_dtype(config.dtype)
   codec = codecs.with_pairs(codec, {"dtype": dtype}, num)
   decode_fn = codecs.make_decode_fn(codec, dtype)
-  with common.progress(num, "decode") as done, common.timed(seconds, "decode"):
-    blocks = open_codes.decoded(
+  with cli.progress(num, "decode") as done, cli.timed(seconds, "decode"):
+    blocks = inputs.decoded(
       decode_fn, found, sizes[:width], min(codecs.decode_rows(), num), done
     )
     formats.write_vectors(
@@ -74,7 +74,7 @@ def _open(path: str, sizes) -> codes.Codes:
   """Opens codes of any kind; packed bytes without a description by `sizes`."""
   if os.path.isdir(path) or path.endswith(".npy"):
     return codes.open_codes(path)
-  meta, total = codes.read_description(path), os.path.getsize(path)
+  meta, total = files.read_description(path, codes.KIND), os.path.getsize(path)
   sizes = meta.get("codebook_sizes", sizes)
   row_bytes = packing.num_bytes(sizes)
   if not total or total % row_bytes:
@@ -91,4 +91,4 @@ def _open(path: str, sizes) -> codes.Codes:
 
 
 if __name__ == "__main__":
-  common.main(run, OPTIONS, __doc__)
+  cli.main(run, OPTIONS, __doc__)

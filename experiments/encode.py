@@ -51,35 +51,35 @@ import jax
 import numpy as np
 from absl import logging
 
-from experiments import codecs, common, encoders, open_codes
+from experiments.lib import cli, codecs, encoders, inputs
 from vqjax.codecs import packing
 from vqjax.core import check_range
-from vqjax.data import codes, datasets, formats
-from vqjax.interop import safetensors_io
+from vqjax.data import codes, datasets, files, formats
+from vqjax.storage import codec_file
 
 OPTIONS = {
-  "codec": common.CODEC_OPTION,
-  "data": common.DATA_OPTIONS["data"],
-  "num_vectors": common.Option(int, None, "Only the first so many vectors."),
-  **common.SEARCH_OPTIONS,
-  "assign": common.ASSIGN_OPTION,
-  "decoders": common.Option(
+  "codec": cli.CODEC_OPTION,
+  "data": cli.DATA_OPTIONS["data"],
+  "num_vectors": cli.Option(int, None, "Only the first so many vectors."),
+  **cli.SEARCH_OPTIONS,
+  "assign": cli.ASSIGN_OPTION,
+  "decoders": cli.Option(
     str, None, "Decoders of experiments.pairwise_decoder: the additive one."
   ),
-  "additive_weight": common.Option(
+  "additive_weight": cli.Option(
     float,
     None,
     "How much its squared error counts in the choice of codes, that of the "
     "network being 1; as 0.1. The last step then takes as long as the others.",
   ),
-  "output": common.Option(str, None, "File to write; with shards a folder."),
-  "raw": common.Option(bool, False, "Write packed bytes without a header."),
-  "shards": common.Option(int, None, "n, files to cut the codes into."),
-  "shard": common.Option(
+  "output": cli.Option(str, None, "File to write; with shards a folder."),
+  "raw": cli.Option(bool, False, "Write packed bytes without a header."),
+  "shards": cli.Option(int, None, "n, files to cut the codes into."),
+  "shard": cli.Option(
     str, None, "i/n, make only shard i of n; i from 0 to n-1."
   ),
-  "verify": common.Option(bool, False, "Check the shards in --output."),
-  "overwrite": common.Option(bool, False, "Replace an existing output file."),
+  "verify": cli.Option(bool, False, "Check the shards in --output."),
+  "overwrite": cli.Option(bool, False, "Replace an existing output file."),
 }
 _WHERE = ("output", "shards", "shard", "multihost", "overwrite")
 
@@ -89,7 +89,7 @@ def run(config, workdir=None) -> dict:
   del workdir
   if config.verify:
     return _verify(config)
-  common.require(config, "codec", "data", "output")
+  cli.require(config, "codec", "data", "output")
   num_shards, mine = _share(config)
   _check_output(config, num_shards)
   codec = codecs.open_codec(config.codec)
@@ -129,9 +129,9 @@ def _take_decoders(config, codec):
       f"--decoders mean nothing to the encoder of a {codec.name} codec; leave "
       "them out."
     )
-  words = open_codes.decoders(config, codec).additive
+  words = inputs.decoders(config, codec).additive
   tables = codec.module.with_additive(codec.tables, words.codebooks_MKD)
-  fingerprint = safetensors_io.fingerprint(words)
+  fingerprint = codec_file.fingerprint(words)
   return codec._replace(tables=tables), {"decoders_fingerprint": fingerprint}
 
 
@@ -188,8 +188,8 @@ def _check_output(config, num_shards: int) -> None:
       "--output must end in .npy, and in anything else with --raw; got "
       f"{output}."
     )
-  for path in (output, codes.description_path(output)):
-    formats.check_output(path, overwrite=config.overwrite)
+  for path in (output, files.description_path(output)):
+    files.check_output(path, overwrite=config.overwrite)
 
 
 def _settings(codec, knobs: dict, assign: str) -> dict:
@@ -208,7 +208,7 @@ def _settings(codec, knobs: dict, assign: str) -> dict:
 
 def _command(config, knobs: dict) -> str:
   """What was asked for, but for where the codes go."""
-  default = common.get_config(OPTIONS)
+  default = cli.get_config(OPTIONS)
   asked = {
     name: value
     for name, value in config.items()
@@ -250,7 +250,7 @@ class _Meter:
 def _write_file(config, meta, encoder, after: str) -> None:
   """Writes all codes into one file, and their description beside it."""
   rows = range(meta["shape"][0])
-  with common.progress(len(rows), "encode") as done:
+  with cli.progress(len(rows), "encode") as done:
     meter = _Meter(done)
     blocks = encoder.blocks(rows, meter)
     if config.raw:
@@ -259,8 +259,8 @@ def _write_file(config, meta, encoder, after: str) -> None:
       formats.write_vectors(
         config.output, blocks, dtype=np.int32, overwrite=config.overwrite
       )
-  beside = codes.description_path(config.output)
-  codes.write_json(beside, meta, overwrite=config.overwrite)
+  beside = files.description_path(config.output)
+  files.write_json(beside, meta, overwrite=config.overwrite)
   logging.info(
     "%s: %d codes per vector in %s, what made them in %s.\nNext:\n  %s",
     meter,
@@ -273,7 +273,7 @@ def _write_file(config, meta, encoder, after: str) -> None:
 
 def _write_raw(config, sizes, blocks) -> None:
   with (
-    formats.atomic_output(config.output, config.overwrite) as path,
+    files.atomic_output(config.output, config.overwrite) as path,
     open(path, "wb") as file,
   ):
     for codes_NM in blocks:
@@ -314,7 +314,7 @@ def _write_shards(config, meta, mine: list[int], encoder, after) -> None:
 def _make_shards(folder, manifest, todo: list[int], encoder) -> None:
   """Encodes shards one after the other, behind one progress line."""
   total = sum(len(_rows_of(manifest, i)) for i in todo)
-  with common.progress(total, "encode") as done:
+  with cli.progress(total, "encode") as done:
     meter, before = _Meter(done), 0
     for shard in todo:
       rows = _rows_of(manifest, shard)
@@ -365,20 +365,20 @@ def _remedy(folder, manifest, shards) -> str:
 
 def _verify(config) -> dict:
   """Checks a folder of shards; raises ValueError where it is not whole."""
-  common.require(config, "output")
+  cli.require(config, "output")
   folder = config.output
   manifest = codes.load_manifest(folder)
   wanted = {"num_shards": config.shards} if config.shards else {}
   if config.codec:
-    fingerprint = safetensors_io.load_codec(config.codec).fingerprint
+    fingerprint = codec_file.load_codec(config.codec).fingerprint
     wanted["codec_fingerprint"] = fingerprint
   if config.data:
     num = config.num_vectors or manifest["shape"][0]
     x_ND = formats.open_vectors(config.data, max_vectors=num)
-    wanted["data"] = codes.identify(x_ND)
+    wanted["data"] = files.identify(x_ND)
     wanted["shape"] = [len(x_ND), manifest["shape"][1]]
-  codes.check_same(folder, {k: manifest[k] for k in wanted}, wanted)
-  with common.progress(manifest["num_shards"], "verify", unit="shard") as done:
+  files.check_same(folder, {k: manifest[k] for k in wanted}, wanted)
+  with cli.progress(manifest["num_shards"], "verify", unit="shard") as done:
     problems = codes.find_problems(folder, progress=done)
   if problems:
     path_fn = functools.partial(codes.shard_path, "", manifest["num_shards"])
@@ -398,4 +398,4 @@ def _verify(config) -> dict:
 
 
 if __name__ == "__main__":
-  common.main(run, OPTIONS, __doc__, multihost=True)
+  cli.main(run, OPTIONS, __doc__, multihost=True)

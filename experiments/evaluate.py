@@ -25,9 +25,9 @@ import jax
 import numpy as np
 from absl import logging
 
-from experiments import codecs, common, encoders
+from experiments.lib import cli, codecs, encoders
 from vqjax import devices
-from vqjax.data import batches, datasets, formats
+from vqjax.data import batches, datasets, files
 from vqjax.interop import faiss_io
 from vqjax.search import metrics
 
@@ -35,29 +35,29 @@ _RANKS = (1, 10, 100)
 _BASELINE_BLOCK = 16384
 
 OPTIONS = {
-  "codec": common.CODEC_OPTION,
-  **common.DATA_OPTIONS,
-  "queries": common.Option(str, None, "Queries, for the recall."),
-  "groundtruth": common.Option(
+  "codec": cli.CODEC_OPTION,
+  **cli.DATA_OPTIONS,
+  "queries": cli.Option(str, None, "Queries, for the recall."),
+  "groundtruth": cli.Option(
     str,
     None,
     "Ids of their true neighbours in --data, nearest first; found "
     "by exact search if unset.",
   ),
-  "split": common.Option(
+  "split": cli.Option(
     str, "base", "'base', or 'validation': the held-out training vectors."
   ),
-  "num_vectors": common.Option(
+  "num_vectors": cli.Option(
     int, None, "Only the first so many vectors of the base."
   ),
-  **common.SEARCH_OPTIONS,
-  "baselines": common.Option(
+  **cli.SEARCH_OPTIONS,
+  "baselines": cli.Option(
     str,
     "",
     "Also train and measure these by faiss, at equal bytes on the "
     "same training vectors: any of PQ,OPQ,RQ,LSQ.",
   ),
-  "output": common.Option(str, None, "JSON file for the figures."),
+  "output": cli.Option(str, None, "JSON file for the figures."),
 }
 
 
@@ -73,7 +73,7 @@ class Search(NamedTuple):
 def run(config, workdir=None) -> dict:
   """Returns `{"codec", "rows": [...]}`; logs the table."""
   del workdir
-  common.require(config, "codec")
+  cli.require(config, "codec")
   names = [name.strip().upper() for name in config.baselines.split(",") if name]
   unknown = set(names) - set(faiss_io.ADDITIVE)
   if unknown:
@@ -119,7 +119,7 @@ def run(config, workdir=None) -> dict:
   }
   _log_table(result)
   if config.output and devices.is_first():
-    with formats.atomic_output(config.output, overwrite=True) as file:
+    with files.atomic_output(config.output, overwrite=True) as file:
       pathlib.Path(file).write_text(json.dumps(result, indent=2) + "\n")
     logging.info("Written to %s", config.output)
   return result
@@ -209,7 +209,7 @@ def _measure(codec, knobs, num_steps, search) -> dict:
     )
   first = batches.read_rows(xb_ND, mine[:block_size])
   jax.block_until_ready(encode_fn(first))  # Compiles.
-  with common.progress(num, "encode") as done, common.timed(seconds, "encode"):
+  with cli.progress(num, "encode") as done, cli.timed(seconds, "encode"):
     blocks = batches.map_blocks(
       encode_fn, xb_ND, block_size=block_size, rows=mine, progress=done
     )
@@ -241,13 +241,13 @@ def _measure_baseline(name, codec, num_steps, xt_ND, search) -> dict:
   num_bits = int(sizes[0] - 1).bit_length()
   num_rows, _ = batches.split(len(xt_ND), _validation_size(codec))
   logging.info("Training faiss %s %dx%d.", name, len(sizes), num_bits)
-  with common.timed(seconds, "train"):
+  with cli.timed(seconds, "train"):
     xt_ND = batches.subsample(xt_ND, 1_000_000, 0, num_rows=num_rows)
     baseline = faiss_io.fit_additive(name, xt_ND, len(sizes), num_bits)
   parts = np.array_split(
     np.arange(len(xb_ND)), -(-len(xb_ND) // _BASELINE_BLOCK)
   )
-  with common.timed(seconds, "encode"):
+  with cli.timed(seconds, "encode"):
     codes_NM = np.concatenate(
       [baseline.encode(batches.read_rows(xb_ND, rows)) for rows in parts]
     )
@@ -336,9 +336,9 @@ def _log_table(result) -> None:
     "%d vectors of %s\n%s",
     result["num_vectors"],
     result["data"],
-    common.table(header, rows),
+    cli.table(header, rows),
   )
 
 
 if __name__ == "__main__":
-  common.main(run, OPTIONS, __doc__, multihost=True)
+  cli.main(run, OPTIONS, __doc__, multihost=True)

@@ -27,24 +27,22 @@ import jax
 import numpy as np
 from absl import logging
 
-from experiments import codecs, common, encoders, open_codes
+from experiments.lib import cli, codecs, encoders, inputs
 from vqjax import __version__
 from vqjax.codecs import additive
-from vqjax.data import codes, datasets, formats
+from vqjax.data import datasets, files
 from vqjax.interop import faiss_io
 
 OPTIONS = {
-  "codec": common.CODEC_OPTION,
-  "decoders": common.Option(
+  "codec": cli.CODEC_OPTION,
+  "decoders": cli.Option(
     str, None, "decoders.safetensors: export the additive decoder in it."
   ),
-  "codes": common.Option(
-    str, None, "Codes to put in: folder of shards, or .npy."
-  ),
-  "data": common.Option(str, None, "Vectors to put in, instead of --codes."),
-  "metric": common.Option(str, None, "l2 or ip; the codec's own if unset."),
-  "output": common.Option(str, None, "Index file to write, rq.faiss."),
-  "overwrite": common.Option(bool, False, "Replace an existing output."),
+  "codes": cli.Option(str, None, "Codes to put in: folder of shards, or .npy."),
+  "data": cli.Option(str, None, "Vectors to put in, instead of --codes."),
+  "metric": cli.Option(str, None, "l2 or ip; the codec's own if unset."),
+  "output": cli.Option(str, None, "Index file to write, rq.faiss."),
+  "overwrite": cli.Option(bool, False, "Replace an existing output."),
 }
 _BLOCK = 65536  # Codes read and added at a time.
 _CHECKED = 10_000  # Vectors that are compared.
@@ -63,12 +61,12 @@ class _Subject(NamedTuple):
 def run(config, workdir=None) -> dict:
   """Writes the index; returns what is written beside it."""
   del workdir
-  common.require(config, "codec", "output")
+  cli.require(config, "codec", "output")
   if config.codes and config.data:
     raise ValueError("Give --codes or --data, not both.")
-  beside = codes.description_path(config.output)
+  beside = files.description_path(config.output)
   for path in (config.output, beside):
-    formats.check_output(path, overwrite=config.overwrite)
+    files.check_output(path, overwrite=config.overwrite)
   codec = codecs.open_codec(config.codec)
   metric = config.metric or codec.info.get("metric", "l2")
   if metric not in faiss_io.METRICS:
@@ -94,7 +92,7 @@ def run(config, workdir=None) -> dict:
     "compared": compared,
     "vqjax_version": __version__,
   }
-  codes.write_json(beside, record, overwrite=config.overwrite)
+  files.write_json(beside, record, overwrite=config.overwrite)
   logging.info(
     "Read back: %d %s codes decode as ours, largest difference %.2g of %.4g.\n"
     "%s with %d vectors in %s, what is in it in %s.\nNext, in Python:\n  "
@@ -111,7 +109,7 @@ def _fill(index, num: int, blocks) -> list:
   """Adds blocks of codes; returns those that are to be compared."""
   first = []
   if num:
-    with common.progress(num, "add") as done:
+    with cli.progress(num, "add") as done:
       for codes_NM in blocks:
         first += [codes_NM] if index.ntotal < _CHECKED else []
         faiss_io.add_codes(index, codes_NM)
@@ -150,7 +148,7 @@ def _additive(config, codec, metric: str) -> _Subject:
       "Vectors must be encoded by the codec, not by its additive decoder: run "
       "python -m experiments.encode and give --codes instead of --data."
     )
-  params = open_codes.decoders(config, codec).additive
+  params = inputs.decoders(config, codec).additive
   return _Subject(
     "additive",
     faiss_io.rq_to_faiss(params, metric=metric),
@@ -162,8 +160,8 @@ def _additive(config, codec, metric: str) -> _Subject:
 def _blocks(config, codec, sizes):
   """Number of vectors to put in, and their codes in blocks."""
   if config.codes:
-    found = open_codes.of_codec(config, codec)
-    return len(found), open_codes.blocks(found, sizes, _BLOCK)
+    found = inputs.of_codec(config, codec)
+    return len(found), inputs.blocks(found, sizes, _BLOCK)
   if not config.data:
     return 0, ()
   dataset = codecs.resolve_data(codec, config, base=config.data)
@@ -207,4 +205,4 @@ def _compare(config, subject: _Subject, num: int, first, index) -> dict:
 
 
 if __name__ == "__main__":
-  common.main(run, OPTIONS, __doc__)
+  cli.main(run, OPTIONS, __doc__)

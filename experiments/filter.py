@@ -21,22 +21,23 @@ import shlex
 import numpy as np
 from absl import logging
 
-from experiments import common, open_codes
-from vqjax.data import batches, formats
-from vqjax.interop import faiss_filter, faiss_ivf, safetensors_io, searchers
+from experiments.lib import cli, inputs
+from vqjax.data import batches, files
+from vqjax.interop import faiss_filter, faiss_ivf, searchers
+from vqjax.storage import codec_file
 
 OPTIONS = {
-  "codec": common.CODEC_OPTION,
-  "index": common.Option(str, None, "Index of experiments.build_index."),
-  "data": common.Option(str, None, "Vectors of the index, row by row."),
-  "num_parts": common.Option(
+  "codec": cli.CODEC_OPTION,
+  "index": cli.Option(str, None, "Index of experiments.build_index."),
+  "data": cli.Option(str, None, "Vectors of the index, row by row."),
+  "num_parts": cli.Option(
     int,
     None,
     "Parts that a vector is cut into, of 4 bits each; a divisor of its "
     "dimensions, and a quarter of them if unset.",
   ),
-  "output": common.Option(str, None, "filter.faiss to write."),
-  "overwrite": common.Option(bool, False, "Replace an existing output."),
+  "output": cli.Option(str, None, "filter.faiss to write."),
+  "overwrite": cli.Option(bool, False, "Replace an existing output."),
 }
 _BLOCK = 16384
 _MAX_TRAINED = 65536  # Vectors that rotation and words are learned from.
@@ -47,23 +48,23 @@ _DECODE_ROWS = 512
 def run(config, workdir=None) -> dict:
   """Writes the filter; returns its description."""
   del workdir
-  common.require(config, "codec", "index", "data", "output")
-  formats.check_output(config.output, overwrite=config.overwrite)
-  loaded = safetensors_io.load_codec(config.codec)
+  cli.require(config, "codec", "index", "data", "output")
+  files.check_output(config.output, overwrite=config.overwrite)
+  loaded = codec_file.load_codec(config.codec)
   like, info = faiss_ivf.load(config.index)
   faiss_ivf.check_codec(config.index, info, loaded.fingerprint)
   num_parts = faiss_filter.check_parts(info["dim"], config.num_parts)
-  vectors = open_codes.of_index(config, info)
+  vectors = inputs.of_index(config, info)
   contents = faiss_ivf.contents(like)
-  order_N, ids_N = open_codes.sort_ids(contents.ids_N, vectors)
+  order_N, ids_N = inputs.sort_ids(contents.ids_N, vectors)
   trained = batches.spread(len(ids_N), _MAX_TRAINED)
   xt_ND = batches.read_rows(vectors, ids_N[trained])
   seconds = {}
   logging.info("Learning the filter from %d vectors ...", len(xt_ND))
-  with common.timed(seconds, "learn"):
+  with cli.timed(seconds, "learn"):
     index = faiss_filter.fit(like, xt_ND, num_parts=num_parts)
   logging.info("Learned in %.1f s.", seconds["learn"])
-  with common.progress(len(ids_N), "filter") as done:
+  with cli.progress(len(ids_N), "filter") as done:
     for start in range(0, len(ids_N), _BLOCK):
       ids_n = ids_N[start : start + _BLOCK]
       faiss_filter.add(index, batches.read_rows(vectors, ids_n), ids_n)
@@ -129,11 +130,11 @@ def _summarise(config, meta: dict) -> None:
     "%s\n\nFilter of %d vectors, %d bytes each: %s, %s.json\nNext:\n"
     "  python -m experiments.search --codec=%s --index=%s --filter=%s "
     "--num_words=0,3,5,10",
-    common.table(["", "squared error", "share beside the filter"], rows),
+    cli.table(["", "squared error", "share beside the filter"], rows),
     *(meta["num_vectors"], meta["code_bytes"], config.output, config.output),
     *map(shlex.quote, (config.codec, config.index, config.output)),
   )
 
 
 if __name__ == "__main__":
-  common.main(run, OPTIONS, __doc__)
+  cli.main(run, OPTIONS, __doc__)

@@ -40,7 +40,8 @@ done
 "$python" - "$out" <<'PYTHON'
 import json, pathlib, sys
 
-from experiments import bench, bench_report
+from experiments import bench
+from experiments.lib import bench_report
 
 out = pathlib.Path(sys.argv[1])
 rows = [json.loads(line) for line in (out / "bench.jsonl").open()]

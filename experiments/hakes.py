@@ -19,8 +19,8 @@ import pathlib
 from absl import logging
 from ml_collections import config_dict
 
-from experiments import common, hakes_data, hakes_evaluate, hakes_stages
-from vqjax.data import formats
+from experiments.lib import cli, hakes_data, hakes_evaluate, hakes_stages
+from vqjax.data import files
 
 STAGES = {  # Name to function and output.
   "base": (hakes_stages.base, "findex.bin"),
@@ -43,7 +43,7 @@ def run(
     raise ValueError(
       f"--stage must be one of {', '.join(STAGES)}, got {stage!r}."
     )
-  common.keep_compiled()
+  cli.keep_compiled()
   workdir = pathlib.Path(workdir)
   data = hakes_data.open_data(config)
   _prepare(config, workdir)
@@ -84,7 +84,7 @@ def _prepare(config, workdir: pathlib.Path) -> None:
     if old == new:
       return
     (workdir / STAGES["evaluate"][1]).unlink(missing_ok=True)
-  with formats.atomic_output(file, overwrite=True) as temporary:
+  with files.atomic_output(file, overwrite=True) as temporary:
     pathlib.Path(temporary).write_text(json.dumps(new, indent=2))
 
 
@@ -101,8 +101,8 @@ def _check_same(old, new, name: str, workdir) -> None:
 
 if __name__ == "__main__":
   stage_help = f"One of {', '.join(STAGES)}; all if unset."
-  common.run_config(
+  cli.run_config(
     run,
-    {"stage": common.Option(str, None, stage_help)},
+    {"stage": cli.Option(str, None, stage_help)},
     "Configuration, configs/hakes.py[:smoke|:published|...].",
   )

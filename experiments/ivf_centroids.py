@@ -37,38 +37,38 @@ import jax
 import numpy as np
 from absl import logging
 
-from experiments import common
+from experiments.lib import cli
 from vqjax import __version__, devices
 from vqjax.codecs import kmeans
 from vqjax.core import check_range
-from vqjax.data import batches, codes, formats
+from vqjax.data import batches, files, formats
 from vqjax.interop import faiss_io
 from vqjax.progress import progress_bar
 
 METHODS, STARTS = ("jax", "faiss"), ("two-level", "random")
 OPTIONS = {
-  "data": common.DATA_OPTIONS["data"],
-  "num_vectors": common.Option(int, None, "Only the first so many vectors."),
-  "num_centroids": common.Option(
+  "data": cli.DATA_OPTIONS["data"],
+  "num_vectors": cli.Option(int, None, "Only the first so many vectors."),
+  "num_centroids": cli.Option(
     int, None, "K, lists; at most 1,048,576 and no more than vectors."
   ),
-  "num_iterations": common.Option(
+  "num_iterations": cli.Option(
     int, 20, "Passes over the vectors, not counting one to measure the result."
   ),
-  "start": common.Option(
+  "start": cli.Option(
     str, "two-level", "two-level, or random: K of the vectors."
   ),
-  "method": common.Option(
+  "method": cli.Option(
     str,
     "jax",
     "What finds the nearest centroids: jax or faiss. They agree; on 2 CPU "
     "threads they took equally long for 1,024 to 1,048,576 centroids, and this "
     "faiss runs on CPUs alone.",
   ),
-  "seed": common.Option(int, 0, "The same seed gives the same centroids."),
-  "output": common.Option(str, None, "File to write, .npy."),
-  "resume": common.Option(bool, False, "Go on where the same command stopped."),
-  "overwrite": common.Option(
+  "seed": cli.Option(int, 0, "The same seed gives the same centroids."),
+  "output": cli.Option(str, None, "File to write, .npy."),
+  "resume": cli.Option(bool, False, "Go on where the same command stopped."),
+  "overwrite": cli.Option(
     bool, False, "Replace an existing output; drop what --resume would go on."
   ),
 }
@@ -107,8 +107,8 @@ def run(config, workdir=None) -> dict:
   formats.write_vectors(
     config.output, state.words_KD, overwrite=config.overwrite
   )
-  beside = codes.description_path(config.output)
-  codes.write_json(beside, record, overwrite=config.overwrite)
+  beside = files.description_path(config.output)
+  files.write_json(beside, record, overwrite=config.overwrite)
   checkpoint.unlink(missing_ok=True)
   logging.info(
     "%d centroids in %.1f s, mean squared error %.6g, in %s; what made them in "
@@ -125,7 +125,7 @@ def run(config, workdir=None) -> dict:
 
 def _check(config):
   """Opens the vectors; raises before any work where something is wrong."""
-  common.require(config, "data", "num_centroids", "output")
+  cli.require(config, "data", "num_centroids", "output")
   for name, known in (("method", METHODS), ("start", STARTS)):
     if config[name] not in known:
       raise ValueError(
@@ -133,8 +133,8 @@ def _check(config):
       )
   if not config.output.endswith(".npy"):
     raise ValueError(f"--output must end in .npy, got {config.output}.")
-  for path in (config.output, codes.description_path(config.output)):
-    formats.check_output(path, overwrite=config.overwrite)
+  for path in (config.output, files.description_path(config.output)):
+    files.check_output(path, overwrite=config.overwrite)
   check_range("--num_iterations", config.num_iterations, 0, 100_000)
   check_range("--seed", config.seed, 0, 2**31 - 1)
   vectors = formats.open_vectors(config.data, max_vectors=config.num_vectors)
@@ -159,7 +159,7 @@ def describe(config, vectors) -> dict:
   return {
     "num_centroids": config.num_centroids,
     "num_vectors": len(vectors),
-    **codes.identify(vectors),
+    **files.identify(vectors),
     "seed": config.seed,
     "start": config.start,
     "method": config.method,
@@ -204,7 +204,7 @@ def _find_state(config, checkpoint: pathlib.Path, meta: dict) -> State | None:
 
 
 def _save(checkpoint: pathlib.Path, state: State, meta: dict) -> None:
-  with formats.atomic_output(checkpoint, overwrite=True) as temporary:
+  with files.atomic_output(checkpoint, overwrite=True) as temporary:
     np.savez(
       temporary,
       words_KD=state.words_KD,
@@ -292,7 +292,7 @@ def _start_in_two(vectors, num_words: int, seed: int) -> np.ndarray:
     sample_ND, num_groups, num_iterations=_START_ITERATIONS, seed=seed
   )
   assign_fn = _make_assign_fn("jax", coarse_KD)
-  with common.progress(len(vectors), "coarse clusters") as done:
+  with cli.progress(len(vectors), "coarse clusters") as done:
     blocks = batches.map_blocks(
       lambda x_ND: assign_fn(x_ND)[0],
       vectors,
@@ -380,9 +380,9 @@ def _lists_line(lists: dict) -> str:
 
 def _main(config) -> None:
   go_on = "Run the same command again, with --resume where it has saved."
-  with common.user_errors(go_on):
+  with cli.user_errors(go_on):
     run(config)
 
 
 if __name__ == "__main__":
-  common.main(_main, OPTIONS, __doc__)
+  cli.main(_main, OPTIONS, __doc__)

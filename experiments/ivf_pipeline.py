@@ -31,25 +31,18 @@ from absl import logging
 
 from experiments import (
   build_index,
-  common,
   encode,
   ivf_centroids,
   pairwise_decoder,
   search,
-  search_data,
   signs,
   train,
 )
 from experiments import filter as filter_command
-from vqjax.data import batches, codes, datasets
-from vqjax.interop import (
-  decoders_io,
-  faiss_filter,
-  faiss_io,
-  faiss_ivf,
-  safetensors_io,
-  signs_io,
-)
+from experiments.lib import cli, search_data
+from vqjax.data import batches, codes, datasets, files
+from vqjax.interop import faiss_filter, faiss_io, faiss_ivf
+from vqjax.storage import codec_file, decoder_file, sign_file
 
 _NUM_FITTED = 1_000_000  # Training vectors for the decoders.
 _SHARD_ROWS = 100_000  # Of the codes; as many are lost by a stop.
@@ -60,10 +53,10 @@ OPTIONS = {
     *("num_short", "threads", "baselines"),
   )
 } | {
-  "signs": common.Option(
+  "signs": cli.Option(
     bool, False, "Keep signs of the vectors too (experiments.signs)."
   ),
-  "filter": common.Option(
+  "filter": cli.Option(
     bool, False, "Scan by a filter (experiments.filter), not with signs."
   ),
 }
@@ -92,7 +85,7 @@ def run(config, workdir: str, **options):
   _build_index(workdir)
   if options.pop("signs", False):
     options["signs"] = _make_beside(
-      workdir, dataset, signs, "signs.safetensors", signs_io.load
+      workdir, dataset, signs, "signs.safetensors", sign_file.load
     )
   if options.pop("filter", False):
     options["filter"] = _make_beside(
@@ -117,9 +110,7 @@ def _resolve(config) -> datasets.Dataset:
 
 def _check_baselines(config, dataset, options) -> None:
   """Refuses baselines of these sizes before anything is trained."""
-  asked = common.get_config(
-    search.OPTIONS, baselines=options.get("baselines", "")
-  )
+  asked = cli.get_config(search.OPTIONS, baselines=options.get("baselines", ""))
   if "IVF-PQ" in search_data.baseline_names(asked):
     faiss_io.check_parts("IVF-PQ", dataset.dim, config.model.num_steps)
 
@@ -140,10 +131,10 @@ def _find_centroids(config, workdir, dataset) -> None:
     output=str(path),
   )
   if _is_there(path):
-    beside = codes.description_path(path)
+    beside = files.description_path(path)
     found = json.loads(beside.read_text()) if beside.exists() else {}
     vectors = datasets.open_split(dataset, "train", max_vectors=num_rows)
-    wanted = common.get_config(ivf_centroids.OPTIONS, **values)
+    wanted = cli.get_config(ivf_centroids.OPTIONS, **values)
     wanted = ivf_centroids.describe(wanted, vectors)
     wanted["num_iterations"] = config.ivf.num_iterations
     _check_made_of(path, found, wanted)
@@ -179,7 +170,7 @@ def _small_search(config) -> dict:
 def _fit_decoders(config, workdir, dataset) -> None:
   path = workdir / "decoders.safetensors"
   if _is_there(path):
-    found, of_codes = decoders_io.load(path), workdir / "train_codes"
+    found, of_codes = decoder_file.load(path), workdir / "train_codes"
     wanted = codes.load_manifest(of_codes)["codec_fingerprint"]
     name = "codec_fingerprint"
     _check_made_of(path, {name: found.codec_fingerprint}, {name: wanted})
@@ -199,10 +190,10 @@ def _build_index(workdir) -> None:
   path, decoders = workdir / "index.faiss", workdir / "decoders.safetensors"
   if _is_there(path):
     manifest = codes.load_manifest(workdir / "codes")
-    words = decoders_io.load(decoders).additive
+    words = decoder_file.load(decoders).additive
     wanted = {
       "codec_fingerprint": manifest["codec_fingerprint"],
-      "decoders_fingerprint": safetensors_io.fingerprint(words),
+      "decoders_fingerprint": codec_file.fingerprint(words),
       "data": manifest["data"],
       "rows": [[0, manifest["shape"][0]]],
     }
@@ -266,10 +257,10 @@ def _run(command, **values):
   ]
   words = ["python", "-m", command.__spec__.name, *flags]
   logging.info("%s", shlex.join(words))
-  return command.run(common.get_config(command.OPTIONS, **values))
+  return command.run(cli.get_config(command.OPTIONS, **values))
 
 
 if __name__ == "__main__":
-  common.run_config(
+  cli.run_config(
     run, OPTIONS, "Configuration, configs/ivf_qinco2_s.py[:smoke]."
   )

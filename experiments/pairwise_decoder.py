@@ -24,29 +24,29 @@ import jax
 import numpy as np
 from absl import logging
 
-from experiments import codecs, common, encoders, open_codes
+from experiments.lib import cli, codecs, encoders, inputs
 from vqjax.codecs import additive, pairwise
 from vqjax.core import check_range
-from vqjax.data import batches, codes, datasets, formats
-from vqjax.interop import decoders_io
+from vqjax.data import batches, codes, datasets, files
+from vqjax.storage import decoder_file
 
 OPTIONS = {
-  "codec": common.CODEC_OPTION,
-  "data": common.DATA_OPTIONS["data"],
-  "codes": common.Option(
+  "codec": cli.CODEC_OPTION,
+  "data": cli.DATA_OPTIONS["data"],
+  "codes": cli.Option(
     str, None, "Their codes: folder of shards, or .npy; made here if unset."
   ),
-  "num_vectors": common.Option(int, None, "Only the first so many vectors."),
-  "num_held_out": common.Option(
+  "num_vectors": cli.Option(int, None, "Only the first so many vectors."),
+  "num_held_out": cli.Option(
     int, 10_000, "Vectors to measure on; at most half of all."
   ),
-  "num_tables": common.Option(
+  "num_tables": cli.Option(
     int, None, "Tables of the pairwise decoder; 2M if unset, 0 for none."
   ),
-  **{k: v for k, v in common.SEARCH_OPTIONS.items() if k != "num_steps"},
-  "assign": common.ASSIGN_OPTION,
-  "output": common.Option(str, None, "File to write, *.safetensors."),
-  "overwrite": common.Option(bool, False, "Replace an existing output."),
+  **{k: v for k, v in cli.SEARCH_OPTIONS.items() if k != "num_steps"},
+  "assign": cli.ASSIGN_OPTION,
+  "output": cli.Option(str, None, "File to write, *.safetensors."),
+  "overwrite": cli.Option(bool, False, "Replace an existing output."),
 }
 _MOST = 1_000_000  # Vectors to fit to.
 _BLOCK = 65_536  # Vectors or codes gone through at a time.
@@ -67,9 +67,9 @@ class _Sample(NamedTuple):
 def run(config, workdir=None) -> dict:
   """Writes the decoders; returns their errors on held-out vectors."""
   del workdir
-  common.require(config, "codec", "data", "output")
-  decoders_io.check_path(config.output)
-  formats.check_output(config.output, overwrite=config.overwrite)
+  cli.require(config, "codec", "data", "output")
+  decoder_file.check_path(config.output)
+  files.check_output(config.output, overwrite=config.overwrite)
   codec = codecs.open_codec(config.codec)
   num_tables = _check_sizes(codec, config)
   dataset = codecs.resolve_data(codec, config, base=config.data)
@@ -92,7 +92,7 @@ def run(config, workdir=None) -> dict:
     "num_held_out": len(rows_N) - num_train,
     "held_out_mse": {name: mse for name, (mse, _) in rows.items()},
   }
-  decoders_io.save(
+  decoder_file.save(
     config.output,
     additive_params,
     pairwise_params,
@@ -129,8 +129,8 @@ def _check_sizes(codec, config) -> int:
 def _codes_fn(config, codec, vectors):
   """Returns `(rows_N, x_ND) -> codes_NM`, read from a file or encoded."""
   if config.codes:
-    open_codes.refuse_search(config, (*codecs.RULE, "assign"))
-    found = open_codes.of_codec(config, codec, vectors)
+    inputs.refuse_search(config, (*codecs.RULE, "assign"))
+    found = inputs.of_codec(config, codec, vectors)
     return lambda rows_N, _: _read_codes(found, rows_N)
   return lambda _, x_ND: _encode(codec, config, x_ND)
 
@@ -151,7 +151,7 @@ def _read(codec, vectors, rows_N, codes_fn) -> _Sample:
   codes.check_ids(codes_NM, codec.codebook_sizes)
   if not codec.is_ivf:
     return _Sample(x_ND, codes_NM, None)
-  lists_N, codes_NM = open_codes.split(codec, codes_NM)
+  lists_N, codes_NM = inputs.split(codec, codes_NM)
   centroids_LD = codecs.centroids_of(codec)
   for start in range(0, len(x_ND), _BLOCK):
     block = slice(start, start + _BLOCK)
@@ -165,7 +165,7 @@ def _read_codes(found: codes.Codes, rows_N) -> np.ndarray:
   order_N = np.argsort(rows_N)
   starts = np.arange(0, len(found) + _BLOCK, _BLOCK)
   ends = np.searchsorted(rows_N[order_N], starts)
-  with common.progress(len(found), "read codes") as done:
+  with cli.progress(len(found), "read codes") as done:
     for i, start in enumerate(starts[:-1].tolist()):
       block_NM = found[start : start + _BLOCK]
       at_N = order_N[ends[i] : ends[i + 1]]
@@ -177,7 +177,7 @@ def _read_codes(found: codes.Codes, rows_N) -> np.ndarray:
 def _encode(codec, config, x_ND) -> np.ndarray:
   """Codes of vectors, as `experiments.encode` makes them."""
   encoder = encoders.make_encoder(codec, config, x_ND)
-  with common.progress(len(x_ND), "encode") as done:
+  with cli.progress(len(x_ND), "encode") as done:
     return np.concatenate(list(encoder.blocks(done=done)))
 
 
@@ -191,8 +191,8 @@ def _fit_additive(codec, train: _Sample, seconds) -> additive.AdditiveParams:
       done(start + len(part.target_ND), num)
 
   with (
-    common.progress(num, "additive") as done,
-    common.timed(seconds, "additive"),
+    cli.progress(num, "additive") as done,
+    cli.timed(seconds, "additive"),
   ):
     return additive.fit_blocks(blocks(done), _code_sizes(codec)[0])
 
@@ -201,8 +201,8 @@ def _fit_pairwise(
   codec, additive_params, train: _Sample, num_tables: int, seconds
 ) -> pairwise.PairwiseParams:
   with (
-    common.progress(num_tables, "pairwise", unit="table") as done,
-    common.timed(seconds, "pairwise"),
+    cli.progress(num_tables, "pairwise", unit="table") as done,
+    cli.timed(seconds, "pairwise"),
   ):
     list_codes_LV = None
     if train.lists_N is not None:
@@ -264,7 +264,7 @@ def _report(config, info, rows, seconds) -> None:
     "Fitted to %d vectors. On %d others, squared distances in data units:\n%s",
     info["num_training_codes"],
     info["num_held_out"],
-    common.table(
+    cli.table(
       ["decoder", "MSE", "us per vector", "s to fit"],
       [
         [name, f"{mse:.6g}", f"{each:.2f}"]
@@ -281,4 +281,4 @@ def _report(config, info, rows, seconds) -> None:
 
 
 if __name__ == "__main__":
-  common.main(run, OPTIONS, __doc__)
+  cli.main(run, OPTIONS, __doc__)

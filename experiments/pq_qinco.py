@@ -34,31 +34,31 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from experiments import codecs, common, pq_parts
+from experiments.lib import cli, codecs, pq_parts
 from vqjax.codecs import pq_qinco
-from vqjax.data import batches, codes, datasets, formats
-from vqjax.interop import safetensors_io
+from vqjax.data import batches, datasets, files, formats
+from vqjax.storage import codec_file
 
 OPTIONS = {
-  "prepare": common.Option(bool, False, "Cut --data into parts."),
-  "recombine": common.Option(bool, False, "Make one codec of the parts'."),
-  "data": common.Option(
+  "prepare": cli.Option(bool, False, "Cut --data into parts."),
+  "recombine": cli.Option(bool, False, "Make one codec of the parts'."),
+  "data": cli.Option(
     str, None, "Training vectors; with --recombine where they moved to."
   ),
-  "num_vectors": common.Option(int, None, "Only the first so many vectors."),
-  "num_blocks": common.Option(
+  "num_vectors": cli.Option(int, None, "Only the first so many vectors."),
+  "num_blocks": cli.Option(
     int, None, "P, parts of equal size; divides the dimensions."
   ),
-  "opq": common.Option(bool, False, "Learn a rotation first (OPQ, by faiss)."),
-  "seed": common.Option(int, 0, "Draws the vectors that --opq learns from."),
-  "output": common.Option(str, None, "Folder of the parts and the codec."),
-  "parts": common.Option(
+  "opq": cli.Option(bool, False, "Learn a rotation first (OPQ, by faiss)."),
+  "seed": cli.Option(int, 0, "Draws the vectors that --opq learns from."),
+  "output": cli.Option(str, None, "Folder of the parts and the codec."),
+  "parts": cli.Option(
     str, None, "Codecs of the parts, a,b,c; codec-0, ... in --output if unset."
   ),
-  "rotation": common.Option(
+  "rotation": cli.Option(
     str, None, "For --parts: orthonormal .npy `[D, D]`; parts are of x @ it."
   ),
-  "overwrite": common.Option(bool, False, "Replace an existing codec."),
+  "overwrite": cli.Option(bool, False, "Replace an existing codec."),
 }
 _BELONGS = {  # Options that only one of the two has.
   "prepare": ("num_vectors", "num_blocks", "opq", "seed"),
@@ -69,7 +69,7 @@ _BELONGS = {  # Options that only one of the two has.
 def run(config, workdir=None) -> dict:
   """Prepares or recombines; returns what is written down about it."""
   del workdir
-  common.require(config, "output")
+  cli.require(config, "output")
   if config.prepare == config.recombine:
     raise ValueError("Give either --prepare or --recombine; see --help.")
   mode, other = "prepare", "recombine"
@@ -84,11 +84,11 @@ def run(config, workdir=None) -> dict:
 def _recombine(config) -> dict:
   """Writes the codec that the parts make, and measures it."""
   folder = pathlib.Path(config.output)
-  for name in (safetensors_io.TENSORS_NAME, safetensors_io.HEADER_NAME):
-    formats.check_output(folder / name, overwrite=config.overwrite)
+  for name in (codec_file.TENSORS_NAME, codec_file.HEADER_NAME):
+    files.check_output(folder / name, overwrite=config.overwrite)
   paths, prepared, rotation_DD = _find_parts(config, folder)
   vectors = _open_source(config, prepared)
-  parts = [safetensors_io.load_codec(path) for path in paths]
+  parts = [codec_file.load_codec(path) for path in paths]
   for block, (path, part) in enumerate(zip(paths, parts, strict=True)):
     if part.name != "qinco":
       raise ValueError(
@@ -106,7 +106,7 @@ def _recombine(config) -> dict:
   if vectors is not None:
     mse = _held_out_mse(params, info, vectors)
     info["training"]["validation_mse"] = mse
-  file = safetensors_io.save_codec(
+  file = codec_file.save_codec(
     folder, "pq_qinco", params, info=info, overwrite=config.overwrite
   )
   _log_recombined(folder, parts, info)
@@ -153,7 +153,7 @@ def _open_source(config, prepared: dict):
     )
   limit = prepared.get("num_vectors")
   vectors = formats.open_vectors(path, max_vectors=limit)
-  found = {"num_vectors": len(vectors), **codes.identify(vectors)}
+  found = {"num_vectors": len(vectors), **files.identify(vectors)}
   for name, value in found.items():
     if prepared and prepared[name] != value:
       raise ValueError(
@@ -179,9 +179,9 @@ def _is_same(recorded: str, part: pathlib.Path) -> bool:
   if not (os.path.exists(recorded) and part.exists()):
     return pathlib.Path(recorded).name == part.name
   found, wanted = map(formats.open_vectors, (recorded, part))
-  return found.shape == wanted.shape and codes.identify(
+  return found.shape == wanted.shape and files.identify(
     found
-  ) == codes.identify(wanted)
+  ) == files.identify(wanted)
 
 
 def _make_info(paths, parts, source, vectors) -> dict:
@@ -229,7 +229,7 @@ def _held_out_mse(params, info: dict, vectors) -> float:
     return jnp.sum((x_ND - decode_fn(encode_fn(x_ND))) ** 2, axis=-1)
 
   rows = range(held_out.start, held_out.stop)
-  with common.progress(len(rows), "held-out vectors") as done:
+  with cli.progress(len(rows), "held-out vectors") as done:
     blocks = batches.map_blocks(
       errors, vectors, block_size=block_size, rows=rows, progress=done
     )
@@ -251,11 +251,11 @@ def _log_recombined(folder, parts, info: dict) -> None:
     "One codec of %d parts in %s: %s, %s. Its validation MSE: %s.\nNext:\n"
     "  python -m experiments.evaluate --codec=%s%s\n"
     "  python -m experiments.encode --codec=%s --data=FILE --output=codes.npy",
-    *(len(parts), folder, safetensors_io.TENSORS_NAME),
-    *(safetensors_io.HEADER_NAME, quality),
+    *(len(parts), folder, codec_file.TENSORS_NAME),
+    *(codec_file.HEADER_NAME, quality),
     *(output, split or " --data=FILE", output),
   )
 
 
 if __name__ == "__main__":
-  common.main(run, OPTIONS, __doc__)
+  cli.main(run, OPTIONS, __doc__)

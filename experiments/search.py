@@ -43,117 +43,115 @@ import math
 import jax
 from absl import logging
 
-from experiments import (
+from experiments.lib import (
+  cli,
   codecs,
-  common,
-  open_codes,
+  inputs,
   search_data,
   search_measure,
   search_record,
 )
 from vqjax import __version__
 from vqjax.core import check_range
-from vqjax.data import codes, formats
+from vqjax.data import files
 from vqjax.interop import (
   faiss_baselines,
   faiss_filter,
-  faiss_index,
+  faiss_hakes,
   faiss_ivf,
   searchers,
-  signs_io,
 )
+from vqjax.storage import sign_file
 
 OPTIONS = {
-  "codec": common.CODEC_OPTION,
-  "index": common.Option(str, None, "Index of experiments.build_index."),
-  "decoders": common.Option(
+  "codec": cli.CODEC_OPTION,
+  "index": cli.Option(str, None, "Index of experiments.build_index."),
+  "decoders": cli.Option(
     str, None, "Decoders of experiments.pairwise_decoder, for --num_aq."
   ),
-  "signs": common.Option(
+  "signs": cli.Option(
     str, None, "Signs of experiments.signs, for --num_signs."
   ),
-  "filter": common.Option(
+  "filter": cli.Option(
     str,
     None,
     "Filter of experiments.filter: scanned instead of the words, far faster; "
     "instead of --signs.",
   ),
-  "queries": common.Option(
+  "queries": cli.Option(
     str, None, "Queries; those of the codec's data set if unset."
   ),
-  "groundtruth": common.Option(
+  "groundtruth": cli.Option(
     str,
     None,
     "Ids of their true neighbours, nearest first; found by exact search in "
     "--data if unset.",
   ),
-  **common.DATA_OPTIONS,
-  "k": common.Option(int, 10, "Results per query."),
-  "nprobe": common.Option(
+  **cli.DATA_OPTIONS,
+  "k": cli.Option(int, 10, "Results per query."),
+  "nprobe": cli.Option(
     str, None, "Lists looked into, as 1,4,16; powers of two if unset."
   ),
-  "ef_search": common.Option(
+  "ef_search": cli.Option(
     str, None, "Effort of a coarse quantiser that is a graph, as 32,128."
   ),
-  "max_ratio": common.Option(
+  "max_ratio": cli.Option(
     str,
     None,
     "Lists are left out whose centroid is farther than so many times the "
     "nearest (squared distances), as 1.3,1.5,inf; inf, no limit, if unset.",
   ),
-  "num_signs": common.Option(
+  "num_signs": cli.Option(
     str,
     None,
     "Candidates that their signs put in order, as 0,10,20; 0 leaves them out.",
   ),
-  "num_words": common.Option(
+  "num_words": cli.Option(
     str,
     None,
     "Candidates of the filter that their words put in order, as 0,5,10; 0 "
     "leaves them out. Together with --num_short it is no setting.",
   ),
-  "num_aq": common.Option(
+  "num_aq": cli.Option(
     str,
     None,
     "Candidates that the pairwise decoder puts in order, as 0,32,64; 0 leaves "
     "it out. Not above --num_short, or with signs or a filter, it is no "
     "setting.",
   ),
-  "num_short": common.Option(
+  "num_short": cli.Option(
     str,
     None,
     "Candidates that the network decodes, as 0,5,20; 0 leaves it out. Above a "
     "--num_signs that is not 0 it is no setting.",
   ),
-  "threads": common.Option(
+  "threads": cli.Option(
     int, None, "CPUs to work on; all that the process may use if unset."
   ),
-  "dtype": common.Option(
+  "dtype": cli.Option(
     str,
     "auto",
     "Type of the products of scan and network: float32, bfloat16, or auto: "
     "bfloat16 on accelerators and on CPUs that have it (avx512_bf16), where "
     "they take half as long. Sums and distances are float32.",
   ),
-  "rounds": common.Option(
-    int, 3, "Rounds per point, of which the best counts."
-  ),
-  "baselines": common.Option(
+  "rounds": cli.Option(int, 3, "Rounds per point, of which the best counts."),
+  "baselines": cli.Option(
     str,
     "",
     "Also train and search these of faiss, on the same lists: any of "
     f"{','.join(faiss_baselines.NAMES)}. They need --data.",
   ),
-  "train": common.Option(
+  "train": cli.Option(
     str, None, "Their training vectors; those of the codec if unset."
   ),
-  "decode_all": common.Option(
+  "decode_all": cli.Option(
     bool, False, "Search exactly among all --codes, decoded; no index."
   ),
-  "codes": common.Option(str, None, "Codes of the base, for --decode_all."),
-  "output": common.Option(str, None, "JSON file of the points."),
-  "resume": common.Option(bool, False, "Go on with the points still missing."),
-  "overwrite": common.Option(bool, False, "Replace existing outputs."),
+  "codes": cli.Option(str, None, "Codes of the base, for --decode_all."),
+  "output": cli.Option(str, None, "JSON file of the points."),
+  "resume": cli.Option(bool, False, "Go on with the points still missing."),
+  "overwrite": cli.Option(bool, False, "Replace existing outputs."),
 }
 _LEAST_RECALL = 0.02  # Below it a ground truth that nobody checked is doubted.
 
@@ -161,11 +159,11 @@ _LEAST_RECALL = 0.02  # Below it a ground truth that nobody checked is doubted.
 def run(config, workdir=None) -> dict:
   """Returns what it wrote: `{"header", "latency", "points"}`."""
   del workdir
-  common.require(config, "codec", "output")
+  cli.require(config, "codec", "output")
   check_range("--rounds", config.rounds, 1, 1000)
   if config.decode_all:
     return _run_decoded(config)
-  common.require(config, "index")
+  cli.require(config, "index")
   if config.codes:
     raise ValueError("--codes are for --decode_all; an index has its own.")
   search_record.check_output(
@@ -176,7 +174,7 @@ def run(config, workdir=None) -> dict:
       "--signs order the scan that a --filter replaces; give one of them."
     )
   names = search_data.baseline_names(config)
-  num_threads = faiss_index.set_num_threads(config.threads)
+  num_threads = faiss_hakes.set_num_threads(config.threads)
   like, info = faiss_ivf.load(config.index, mmap=True)
   _check_whole(config, info)
   codec = codecs.open_codec(config.codec)
@@ -240,7 +238,7 @@ def _baseline_fns(config, names, ranges, like, train, data, record) -> dict:
 
 def _header(config, codec, info, data, train, num_threads) -> dict:
   """What points must share to be compared; `Record` goes on with no others."""
-  sha256 = lambda path: path and formats.sha256(path)
+  sha256 = lambda path: path and files.sha256(path)
   return {
     "codec": codec.fingerprint,
     "index": info["sha256"],
@@ -250,8 +248,8 @@ def _header(config, codec, info, data, train, num_threads) -> dict:
     "num_vectors": info["num_vectors"],
     "num_lists": info["num_lists"],
     "coarse": info["coarse"],
-    "queries": {"num": len(data.xq_QD), **codes.identify(data.xq_QD)},
-    "groundtruth": codes.identify(data.true_QG),
+    "queries": {"num": len(data.xq_QD), **files.identify(data.xq_QD)},
+    "groundtruth": files.identify(data.true_QG),
     "k": config.k,
     "rounds": config.rounds,
     "dtype": codecs.ranking_dtype(config.dtype),
@@ -268,7 +266,7 @@ def _code_bytes(config, info: dict) -> int:
   bits = (info["codebook_size"] - 1).bit_length()
   num_bytes = math.ceil(info["num_codes"] * bits / 8) + 1
   if config.signs:
-    num_bytes += signs_io.num_bytes(info["dim"])
+    num_bytes += sign_file.num_bytes(info["dim"])
   if config.filter:
     found = faiss_filter.load(config.filter, info).info
     num_bytes += found["code_bytes"]
@@ -423,13 +421,13 @@ def _doubt(data, recall: float) -> None:
 
 def _run_decoded(config) -> dict:
   """Exact search among all decoded codes."""
-  common.require(config, "codes")
+  cli.require(config, "codes")
   if config.index or config.baselines:
     raise ValueError("--decode_all searches --codes; leave --index out.")
-  formats.check_output(config.output, config.overwrite)
-  num_threads = faiss_index.set_num_threads(config.threads)
+  files.check_output(config.output, config.overwrite)
+  num_threads = faiss_hakes.set_num_threads(config.threads)
   codec = codecs.open_codec(config.codec)
-  found = open_codes.of_codec(config, codec, may_be_short=True)
+  found = inputs.of_codec(config, codec, may_be_short=True)
   data = search_data.open_data(
     codec, config, config.codes, len(found), found.meta.get("data")
   )
@@ -445,11 +443,11 @@ def _run_decoded(config) -> dict:
     "recall": search_data.recalls(ids_QR, data.true_QG),
     "seconds": round(seconds["search"], 3),
   }
-  codes.write_json(config.output, result, overwrite=config.overwrite)
+  files.write_json(config.output, result, overwrite=config.overwrite)
   logging.info(
     "%d codes decoded and %d queries searched in %.1f s\n%s\nWritten: %s",
     *(len(found), len(data.xq_QD), seconds["search"]),
-    common.table(
+    cli.table(
       list(result["recall"]), [[f"{v:.4f}" for v in result["recall"].values()]]
     ),
     config.output,
@@ -459,7 +457,7 @@ def _run_decoded(config) -> dict:
 
 
 if __name__ == "__main__":
-  common.main(
+  cli.main(
     run,
     OPTIONS,
     __doc__,

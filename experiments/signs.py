@@ -20,17 +20,18 @@ import shlex
 import numpy as np
 from absl import logging
 
-from experiments import common, open_codes
-from vqjax.data import batches, formats
-from vqjax.interop import faiss_ivf, faiss_lists, signs_io
+from experiments.lib import cli, inputs
+from vqjax.data import batches, files
+from vqjax.interop import faiss_ivf, faiss_lists
 from vqjax.search import signs as signs_lib
+from vqjax.storage import sign_file
 
 OPTIONS = {
-  "index": common.Option(str, None, "Index of experiments.build_index."),
-  "data": common.Option(str, None, "Vectors of the index, row by row."),
-  "seed": common.Option(int, 0, "Of the random rotation."),
-  "output": common.Option(str, None, "signs.safetensors to write."),
-  "overwrite": common.Option(bool, False, "Replace an existing output."),
+  "index": cli.Option(str, None, "Index of experiments.build_index."),
+  "data": cli.Option(str, None, "Vectors of the index, row by row."),
+  "seed": cli.Option(int, 0, "Of the random rotation."),
+  "output": cli.Option(str, None, "signs.safetensors to write."),
+  "overwrite": cli.Option(bool, False, "Replace an existing output."),
 }
 _BLOCK = 16384
 
@@ -38,17 +39,17 @@ _BLOCK = 16384
 def run(config, workdir=None) -> dict:
   """Writes the signs; returns what was written."""
   del workdir
-  common.require(config, "index", "data", "output")
-  signs_io.check_path(config.output)
-  formats.check_output(config.output, overwrite=config.overwrite)
+  cli.require(config, "index", "data", "output")
+  sign_file.check_path(config.output)
+  files.check_output(config.output, overwrite=config.overwrite)
   index, info = faiss_ivf.load(config.index)
-  vectors = open_codes.of_index(config, info)
+  vectors = inputs.of_index(config, info)
   contents = faiss_ivf.contents(index)
   rotation_DE = signs_lib.random_rotation(index.d, config.seed)
   signs = signs_lib.make_signs(
     *_describe(contents, vectors, rotation_DE), rotation_DE
   )
-  signs_io.save(
+  sign_file.save(
     config.output,
     signs,
     of_index=info["sha256"],
@@ -59,7 +60,7 @@ def run(config, workdir=None) -> dict:
     "Signs of %d vectors, %d bytes each: %s\nNext:\n  python -m "
     "experiments.search --codec=CODEC --index=%s --signs=%s "
     "--num_signs=0,10,20",
-    *(index.ntotal, signs_io.num_bytes(index.d), config.output),
+    *(index.ntotal, sign_file.num_bytes(index.d), config.output),
     *map(shlex.quote, (config.index, config.output)),
   )
   return {"output": config.output, "num_vectors": index.ntotal}
@@ -68,7 +69,7 @@ def run(config, workdir=None) -> dict:
 def _describe(contents, vectors, rotation_DE):
   """What `signs.make_signs` takes, in the order of the rows of the index."""
   num = len(contents.ids_N)
-  order_N, ids_N = open_codes.sort_ids(contents.ids_N, vectors)
+  order_N, ids_N = inputs.sort_ids(contents.ids_N, vectors)
   num_words = signs_lib.num_words(vectors.shape[1])
   out = (
     np.empty((num, num_words), np.uint32),
@@ -76,7 +77,7 @@ def _describe(contents, vectors, rotation_DE):
     np.empty(num, np.float32),
   )
   decode_fn = faiss_lists.make_decode_fn(contents.codebooks_MKD)
-  with common.progress(num, "signs") as done:
+  with cli.progress(num, "signs") as done:
     for start in range(0, num, _BLOCK):
       block = slice(start, start + _BLOCK)
       rows_n = order_N[block]
@@ -102,4 +103,4 @@ def _words(contents, decode_fn, rows_n):
 
 
 if __name__ == "__main__":
-  common.main(run, OPTIONS, __doc__)
+  cli.main(run, OPTIONS, __doc__)

@@ -19,35 +19,35 @@ import matplotlib
 import numpy as np
 from absl import logging
 
-from experiments import codecs, common, encoders
+from experiments.lib import cli, codecs, encoders
 from vqjax.core import check_range
-from vqjax.data import batches, datasets, formats
+from vqjax.data import batches, datasets, files
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 OPTIONS = {
-  "codec": common.CODEC_OPTION,
-  **common.DATA_OPTIONS,
-  "num_vectors": common.Option(int, 2000, "Vectors to encode."),
-  "beam_sizes": common.Option(str, "4,8,16,32,48,64", "Values of B."),
-  "num_candidates": common.Option(
+  "codec": cli.CODEC_OPTION,
+  **cli.DATA_OPTIONS,
+  "num_vectors": cli.Option(int, 2000, "Vectors to encode."),
+  "beam_sizes": cli.Option(str, "4,8,16,32,48,64", "Values of B."),
+  "num_candidates": cli.Option(
     str, "4,16", "Values of A, up to B, for the published rule."
   ),
-  "joint_factors": common.Option(
+  "joint_factors": cli.Option(
     str, "1,2,4", "Values of C / B, for the joint rule."
   ),
-  "dtype": common.SEARCH_OPTIONS["dtype"],
-  "repeats": common.Option(int, 3, "Runs, of which the median time counts."),
-  "output": common.Option(str, None, "Picture to write (.png, .svg, .pdf)."),
-  "overwrite": common.Option(bool, False, "Replace existing outputs."),
+  "dtype": cli.SEARCH_OPTIONS["dtype"],
+  "repeats": cli.Option(int, 3, "Runs, of which the median time counts."),
+  "output": cli.Option(str, None, "Picture to write (.png, .svg, .pdf)."),
+  "overwrite": cli.Option(bool, False, "Replace existing outputs."),
 }
 
 
 def run(config, workdir=None) -> dict:
   """Returns `{"rows": [...]}`, one row per pair of sizes."""
   del workdir
-  common.require(config, "codec", "output")
+  cli.require(config, "codec", "output")
   picture = pathlib.Path(config.output)
   figures = picture.with_suffix(".json")
   if picture.suffix not in (".png", ".svg", ".pdf"):
@@ -57,7 +57,7 @@ def run(config, workdir=None) -> dict:
   check_range("--repeats", config.repeats, 1, 1000)
   check_range("--num_vectors", config.num_vectors, 1, 1 << 40)
   for path in (picture, figures):
-    formats.check_output(path, overwrite=config.overwrite)
+    files.check_output(path, overwrite=config.overwrite)
   codec = codecs.open_codec(config.codec)
   if getattr(codec.tables, "preselect_TKD", None) is None:
     raise ValueError(
@@ -71,7 +71,7 @@ def run(config, workdir=None) -> dict:
   for knobs in sizes:
     knobs["dtype"] = codecs.product_dtype(config.dtype)
   scouted = [encoders.with_scout(codec, k, others_ND) for k in sizes]
-  with common.progress(len(sizes), "encode", unit="size") as done:
+  with cli.progress(len(sizes), "encode", unit="size") as done:
     for ready, knobs in zip(scouted, sizes, strict=True):
       rows.append(_measure(ready, x_ND, knobs, config, dataset.scale))
       done(len(rows), len(sizes))
@@ -85,9 +85,9 @@ def run(config, workdir=None) -> dict:
     "fingerprint": codec.fingerprint,
     "rows": rows,
   }
-  with formats.atomic_output(figures, config.overwrite) as path:
+  with files.atomic_output(figures, config.overwrite) as path:
     pathlib.Path(path).write_text(json.dumps(result, indent=1))
-  with formats.atomic_output(picture, config.overwrite) as path:
+  with files.atomic_output(picture, config.overwrite) as path:
     _draw(rows, dataset.scale, path, picture.suffix[1:])
   logging.info("Written: %s, %s", picture, figures)
   return result
@@ -173,7 +173,7 @@ def _measure(codec, x_ND, knobs, config, scale) -> dict:
 
 
 def _table(rows) -> str:
-  return common.table(
+  return cli.table(
     ["rule", "B", "A", "C", "F", "evaluations", "MSE", "us per vector"],
     [
       [
@@ -236,4 +236,4 @@ def _draw(rows, scale, path, kind) -> None:
 
 
 if __name__ == "__main__":
-  common.main(run, OPTIONS, __doc__)
+  cli.main(run, OPTIONS, __doc__)

@@ -26,12 +26,13 @@ import numpy as np
 from absl import logging
 from ml_collections import config_dict
 
-from experiments import codecs, common, ivf_lists
+from experiments.lib import cli, codecs, ivf_lists
 from vqjax import devices
-from vqjax.codecs import pq, qinco, qinco_learning, registry, rq
+from vqjax.codecs import pq, qinco, qinco_loss, registry, rq
 from vqjax.core import check_range
-from vqjax.data import batches, datasets, formats
-from vqjax.interop import faiss_io, safetensors_io
+from vqjax.data import batches, datasets, files
+from vqjax.interop import faiss_io
+from vqjax.storage import codec_file
 from vqjax.training import checkpoints as checkpoints_lib
 from vqjax.training import loop, optimisers, writers
 
@@ -41,7 +42,7 @@ SEARCH = ("num_candidates", "beam_size", "num_joint_candidates")
 
 def run(config: config_dict.ConfigDict, workdir: str, *, resume: bool = False):
   """Trains into `workdir`; returns its summary, `None` when interrupted."""
-  common.keep_compiled()
+  cli.keep_compiled()
   workdir = pathlib.Path(workdir)
   dataset = _resolve(config)
   xt_ND = datasets.open_split(dataset, "train")
@@ -88,7 +89,7 @@ def _check_options(config) -> None:
     check_range(f"train.{name}", train[name], 1, 1 << 40)
   check_range("train.ramp_epochs", train.ramp_epochs, 0, train.num_epochs)
   for name, known in (
-    ("redraw", qinco_learning.REDRAWS),
+    ("redraw", qinco_loss.REDRAWS),
     ("schedule", optimisers.SCHEDULES),
     ("dtype", ("auto", "float32", "bfloat16")),
   ):
@@ -121,7 +122,7 @@ def _is_finished(workdir, config, plan, num_rows: int, resume: bool) -> bool:
         "--resume out to start one."
       )
     if devices.is_first():
-      with formats.atomic_output(file, overwrite=True) as temporary:
+      with files.atomic_output(file, overwrite=True) as temporary:
         pathlib.Path(temporary).write_text(json.dumps(new, indent=2))
     devices.gather(0)  # It is there for all.
     _check_shared(workdir, file.exists())
@@ -303,15 +304,13 @@ def _make_state(config, schedule, centroids_LD, x_ND):
   if centroids_LD is not None:
     x_ND, lists_N = ivf_lists.split(x_ND)
     start |= dict(centroids_LD=centroids_LD, lists_N=lists_N)
-  params = qinco_learning.init(
-    jax.random.key(config.seed), x_ND, **sizes, **start
-  )
+  params = qinco_loss.init(jax.random.key(config.seed), x_ND, **sizes, **start)
   return loop.make_state(
     params,
     _make_tx(config, schedule),
-    qinco_learning.empty_stats(params),
+    qinco_loss.empty_stats(params),
     _METRICS,
-    qinco_learning.frozen,
+    qinco_loss.frozen,
   )
 
 
@@ -340,7 +339,7 @@ def _make_learner(config, xv_ND, schedule):
   knobs = {name: config.model[name] for name in SEARCH}
 
   def loss(params, key, x_ND, **options):
-    return qinco_learning.loss(params, key, *_split(params, x_ND), **options)
+    return qinco_loss.loss(params, key, *_split(params, x_ND), **options)
 
   def errors(tables, x_ND):
     x_ND, lists_N = _split(tables, x_ND)
@@ -363,14 +362,14 @@ def _make_learner(config, xv_ND, schedule):
       dtype=codecs.product_dtype(config.train.dtype),
       **knobs,
     ),
-    join_stats_fn=qinco_learning.join_stats,
-    merge_stats_fn=qinco_learning.merge_stats,
+    join_stats_fn=qinco_loss.join_stats,
+    merge_stats_fn=qinco_loss.merge_stats,
     end_epoch_fn=functools.partial(
-      qinco_learning.end_epoch, redraw=config.train.redraw
+      qinco_loss.end_epoch, redraw=config.train.redraw
     ),
-    usage_fn=qinco_learning.usage,
+    usage_fn=qinco_loss.usage,
     validate_fn=validate,
-    frozen_fn=qinco_learning.frozen,
+    frozen_fn=qinco_loss.frozen,
   )
   return learner, _make_tx(config, schedule)
 
@@ -401,7 +400,7 @@ def _finish(config, workdir, dataset, xt_ND, params, seconds):
     return jnp.sum((x_ND - decode_fn(encode_fn(rows))) ** 2, axis=-1)
 
   xv_ND = batches.read_rows(xt_ND, np.arange(held_out.start, held_out.stop))
-  with common.progress(len(devices.share(len(xv_ND))), "validate") as done:
+  with cli.progress(len(devices.share(len(xv_ND))), "validate") as done:
     validation = codecs.mean_of_rows(errors, xv_ND, block_size, done)
   info = {
     "encode": knobs,
@@ -419,10 +418,10 @@ def _finish(config, workdir, dataset, xt_ND, params, seconds):
   }
   if not devices.is_first():
     return summary
-  safetensors_io.save_codec(
+  codec_file.save_codec(
     workdir, config.codec, params, info=info, overwrite=True
   )
-  with formats.atomic_output(workdir / "summary.json", overwrite=True) as file:
+  with files.atomic_output(workdir / "summary.json", overwrite=True) as file:
     pathlib.Path(file).write_text(json.dumps(summary, indent=2))
   logging.info(
     "Done in %.0f s. Validation MSE%s, encoded with %s: %.4f\n"
@@ -472,9 +471,9 @@ def _data_record(config) -> dict:
 
 
 if __name__ == "__main__":
-  common.run_config(
+  cli.run_config(
     run,
-    {"resume": common.Option(bool, False, "Go on with the run in --workdir.")},
+    {"resume": cli.Option(bool, False, "Go on with the run in --workdir.")},
     "Configuration, e.g. configs/qinco2_s.py[:smoke|:bigann1M].",
     how_to_go_on="To go on, add --resume to the same command.",
     multihost=True,

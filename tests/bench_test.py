@@ -12,14 +12,14 @@ import pytest
 import qinco_cases
 from jax import extend
 
-from experiments import (
-  bench,
+from experiments import bench
+from experiments.lib import (
   bench_arithmetic,
   bench_report,
   bench_subjects,
   bench_timing,
+  cli,
   codecs,
-  common,
 )
 from vqjax.codecs import qinco, qinco_scout
 from vqjax.interop import faiss_io
@@ -29,7 +29,7 @@ NUM = 3
 
 
 def _config(**values):
-  return common.get_config(bench.OPTIONS, **values)
+  return cli.get_config(bench.OPTIONS, **values)
 
 
 def _multiply_adds(jaxpr) -> int:
@@ -326,7 +326,7 @@ def test_kmeans_of_faiss_starts_where_told():
 
 def _torch_baseline():
   pytest.importorskip("torch", reason="PyTorch is no dependency")
-  from experiments import torch_baseline
+  from experiments.lib import torch_baseline
 
   return torch_baseline
 

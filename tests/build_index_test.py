@@ -6,11 +6,14 @@ import faiss
 import numpy as np
 import pytest
 
-from experiments import build_index, codecs, common
+from experiments import build_index
+from experiments.lib import cli, codecs
 from tests import qinco_cases
 from vqjax.codecs import additive, rq
 from vqjax.data import codes
-from vqjax.interop import decoders_io, faiss_ivf, safetensors_io
+from vqjax.data.files import write_json
+from vqjax.interop import faiss_ivf
+from vqjax.storage import codec_file, decoder_file
 
 D, K, M, L, NUM = 6, 8, 4, 11, 130
 NO_FILES = {"codec": None, "codes": None, "decoders": None}
@@ -33,7 +36,7 @@ def _make(folder, num_lists, seed=0, metric="l2"):
     name, encode = "rq", {"beam_size": 1}
     params = rq.RQParams(rng.normal(size=(M, K, D)).astype(np.float32))
   info = {"encode": encode, "metric": metric}
-  safetensors_io.save_codec(folder / "codec", name, params, info=info)
+  codec_file.save_codec(folder / "codec", name, params, info=info)
   codec = codecs.open_codec(str(folder / "codec"))
   sizes = codec.codebook_sizes
   codes_NM = rng.integers(0, sizes, (NUM, len(sizes))).astype(np.int32)
@@ -46,11 +49,11 @@ def _make(folder, num_lists, seed=0, metric="l2"):
     encode=encode,
     command="",
   )
-  codes.write_json(folder / "codes.npy.json", meta)
+  write_json(folder / "codes.npy.json", meta)
   lists_N = codes_NM[:, 0] if is_ivf else np.zeros(NUM, np.int32)
   target_ND = x_ND - codecs.centroids_of(codec)[lists_N]
   words = additive.fit(codes_NM[:, is_ivf:], target_ND, K)
-  decoders_io.save(
+  decoder_file.save(
     folder / "decoders.safetensors",
     words,
     codec_fingerprint=codec.fingerprint,
@@ -89,7 +92,7 @@ def said(monkeypatch):
 
 def _run(output, files, **values):
   values = {"output": str(output), **files, **values}
-  build_index.run(common.get_config(build_index.OPTIONS, **values))
+  build_index.run(cli.get_config(build_index.OPTIONS, **values))
   return faiss_ivf.load(output)
 
 
@@ -111,7 +114,7 @@ def test_the_index_holds_the_codes(coarse, files, tmp_path):
     got_NM = np.column_stack([lists_N, found.codes_NM])
   np.testing.assert_array_equal(np.sort(found.ids_N), np.arange(NUM))
   np.testing.assert_array_equal(got_NM, codes_NM[found.ids_N])
-  decoders = decoders_io.load(files["decoders"])
+  decoders = decoder_file.load(files["decoders"])
   codec = codecs.open_codec(files["codec"])
   np.testing.assert_array_equal(
     found.codebooks_MKD, decoders.additive.codebooks_MKD
@@ -143,7 +146,9 @@ def test_plain_faiss_ranks_by_the_additive_decoder(files, tmp_path):
   index = faiss.read_index(str(path))
   index.nprobe = index.nlist
   codec, codes_NM = codecs.open_codec(files["codec"]), np.load(files["codes"])
-  words = np.asarray(decoders_io.load(files["decoders"]).additive.codebooks_MKD)
+  words = np.asarray(
+    decoder_file.load(files["decoders"]).additive.codebooks_MKD
+  )
   lists_N = codes_NM[:, 0] if codes_NM.shape[1] > M else np.zeros(NUM, int)
   x_ND = codecs.centroids_of(codec)[lists_N]
   r_ND = sum(words[m][code_N] for m, code_N in enumerate(codes_NM[:, -M:].T))
@@ -187,7 +192,9 @@ def test_blocks_change_nothing(files, tmp_path, monkeypatch):
 
 def test_norms_are_learnt_from_all_rows_of_a_small_file(files, tmp_path):
   index, _ = _run(tmp_path / "a.faiss", files)
-  words = np.asarray(decoders_io.load(files["decoders"]).additive.codebooks_MKD)
+  words = np.asarray(
+    decoder_file.load(files["decoders"]).additive.codebooks_MKD
+  )
   codes_NM = np.load(files["codes"])[:, -M:]
   bounds = faiss_ivf.fit_norm_range(words, codes_NM)
   np.testing.assert_allclose((index.rq.norm_min, index.rq.norm_max), bounds)
@@ -251,7 +258,7 @@ def test_options_that_make_no_sense_are_refused(
   if config["output"]:
     config["output"] = str(config["output"])
   with pytest.raises(ValueError, match=match):
-    build_index.run(common.get_config(build_index.OPTIONS, **config))
+    build_index.run(cli.get_config(build_index.OPTIONS, **config))
   assert not list(tmp_path.iterdir())
 
 
@@ -292,10 +299,10 @@ def test_another_codec_is_refused(ivf_files, tmp_path):
 
 def test_decoders_and_codes_of_fewer_steps_are_refused(ivf_files, tmp_path):
   codec = codecs.open_codec(ivf_files["codec"])
-  words = decoders_io.load(ivf_files["decoders"]).additive
+  words = decoder_file.load(ivf_files["decoders"]).additive
   path = tmp_path / "decoders.safetensors"
   short = words.replace(codebooks_MKD=words.codebooks_MKD[1:])
-  decoders_io.save(path, short, codec_fingerprint=codec.fingerprint, info={})
+  decoder_file.save(path, short, codec_fingerprint=codec.fingerprint, info={})
   with pytest.raises(ValueError, match="has 3 codebooks of 8 words in 6 dim"):
     _run(tmp_path / "a", ivf_files, decoders=str(path))
   np.save(tmp_path / "codes.npy", np.load(ivf_files["codes"])[:, :-1])
@@ -328,7 +335,7 @@ def test_parts_that_do_not_fit_are_refused(ivf_files, tmp_path, monkeypatch):
   _run(c, other, rows="70:", overwrite=True)
   with pytest.raises(ValueError, match="their codec_fingerprint is"):
     _run(d, {}, merge=f"{a},{c}")
-  beside = codes.description_path(b)
+  beside = files.description_path(b)
   info = json.loads(beside.read_text()) | {"rows": [[70, NUM]]}
   beside.write_text(json.dumps(info | {"sha256": "0"}))
   with pytest.raises(ValueError, match="does not match the checksum"):

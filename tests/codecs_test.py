@@ -16,7 +16,7 @@ import pytest
 
 from tests import qinco_cases
 from vqjax.codecs import pq, pq_qinco, registry, rq
-from vqjax.interop import safetensors_io
+from vqjax.storage import codec_file
 
 KEY = jax.random.key(0)
 D = 8
@@ -334,8 +334,8 @@ def test_7_codes_are_int32_in_range(row):
 @_over()
 def test_8_save_and_restore_is_bit_equal(row, tmp_path):
   params = _params(row)
-  safetensors_io.save_codec(tmp_path, row.codec, params, info={})
-  restored = safetensors_io.load_codec(tmp_path)
+  codec_file.save_codec(tmp_path, row.codec, params, info={})
+  restored = codec_file.load_codec(tmp_path)
   assert restored.name == row.codec
   same = jax.tree.map(np.array_equal, restored.params, params)
   assert all(jax.tree.leaves(same))

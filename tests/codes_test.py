@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from vqjax.data import codes, formats
+from vqjax.data import codes, files, formats
 
 SIZES = (300, 16, 256)  # 2 + 1 + 1 bytes a row.
 NUM, NUM_SHARDS = 23, 4
@@ -123,7 +123,7 @@ def test_a_file_that_holds_no_codes_is_refused(tmp_path):
   np.save(path, np.array([[0, 1], [1 << 31, 2]]))
   with pytest.raises(ValueError, match="Code 2147483648 in row 1, column 0"):
     codes.open_codes(path)[:]
-  codes.write_json(codes.description_path(path), _manifest())
+  files.write_json(files.description_path(path), _manifest())
   with pytest.raises(ValueError, match=r"shape \[23, 3\], but .* has \[2, 2\]"):
     codes.open_codes(path)
 
@@ -217,13 +217,13 @@ class _Counted:
 def test_identity_reads_few_rows_and_notices_another_file():
   x_ND = np.random.default_rng(0).normal(size=(5000, 4)).astype(np.float32)
   counted = _Counted(x_ND)
-  assert codes.identify(counted) == codes.identify(x_ND)
+  assert files.identify(counted) == files.identify(x_ND)
   assert 0 < counted.num_read <= 256
-  assert codes.identify(x_ND[::-1]) != codes.identify(x_ND)
+  assert files.identify(x_ND[::-1]) != files.identify(x_ND)
   for row in (0, 4999):  # Such as a file that was cut or grew.
     other_ND = x_ND.copy()
     other_ND[row, 0] += 1
-    assert codes.identify(other_ND) != codes.identify(x_ND)
+    assert files.identify(other_ND) != files.identify(x_ND)
 
 
 def _flip_a_byte(path):
@@ -298,7 +298,7 @@ def test_reading_stops_at_a_damaged_shard(folder):
 def test_a_checksum_is_compared_once_and_only_where_codes_are_read(
   folder, monkeypatch
 ):
-  summed, sha256 = [], formats.sha256
+  summed, sha256 = [], files.sha256
   monkeypatch.setattr(
     formats, "sha256", lambda path: summed.append(path.name) or sha256(path)
   )

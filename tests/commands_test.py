@@ -9,25 +9,26 @@ import numpy as np
 import pytest
 
 from configs import qinco2_s
-from experiments import codecs, common, decode, encode, evaluate, train
+from experiments import decode, encode, evaluate, train
+from experiments.lib import cli, codecs
 from tests import commands
 from vqjax.codecs import packing
 from vqjax.data import formats
-from vqjax.interop import safetensors_io
+from vqjax.storage import codec_file
 
 ROOT = pathlib.Path(__file__).parents[1]
 SAMPLE = ROOT / "third_party" / "sample_sift"
 
 
 def _config(module, **values):
-  return common.get_config(module.OPTIONS, **values)
+  return cli.get_config(module.OPTIONS, **values)
 
 
 def test_options_are_those_there_are():
-  config = common.get_config(decode.OPTIONS, codes="c.npy", num_steps=3)
+  config = cli.get_config(decode.OPTIONS, codes="c.npy", num_steps=3)
   assert (config.codes, config.num_steps, config.output) == ("c.npy", 3, None)
   with pytest.raises(KeyError, match="outptu"):
-    common.get_config(decode.OPTIONS, outptu="x.npy")
+    cli.get_config(decode.OPTIONS, outptu="x.npy")
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ def test_options_are_those_there_are():
   ],
 )
 def test_runs_go_where_their_configuration_says(file, folder):
-  assert common.default_workdir(file) == folder
+  assert cli.default_workdir(file) == folder
 
 
 @pytest.fixture(scope="module")
@@ -447,9 +448,9 @@ def test_killed_and_resumed_from_the_shell_equals_uninterrupted(tmp_path):
   assert stopped % 62, "stopped at the end of an epoch; nothing was tested"
   assert not (part / "codec.safetensors").exists()
   with pytest.raises((ValueError, OSError), match="resume"):
-    safetensors_io.load_codec(part)
+    codec_file.load_codec(part)
   commands.run("train", *config, f"--workdir={part}", "--resume")
-  a, b = (safetensors_io.load_codec(folder) for folder in (whole, part))
+  a, b = (codec_file.load_codec(folder) for folder in (whole, part))
   assert a.fingerprint == b.fingerprint
 
 

@@ -10,7 +10,7 @@ import pytest
 from ml_collections import config_dict
 
 from experiments import train
-from vqjax.codecs import qinco_learning
+from vqjax.codecs import qinco_loss
 from vqjax.data import datasets
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -79,7 +79,7 @@ def test_sizes_fit_the_model(name, arg):
   sizes = {k: v for k, v in config.model.items() if k not in train.SEARCH}
   dim = {"sample_text": 384, "contriever1M": 768}.get(arg, 128)
   params = jax.eval_shape(
-    lambda x_ND: qinco_learning.init(jax.random.key(0), x_ND, **sizes),
+    lambda x_ND: qinco_loss.init(jax.random.key(0), x_ND, **sizes),
     jax.ShapeDtypeStruct((1000, dim), jnp.float32),
   )
   train.check_search(config, params)

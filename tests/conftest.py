@@ -46,6 +46,6 @@ def one_thread():
 @pytest.fixture
 def single_calls(monkeypatch):
   """Measures a search by one call, not for a tenth of a second."""
-  from experiments import search_measure
+  from experiments.lib import search_measure
 
   monkeypatch.setattr(search_measure, "_MIN_SECONDS", 0.0)

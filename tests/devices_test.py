@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from configs import qinco2_s
-from experiments import codecs, train
+from experiments import train
+from experiments.lib import codecs
 from tests import commands
 from vqjax import cpu, devices
 from vqjax.training import loop, writers

@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from experiments import codecs, common, encode, pairwise_decoder
+from experiments import encode, pairwise_decoder
+from experiments.lib import cli, codecs
 from tests import qinco_cases
 from vqjax.codecs import additive, pq
-from vqjax.interop import decoders_io, safetensors_io
+from vqjax.storage import codec_file, decoder_file
 
 NUM, LISTS = 300, 5
 
@@ -18,7 +19,7 @@ def _given(tmp_path_factory):
   """A codec with lists, vectors, and decoders of codes made without them."""
   folder = tmp_path_factory.mktemp("given")
   np.save(folder / "x.npy", qinco_cases.vectors(NUM))
-  safetensors_io.save_codec(
+  codec_file.save_codec(
     folder / "codec",
     "qinco",
     qinco_cases.make_params(num_lists=LISTS, num_words=8),
@@ -26,7 +27,7 @@ def _given(tmp_path_factory):
   )
   given = dict(codec=str(folder / "codec"), data=str(folder / "x.npy"))
   decoders = str(folder / "decoders.safetensors")
-  config = common.get_config(
+  config = cli.get_config(
     pairwise_decoder.OPTIONS, **given, output=decoders, num_tables=0
   )
   pairwise_decoder.run(config)
@@ -35,7 +36,7 @@ def _given(tmp_path_factory):
 
 def _encode(given, output, **values):
   values = {**given, "output": str(output), **values}
-  encode.run(common.get_config(encode.OPTIONS, **values))
+  encode.run(cli.get_config(encode.OPTIONS, **values))
   return np.load(output)
 
 
@@ -43,7 +44,7 @@ def _errors(given, codes_NM):
   """Of the network, and of the additive decoder; means."""
   codec = codecs.open_codec(given["codec"])
   x_ND = np.load(given["data"])
-  words = decoders_io.load(given["decoders"]).additive
+  words = decoder_file.load(given["decoders"]).additive
   left_ND = x_ND - codecs.centroids_of(codec)[codes_NM[:, 0]]
   left_ND = left_ND - additive.decode(words, codes_NM[:, 1:])
   off_ND = x_ND - np.asarray(codec.module.decode(codec.tables, codes_NM))
@@ -67,9 +68,9 @@ def test_the_additive_decoder_reads_the_codes_better(given, tmp_path):
 def test_codes_say_which_decoders_and_weight(given, tmp_path):
   _encode(given, tmp_path / "a.npy")
   said = json.loads((tmp_path / "a.npy.json").read_text())
-  words = decoders_io.load(given["decoders"]).additive
+  words = decoder_file.load(given["decoders"]).additive
   assert said["encode"]["additive_weight"] == 0.1
-  fingerprint = safetensors_io.fingerprint(words)
+  fingerprint = codec_file.fingerprint(words)
   assert said["encode"]["decoders_fingerprint"] == fingerprint
   assert f"--decoders={given['decoders']}" in said["command"]
 
@@ -77,7 +78,7 @@ def test_codes_say_which_decoders_and_weight(given, tmp_path):
 def test_shards_of_another_weight_are_refused(given, tmp_path):
   shards = {**given, "output": str(tmp_path / "codes"), "shards": 2}
   run = lambda **values: encode.run(
-    common.get_config(encode.OPTIONS, **{**shards, **values})
+    cli.get_config(encode.OPTIONS, **{**shards, **values})
   )
   run()
   run()
@@ -97,16 +98,16 @@ def test_what_cannot_have_a_say_is_refused(given, tmp_path):
   with pytest.raises(ValueError, match="whole codes; leave num_steps"):
     _encode(given, output, num_steps=2)
   other = str(tmp_path / "other.safetensors")
-  decoders_io.save(
+  decoder_file.save(
     other,
-    decoders_io.load(given["decoders"]).additive,
+    decoder_file.load(given["decoders"]).additive,
     codec_fingerprint="other",
     info={},
   )
   with pytest.raises(ValueError, match="decodes codes of codec other"):
     _encode(given, output, decoders=other)
   words_MKD = np.random.default_rng(0).normal(size=(2, 4, 3))
-  safetensors_io.save_codec(
+  codec_file.save_codec(
     tmp_path / "pq", "pq", pq.PQParams(words_MKD.astype(np.float32)), info={}
   )
   with pytest.raises(ValueError, match="mean nothing to the encoder of a pq"):

@@ -11,10 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import codecs, common, decode, encode, encoders
+from experiments import decode, encode
+from experiments.lib import cli, codecs, encoders
 from tests import commands
 from vqjax.data import codes, formats
-from vqjax.interop import safetensors_io
+from vqjax.storage import codec_file
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "third_party" / "golden"
@@ -23,7 +24,7 @@ NUM = 50
 
 
 def _config(module=encode, **values):
-  return common.get_config(module.OPTIONS, **values)
+  return cli.get_config(module.OPTIONS, **values)
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +37,10 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def other_codec(tmp_path_factory):
   """A codec of the same sizes."""
-  loaded = safetensors_io.load_codec(CODEC)
+  loaded = codec_file.load_codec(CODEC)
   params = loaded.params.replace(mean_D=loaded.params.mean_D + 1)
   folder = tmp_path_factory.mktemp("other")
-  safetensors_io.save_codec(folder, loaded.name, params, info=loaded.info)
+  codec_file.save_codec(folder, loaded.name, params, info=loaded.info)
   return str(folder)
 
 

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from experiments import bench as bench_command
-from experiments import bench_subjects, codecs, common, encode, encoders
+from experiments import encode
 from experiments import evaluate as evaluate_command
+from experiments.lib import bench_subjects, cli, codecs, encoders
 from tests import qinco_cases
 from vqjax.codecs import qinco, qinco_scout, rq
 from vqjax.data import formats
-from vqjax.interop import safetensors_io
+from vqjax.storage import codec_file
 
 KNOBS = dict(beam_size=6, num_joint_candidates=24)
 
@@ -113,7 +114,7 @@ def test_few_vectors_are_not_worth_a_trial():
 
 def _write(folder, params, num):
   """A codec and a file of vectors, as options of a command."""
-  safetensors_io.save_codec(
+  codec_file.save_codec(
     folder / "codec", "qinco", params, info={"encode": KNOBS}
   )
   x_ND = qinco_cases.vectors(num)
@@ -123,7 +124,7 @@ def _write(folder, params, num):
 
 
 def _encode(folder, paths, name="codes.npy", **asked):
-  config = common.get_config(
+  config = cli.get_config(
     encode.OPTIONS, **paths, output=str(folder / name), **asked
   )
   encode.run(config)
@@ -198,7 +199,7 @@ def test_folders_begun_without_a_scout_are_gone_on_with(tmp_path, asked):
   _, paths = _write(tmp_path, _params(), 100)
   folder = dict(output=str(tmp_path / "codes"))
   run = lambda **more: encode.run(
-    common.get_config(encode.OPTIONS, **paths, **folder, **more)
+    cli.get_config(encode.OPTIONS, **paths, **folder, **more)
   )
   run(shard="0/2")
   run(shard="1/2", **asked)
@@ -208,10 +209,10 @@ def test_folders_begun_without_a_scout_are_gone_on_with(tmp_path, asked):
 
 def test_evaluate_measures_a_scout_that_is_asked_for(tmp_path):
   _, paths = _write(tmp_path, _params(is_plain=True), 600)
-  config = common.get_config(evaluate_command.OPTIONS, **paths, num_finalists=8)
+  config = cli.get_config(evaluate_command.OPTIONS, **paths, num_finalists=8)
   (row,) = evaluate_command.run(config)["rows"]
   assert row["num_finalists"] == 8
-  config = common.get_config(evaluate_command.OPTIONS, **paths)
+  config = cli.get_config(evaluate_command.OPTIONS, **paths)
   (plain,) = evaluate_command.run(config)["rows"]
   assert row["mse"] == pytest.approx(plain["mse"], rel=1e-3)
   assert "num_finalists" not in plain
@@ -244,7 +245,7 @@ def test_bench_measures_a_scout_beside_the_others():
   subject = bench_subjects.Subject(
     "x", _codec(_params(), encode=dict(KNOBS)), None, qinco_cases.vectors(9)
   )
-  config = common.get_config(
+  config = cli.get_config(
     bench_command.OPTIONS, num_joint_candidates=48, num_finalists=6
   )
   published, own, scouted = bench_subjects.searches(subject, config)

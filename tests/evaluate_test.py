@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from experiments import common, evaluate
+from experiments import evaluate
+from experiments.lib import cli
 from vqjax.codecs import rq
-from vqjax.interop import safetensors_io
+from vqjax.storage import codec_file
 
 
 @pytest.fixture
@@ -13,7 +14,7 @@ def given(tmp_path):
   """A codec of 4 codes for vectors of 6 dimensions, and such vectors."""
   rng = np.random.default_rng(0)
   params = rq.RQParams(rng.normal(size=(4, 8, 6)).astype(np.float32))
-  safetensors_io.save_codec(tmp_path / "codec", "rq", params, info={})
+  codec_file.save_codec(tmp_path / "codec", "rq", params, info={})
   np.save(tmp_path / "x.npy", rng.normal(size=(50, 6)).astype(np.float32))
   return {"codec": str(tmp_path / "codec"), "data": str(tmp_path / "x.npy")}
 
@@ -21,7 +22,7 @@ def given(tmp_path):
 @pytest.mark.parametrize("name", ["PQ", "OPQ"])
 def test_parts_that_are_not_equal_are_refused_at_once(name, given, monkeypatch):
   run = lambda **values: evaluate.run(
-    common.get_config(evaluate.OPTIONS, **given, **values)
+    cli.get_config(evaluate.OPTIONS, **given, **values)
   )
   monkeypatch.delattr(evaluate, "_measure")
   message = f"^{name} cuts .* 6 dimensions cannot be cut into 4; leave {name}"

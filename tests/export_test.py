@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import codecs, common, encode, export
+from experiments import encode, export
+from experiments.lib import cli, codecs
 from tests import oracles
 from vqjax.codecs import additive, pq, rq
-from vqjax.data import codes
-from vqjax.interop import decoders_io, faiss_io, safetensors_io
+from vqjax.data import codes, files
+from vqjax.interop import faiss_io
+from vqjax.storage import codec_file, decoder_file
 
 ROOT = pathlib.Path(__file__).parents[1]
 KEY = jax.random.key(0)
@@ -42,7 +44,7 @@ def folder(tmp_path_factory):
   }
   for name, values in params.items():
     info = {"metric": "l2", "encode": {"beam_size": 3} if name == "rq" else {}}
-    safetensors_io.save_codec(
+    codec_file.save_codec(
       folder / name, name.removeprefix("o"), values, info=info
     )
   return folder
@@ -53,7 +55,7 @@ def _run(folder, tmp_path, name, **values):
     if key in values:
       values[key] = str(values[key])
   given = dict(codec=str(folder / name), output=str(tmp_path / "out.faiss"))
-  record = export.run(common.get_config(export.OPTIONS, **{**given, **values}))
+  record = export.run(cli.get_config(export.OPTIONS, **{**given, **values}))
   return record, tmp_path / "out.faiss"
 
 
@@ -101,7 +103,7 @@ def test_faiss_ranks_as_exact_search_over_decoded(
 def test_vectors_get_the_codes_of_encode(name, folder, tmp_path):
   output = str(tmp_path / "codes.npy")
   encode.run(
-    common.get_config(
+    cli.get_config(
       encode.OPTIONS,
       codec=str(folder / name),
       data=str(folder / "x.npy"),
@@ -141,7 +143,7 @@ def decoders(folder, tmp_path):
   params = additive.fit(codes_NM, np.load(folder / "x.npy"), 8)
   path = tmp_path / "decoders.safetensors"
   codec = codecs.open_codec(str(folder / "rq"))
-  decoders_io.save(path, params, codec_fingerprint=codec.fingerprint, info={})
+  decoder_file.save(path, params, codec_fingerprint=codec.fingerprint, info={})
   return path
 
 
@@ -151,7 +153,7 @@ def test_an_additive_decoder_is_exported(folder, tmp_path, decoders):
   )
   assert (record["kind"], record["num_vectors"]) == ("additive", 200)
   codes_NM = np.load(tmp_path / "codes.npy")
-  books_MKD = np.asarray(decoders_io.load(decoders).additive.codebooks_MKD)
+  books_MKD = np.asarray(decoder_file.load(decoders).additive.codebooks_MKD)
   want_ND = sum(books_MKD[m][codes_NM[:, m]] for m in range(4))
   index = faiss.read_index(str(path))
   np.testing.assert_allclose(index.reconstruct_n(0, 200), want_ND, atol=1e-4)
@@ -176,7 +178,7 @@ def test_lists_and_networks_are_refused(tmp_path):
   m, d = len(codec.codebook_sizes) - 1, 8
   params = additive.AdditiveParams(jnp.zeros((m, 8, d)))
   path = tmp_path / "decoders.safetensors"
-  decoders_io.save(path, params, codec_fingerprint=codec.fingerprint, info={})
+  decoder_file.save(path, params, codec_fingerprint=codec.fingerprint, info={})
   with pytest.raises(ValueError, match="has lists.*experiments.build_index"):
     _run(golden, tmp_path, "ivf_qinco2_tiny.pt", decoders=path)
 
@@ -200,7 +202,7 @@ def test_foreign_codes_are_refused(folder, tmp_path):
     encode={},
     command="",
   )
-  codes.write_json(codes.description_path(path), meta)
+  files.write_json(files.description_path(path), meta)
   with pytest.raises(ValueError, match="made by codec 0123, but"):
     run()
   assert not (tmp_path / "out.faiss").exists()

@@ -4,7 +4,7 @@ import faiss
 import numpy as np
 import pytest
 
-from vqjax.data import codes
+from vqjax.data import files
 from vqjax.interop import faiss_filter, faiss_ivf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -148,7 +148,7 @@ def test_files_that_are_not_its_own_are_refused(tmp_path):
   faiss.write_index(_like(), str(path))
   with pytest.raises(ValueError, match="truncated or of another run"):
     faiss_filter.load(path, of)
-  beside = codes.description_path(path)
+  beside = files.description_path(path)
   beside.unlink()
   with pytest.raises(FileNotFoundError, match="no description beside it"):
     faiss_filter.load(path, of)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tests import oracles
-from vqjax.data import codes
+from vqjax.data import files
 from vqjax.interop import faiss_ivf, faiss_lists
 
 D, L, M, NUM = 12, 9, 3, 300
@@ -360,7 +360,7 @@ def _edit(path, **values):
 def test_files_that_do_not_fit_are_refused(harm, match, tmp_path):
   path = tmp_path / "index.faiss"
   faiss_ivf.save(_filled(_case()), path, INFO)
-  harm(path, codes.description_path(path))
+  harm(path, files.description_path(path))
   with pytest.raises((ValueError, OSError), match=match):
     faiss_ivf.load(path)
 

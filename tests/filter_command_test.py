@@ -5,10 +5,12 @@ import pathlib
 import numpy as np
 import pytest
 
-from experiments import build_index, common, search
+from experiments import build_index, search
 from experiments import filter as filter_command
+from experiments.lib import cli
 from tests import search_test
-from vqjax.interop import faiss_filter, faiss_ivf, safetensors_io, searchers
+from vqjax.interop import faiss_filter, faiss_ivf, searchers
+from vqjax.storage import codec_file
 
 pytestmark = pytest.mark.usefixtures("one_thread", "single_calls")
 
@@ -26,15 +28,13 @@ def files(request, tmp_path_factory):
 def _filter(files, output, **values):
   names = ("codec", "index", "data")
   values = {name: files[name] for name in names} | values
-  config = common.get_config(
-    filter_command.OPTIONS, **values, output=str(output)
-  )
+  config = cli.get_config(filter_command.OPTIONS, **values, output=str(output))
   return filter_command.run(config)
 
 
 def _search(files, **values):
   values = {k: v for k, v in files.items() if k != "data"} | values
-  return search.run(common.get_config(search.OPTIONS, **values))
+  return search.run(cli.get_config(search.OPTIONS, **values))
 
 
 def _loaded(files):
@@ -123,7 +123,7 @@ def test_what_does_not_fit_is_refused(files, tmp_path):
     _filter(files, output, num_parts=3)
   with pytest.raises(FileExistsError):
     _filter(files, files["filter"])
-  loaded = safetensors_io.load_codec(files["codec"])
+  loaded = codec_file.load_codec(files["codec"])
   params = loaded.params.replace(
     **{
       name: getattr(loaded.params, name) * 1.01
@@ -132,7 +132,7 @@ def test_what_does_not_fit_is_refused(files, tmp_path):
     }
   )
   folder = tmp_path / "codec"
-  safetensors_io.save_codec(folder, loaded.name, params, info={})
+  codec_file.save_codec(folder, loaded.name, params, info={})
   with pytest.raises(ValueError, match="holds codes of codec .*, but"):
     _filter(files, output, codec=str(folder))
   assert not output.exists()
@@ -147,7 +147,7 @@ def test_a_filter_of_another_index_is_refused(files, tmp_path):
     "output": str(tmp_path / "other.faiss"),
     "coarse": "hnsw",
   }
-  build_index.run(common.get_config(build_index.OPTIONS, **part))
+  build_index.run(cli.get_config(build_index.OPTIONS, **part))
   with pytest.raises(ValueError, match="is a filter of an index with checksum"):
     searchers.open_searcher(
       files["codec"], part["output"], filter=files["filter"]

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from vqjax.data import formats
+from vqjax.data import files, formats
 
 FLAT = {
   ".bvecs": np.uint8,
@@ -265,14 +265,14 @@ def test_write_refused(tmp_path):
 
 
 def fail_while_writing(path, error):
-  with formats.atomic_output(path, overwrite=True) as temporary:
+  with files.atomic_output(path, overwrite=True) as temporary:
     temporary.write_bytes(b"abc")
     raise error
 
 
 def test_atomic_output(tmp_path):
   path = tmp_path / "new" / "folder" / "a.json"
-  with formats.atomic_output(path) as temporary:
+  with files.atomic_output(path) as temporary:
     temporary.write_text("1")
     assert temporary.suffix == ".json"
     assert not path.exists()
@@ -285,7 +285,7 @@ def test_atomic_output(tmp_path):
   assert os.listdir(path.parent) == ["a.json"]
   with (
     pytest.raises(ValueError, match="not a folder"),
-    formats.atomic_output(path.parent),
+    files.atomic_output(path.parent),
   ):
     pass
 
@@ -294,7 +294,7 @@ def test_atomic_output(tmp_path):
 def test_permissions_are_those_of_the_umask(umask, mode, tmp_path):
   before = os.umask(umask)
   try:
-    with formats.atomic_output(tmp_path / "a.json") as temporary:
+    with files.atomic_output(tmp_path / "a.json") as temporary:
       os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))
   finally:
     os.umask(before)

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqjax.codecs import qinco_learning, registry
-from vqjax.interop.torch_io import load_checkpoint
+from vqjax.codecs import qinco_loss, registry
+from vqjax.interop.torch_qinco import load_checkpoint
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "third_party" / "golden"
 SIZES = {  # Words at each code position.
@@ -88,7 +88,7 @@ def test_encodes_as_the_released_program(name):
 )
 def test_losses_are_those_of_the_released_program(name):
   _, params, info, want = _load(name)
-  loss_fn = functools.partial(qinco_learning.loss, **info["encode"])
+  loss_fn = functools.partial(qinco_loss.loss, **info["encode"])
   _, aux = jax.jit(loss_fn)(params, jax.random.key(0), jnp.asarray(want["x"]))
   pairs = {"mse_loss": "loss_mse_loss", "preselect_loss": "loss_loss_substep"}
   for ours, theirs in pairs.items():

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from configs import hakes as config_file
-from experiments import hakes, hakes_data, hakes_stages
+from experiments import hakes
+from experiments.lib import hakes_data, hakes_stages
 from tests import commands
 from vqjax.codecs import hakes as codec
-from vqjax.interop import faiss_index, faiss_io, hakes_io
+from vqjax.interop import faiss_hakes, faiss_io, hakes_files
 from vqjax.training import hakes_learner
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -37,7 +38,8 @@ def _queries(n=50):
 
 def _sides(folder):
   return [
-    hakes_io.load(folder / name).side for name in ("findex.bin", "uindex.bin")
+    hakes_files.load(folder / name).side
+    for name in ("findex.bin", "uindex.bin")
   ]
 
 
@@ -129,42 +131,42 @@ def test_stock_faiss_searches_by_the_learned_side(smoke):
 def test_vectors_are_added_by_the_base_side(smoke):
   folder, _ = smoke
   base_ND, (old, new) = _base(600), _sides(folder)
-  at_once = faiss_index.make_index(old, "ip")
-  faiss_index.add(at_once, old, [base_ND])
-  faiss_index.set_side(at_once, new)
-  later = faiss_index.make_index(old, "ip")
-  faiss_index.add(later, old, [base_ND[:250]])
-  faiss_index.set_side(later, new)
-  faiss_index.add(later, old, [base_ND[250:400], base_ND[400:]])
+  at_once = faiss_hakes.make_index(old, "ip")
+  faiss_hakes.add(at_once, old, [base_ND])
+  faiss_hakes.set_side(at_once, new)
+  later = faiss_hakes.make_index(old, "ip")
+  faiss_hakes.add(later, old, [base_ND[:250]])
+  faiss_hakes.set_side(later, new)
+  faiss_hakes.add(later, old, [base_ND[250:400], base_ND[400:]])
   knobs = dict(num_probes=3, refine_factor=4)
   ids = [
-    faiss_index.search(index, _queries(), 5, **knobs)
+    faiss_hakes.search(index, _queries(), 5, **knobs)
     for index in (at_once, later)
   ]
   np.testing.assert_array_equal(*ids)
   # By the learned side they would have gone elsewhere.
-  wrong = faiss_index.make_index(old, "ip")
-  faiss_index.add(wrong, new, [base_ND])
-  faiss_index.set_side(wrong, new)
-  other = faiss_index.search(wrong, _queries(), 5, **knobs)
+  wrong = faiss_hakes.make_index(old, "ip")
+  faiss_hakes.add(wrong, new, [base_ND])
+  faiss_hakes.set_side(wrong, new)
+  other = faiss_hakes.search(wrong, _queries(), 5, **knobs)
   assert (other != ids[0]).any()
 
 
 @pytest.mark.parametrize("metric", ["ip", "l2"])
-@pytest.mark.parametrize("store", faiss_index.STORES)
+@pytest.mark.parametrize("store", faiss_hakes.STORES)
 def test_an_index_that_looks_everywhere_is_exact(metric, store, tmp_path):
   x_ND = np.random.default_rng(0).normal(size=(400, 12)).astype(np.float32)
-  side = faiss_index.fit_base(
+  side = faiss_hakes.fit_base(
     x_ND, reduced_dim=8, num_codes=4, num_lists=6, metric=metric,
     opq_iterations=3, kmeans_iterations=4,
   )  # fmt: skip
-  index = faiss_index.make_index(side, metric, store=store, sample_ND=x_ND)
-  faiss_index.add(index, side, [x_ND[:150], x_ND[150:]])
-  faiss_index.save(index, tmp_path / "x.faiss")
-  index = faiss_index.load(tmp_path / "x.faiss")
-  got = faiss_index.side_of(index)
+  index = faiss_hakes.make_index(side, metric, store=store, sample_ND=x_ND)
+  faiss_hakes.add(index, side, [x_ND[:150], x_ND[150:]])
+  faiss_hakes.save(index, tmp_path / "x.faiss")
+  index = faiss_hakes.load(tmp_path / "x.faiss")
+  got = faiss_hakes.side_of(index)
   np.testing.assert_array_equal(got.codebooks_MKS, side.codebooks_MKS)
-  ids_QR = faiss_index.search(
+  ids_QR = faiss_hakes.search(
     index, x_ND[:30], 10, num_probes=6, refine_factor=40
   )
   _, want = faiss_io.knn(x_ND[:30], x_ND, 10, metric)
@@ -178,21 +180,21 @@ def test_bad_indexes_are_refused(tmp_path, smoke):
   folder, _ = smoke
   (old, _), x_ND = _sides(folder), _base(300)
   with pytest.raises(ValueError, match="store .* got 'int4'"):
-    faiss_index.make_index(old, "ip", store="int4")
+    faiss_hakes.make_index(old, "ip", store="int4")
   with pytest.raises(ValueError, match="no index 'Nothing'"):
-    faiss_index.fit_factory("Nothing", x_ND, "ip")
+    faiss_hakes.fit_factory("Nothing", x_ND, "ip")
   with pytest.raises(ValueError, match="Flat must refine .* got IndexFlat"):
-    faiss_index.fit_factory("Flat", x_ND, "ip")
-  index = faiss_index.make_index(old, "ip")
+    faiss_hakes.fit_factory("Flat", x_ND, "ip")
+  index = faiss_hakes.make_index(old, "ip")
   fewer = old.replace(centroids_LE=old.centroids_LE[:3])
   with pytest.raises(ValueError, match=r"16\), the parameters .* 3\)"):
-    faiss_index.set_side(index, fewer)
+    faiss_hakes.set_side(index, fewer)
   whole = (folder / "index.faiss").read_bytes()
   (tmp_path / "cut.faiss").write_bytes(whole[: len(whole) // 2])
   with pytest.raises(ValueError, match="cut.faiss is no index file"):
-    faiss_index.load(tmp_path / "cut.faiss")
+    faiss_hakes.load(tmp_path / "cut.faiss")
   with pytest.raises(ValueError, match="divide the 8 reduced dimensions"):
-    faiss_index.fit_base(x_ND, reduced_dim=8, num_codes=3, num_lists=4)
+    faiss_hakes.fit_base(x_ND, reduced_dim=8, num_codes=3, num_lists=4)
 
 
 def test_own_raw_files_queries_and_cosine(tmp_path):
@@ -244,8 +246,8 @@ def test_rules_for_the_centroids(smoke, rule, tmp_path):
   config.centroids.rule = rule.split()[0]
   config.centroids.sample = 0.0 if rule.endswith("queries") else 1.0
   hakes.run(config, tmp_path, stage="centroids")
-  new = hakes_io.load(tmp_path / "uindex.bin").side
-  learned = hakes_io.load(tmp_path / "learned.bin").side
+  new = hakes_files.load(tmp_path / "uindex.bin").side
+  learned = hakes_files.load(tmp_path / "learned.bin").side
   if rule == "learned":
     np.testing.assert_array_equal(new.centroids_LE, learned.centroids_LE)
     return

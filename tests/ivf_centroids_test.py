@@ -8,7 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from experiments import common, ivf_centroids
+from experiments import ivf_centroids
+from experiments.lib import cli
 from tests import oracles
 from vqjax.codecs import kmeans
 
@@ -28,7 +29,7 @@ def data(tmp_path):
 def _config(data, **values):
   output = str(pathlib.Path(data).parent / "centroids.npy")
   given = dict(data=data, num_centroids=9, num_iterations=4, output=output)
-  return common.get_config(ivf_centroids.OPTIONS, **{**given, **values})
+  return cli.get_config(ivf_centroids.OPTIONS, **{**given, **values})
 
 
 def _checkpoint(config):

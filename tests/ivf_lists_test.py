@@ -5,12 +5,13 @@ import importlib
 import numpy as np
 import pytest
 
-from experiments import codecs, ivf_lists, train
+from experiments import train
+from experiments.lib import codecs, ivf_lists
 from tests import oracles
 from tests.qinco_cases import CASES, make_params, vectors
 from vqjax.codecs import qinco
 from vqjax.data import batches
-from vqjax.interop import safetensors_io
+from vqjax.storage import codec_file
 
 
 def _config(**ivf):
@@ -159,7 +160,7 @@ def test_the_codec_has_the_centroids_of_one_graph(tmp_path, monkeypatch):
   config.train.num_epochs = 1
   train.run(config, str(tmp_path))
   assert len(made) == 1  # None to find the lists of the held-out again.
-  params = safetensors_io.load_codec(tmp_path).params
+  params = codec_file.load_codec(tmp_path).params
   centroids_LD = params.first_KD * params.std + params.mean_D[None]
   np.testing.assert_allclose(
     centroids_LD, np.load(tmp_path / "centroids.npy"), atol=1e-2

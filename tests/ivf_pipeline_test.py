@@ -101,9 +101,9 @@ def test_what_was_made_of_something_else_is_refused(
 
 
 def test_decoders_of_another_codec_are_refused(workdir, monkeypatch):
-  other = ivf_pipeline.decoders_io.load(workdir / "decoders.safetensors")
+  other = ivf_pipeline.decoder_file.load(workdir / "decoders.safetensors")
   other = other._replace(codec_fingerprint="another")
-  monkeypatch.setattr(ivf_pipeline.decoders_io, "load", lambda path: other)
+  monkeypatch.setattr(ivf_pipeline.decoder_file, "load", lambda path: other)
   with pytest.raises(ValueError, match="decoders.* with .*another, .*remove"):
     ivf_pipeline.run(_config(), str(workdir), k=10, **FEW)
 

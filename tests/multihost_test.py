@@ -13,9 +13,10 @@ import time
 import numpy as np
 import pytest
 
-from experiments import codecs, common, evaluate
+from experiments import evaluate
+from experiments.lib import cli, codecs
 from vqjax.data import formats
-from vqjax.interop import safetensors_io
+from vqjax.storage import codec_file
 from vqjax.training import writers
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -85,7 +86,7 @@ def whole(tmp_path_factory):
 
 
 def _assert_same_run(whole, part):
-  a, b = (safetensors_io.load_codec(folder) for folder in (whole, part))
+  a, b = (codec_file.load_codec(folder) for folder in (whole, part))
   assert a.fingerprint == b.fingerprint
   a, b = (
     [{**row, "seconds": 0} for row in writers.read_rows(f / "metrics.jsonl")]
@@ -127,7 +128,7 @@ def test_two_processes_measure_as_one(whole, tmp_path):
   args = [f"--codec={whole}", f"--output={output}", "--num_vectors=333"]
   with _two("evaluate", *args) as running:
     _finish(running)
-  config = common.get_config(evaluate.OPTIONS)
+  config = cli.get_config(evaluate.OPTIONS)
   config.update({"codec": str(whole), "num_vectors": 333})
   (one,) = evaluate.run(config)["rows"]
   (two,) = json.loads(output.read_text())["rows"]

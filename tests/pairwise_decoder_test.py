@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import codecs, common, encode, pairwise_decoder
+from experiments import encode, pairwise_decoder
+from experiments.lib import cli, codecs
 from tests import commands, qinco_cases
 from vqjax.codecs import additive, pairwise, registry
 from vqjax.data import codes
-from vqjax.interop import decoders_io, safetensors_io, tensor_files
+from vqjax.storage import codec_file, decoder_file, tensors
 
 NUM, LISTS, K = 300, 5, 7
 
@@ -19,7 +20,7 @@ NUM, LISTS, K = 300, 5, 7
 def _save(folder, codec, params):
   knobs = {"num_candidates": 3, "beam_size": 2} if codec != "pq" else {}
   info = {"encode": knobs}
-  safetensors_io.save_codec(folder, codec, params, info=info)
+  codec_file.save_codec(folder, codec, params, info=info)
   return str(folder)
 
 
@@ -33,14 +34,14 @@ def given(tmp_path_factory):
   codec = _save(folder / "codec", "qinco", params)
   output = str(folder / "codes.npy")
   options = dict(codec=codec, data=data)
-  encode.run(common.get_config(encode.OPTIONS, output=output, **options))
+  encode.run(cli.get_config(encode.OPTIONS, output=output, **options))
   return options | {"codes": output}
 
 
 def _run(given, tmp_path, **values):
   output = str(tmp_path / "decoders.safetensors")
   values = {**given, "output": output, "num_held_out": 100, **values}
-  config = common.get_config(pairwise_decoder.OPTIONS, **values)
+  config = cli.get_config(pairwise_decoder.OPTIONS, **values)
   return pairwise_decoder.run(config), output
 
 
@@ -81,10 +82,10 @@ def test_writes_the_decoders_and_their_errors(given, tmp_path):
   words, tables, mse = _reference(given, 2)
   assert (info["num_training_codes"], info["num_held_out"]) == (200, 100)
   assert info["held_out_mse"] == pytest.approx(mse, rel=1e-4)
-  decoders = decoders_io.load(output)
+  decoders = decoder_file.load(output)
   assert decoders.info == info
-  decoders_io.check_codec(
-    decoders, safetensors_io.load_codec(given["codec"]).fingerprint
+  decoder_file.check_codec(
+    decoders, codec_file.load_codec(given["codec"]).fingerprint
   )
   np.testing.assert_allclose(
     decoders.additive.codebooks_MKD, words.codebooks_MKD, atol=1e-5
@@ -124,7 +125,7 @@ def test_codes_may_be_shards_of_the_first_vectors(given, tmp_path):
   assert got == want
   names = ["centroid of the list", "additive", "qinco"]
   assert list(got["held_out_mse"]) == names
-  assert decoders_io.load(output).pairwise is None
+  assert decoder_file.load(output).pairwise is None
 
 
 def test_codes_are_read_in_the_order_asked_for(given, monkeypatch):
@@ -166,7 +167,7 @@ def test_other_codecs_without_lists(tmp_path, codec):
   mse = info["held_out_mse"]
   assert list(mse) == ["additive", "pairwise", codec]
   assert max(mse.values()) < (x_ND**2).sum(1).mean()
-  assert decoders_io.load(output).pairwise.list_codes_LV is None
+  assert decoder_file.load(output).pairwise.list_codes_LV is None
 
 
 @pytest.mark.parametrize(
@@ -234,5 +235,5 @@ def test_from_the_shell(given, tmp_path):
   )
   assert failed.returncode == 1
   assert "--data is needed" in failed.stderr
-  header, _ = tensor_files.read(output)
+  header, _ = tensors.read(output)
   assert json.loads(header)["num_lists"] == LISTS

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import common, encode, evaluate, pq_parts, pq_qinco, train
+from experiments import encode, evaluate, pq_qinco, train
+from experiments.lib import cli, pq_parts
 from tests import qinco_cases
 from vqjax.codecs import pq_qinco as codec_module
 from vqjax.codecs import qinco
 from vqjax.data import datasets, formats
-from vqjax.interop import safetensors_io
+from vqjax.storage import codec_file
 
 P, S, NUM, HELD = 2, 4, 600, 50
 D = P * S
@@ -33,7 +34,7 @@ def _source(tmp_path_factory):
 
 def _run(folder, **values):
   values = {"output": str(folder), **values}
-  return pq_qinco.run(common.get_config(pq_qinco.OPTIONS, **values))
+  return pq_qinco.run(cli.get_config(pq_qinco.OPTIONS, **values))
 
 
 def _prepare(folder, source, **values):
@@ -48,7 +49,7 @@ def _save_part(folder, file, seed, *, validation_size=HELD, **sizes):
   data["validation_size"] = validation_size
   info = {"encode": ENCODE, "metric": "l2", "scale": 2.0, "data": data}
   info["training"] = {"seconds": 1.5}
-  safetensors_io.save_codec(folder, "qinco", params, info=info)
+  codec_file.save_codec(folder, "qinco", params, info=info)
 
 
 def _prepare_with_codecs(folder, source, **values):
@@ -168,11 +169,11 @@ def test_the_codec_is_that_of_the_parts(name, request, source, tmp_path):
   folder = shutil.copytree(request.getfixturevalue(name), tmp_path / "parts")
   rotation_DD = _rotation(folder) if name == "rotated" else None
   result = _run(folder, recombine=True)
-  found = safetensors_io.load_codec(folder)
+  found = codec_file.load_codec(folder)
   blocks = [qinco_cases.make_params(block, dim=S) for block in range(P)]
   want = codec_module.recombine(blocks, rotation_DD)
   assert found.name == "pq_qinco"
-  assert found.fingerprint == safetensors_io.fingerprint(want)
+  assert found.fingerprint == codec_file.fingerprint(want)
   assert found.info["encode"] == ENCODE
   assert (found.info["scale"], found.info["metric"]) == (2.0, "l2")
   assert found.info["data"]["train"] == source
@@ -246,7 +247,7 @@ def test_parts_from_elsewhere(folder, tmp_path):
   values["rotation"] = str(folder / pq_parts.ROTATION_NAME)
   found = _run(tmp_path / "new", **values)
   assert "data" not in found
-  load = lambda folder: safetensors_io.load_codec(folder).fingerprint
+  load = lambda folder: codec_file.load_codec(folder).fingerprint
   assert load(tmp_path / "new") == load(folder)
   source = want["data"]["train"]
   measured = _run(tmp_path / "measured", data=source, **values)
@@ -268,13 +269,13 @@ def test_trained_parts_make_a_codec(tmp_path):
   result = _run(tmp_path, recombine=True)
   assert result["data"]["validation_size"] == config.data.validation_size
   parts = [
-    safetensors_io.load_codec(pq_parts.codec_path(tmp_path, block)).info
+    codec_file.load_codec(pq_parts.codec_path(tmp_path, block)).info
     for block in range(record["num_blocks"])
   ]
   of_parts = sum(info["training"]["validation_mse"] for info in parts)
   mse = result["training"]["validation_mse"]
   assert mse == pytest.approx(of_parts, rel=1e-4)
-  config = common.get_config(
+  config = cli.get_config(
     evaluate.OPTIONS, codec=str(tmp_path), split="validation"
   )
   measured = evaluate.run(config)
@@ -282,5 +283,5 @@ def test_trained_parts_make_a_codec(tmp_path):
   assert measured["rows"][0]["mse"] == pytest.approx(mse, rel=1e-4)
   values = {"codec": str(tmp_path), "data": source, "num_vectors": 300}
   values["output"] = str(tmp_path / "codes.npy")
-  encode.run(common.get_config(encode.OPTIONS, **values))
+  encode.run(cli.get_config(encode.OPTIONS, **values))
   assert np.load(values["output"]).shape == (300, P * 3)

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import codecs, common, decode, encode, evaluate
+from experiments import decode, encode, evaluate
+from experiments.lib import cli, codecs
 from tests import oracles
 from tests.qinco_cases import CASES, make_params, prefixes, vectors
 from vqjax.codecs import qinco, qinco_scout, rq
 from vqjax.data import formats
-from vqjax.interop import safetensors_io
+from vqjax.storage import codec_file
 
 RULES = {
   "published": dict(num_candidates=3, beam_size=5),
@@ -217,13 +218,13 @@ def files(tmp_path):
   """A codec and vectors enough for a table."""
   folder, data = str(tmp_path / "codec"), str(tmp_path / "x.npy")
   info = {"encode": RULES["joint"]}
-  safetensors_io.save_codec(folder, "qinco", make_params(), info=info)
+  codec_file.save_codec(folder, "qinco", make_params(), info=info)
   formats.write_vectors(data, [vectors(250)], dtype=np.float32)
   return dict(codec=folder, data=data)
 
 
 def _run(command, **options):
-  return command.run(common.get_config(command.OPTIONS, **options))
+  return command.run(cli.get_config(command.OPTIONS, **options))
 
 
 def test_commands_make_a_table_for_many_vectors(files, tmp_path, caplog):

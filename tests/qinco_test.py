@@ -330,11 +330,11 @@ def test_presets_have_the_published_sizes(size):
     l=dict(network_dim=384, hidden_dim=384, num_blocks=16),
   )[size]
   count = dict(s=1.64e6, m=10.8e6, l=35.6e6)[size]  # spec of the papers.
-  from vqjax.codecs import qinco_learning
+  from vqjax.codecs import qinco_loss
 
   xt_ND = jax.ShapeDtypeStruct((1000, 128), jnp.float32)
   params = jax.eval_shape(
-    lambda x_ND: qinco_learning.init(jax.random.key(0), x_ND, **width), xt_ND
+    lambda x_ND: qinco_loss.init(jax.random.key(0), x_ND, **width), xt_ND
   )
   sizes = [leaf.size for leaf in jax.tree.leaves(params)]
   assert abs(sum(sizes) / count - 1) < 0.02

@@ -13,16 +13,16 @@ import pytest
 
 from experiments import (
   build_index,
-  codecs,
-  common,
   decode,
   encode,
   pairwise_decoder,
   search,
   train,
 )
+from experiments.lib import cli, codecs
 from tests import oracles
-from vqjax.interop import decoders_io, searchers
+from vqjax.interop import searchers
+from vqjax.storage import decoder_file
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "third_party" / "golden"
 NUM_LISTS = {
@@ -49,7 +49,7 @@ class Files(NamedTuple):
 
 
 def _run(module, **values):
-  return module.run(common.get_config(module.OPTIONS, **values))
+  return module.run(cli.get_config(module.OPTIONS, **values))
 
 
 @pytest.fixture(name="files", scope="module", params=NUM_LISTS)
@@ -165,7 +165,7 @@ def _additive(files):
   lists_N = np.zeros(NUM, np.int32)
   if NUM_LISTS[files.name] > 1:
     lists_N, codes_NM = codes_NM[:, 0], codes_NM[:, 1:]
-  books_MKD = decoders_io.load(files.decoders).additive.codebooks_MKD
+  books_MKD = decoder_file.load(files.decoders).additive.codebooks_MKD
   words = [
     np.asarray(book)[at] for book, at in zip(books_MKD, codes_NM.T, strict=True)
   ]

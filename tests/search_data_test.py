@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments import search_data
+from experiments.lib import search_data
 from vqjax.data import datasets
 
 Q, N, D, G = 40, 300, 6, 12

@@ -4,7 +4,8 @@ import types
 
 import numpy as np
 
-from experiments import common, search, search_data, search_measure
+from experiments import search
+from experiments.lib import cli, search_data, search_measure
 from vqjax.search import operating_points, pipeline
 
 
@@ -21,7 +22,7 @@ def test_times_of_repeated_calls_are_those_of_one(monkeypatch):
   monkeypatch.setattr(operating_points, "time", clock)
   monkeypatch.setattr(search_measure, "_MIN_SECONDS", 2.0)
   data = search_data.Data(np.zeros((5, 2)), np.zeros((5, 1), int), None, "l2")
-  config = common.get_config(search.OPTIONS, rounds=1)
+  config = cli.get_config(search.OPTIONS, rounds=1)
   (point,) = search_measure._measure(
     config, [("a", {})], {"a": search_fn}, data
   )

@@ -6,11 +6,14 @@ import pathlib
 import numpy as np
 import pytest
 
-from experiments import build_index, codecs, common, search, search_measure
+from experiments import build_index, search
+from experiments.lib import cli, codecs, search_measure
 from tests import commands, qinco_cases
 from vqjax.codecs import additive, pairwise, rq
 from vqjax.data import codes, formats
-from vqjax.interop import decoders_io, safetensors_io, searchers
+from vqjax.data.files import write_json
+from vqjax.interop import searchers
+from vqjax.storage import codec_file, decoder_file
 
 D, K, M, L, NUM = 8, 16, 4, 6, 500
 pytestmark = pytest.mark.usefixtures("one_thread", "single_calls")
@@ -27,7 +30,7 @@ def _make(folder, is_ivf):
   else:
     name = "rq"
     params = rq.RQParams(rng.normal(size=(M, K, D)).astype(np.float32))
-  safetensors_io.save_codec(folder / "codec", name, params, info={})
+  codec_file.save_codec(folder / "codec", name, params, info={})
   codec = codecs.open_codec(str(folder / "codec"))
   sizes = codec.codebook_sizes
   codes_NM = rng.integers(0, sizes, (2 * NUM, len(sizes))).astype(np.int32)
@@ -47,12 +50,12 @@ def _make(folder, is_ivf):
     encode={},
     command="",
   )
-  codes.write_json(folder / "codes.npy.json", meta)
+  write_json(folder / "codes.npy.json", meta)
   lists_N = codes_NM[:, 0] if is_ivf else np.zeros(NUM, np.int32)
   target_ND = x_ND - codecs.centroids_of(codec)[lists_N]
   words = additive.fit(codes_NM[:, is_ivf:], target_ND, K)
   tables = pairwise.fit(words, codes_NM[:, 1:], target_ND) if is_ivf else None
-  decoders_io.save(
+  decoder_file.save(
     folder / "decoders.safetensors",
     words,
     tables,
@@ -68,7 +71,7 @@ def _make(folder, is_ivf):
     "output": str(folder / "index.faiss"),
     "coarse": "flat",
   }
-  build_index.run(common.get_config(build_index.OPTIONS, **built))
+  build_index.run(cli.get_config(build_index.OPTIONS, **built))
   return files | {
     "index": str(folder / "index.faiss"),
     "queries": str(folder / "xq.npy"),
@@ -95,7 +98,7 @@ def small(ivf, tmp_path):
 
 
 def _run(values):
-  return search.run(common.get_config(search.OPTIONS, **values))
+  return search.run(cli.get_config(search.OPTIONS, **values))
 
 
 def _latency(values):
@@ -424,7 +427,7 @@ def test_a_part_is_refused(small, ivf, tmp_path):
     "rows": "300:",
     "output": str(tmp_path / "part.faiss"),
   }
-  build_index.run(common.get_config(build_index.OPTIONS, **part))
+  build_index.run(cli.get_config(build_index.OPTIONS, **part))
   message = "part.faiss is a part, rows 300:500 of 500, .* merge all parts"
   with pytest.raises(ValueError, match=message):
     _run(small | {"index": part["output"]})

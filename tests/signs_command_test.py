@@ -6,9 +6,11 @@ import pathlib
 import numpy as np
 import pytest
 
-from experiments import build_index, common, search, signs
+from experiments import build_index, search, signs
+from experiments.lib import cli
 from tests import search_test
-from vqjax.interop import faiss_ivf, searchers, signs_io
+from vqjax.interop import faiss_ivf, searchers
+from vqjax.storage import sign_file
 
 pytestmark = pytest.mark.usefixtures("one_thread", "single_calls")
 
@@ -24,13 +26,13 @@ def files(request, tmp_path_factory):
 
 def _signs(files, output, **values):
   values = {"index": files["index"], "data": files["data"], **values}
-  config = common.get_config(signs.OPTIONS, **values, output=str(output))
+  config = cli.get_config(signs.OPTIONS, **values, output=str(output))
   return signs.run(config)
 
 
 def _search(files, **values):
   values = {k: v for k, v in files.items() if k != "data"} | values
-  return search.run(common.get_config(search.OPTIONS, **values))
+  return search.run(cli.get_config(search.OPTIONS, **values))
 
 
 def test_signs_are_of_the_rows_of_the_index(files, tmp_path):
@@ -38,7 +40,7 @@ def test_signs_are_of_the_rows_of_the_index(files, tmp_path):
   result = _signs(files, path)
   assert result == {"output": str(path), "num_vectors": search_test.NUM}
   index, info = faiss_ivf.load(files["index"])
-  contents, made = faiss_ivf.contents(index), signs_io.load(path, info)
+  contents, made = faiss_ivf.contents(index), sign_file.load(path, info)
   x_ND, decode_fn = np.load(files["data"]), faiss_ivf.faiss_lists.make_decode_fn
   words_ND = decode_fn(contents.codebooks_MKD)(contents.codes_NM)
   list_N = np.repeat(
@@ -66,7 +68,7 @@ def test_signs_are_of_the_rows_of_the_index(files, tmp_path):
   # With its own rotation, one of its own.
   other = tmp_path / "other.safetensors"
   _signs(files, other, seed=1)
-  assert not np.array_equal(signs_io.load(other, info).bits_NW, made.bits_NW)
+  assert not np.array_equal(sign_file.load(other, info).bits_NW, made.bits_NW)
 
 
 def test_a_search_gains_by_signs(files, tmp_path):
@@ -82,7 +84,7 @@ def test_a_search_gains_by_signs(files, tmp_path):
   if header["num_lists"] > 1:  # Else the words are those of the codec.
     name = "knn_recall@10"
     assert signed["recall"][name] > plain["recall"][name] + 0.02
-  num_bytes = 3 + signs_io.num_bytes(search_test.D)
+  num_bytes = 3 + sign_file.num_bytes(search_test.D)
   assert list(header["bytes"].values()) == [num_bytes]
   searcher = searchers.open_searcher(files["codec"], files["index"], None, path)
   nprobe = signed["setting"]["nprobe"]
@@ -140,7 +142,7 @@ def test_what_does_not_fit_is_refused(files, tmp_path, monkeypatch):
   bad_ND = x_ND.copy()
   bad_ND[7, 2] = np.nan  # A row of which the checksum takes no notice.
   np.save(other, bad_ND)
-  monkeypatch.setattr(signs.open_codes, "check_data", lambda *_: None)
+  monkeypatch.setattr(signs.inputs, "check_data", lambda *_: None)
   with pytest.raises(ValueError, match="must be finite, .* row 7"):
     _signs(files, path, data=other)
   assert not path.exists()
@@ -156,7 +158,7 @@ def _build(files, output, **values):
   folder = pathlib.Path(files["index"]).parent
   values |= {name: files[name] for name in ("codec", "decoders")}
   values |= {"codes": str(folder / "codes.npy"), "output": str(output)}
-  build_index.run(common.get_config(build_index.OPTIONS, **values))
+  build_index.run(cli.get_config(build_index.OPTIONS, **values))
   return str(output)
 
 
@@ -165,10 +167,10 @@ def test_a_part_of_an_index_has_signs_too(files, tmp_path):
   path = tmp_path / "part.safetensors"
   assert _signs({**files, "index": part}, path)["num_vectors"] == 250
   info = json.loads((tmp_path / "part.faiss.json").read_text())
-  assert signs_io.load(path, info).bits_NW.shape == (250, 1)
+  assert sign_file.load(path, info).bits_NW.shape == (250, 1)
   whole = json.loads(pathlib.Path(files["index"] + ".json").read_text())
   with pytest.raises(ValueError, match="make its own by python -m"):
-    signs_io.load(path, whole)
+    sign_file.load(path, whole)
 
 
 def test_an_index_for_inner_products_is_refused(files, tmp_path):

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from tests.ivf_test import CENTROIDS_LD, _distance, _random_lists, _scan
-from vqjax.interop import signs_io
 from vqjax.search import ivf, signs
+from vqjax.storage import sign_file
 
 
 def _case(dim=5, num=90, seed=0):
@@ -202,39 +202,39 @@ def test_distances_take_the_terms_of_a_scan():
 def _saved(tmp_path):
   made = _make(*_case())
   path = tmp_path / "signs.safetensors"
-  signs_io.save(path, made, of_index="abc", info={"seed": 0})
+  sign_file.save(path, made, of_index="abc", info={"seed": 0})
   return path, made, {"sha256": "abc", "num_vectors": 90, "dim": 5}
 
 
 def test_signs_come_back(saved):
   path, made, info = saved
-  found = signs_io.load(path, info)
+  found = sign_file.load(path, info)
   for name in ("bits_NW", "scale_N", "offset_N", "range_22", "rotation_DE"):
     value = np.asarray(getattr(found, name))
     np.testing.assert_array_equal(value, getattr(made, name))
     assert value.dtype == getattr(made, name).dtype
-  assert made.bits_NW.shape[1] * 4 + 2 == signs_io.num_bytes(5)
+  assert made.bits_NW.shape[1] * 4 + 2 == sign_file.num_bytes(5)
 
 
 def test_signs_of_something_else_are_refused(saved, tmp_path):
   path, made, info = saved
   with pytest.raises(FileNotFoundError, match="experiments.signs makes"):
-    signs_io.load(tmp_path / "none.safetensors", info)
+    sign_file.load(tmp_path / "none.safetensors", info)
   with pytest.raises(ValueError, match="checksum abc, but this index has xyz"):
-    signs_io.load(path, info | {"sha256": "xyz"})
+    sign_file.load(path, info | {"sha256": "xyz"})
   with pytest.raises(ValueError, match=r"no valid file of signs: bits_NW must"):
-    signs_io.load(path, info | {"num_vectors": 91})
+    sign_file.load(path, info | {"num_vectors": 91})
   with pytest.raises(FileExistsError):
-    signs_io.save(path, made, of_index="abc", info={})
+    sign_file.save(path, made, of_index="abc", info={})
   with pytest.raises(ValueError, match=r"file \*.safetensors, got signs.npz"):
-    signs_io.save("signs.npz", made, of_index="abc", info={})
+    sign_file.save("signs.npz", made, of_index="abc", info={})
   whole = path.read_bytes()
   path.write_bytes(whole[:-10])
   with pytest.raises(ValueError, match="truncated"):
-    signs_io.load(path, info)
+    sign_file.load(path, info)
   path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
   with pytest.raises(ValueError, match="changed after it was written"):
-    signs_io.load(path, info)
+    sign_file.load(path, info)
 
 
 def test_arrays_that_do_not_fit_are_refused():

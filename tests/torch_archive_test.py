@@ -21,7 +21,7 @@ from tests.pickles import (
   tensor,
   write,
 )
-from vqjax.interop import torch_archive, torch_io
+from vqjax.interop import torch_archive, torch_qinco
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "third_party" / "golden"
 V2, V1 = GOLDEN / "qinco2_tiny.pt", GOLDEN / "v1_qinco.pt"
@@ -73,7 +73,7 @@ def test_refuses_calls_and_runs_none(pt, tmp_path, protocol, nest):
       args = ("text", "upper")
     write(pt, pickle.dumps(nest(Evil(fn, *args)), protocol=protocol))
     with pytest.raises(ValueError, match=said) as error:
-      torch_io.load_checkpoint(pt)
+      torch_qinco.load_checkpoint(pt)
     assert str(pt) in str(error.value)
     assert "refusing to load it." in str(error.value)
     assert not marker.exists()
@@ -110,7 +110,7 @@ def test_refuses_every_other_name(pt, module, name, form):
   with pytest.raises(
     ValueError, match=f"names {module}.{name}, which no QINCo checkpoint uses"
   ):
-    torch_io.load_checkpoint(pt)
+    torch_qinco.load_checkpoint(pt)
 
 
 def test_stand_ins_stay_as_they_are(pt):
@@ -128,8 +128,8 @@ def test_stand_ins_stay_as_they_are(pt):
     for state in (new, (None, new), (new, new), 5, [1]):
       write(pt, Build(target, state))
       with pytest.raises(ValueError, match=r"x\.pt "):
-        torch_io.load_checkpoint(pt)
-  assert torch_io.load_checkpoint(V1)[0] == "qinco"
+        torch_qinco.load_checkpoint(pt)
+  assert torch_qinco.load_checkpoint(V1)[0] == "qinco"
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_stand_ins_stay_as_they_are(pt):
 def test_refuses_misuse_of_known_names(pt, root, said):
   write(pt, root)
   with pytest.raises(ValueError, match=said):
-    torch_io.load_checkpoint(pt)
+    torch_qinco.load_checkpoint(pt)
 
 
 def test_refuses_memo_bombs_and_extensions(pt):
@@ -179,7 +179,7 @@ def test_refuses_memo_bombs_and_extensions(pt):
     write(pt, b"\x80\x02" + pickled + b".")
     start = time.monotonic()
     with pytest.raises(ValueError, match=said):
-      torch_io.load_checkpoint(pt)
+      torch_qinco.load_checkpoint(pt)
     assert time.monotonic() - start < 1
 
 

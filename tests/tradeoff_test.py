@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import codecs, common, encode, encoders, tradeoff
+from experiments import encode, tradeoff
+from experiments.lib import cli, codecs, encoders
 from tests import qinco_cases
 from vqjax.codecs import qinco
 from vqjax.data import formats
-from vqjax.interop import faiss_ivf, safetensors_io
+from vqjax.interop import faiss_ivf
+from vqjax.storage import codec_file
 
 PUBLISHED = dict(num_candidates=10, beam_size=8)
 
@@ -80,13 +82,13 @@ def test_trials_share_one_graph_of_the_centroids(
 
 
 def _config(**values):
-  return common.get_config(tradeoff.OPTIONS, **{"repeats": 1, **values})
+  return cli.get_config(tradeoff.OPTIONS, **{"repeats": 1, **values})
 
 
 def test_tradeoff_measures_both_rules(tmp_path):
   params, codec = _codec(lambda words_TKD: words_TKD)
   folder = tmp_path / "codec"
-  safetensors_io.save_codec(folder, "qinco", params, info={})
+  codec_file.save_codec(folder, "qinco", params, info={})
   data = tmp_path / "x.fvecs"
   formats.write_vectors(data, _vectors(), dtype=np.float32)
   picture = tmp_path / "tradeoff.png"
@@ -113,7 +115,7 @@ def test_tradeoff_measures_both_rules(tmp_path):
 
 def test_tradeoff_refuses_a_codec_without_preselection(tmp_path):
   params = qinco_cases.make_params(**qinco_cases.CASES["qinco1"])
-  safetensors_io.save_codec(tmp_path / "codec", "qinco", params, info={})
+  codec_file.save_codec(tmp_path / "codec", "qinco", params, info={})
   config = _config(codec=str(tmp_path / "codec"), output="x.png")
   with pytest.raises(ValueError, match="Only a QINCo2 has words pre-selected"):
     tradeoff.run(config)
@@ -131,9 +133,9 @@ def test_tradeoff_refuses_a_codec_without_preselection(tmp_path):
 def test_encode_tries_only_what_was_left_open(tmp_path, asked, candidates):
   params, _ = _codec(lambda words_TKD: words_TKD)
   info = {"encode": PUBLISHED}
-  safetensors_io.save_codec(tmp_path / "codec", "qinco", params, info=info)
+  codec_file.save_codec(tmp_path / "codec", "qinco", params, info=info)
   formats.write_vectors(tmp_path / "x.fvecs", _vectors(4100), dtype=np.float32)
-  config = common.get_config(encode.OPTIONS)
+  config = cli.get_config(encode.OPTIONS)
   config.update(
     codec=str(tmp_path / "codec"), data=str(tmp_path / "x.fvecs"),
     output=str(tmp_path / "codes.npy"), **asked,
@@ -155,7 +157,7 @@ def test_encode_tries_only_what_was_left_open(tmp_path, asked, candidates):
 )
 def test_tradeoff_refuses_before_any_work(tmp_path, values, message):
   params, _ = _codec(lambda words_TKD: words_TKD)
-  safetensors_io.save_codec(tmp_path / "codec", "qinco", params, info={})
+  codec_file.save_codec(tmp_path / "codec", "qinco", params, info={})
   formats.write_vectors(tmp_path / "x.fvecs", _vectors(), dtype=np.float32)
   config = _config(
     codec=str(tmp_path / "codec"), data=str(tmp_path / "x.fvecs"),
@@ -170,7 +172,7 @@ def test_tradeoff_refuses_before_any_work(tmp_path, values, message):
 @pytest.mark.slow
 def test_tradeoff_measures_the_scout_of_a_deep_network(tmp_path):
   params = qinco_cases.make_params(num_words=16, dim=6, num_blocks=4)
-  safetensors_io.save_codec(tmp_path / "codec", "qinco", params, info={})
+  codec_file.save_codec(tmp_path / "codec", "qinco", params, info={})
   formats.write_vectors(tmp_path / "x.fvecs", _vectors(), dtype=np.float32)
   config = _config(
     codec=str(tmp_path / "codec"), data=str(tmp_path / "x.fvecs"),

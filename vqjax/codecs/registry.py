@@ -5,7 +5,7 @@ files need not know which codec they hold:
 
   Params                      frozen dataclass of arrays
   fit(key, x_ND, ...)         closed form; qinco has init and loss instead,
-                              in qinco_learning, and pq_qinco is put together
+                              in qinco_loss, and pq_qinco is put together
                               from QINCos by recombine
   prepare(params)             what encode and decode take, computed once;
                               they take the parameters as well

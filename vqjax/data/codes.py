@@ -32,12 +32,10 @@ import numpy as np
 
 from vqjax import __version__
 from vqjax.core import check_range
-from vqjax.data import batches, formats
+from vqjax.data import files, formats
 
 MANIFEST_NAME = "manifest.json"
-_FORMAT, _VERSION = "vqjax codes", 1
-_NOT_COMPARED = ("command", "vqjax_version")
-_SAMPLE_ROWS = 256  # Of the data, for their checksum.
+KIND = ("vqjax codes", 1)  # Of manifest and description.
 _MAX_ID = np.iinfo(np.int32).max
 _FOREIGN = "is of another codec, data file or options; remove it first"
 _DAMAGED = "is damaged: it does not match its checksum"
@@ -70,34 +68,17 @@ def describe(
       "row_bytes": row_bytes,
     }
   return {
-    "format": _FORMAT,
-    "version": _VERSION,
+    "format": KIND[0],
+    "version": KIND[1],
     "shape": shape,
     **shards,
     "codebook_sizes": [int(size) for size in codebook_sizes],
     "codec": codec,
     "codec_fingerprint": fingerprint,
     "encode": encode,
-    "data": identify(vectors),
+    "data": files.identify(vectors),
     "command": command,
     "vqjax_version": __version__,
-  }
-
-
-def identify(vectors) -> dict:
-  """Returns what tells these vectors `[N, D]` from others of their shape.
-
-  The checksum covers rows spread over the file, not a change between them: a
-  terabyte is not read twice.
-  """
-  num, dim = vectors.shape
-  rows = np.unique(np.linspace(0, num - 1, _SAMPLE_ROWS, dtype=np.int64))
-  sample_ND = batches.read_rows(vectors, rows)
-  formats.release_pages(vectors)
-  return {
-    "dim": dim,
-    "dtype": np.dtype(vectors.dtype).name,
-    "checksum_of_sample": hashlib.sha256(sample_ND).hexdigest()[:16],
   }
 
 
@@ -126,7 +107,7 @@ def claim(folder, manifest: dict) -> dict:
     _write_first(path, manifest)
   found = load_manifest(folder)
   try:
-    check_same(folder, found, manifest)
+    files.check_same(folder, found, manifest)
   except ValueError as error:
     raise ValueError(
       f"{error} Choose another --output, or remove those codes."
@@ -137,14 +118,14 @@ def claim(folder, manifest: dict) -> dict:
 def _write_first(path: pathlib.Path, manifest: dict) -> None:
   """Writes the manifest, unless another process is first."""
   mine = path.with_name(f".{path.stem}-{secrets.token_hex(4)}.json")
-  write_json(mine, manifest)
+  files.write_json(mine, manifest)
   try:
     os.link(mine, path)  # Unlike a renaming, never replaces a file.
   except FileExistsError:
     return
   except OSError:  # A file system without links.
     with contextlib.suppress(FileExistsError):
-      write_json(path, manifest)
+      files.write_json(path, manifest)
   finally:
     mine.unlink()
 
@@ -156,23 +137,10 @@ def load_manifest(folder) -> dict:
     raise FileNotFoundError(
       f"{folder} is no folder of codes: it has no {MANIFEST_NAME}."
     )
-  manifest = parse_description(path)
+  manifest = files.parse_description(path, KIND)
   if not manifest.get("num_shards"):
     raise ValueError(f"{path} describes a single file, not a folder of shards.")
   return manifest
-
-
-def check_same(where, found: dict, wanted: dict, prefix: str = "") -> None:
-  """Raises ValueError where codes differ from those wanted, and names it."""
-  for name in [*wanted, *sorted(set(found) - set(wanted))]:
-    a, b = found.get(name), wanted.get(name)
-    if isinstance(a, dict) and isinstance(b, dict):
-      check_same(where, a, b, f"{prefix}{name}.")
-    elif a != b and name not in _NOT_COMPARED:
-      raise ValueError(
-        f"{where} holds other codes: their {prefix}{name} is {a}, now it is "
-        f"{b}."
-      )
 
 
 def write_shard(folder, manifest: dict, shard: int, blocks) -> None:
@@ -191,10 +159,10 @@ def write_shard(folder, manifest: dict, shard: int, blocks) -> None:
   record = {
     "rows": [rows.start, rows.stop],
     "bytes": path.stat().st_size,
-    "sha256": formats.sha256(path),
+    "sha256": files.sha256(path),
     "manifest": _digest(manifest),
   }
-  write_json(path.with_suffix(".json"), record, overwrite=True)
+  files.write_json(path.with_suffix(".json"), record, overwrite=True)
 
 
 def unfinished(folder, manifest: dict, shards) -> list[int]:
@@ -250,7 +218,7 @@ def _problem(folder, manifest, shard: int, is_thorough: bool) -> str | None:
     return _FOREIGN
   if path.stat().st_size != wanted:
     return f"has {path.stat().st_size} bytes, expected {wanted}"
-  if is_thorough and formats.sha256(path) != checksum:
+  if is_thorough and files.sha256(path) != checksum:
     return _DAMAGED
   try:
     codes = Codes([_open_shard(path, manifest, len(rows))], manifest)
@@ -344,7 +312,10 @@ def open_codes(path) -> Codes:
       f"There is no file or folder {path}; codes are a folder of shards or a "
       ".npy of experiments.encode."
     )
-  codes_NM, meta = formats.open_vectors(path), read_description(path)
+  codes_NM, meta = (
+    formats.open_vectors(path),
+    files.read_description(path, KIND),
+  )
   if codes_NM.dtype.kind not in "iu":
     raise TypeError(f"{path} must hold integer codes, got {codes_NM.dtype}.")
   check_described(path, meta, codes_NM.shape)
@@ -371,7 +342,7 @@ def _open_folder(folder: pathlib.Path) -> Codes:
   def check(shard):
     path = path_fn(shard)
     record = json.loads(path.with_suffix(".json").read_text())
-    if formats.sha256(path) != record["sha256"]:
+    if files.sha256(path) != record["sha256"]:
       raise ValueError(f"{path} {_DAMAGED}. {_how_to_mend(folder)}")
 
   return Codes(parts, manifest, check_fn=check)
@@ -394,54 +365,14 @@ def _open_shard(path, manifest: dict, num: int) -> np.ndarray:
   return raw
 
 
-def description_path(path) -> pathlib.Path:
-  """Returns where the description of a file of codes lies."""
-  return pathlib.Path(f"{os.fspath(path)}.json")
-
-
-def read_description(path) -> dict:
-  """Returns the description beside a file of codes, empty without one."""
-  path = description_path(path)
-  return parse_description(path) if path.is_file() else {}
-
-
 def check_described(path, meta: dict, shape) -> None:
   """Raises ValueError where a description is that of another file of codes."""
   if meta and meta["shape"] != list(shape):
     raise ValueError(
-      f"{description_path(path)} describes codes of shape {meta['shape']}, but "
-      f"{path} beside it has {list(shape)}; remove the description if the "
-      "codes were made elsewhere."
+      f"{files.description_path(path)} describes codes of shape "
+      f"{meta['shape']}, but {path} has {list(shape)}; remove the description "
+      "if the codes were made elsewhere."
     )
-
-
-def parse_description(
-  path: pathlib.Path, kind: tuple[str, int] = (_FORMAT, _VERSION)
-) -> dict:
-  """Returns the description in a file; `kind` is name and version of a format.
-
-  Raises ValueError where it is damaged, or of another kind.
-  """
-  name, version = kind
-  try:
-    found = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path} is damaged, or no JSON file: {error}.") from error
-  if not isinstance(found, dict) or found.get("format") != name:
-    raise ValueError(f"{path} must have format {name!r}: it is not of vqjax.")
-  if found.get("version") != version:
-    raise ValueError(
-      f"{path} has version {found.get('version')!r}, this vqjax {__version__} "
-      f"reads version {version}; use the vqjax that wrote it, "
-      f"{found.get('vqjax_version')}."
-    )
-  return found
-
-
-def write_json(path, value: dict, *, overwrite: bool = False) -> None:
-  """Writes a description or record, whole or not at all."""
-  with formats.atomic_output(path, overwrite) as temporary:
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def check_ids(codes_NM, sizes, first_row: int = 0) -> None:
@@ -486,6 +417,6 @@ def _kept_bytes(sizes) -> np.ndarray:
 
 def _digest(manifest: dict) -> str:
   """A checksum of all in a manifest that is compared."""
-  kept = {k: v for k, v in manifest.items() if k not in _NOT_COMPARED}
+  kept = {k: v for k, v in manifest.items() if k not in files.NOT_COMPARED}
   text = json.dumps(kept, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]

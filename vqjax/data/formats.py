@@ -12,19 +12,15 @@ Nothing here reads a whole file: `open_vectors` costs the same for a thousand
 vectors as for a billion.
 """
 
-import contextlib
-import errno
-import hashlib
 import itertools
 import math
 import mmap
 import os
 import pathlib
-import secrets
 
 import numpy as np
 
-from vqjax.data import hdf5
+from vqjax.data import files, hdf5
 
 _VECS = {".bvecs": "<u1", ".fvecs": "<f4", ".ivecs": "<i4"}
 _BIN = {".fbin": "<f4", ".u8bin": "<u1", ".i8bin": "<i1", ".ibin": "<i4"}
@@ -181,55 +177,6 @@ def _check_table(name, shape, dtype) -> None:
     )
 
 
-@contextlib.contextmanager
-def atomic_output(path, overwrite: bool = False):
-  """Yields a temporary path whose file becomes `path` when the block ends.
-
-  The file appears whole or not at all: after an error the temporary file is
-  removed and an earlier `path` is untouched. Missing folders are created.
-  """
-  path = pathlib.Path(path)
-  check_output(path, overwrite)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(
-    f".{path.stem}.tmp-{secrets.token_hex(4)}{path.suffix}"
-  )
-  try:
-    temporary.touch()
-    mode = temporary.stat().st_mode  # What the umask leaves.
-    temporary.unlink()
-    yield temporary
-    if temporary.stat().st_mode != mode:  # Some libraries make private files.
-      temporary.chmod(mode & 0o777)
-    with open(temporary, "rb+") as f:
-      os.fsync(f.fileno())
-    check_output(path, overwrite)
-    os.replace(temporary, path)
-  except OSError as e:
-    if e.errno != errno.ENOSPC:
-      raise
-    size = temporary.stat().st_size if temporary.exists() else 0
-    raise OSError(
-      errno.ENOSPC,
-      f"The disk is full: could not write {path}, stopped after {size} bytes "
-      "(removed again); free some space or choose another folder.",
-    ) from e
-  finally:
-    temporary.unlink(missing_ok=True)
-
-
-def check_output(path, overwrite: bool = False) -> None:
-  """Raises unless a file may be written at `path`; nothing is written."""
-  path = pathlib.Path(path)
-  if path.exists() and not path.is_file():
-    raise ValueError(f"{path} must name a regular file to write, not a folder.")
-  if path.exists() and not overwrite:
-    raise FileExistsError(
-      f"{path} exists already; choose another name, or allow replacing it: "
-      "--overwrite, overwrite=True in Python."
-    )
-
-
 def write_vectors(path, x, *, dtype=None, overwrite: bool = False) -> int:
   """Writes vectors `[N, D]` in the format of the suffix; returns `N`.
 
@@ -257,7 +204,7 @@ def write_vectors(path, x, *, dtype=None, overwrite: bool = False) -> int:
   _check_table("the first block", first.shape, first.dtype)
   dtype = np.dtype(fixed or dtype or first.dtype)
   cast = _cast_blocks(itertools.chain([first], blocks), dtype, path)
-  with atomic_output(path, overwrite) as temporary:
+  with files.atomic_output(path, overwrite) as temporary:
     if suffix in _HDF5:
       return hdf5.write_table(temporary, part, cast, first.shape[1], dtype)
     return _write_flat(temporary, suffix, cast, first.shape[1], dtype)
@@ -340,12 +287,6 @@ def _write_flat(path, suffix: str, blocks, dim: int, dtype: np.dtype) -> int:
     f.seek(0)
     _header(suffix, num, dim, dtype, f)
   return num
-
-
-def sha256(path) -> str:
-  """Returns the checksum of a whole file, in hexadecimal."""
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def release_pages(vectors) -> None:

@@ -9,7 +9,7 @@ import pathlib
 import faiss
 
 from vqjax import __version__
-from vqjax.data import codes, formats
+from vqjax.data import files
 from vqjax.interop import faiss_io
 
 
@@ -36,14 +36,14 @@ def save(
     "vqjax_version": __version__,
     "faiss_version": faiss.__version__,
   }
-  beside = codes.description_path(path)
-  formats.check_output(beside, overwrite)
+  beside = files.description_path(path)
+  files.check_output(beside, overwrite)
   with faiss_io.write_index(index, path, overwrite=overwrite) as temporary:
     meta |= {
       "bytes": temporary.stat().st_size,
-      "sha256": formats.sha256(temporary),
+      "sha256": files.sha256(temporary),
     }
-  codes.write_json(beside, meta, overwrite=True)
+  files.write_json(beside, meta, overwrite=True)
   return meta
 
 
@@ -65,8 +65,8 @@ def load(
   path = pathlib.Path(path)
   if not path.is_file():
     raise FileNotFoundError(f"There is no file {path}; check the name.")
-  beside = codes.description_path(path)
-  info = codes.parse_description(beside, kind) if beside.is_file() else {}
+  beside = files.description_path(path)
+  info = files.parse_description(beside, kind) if beside.is_file() else {}
   if info:
     _check_file(path, info, is_thorough=not mmap)
   flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY if mmap else 0
@@ -84,7 +84,7 @@ def _check_file(path: pathlib.Path, info: dict, *, is_thorough: bool) -> None:
       f"{path} is truncated or of another run: it has {size} bytes, its "
       f"description says {info.get('bytes')}."
     )
-  if is_thorough and formats.sha256(path) != info.get("sha256"):
+  if is_thorough and files.sha256(path) != info.get("sha256"):
     raise ValueError(
       f"{path} is damaged, or was changed after it was written: it does not "
       "match the checksum in its description."

@@ -16,7 +16,7 @@ from vqjax.codecs.additive import AdditiveParams
 from vqjax.codecs.pq import PQParams
 from vqjax.codecs.rq import RQParams
 from vqjax.core import check_range, check_shape
-from vqjax.data.formats import atomic_output
+from vqjax.data.files import atomic_output
 
 METRICS = {"l2": faiss.METRIC_L2, "ip": faiss.METRIC_INNER_PRODUCT}
 ADDITIVE = ("PQ", "OPQ", "RQ", "LSQ")

@@ -22,7 +22,7 @@ import numpy as np
 
 from vqjax.codecs.rq import RQParams
 from vqjax.core import check_range, check_shape
-from vqjax.data import codes
+from vqjax.data import codes, files
 from vqjax.interop import faiss_files, faiss_io, faiss_lists
 from vqjax.interop.faiss_io import METRICS, float_rows
 from vqjax.interop.faiss_lists import assign_lists as assign_lists
@@ -293,7 +293,7 @@ def load(path, *, mmap: bool = False, require_sidecar: bool = True) -> Loaded:
   index = faiss_lists.check_index(index, path)
   if require_sidecar and not info:
     raise FileNotFoundError(
-      f"{path} has no description {codes.description_path(path).name} beside "
+      f"{path} has no description {files.description_path(path).name} beside "
       "it, so nobody knows which codec it is of: copy it too, or build the "
       "index again; require_sidecar=False in Python does without."
     )

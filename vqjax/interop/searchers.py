@@ -15,15 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqjax.codecs import pairwise, registry
-from vqjax.interop import (
-  decoders_io,
-  faiss_filter,
-  faiss_io,
-  faiss_ivf,
-  safetensors_io,
-  signs_io,
-)
+from vqjax.interop import faiss_filter, faiss_io, faiss_ivf
 from vqjax.search import ivf, pipeline
+from vqjax.storage import codec_file, decoder_file, sign_file
 
 
 def open_searcher(
@@ -50,7 +44,7 @@ def open_searcher(
     FileNotFoundError: A file is not there.
     ValueError: A file is damaged, or of another codec.
   """
-  loaded = safetensors_io.load_codec(codec)
+  loaded = codec_file.load_codec(codec)
   faiss_index, meta = faiss_ivf.load(index)
   faiss_ivf.check_codec(index, meta, loaded.fingerprint)
   if meta["metric"] != "l2":
@@ -59,13 +53,13 @@ def open_searcher(
       "by squared distances; build it with --metric=l2. For vectors of length "
       "1 the order is that of inner products."
     )
-  found_signs = None if signs is None else signs_io.load(signs, meta)
+  found_signs = None if signs is None else sign_file.load(signs, meta)
   contents = faiss_ivf.contents(faiss_index)
   coarse = faiss_ivf.keep_coarse(faiss_index)  # The codes are not kept twice.
   pairwise_fn = None
   if decoders is not None:
-    found = decoders_io.load(decoders)
-    decoders_io.check_codec(found, loaded.fingerprint)
+    found = decoder_file.load(decoders)
+    decoder_file.check_codec(found, loaded.fingerprint)
     if found.pairwise is not None:
       pairwise_fn = partial(
         pairwise.decode,
@@ -114,7 +108,7 @@ def _open_filter(path, meta: dict, contents) -> pipeline.Filter:
   )
 
 
-def make_decode_fn(loaded: safetensors_io.LoadedCodec, dtype: str):
+def make_decode_fn(loaded: codec_file.LoadedCodec, dtype: str):
   """Returns the codec's decoder of codes `[n, M]` and lists `[n]`, compiled.
 
   A codec without lists takes no notice of them, one without a network none of

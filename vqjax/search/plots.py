@@ -3,7 +3,7 @@
 import pathlib
 from collections.abc import Sequence
 
-from vqjax.data.formats import atomic_output
+from vqjax.data.files import atomic_output
 from vqjax.search.operating_points import Point, front
 
 

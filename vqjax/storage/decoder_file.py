@@ -1,12 +1,12 @@
 """Decoders of codes without a network, in one `decoders.safetensors`.
 
-  decoders = decoders_io.load("decoders.safetensors")
-  decoders_io.check_codec(decoders, codec.fingerprint)
+  decoders = decoder_file.load("decoders.safetensors")
+  decoder_file.check_codec(decoders, codec.fingerprint)
   pairwise.decode(decoders.pairwise, codes_NM, lists_N)
 
 Both decode what the centroid of a list leaves; a codec without lists has one
 list, whose centroid is zero. Arrays lie under `additive.` and `pairwise.` and
-the names of their fields. The header says, beside what `tensor_files` needs:
+the names of their fields. The header says, beside what `tensors` needs:
 
   codec_fingerprint   of the codec whose codes these decode
   num_codes, codebook_size, dim, num_lists   sizes; num_lists 0 without lists
@@ -23,7 +23,7 @@ import numpy as np
 from vqjax.codecs.additive import AdditiveParams
 from vqjax.codecs.pairwise import PairwiseParams
 from vqjax.core import check_shape
-from vqjax.interop import tensor_files
+from vqjax.storage import tensors
 
 SUFFIX = ".safetensors"
 _FORMAT, _VERSION = "vqjax decoders", 1
@@ -66,11 +66,11 @@ def save(
   """
   check_path(path)
   sizes = _check_sizes(additive, pairwise)
-  arrays, static = tensor_files.flatten(additive, "additive.")
+  arrays, static = tensors.flatten(additive, "additive.")
   if pairwise is not None:
-    more = tensor_files.flatten(pairwise, "pairwise.")
+    more = tensors.flatten(pairwise, "pairwise.")
     arrays, static = arrays | more[0], static | more[1]
-  tensor_files.save(
+  tensors.save(
     path,
     *(arrays, static),
     overwrite=overwrite,
@@ -95,7 +95,7 @@ def load(path) -> Decoders:
     FileNotFoundError: Where there is no such file.
     ValueError: Where it is no file of decoders, damaged or changed.
   """
-  header, arrays = tensor_files.load(
+  header, arrays = tensors.load(
     path,
     format=_FORMAT,
     version=_VERSION,
@@ -131,12 +131,10 @@ def check_codec(decoders: Decoders, fingerprint: str) -> None:
 def _rebuild(path, arrays: dict, static: dict):
   """The decoders of a file; all of its arrays must belong to them."""
   try:
-    additive = tensor_files.rebuild(AdditiveParams, arrays, static, "additive.")
+    additive = tensors.rebuild(AdditiveParams, arrays, static, "additive.")
     pairwise = None
     if any(name.startswith("pairwise.") for name in arrays):
-      pairwise = tensor_files.rebuild(
-        PairwiseParams, arrays, static, "pairwise."
-      )
+      pairwise = tensors.rebuild(PairwiseParams, arrays, static, "pairwise.")
     if arrays or static:
       raise ValueError(f"{', '.join([*arrays, *static])} is of neither")
   except ValueError as error:

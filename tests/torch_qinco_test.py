@@ -20,7 +20,7 @@ from tests.pickles import (
   tensor,
   write,
 )
-from vqjax.interop import torch_io
+from vqjax.interop import torch_qinco
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "third_party" / "golden"
 V2, V1 = GOLDEN / "qinco2_tiny.pt", GOLDEN / "v1_qinco.pt"
@@ -36,14 +36,14 @@ def pt(tmp_path):
 
 def test_missing_file(pt):
   with pytest.raises(FileNotFoundError, match=r"no file .*x\.pt; expected a"):
-    torch_io.load_checkpoint(pt)
+    torch_qinco.load_checkpoint(pt)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x02.", b"hello" * 100])
 def test_refuses_what_is_no_zip(pt, content):
   pt.write_bytes(content)
   with pytest.raises(ValueError, match="truncated or no zip archive"):
-    torch_io.load_checkpoint(pt)
+    torch_qinco.load_checkpoint(pt)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
@@ -51,7 +51,7 @@ def test_refuses_truncated_files(pt, share):
   raw = V2.read_bytes()
   pt.write_bytes(raw[: int(len(raw) * share)])
   with pytest.raises(ValueError, match="truncated or no zip archive"):
-    torch_io.load_checkpoint(pt)
+    torch_qinco.load_checkpoint(pt)
 
 
 @pytest.mark.parametrize("source", [V2, V1, GOLDEN / "v1_pq_qinco_opq.pt"])
@@ -64,7 +64,7 @@ def test_random_damage_never_does_worse_than_refusing(pt, source):
     damaged[at] = rng.integers(0, 256, 3)
     rewrite(pt, source, {"data.pkl": damaged.tobytes()})
     try:
-      torch_io.load_checkpoint(pt)
+      torch_qinco.load_checkpoint(pt)
     except ValueError as error:
       assert str(pt) in str(error)  # noqa: PT017
 
@@ -73,13 +73,13 @@ def test_refuses_archives_of_something_else(pt):
   with zipfile.ZipFile(pt, "w") as file:
     file.writestr("readme.txt", "hello")
   with pytest.raises(ValueError, match="NAME/data.pkl, found 0 of them in 1"):
-    torch_io.load_checkpoint(pt)
+    torch_qinco.load_checkpoint(pt)
   rewrite(pt, V2, {"byteorder": b"middle"})
   with pytest.raises(ValueError, match="has byte order b'middle', expected"):
-    torch_io.load_checkpoint(pt)
+    torch_qinco.load_checkpoint(pt)
   rewrite(pt, V2, {"data.pkl": pickle_of(V2)[:1000]})
   with pytest.raises(ValueError, match="is damaged: data.pkl is no pickle"):
-    torch_io.load_checkpoint(pt)
+    torch_qinco.load_checkpoint(pt)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_refuses_archives_of_something_else(pt):
 def test_refuses_other_dicts(pt, root, said):
   write(pt, root)
   with pytest.raises(ValueError, match=said):
-    torch_io.load_checkpoint(pt)
+    torch_qinco.load_checkpoint(pt)
 
 
 @pytest.mark.parametrize(
@@ -127,16 +127,16 @@ def test_refuses_sizes_that_do_not_fit_the_tensors(pt, change, said):
   again = emit("parameters") + emit(given)
   rewrite(pt, V2, {"data.pkl": pickled[:at] + again + pickled[at:]})
   with pytest.raises(ValueError, match=said):
-    torch_io.load_checkpoint(pt)
+    torch_qinco.load_checkpoint(pt)
 
 
 def test_reads_only_the_tensors_of_the_codec(pt):
   unused = ["data/2", "data/3", "data/5", "data/6"]  # Moments of targets.
   rewrite(pt, V2, drop=unused)
-  torch_io.load_checkpoint(pt)
+  torch_qinco.load_checkpoint(pt)
   rewrite(pt, V2, drop=["data/7"])
   with pytest.raises(ValueError, match="has no record data/7"):
-    torch_io.load_checkpoint(pt)
+    torch_qinco.load_checkpoint(pt)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_reads_only_the_tensors_of_the_codec(pt):
 def test_refuses_bad_numbers(pt, record, values, said):
   rewrite(pt, V2, {record: np.asarray(values, np.float32).tobytes()})
   with pytest.raises(ValueError, match=said):
-    torch_io.load_checkpoint(pt)
+    torch_qinco.load_checkpoint(pt)
 
 
 def module(kind, state):
@@ -183,7 +183,7 @@ SIZES = dict(d=4, K=8, L=1, M=2, h=3, _parameters={}, _modules={})
 def test_refuses_modules_that_are_no_codec(pt, root, said):
   write(pt, root)
   with pytest.raises(ValueError, match=said):
-    torch_io.load_checkpoint(pt)
+    torch_qinco.load_checkpoint(pt)
 
 
 def test_refuses_modules_that_contain_themselves(pt):
@@ -192,7 +192,7 @@ def test_refuses_modules_that_contain_themselves(pt):
   state += emit("b") + b"h\x01uu"
   write(pt, b"\x80\x02" + made + state + b"b.")
   with pytest.raises(ValueError, match="more than 100000 modules"):
-    torch_io.load_checkpoint(pt)
+    torch_qinco.load_checkpoint(pt)
 
 
 @pytest.mark.parametrize(
@@ -206,4 +206,4 @@ def test_refuses_bad_scales_of_modules(pt, scale, said):
   bad = pickled.replace(good, b"G" + struct.pack(">d", scale))
   rewrite(pt, V1, {"data.pkl": bad})
   with pytest.raises(ValueError, match=said):
-    torch_io.load_checkpoint(pt)
+    torch_qinco.load_checkpoint(pt)

@@ -3,8 +3,8 @@
 import numpy as np
 
 from vqjax.core import check_shape
-from vqjax.data import codes, datasets
-from vqjax.interop import decoders_io
+from vqjax.data import codes, datasets, files
+from vqjax.storage import decoder_file
 
 
 def of_codec(
@@ -43,12 +43,12 @@ def check_codec(config, codec, meta: dict) -> None:
 def check_data(path, data: dict | None, vectors) -> None:
   """Raises ValueError where `data` says that codes are of other vectors.
 
-  It is what `codes.identify` found; None where nobody knows.
+  It is what `files.identify` found; None where nobody knows.
   """
   if data is None:
     return
   try:
-    codes.check_same(path, {"data": data}, {"data": codes.identify(vectors)})
+    files.check_same(path, {"data": data}, {"data": files.identify(vectors)})
   except ValueError as error:
     raise ValueError(
       f"{error} Give the vectors that were encoded as --data."
@@ -133,10 +133,10 @@ def split(codec, codes_NM):
   return np.zeros(len(codes_NM), np.int32), codes_NM
 
 
-def decoders(config, codec) -> decoders_io.Decoders:
+def decoders(config, codec) -> decoder_file.Decoders:
   """Loads --decoders: of this codec, for all codes but the list number."""
-  found = decoders_io.load(config.decoders)
-  decoders_io.check_codec(found, codec.fingerprint)
+  found = decoder_file.load(config.decoders)
+  decoder_file.check_codec(found, codec.fingerprint)
   m, k, d = found.additive.codebooks_MKD.shape
   sizes = list(codec.codebook_sizes[codec.is_ivf :])
   if ([k] * m, d) != (sizes, codec.dim):

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from experiments import common
+from experiments.lib import cli
 from vqjax import cpu, devices
 from vqjax.codecs import registry
 from vqjax.codecs.distances import nearest
 from vqjax.data import batches, datasets
-from vqjax.interop import faiss_ivf, safetensors_io
+from vqjax.interop import faiss_ivf
+from vqjax.storage import codec_file
 
 _BLOCK = 4096  # Vectors at once, for codecs without a network.
 _CPU_BUDGET, _DEVICE_BUDGET = 16 << 20, 4 << 30  # Bytes, of one block.
@@ -53,8 +54,8 @@ class Codec(NamedTuple):
 
 def open_codec(path: str) -> Codec:
   """Loads a run folder, a codec.safetensors or a released .pt file."""
-  common.keep_compiled()
-  loaded = safetensors_io.load_codec(path)
+  cli.keep_compiled()
+  loaded = codec_file.load_codec(path)
   module = registry.get(loaded.name)
   tables = jax.jit(module.prepare)(loaded.params)
   return Codec(loaded.name, module, tables, loaded.info, loaded.fingerprint)
@@ -193,7 +194,7 @@ def make_assign_fn(centroids_LD, how: str = "auto"):
   are many lists, on CPUs.
   """
   if _takes_graph(how, len(centroids_LD)):
-    with common.progress(len(centroids_LD), "graph", unit="list") as done:
+    with cli.progress(len(centroids_LD), "graph", unit="list") as done:
       coarse = faiss_ivf.make_coarse(centroids_LD, "hnsw", progress=done)
     return functools.partial(faiss_ivf.assign_lists, coarse), _BLOCK
   assign_fn = devices.data_parallel(

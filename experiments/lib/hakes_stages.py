@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from experiments import hakes_data
+from experiments.lib import hakes_data
 from vqjax import devices
 from vqjax.codecs import hakes
-from vqjax.data import batches, formats
-from vqjax.interop import faiss_index, hakes_io
+from vqjax.data import batches, files
+from vqjax.interop import faiss_hakes, hakes_files
 from vqjax.training import checkpoints as checkpoints_lib
 from vqjax.training import hakes_learner, loop, writers
 
@@ -31,7 +31,7 @@ def base(config, data, workdir: pathlib.Path) -> bool:
   knobs = config.base.to_dict()
   path, num_max = knobs.pop("path"), knobs.pop("max_vectors")
   if path:
-    file = hakes_io.load(path)
+    file = hakes_files.load(path)
     if file.metric != data.metric:
       raise ValueError(
         f"{path} is for {file.metric}, but data.metric is {data.metric}."
@@ -49,7 +49,7 @@ def base(config, data, workdir: pathlib.Path) -> bool:
   }
   x_ND = hakes_data.read(data, data.base, _draw(len(data.base), num_max, 0))
   logging.info("Base parameters of %d vectors: %s.", len(x_ND), _text(sizes))
-  side = faiss_index.fit_base(x_ND, **sizes, metric=data.metric, **knobs)
+  side = faiss_hakes.fit_base(x_ND, **sizes, metric=data.metric, **knobs)
   _save(workdir / "findex.bin", side, data)
   return True
 
@@ -82,7 +82,7 @@ def samples(config, data, workdir: pathlib.Path) -> bool:
       f"Neighbours must be rows of the base, 0 to {len(data.base) - 1}, got "
       f"{near_NG.min()} to {near_NG.max()}."
     )
-  with formats.atomic_output(workdir / "samples.npz") as temporary:
+  with files.atomic_output(workdir / "samples.npz") as temporary:
     np.savez(
       temporary,
       queries=x_ND,
@@ -100,10 +100,10 @@ def _find(config, data, workdir, x_ND, k):
       "samples.find_by must be 'exact' or 'index', got "
       f"{config.samples.find_by!r}."
     )
-  side = hakes_io.load(workdir / "findex.bin").side
+  side = hakes_files.load(workdir / "findex.bin").side
   index = _fill(data, side, "float32")
   num_probes = max(len(side.centroids_LE) // 10, 1)
-  near_NG = faiss_index.search(
+  near_NG = faiss_hakes.search(
     index, x_ND, k, num_probes=num_probes, refine_factor=10
   )
   if near_NG.min() < 0:
@@ -178,7 +178,9 @@ def _loss_knobs(config, data, table) -> dict:
 
 def _start(workdir) -> hakes.HakesParams:
   """Both sides equal to the base parameters."""
-  side = jax.tree.map(jnp.asarray, hakes_io.load(workdir / "findex.bin").side)
+  side = jax.tree.map(
+    jnp.asarray, hakes_files.load(workdir / "findex.bin").side
+  )
   return hakes.HakesParams(side, jax.tree.map(jnp.copy, side))
 
 
@@ -258,7 +260,7 @@ def _report(before, after) -> None:
 def centroids(config, data, workdir: pathlib.Path) -> bool:
   """Chooses the centroids that queries look for lists with."""
   knobs = config.centroids
-  learned = hakes_io.load(workdir / "learned.bin").side
+  learned = hakes_files.load(workdir / "learned.bin").side
   if knobs.rule not in ("learned", "mean"):
     raise ValueError(
       f"centroids.rule must be 'learned' or 'mean', got {knobs.rule!r}."
@@ -274,7 +276,7 @@ def centroids(config, data, workdir: pathlib.Path) -> bool:
   else:
     with np.load(workdir / "samples.npz") as file:
       x_ND = file["queries"]
-  old = hakes_io.load(workdir / "findex.bin").side
+  old = hakes_files.load(workdir / "findex.bin").side
   params = jax.tree.map(jnp.asarray, hakes.HakesParams(old, learned))
   sums_LE, counts_L = hakes.centroid_sums(
     params, jnp.asarray(x_ND), data.metric, assign_by=knobs.assign_by
@@ -293,17 +295,18 @@ def centroids(config, data, workdir: pathlib.Path) -> bool:
 def index(config, data, workdir: pathlib.Path) -> bool:
   """Writes the index file for stock faiss, and compares what is read back."""
   old, new = (
-    hakes_io.load(workdir / name).side for name in ("findex.bin", "uindex.bin")
+    hakes_files.load(workdir / name).side
+    for name in ("findex.bin", "uindex.bin")
   )
   built = _fill(data, old, config.index.store)
-  faiss_index.set_side(built, new)
+  faiss_hakes.set_side(built, new)
   path = workdir / "index.faiss"
-  faiss_index.save(built, path)
-  read = faiss_index.load(path)
-  same = jax.tree.map(np.array_equal, faiss_index.side_of(read), new)
+  faiss_hakes.save(built, path)
+  read = faiss_hakes.load(path)
+  same = jax.tree.map(np.array_equal, faiss_hakes.side_of(read), new)
   x_QD = hakes_data.read(data, data.base, np.arange(min(20, len(data.base))))
   knobs = {"num_probes": 4, "refine_factor": 4}
-  ids = [faiss_index.search(i, x_QD, 5, **knobs) for i in (built, read)]
+  ids = [faiss_hakes.search(i, x_QD, 5, **knobs) for i in (built, read)]
   if not all(jax.tree.leaves(same)) or not np.array_equal(*ids):
     path.unlink()
     raise OSError(f"{path} did not read back as it was written; removed again.")
@@ -313,11 +316,11 @@ def index(config, data, workdir: pathlib.Path) -> bool:
 def _fill(data, side, store):
   """An index of all vectors of the base, by the base side."""
   sample_ND = hakes_data.read(data, data.base, _draw(len(data.base), 65536, 0))
-  made = faiss_index.make_index(
+  made = faiss_hakes.make_index(
     side, data.metric, store=store, sample_ND=sample_ND
   )
   logging.info("Adding %d vectors to the index.", len(data.base))
-  faiss_index.add(made, side, hakes_data.blocks(data))
+  faiss_hakes.add(made, side, hakes_data.blocks(data))
   return made
 
 
@@ -335,8 +338,8 @@ def _check_dim(path, side, data) -> None:
 
 
 def _save(path, side, data) -> None:
-  file = hakes_io.HakesFile(side, data.metric, len(data.base))
-  hakes_io.save(file, path)
+  file = hakes_files.HakesFile(side, data.metric, len(data.base))
+  hakes_files.save(file, path)
 
 
 def _text(sizes: dict) -> str:

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from experiments import codecs, common, open_codes
+from experiments.lib import cli, codecs, inputs
 from vqjax.core import check_range, check_shape
-from vqjax.data import batches, codes, datasets
+from vqjax.data import batches, codes, datasets, files
 from vqjax.interop import faiss_baselines, faiss_io
 from vqjax.search import metrics, pipeline
 
@@ -46,7 +46,7 @@ def open_data(codec, config, path, num_vectors: int, is_of) -> Data:
         f"{dataset.base} has {len(base)} vectors, but {num_vectors} are "
         "indexed; give the base that was encoded as --data."
       )
-    open_codes.check_data(path, is_of, base)
+    inputs.check_data(path, is_of, base)
   true_QG = _neighbours(dataset, xq_QD, base, num_vectors)
   return Data(xq_QD, true_QG, base, dataset.metric)
 
@@ -54,7 +54,7 @@ def open_data(codec, config, path, num_vectors: int, is_of) -> Data:
 def _resolve(codec, config) -> datasets.Dataset:
   """The data of the options, else those that the codec was trained on."""
   if config.queries or config.data or config.groundtruth:
-    common.require(config, "queries")
+    cli.require(config, "queries")
     dataset = datasets.own_dataset(
       base=config.data,
       queries=config.queries,
@@ -96,7 +96,7 @@ def _neighbours(dataset, xq_QD, base, num_vectors: int) -> np.ndarray:
     "%s: searching the true neighbours of %d queries.", missing, len(xq_QD)
   )
   num = min(_OVERLAP, num_vectors)
-  with common.progress(num_vectors, "exact search") as done:
+  with cli.progress(num_vectors, "exact search") as done:
     return faiss_io.knn(xq_QD, _blocks(base, done), num, dataset.metric)[1]
 
 
@@ -202,8 +202,8 @@ def baselines_of(train, base) -> dict:
   """Returns what tells baselines of these vectors from others."""
   xt_ND, num_rows = train
   return {
-    "train": {"num": num_rows, **codes.identify(xt_ND)},
-    "base": codes.identify(base),
+    "train": {"num": num_rows, **files.identify(xt_ND)},
+    "base": files.identify(base),
   }
 
 
@@ -216,9 +216,9 @@ def fit_baselines(names, like, train, base) -> dict:
   xt_ND = batches.subsample(train[0], _MAX_TRAIN, 0, num_rows=train[1])
   for name in names:
     logging.info("Training faiss %s on %d vectors ...", name, len(xt_ND))
-    with common.timed(seconds, name):
+    with cli.timed(seconds, name):
       found[name] = faiss_baselines.fit(name, like, xt_ND)
-    with common.progress(len(base), f"add to {name}") as done:
+    with cli.progress(len(base), f"add to {name}") as done:
       faiss_baselines.add(found[name], _blocks(base, done))
     logging.info("Trained %s in %.1f s.", name, seconds[name])
   return found
@@ -243,6 +243,6 @@ def search_decoded(codec, config, data: Data, found: codes.Codes, seconds):
   size = min(codecs.decode_rows(), num)
   check_range("k", config.k, 1, num, "codes to search in")
   decode_fn(np.asarray(found[:1]).repeat(size, axis=0))  # Compiles.
-  with common.progress(num, "decode") as done, common.timed(seconds, "search"):
-    blocks = open_codes.decoded(decode_fn, found, sizes, size, done)
+  with cli.progress(num, "decode") as done, cli.timed(seconds, "search"):
+    blocks = inputs.decoded(decode_fn, found, sizes, size, done)
     return faiss_io.knn(data.xq_QD, blocks, config.k, data.metric)[1]

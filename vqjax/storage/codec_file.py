@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 
 from vqjax import __version__
 from vqjax.codecs import registry
-from vqjax.data.formats import atomic_output
-from vqjax.interop import tensor_files, torch_io
-from vqjax.interop.tensor_files import digest as _digest
-from vqjax.interop.tensor_files import flatten as _flatten
-from vqjax.interop.tensor_files import rebuild as _rebuild
+from vqjax.data.files import atomic_output
+from vqjax.interop import torch_qinco
+from vqjax.storage import tensors
+from vqjax.storage.tensors import digest as _digest
+from vqjax.storage.tensors import flatten as _flatten
+from vqjax.storage.tensors import rebuild as _rebuild
 
 TENSORS_NAME = "codec.safetensors"
 HEADER_NAME = "codec.json"
@@ -87,13 +88,13 @@ def save_codec(
   """
   folder = pathlib.Path(folder)
   header = _make_header(codec_name, params, info)
-  text = tensor_files.to_json(header)
+  text = tensors.to_json(header)
   arrays = _flatten(params)[0]
   # The inner file appears first: a codec.json has its arrays beside it.
   with atomic_output(folder / HEADER_NAME, overwrite) as header_path:
     header_path.write_text(text + "\n", encoding="utf-8")
     with atomic_output(folder / TENSORS_NAME, overwrite) as tensors_path:
-      tensor_files.write(tensors_path, arrays, text)
+      tensors.write(tensors_path, arrays, text)
   return folder / TENSORS_NAME
 
 
@@ -127,7 +128,7 @@ def _find(path: pathlib.Path) -> pathlib.Path:
 
 def _parse_header(path: pathlib.Path, text: str | None) -> dict:
   """Reads and checks the header of `path`."""
-  header = tensor_files.parse_header(
+  header = tensors.parse_header(
     path, text, format=_FORMAT, version=_VERSION, what="codec"
   )
   if header.get("codec") not in registry.names():
@@ -163,17 +164,17 @@ def load_codec(path) -> LoadedCodec:
   """
   path = _find(pathlib.Path(path))
   if path.suffix.lower() in _RELEASED:
-    name, params, info = torch_io.load_checkpoint(path)
+    name, params, info = torch_qinco.load_checkpoint(path)
     return LoadedCodec(name, params, info, fingerprint(params))
   if path.suffix.lower() != ".safetensors":
     raise ValueError(
       f"{path} must be a run folder, a .safetensors file or a .pt checkpoint, "
       f"got suffix {path.suffix!r}."
     )
-  text, arrays = tensor_files.read(path)
+  text, arrays = tensors.read(path)
   header = _parse_header(path, text)
   _check_json(path, header)
-  found = tensor_files.check_digest(path, arrays, header)
+  found = tensors.check_digest(path, arrays, header)
   params = _make_params(path, header, arrays)
   return LoadedCodec(header["codec"], params, header["info"], found)
 

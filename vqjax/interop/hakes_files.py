@@ -22,7 +22,7 @@ from flax import struct as flax_struct
 
 from vqjax.codecs.hakes import HakesSide, check_metric, check_side
 from vqjax.core import check_range
-from vqjax.data import formats
+from vqjax.data import files, formats
 
 RAW_SUFFIX = ".bin"
 _METRIC_OF_BYTE = {0: "l2", 1: "ip"}
@@ -149,7 +149,7 @@ def save(parameters: HakesFile, path, *, overwrite: bool = False) -> None:
     struct.pack("<3i", e, m, k.bit_length() - 1),
     raw(side.codebooks_MKS),
   ]
-  with formats.atomic_output(path, overwrite) as temporary:
+  with files.atomic_output(path, overwrite) as temporary:
     pathlib.Path(temporary).write_bytes(b"".join(parts))
 
 

@@ -7,9 +7,9 @@ import sys
 from absl import logging
 from tqdm import tqdm
 
-from experiments import common
+from experiments.lib import cli
 from vqjax import devices
-from vqjax.data import formats
+from vqjax.data import files
 from vqjax.search import operating_points, plots
 from vqjax.search.operating_points import Point
 
@@ -78,7 +78,7 @@ class Record:
       f'"latency": {json.dumps(self.latency, indent=1)},\n'
       f'"points": [\n{lines}\n]}}\n'
     )
-    with formats.atomic_output(self.path, overwrite=True) as temporary:
+    with files.atomic_output(self.path, overwrite=True) as temporary:
       temporary.write_text(text, encoding="utf-8")
 
   def series(self, recall: str) -> dict[str, list[Point]]:
@@ -123,7 +123,7 @@ class Record:
         rows.append(self._row(series, point.setting, names, shown))
     stages = [f"{stage} us" for stage in _STAGES]
     header = ["front of", *shown, *names, "qps", *stages, "decoded"]
-    return common.table(header, rows)
+    return cli.table(header, rows)
 
   def _row(self, series, setting, names, knobs) -> list[str]:
     point = self.find(series, setting)
@@ -149,7 +149,7 @@ class Record:
       times = [f"{row[name]:.2f}" for name in ("p50_ms", "p95_ms")]
       rows.append([row["series"], at, recall, *times])
     header = ["single queries", "setting", "1-recall@1", "p50 ms", "p95 ms"]
-    return common.table(header, rows)
+    return cli.table(header, rows)
 
 
 def check_output(path, *, resume: bool, overwrite: bool) -> None:
@@ -165,7 +165,7 @@ def check_output(path, *, resume: bool, overwrite: bool) -> None:
       "--overwrite."
     )
   for file in (path, _picture(path)):
-    formats.check_output(file, overwrite)
+    files.check_output(file, overwrite)
 
 
 def _picture(path: pathlib.Path) -> pathlib.Path:

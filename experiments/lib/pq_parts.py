@@ -10,9 +10,9 @@ import time
 import numpy as np
 from absl import logging
 
-from experiments import common
+from experiments.lib import cli
 from vqjax.core import check_range
-from vqjax.data import batches, codes, formats
+from vqjax.data import batches, files, formats
 from vqjax.interop import faiss_io
 
 PREPARED_NAME, ROTATION_NAME = "prepared.json", "rotation.npy"
@@ -33,7 +33,7 @@ def codec_path(folder, block: int) -> pathlib.Path:
 
 def prepare(config) -> dict:
   """Writes the parts that are missing and says how to train them."""
-  common.require(config, "data", "num_blocks")
+  cli.require(config, "data", "num_blocks")
   vectors = formats.open_vectors(config.data, max_vectors=config.num_vectors)
   folder, (num, dim) = pathlib.Path(config.output), vectors.shape
   check_range("--num_blocks", config.num_blocks, 2, dim)
@@ -46,7 +46,7 @@ def prepare(config) -> dict:
     "format": _FORMAT,
     "source": os.path.abspath(config.data),
     "num_vectors": num,
-    **codes.identify(vectors),
+    **files.identify(vectors),
     "num_blocks": config.num_blocks,
     "opq": config.opq,
     "seed": config.seed,
@@ -90,7 +90,7 @@ def _claim(folder, record: dict, vectors):
     rotation_DD = _fit_rotation(vectors, record["num_blocks"], record["seed"])
     formats.write_vectors(folder / ROTATION_NAME, rotation_DD)
   record = record | {"rotation_checksum": _checksum(rotation_DD)}
-  codes.write_json(path, record)
+  files.write_json(path, record)
   return record, rotation_DD
 
 
@@ -115,7 +115,7 @@ def _write_parts(folder, record: dict, vectors, rotation_DD) -> int:
         f"{path} must have shape {(num, size)}, got "
         f"{formats.open_vectors(path).shape}; remove it to make it again."
       )
-  with common.progress(num * len(todo), "parts") as done:
+  with cli.progress(num * len(todo), "parts") as done:
     for at, block in enumerate(todo):
       blocks = batches.map_blocks(
         _cut_fn(rotation_DD, slice(block * size, (block + 1) * size)),

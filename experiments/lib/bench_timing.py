@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench_arithmetic import Work
+from experiments.lib.bench_arithmetic import Work
 
 REST = 0.25  # Seconds after which threads of OpenMP have stopped to spin.
 _CALL_SECONDS = 0.3  # What one timed call should last at least.

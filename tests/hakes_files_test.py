@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 
-from vqjax.interop import hakes_io
+from vqjax.interop import hakes_files
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "third_party" / "golden"
 FILES = {
@@ -20,7 +20,7 @@ FILES = {
 def test_reads_what_the_released_program_wrote(name):
   metric, side = FILES[name]
   want = np.load(GOLDEN / f"hakes_{metric}.npz")
-  got = hakes_io.load(GOLDEN / name)
+  got = hakes_files.load(GOLDEN / name)
   assert got.metric == metric
   np.testing.assert_array_equal(got.side.reduction_ED, want[f"{side}_A"])
   np.testing.assert_array_equal(got.side.bias_E, want[f"{side}_b"])
@@ -32,19 +32,19 @@ def test_reads_what_the_released_program_wrote(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_writes_the_same_bytes(name, tmp_path):
-  hakes_io.save(hakes_io.load(GOLDEN / name), tmp_path / "out.bin")
+  hakes_files.save(hakes_files.load(GOLDEN / name), tmp_path / "out.bin")
   written = (tmp_path / "out.bin").read_bytes()
   assert written == (GOLDEN / name).read_bytes()
 
 
 def test_counts_and_metric_come_back(tmp_path):
-  file = hakes_io.load(GOLDEN / "hakes_ip_findex.bin")
+  file = hakes_files.load(GOLDEN / "hakes_ip_findex.bin")
   file = file.replace(metric="l2", num_vectors=3 << 40)
-  hakes_io.save(file, tmp_path / "x.bin")
-  again = hakes_io.load(tmp_path / "x.bin")
+  hakes_files.save(file, tmp_path / "x.bin")
+  again = hakes_files.load(tmp_path / "x.bin")
   assert (again.metric, again.num_vectors) == ("l2", 3 << 40)
   with pytest.raises(FileExistsError, match="exists already"):
-    hakes_io.save(file, tmp_path / "x.bin")
+    hakes_files.save(file, tmp_path / "x.bin")
 
 
 @pytest.mark.parametrize("size", [0, 3, 11, 400, 2111, 2125, 3816])
@@ -53,7 +53,7 @@ def test_a_truncated_file_is_refused(size, tmp_path):
   path = tmp_path / "cut.bin"
   path.write_bytes(whole[:size])
   with pytest.raises(ValueError, match=f"cut.bin .* the file has {size}"):
-    hakes_io.load(path)
+    hakes_files.load(path)
 
 
 @pytest.mark.parametrize(
@@ -71,21 +71,21 @@ def test_a_foreign_file_is_refused(at, value, message, tmp_path):
   bytes_[at : at + len(value)] = value
   (tmp_path / "x.bin").write_bytes(bytes_)
   with pytest.raises(ValueError, match=message):
-    hakes_io.load(tmp_path / "x.bin")
+    hakes_files.load(tmp_path / "x.bin")
 
 
 def test_other_files_and_sizes_are_refused(tmp_path):
   good = (GOLDEN / "hakes_ip_findex.bin").read_bytes()
   (tmp_path / "long.bin").write_bytes(good + b"1234")
   with pytest.raises(ValueError, match="expected 3817 bytes, got 3821"):
-    hakes_io.load(tmp_path / "long.bin")
+    hakes_files.load(tmp_path / "long.bin")
   with pytest.raises(FileNotFoundError, match="no file .*nowhere"):
-    hakes_io.load(tmp_path / "nowhere.bin")
-  file = hakes_io.load(GOLDEN / "hakes_ip_findex.bin")
+    hakes_files.load(tmp_path / "nowhere.bin")
+  file = hakes_files.load(GOLDEN / "hakes_ip_findex.bin")
   words_MKS = file.side.codebooks_MKS[:, :15]
   odd = file.replace(side=file.side.replace(codebooks_MKS=words_MKS))
   with pytest.raises(ValueError, match="power of two, got 15"):
-    hakes_io.save(odd, tmp_path / "odd.bin")
+    hakes_files.save(odd, tmp_path / "odd.bin")
   assert not (tmp_path / "odd.bin").exists()
 
 
@@ -93,17 +93,17 @@ def test_rows_without_a_header(tmp_path):
   x_ND = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
   x_ND.tofile(tmp_path / "train.bin")
   np.testing.assert_array_equal(
-    hakes_io.open_rows(tmp_path / "train.bin", 3), x_ND
+    hakes_files.open_rows(tmp_path / "train.bin", 3), x_ND
   )
   ids_NG = np.arange(8, dtype="<i4").reshape(2, 4)
   ids_NG.tofile(tmp_path / "neighbors.bin")
-  opened = hakes_io.open_rows(
+  opened = hakes_files.open_rows(
     tmp_path / "neighbors.bin", 4, "<i4", max_vectors=1
   )
   np.testing.assert_array_equal(opened, ids_NG[:1])
   np.save(tmp_path / "x.npy", x_ND)
-  np.testing.assert_array_equal(hakes_io.open_rows(tmp_path / "x.npy"), x_ND)
+  np.testing.assert_array_equal(hakes_files.open_rows(tmp_path / "x.npy"), x_ND)
   with pytest.raises(ValueError, match="rows of 5 float32, 20 bytes .* got 84"):
-    hakes_io.open_rows(tmp_path / "train.bin", 5)
+    hakes_files.open_rows(tmp_path / "train.bin", 5)
   with pytest.raises(ValueError, match="no header; say how many"):
-    hakes_io.open_rows(tmp_path / "train.bin")
+    hakes_files.open_rows(tmp_path / "train.bin")

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from absl import logging
 
-from experiments import codecs, common
-from experiments.codecs import RULE, Codec
+from experiments.lib import cli, codecs
+from experiments.lib.codecs import RULE, Codec
 from vqjax.codecs import qinco_scout
 from vqjax.data import batches
 
@@ -195,7 +195,7 @@ def with_scout(
   if not rule:
     return codec
   rows, _ = sample_rows(len(x_ND), num_vectors)
-  with common.progress(len(rows), "fit the scout") as done:
+  with cli.progress(len(rows), "fit the scout") as done:
     tables = qinco_scout.fit(
       codec.tables,
       batches.read_rows(x_ND, rows),

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 from absl import logging
 
-from experiments import common, hakes_data
-from vqjax.data import formats
-from vqjax.interop import faiss_index, hakes_io
+from experiments.lib import cli, hakes_data
+from vqjax.data import files
+from vqjax.interop import faiss_hakes, hakes_files
 from vqjax.search import metrics, operating_points, plots
 
 _RECALLS = (0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.99)
@@ -26,11 +26,11 @@ def evaluate(config, data, workdir: pathlib.Path) -> bool:
     )
     return True
   xq_QD, true_QG = queries
-  num_threads = faiss_index.set_num_threads(knobs.num_threads)
-  index = faiss_index.load(workdir / "index.faiss")
+  num_threads = faiss_hakes.set_num_threads(knobs.num_threads)
+  index = faiss_hakes.load(workdir / "index.faiss")
   sides = {
-    "base": hakes_io.load(workdir / "findex.bin").side,
-    "learned": hakes_io.load(workdir / "uindex.bin").side,
+    "base": hakes_files.load(workdir / "findex.bin").side,
+    "learned": hakes_files.load(workdir / "uindex.bin").side,
   }
   search_fns = {
     name: _search_fn(index, side, xq_QD, knobs.k)
@@ -41,7 +41,7 @@ def evaluate(config, data, workdir: pathlib.Path) -> bool:
     search_fns[knobs.factory] = _search_fn(other, None, xq_QD, knobs.k)
   settings = _settings(knobs, len(sides["base"].centroids_LE))
   recall_fn = lambda ids_QR: metrics.knn_recall_at(ids_QR, true_QG, knobs.k)
-  with common.progress(len(settings), "search", unit="settings") as done:
+  with cli.progress(len(settings), "search", unit="settings") as done:
     count = iter(range(1, len(settings) + 1))
     series = operating_points.measure(
       search_fns,
@@ -81,16 +81,16 @@ def _factory(data, path: pathlib.Path, name: str):
   if not path.exists():
     logging.info("Training faiss %s.", name)
     x_ND = hakes_data.read_all(data, data.base)
-    index = faiss_index.fit_factory(name, x_ND, data.metric)
-    faiss_index.save(index, path)
-  return faiss_index.load(path)
+    index = faiss_hakes.fit_factory(name, x_ND, data.metric)
+    faiss_hakes.save(index, path)
+  return faiss_hakes.load(path)
 
 
 def _search_fn(index, side, xq_QD, k):
   def search_fn(setting):
     if side is not None:  # The two sides share one index.
-      faiss_index.set_side(index, side)
-    return faiss_index.search(index, xq_QD, k, **setting)
+      faiss_hakes.set_side(index, side)
+    return faiss_hakes.search(index, xq_QD, k, **setting)
 
   return search_fn
 
@@ -126,7 +126,7 @@ def _write(config, data, workdir, series, num_queries, num_threads):
       },
     },
   }
-  with formats.atomic_output(
+  with files.atomic_output(
     workdir / "operating_points.png", overwrite=True
   ) as temporary:
     plots.plot_operating_points(
@@ -136,7 +136,7 @@ def _write(config, data, workdir, series, num_queries, num_threads):
       recall_name=name,
       least_recall=0.5,
     )
-  with formats.atomic_output(
+  with files.atomic_output(
     workdir / "evaluation.json", overwrite=True
   ) as temporary:
     pathlib.Path(temporary).write_text(json.dumps(result, indent=2) + "\n")
@@ -146,8 +146,8 @@ def _write(config, data, workdir, series, num_queries, num_threads):
     name,
     num_queries,
     num_threads,
-    common.table(*_point_table(series)),
-    common.table(
+    cli.table(*_point_table(series)),
+    cli.table(
       [name, *series],
       [
         [f"{row[0]:g}", *(f"{qps:,.0f}" if qps else "-" for qps in row[1:])]

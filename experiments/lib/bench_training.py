@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import bench_subjects
-from experiments.bench_arithmetic import Work, decode_work, encode_work
-from experiments.bench_timing import Contender, seconds
+from experiments.lib import bench_subjects
+from experiments.lib.bench_arithmetic import Work, decode_work, encode_work
+from experiments.lib.bench_timing import Contender, seconds
 from vqjax import devices
-from vqjax.codecs import qinco, qinco_learning
+from vqjax.codecs import qinco, qinco_loss
 from vqjax.training import loop, optimisers
 
 
@@ -43,15 +43,15 @@ def contenders(subject, rule: dict, dtype: str) -> dict[str, Contender]:
 def _make_step(subject, rule: dict, dtype: str, x_ND):
   """Returns a function that takes a step of the training loop each time."""
   settings, params = subject.config.train, subject.params
-  loss_fn = functools.partial(qinco_learning.loss, dtype=dtype, **rule)
+  loss_fn = functools.partial(qinco_loss.loss, dtype=dtype, **rule)
   learner = loop.Learner(
     loss_fn=loss_fn,
-    join_stats_fn=qinco_learning.join_stats,
-    merge_stats_fn=qinco_learning.merge_stats,
+    join_stats_fn=qinco_loss.join_stats,
+    merge_stats_fn=qinco_loss.merge_stats,
     end_epoch_fn=None,  # These belong to the epoch, not to a step.
     usage_fn=None,
     validate_fn=None,
-    frozen_fn=qinco_learning.frozen,
+    frozen_fn=qinco_loss.frozen,
   )
   schedule = lambda step: 1e-6
   tx = optimisers.make_optimiser(
@@ -63,9 +63,9 @@ def _make_step(subject, rule: dict, dtype: str, x_ND):
   state = loop.make_state(
     params,
     tx,
-    qinco_learning.empty_stats(params),
+    qinco_loss.empty_stats(params),
     ["loss", *aux["metrics"]],
-    qinco_learning.frozen,
+    qinco_loss.frozen,
   )
   # Copies: the step donates its state.
   state = devices.replicate(jax.tree.map(jnp.copy, state))
@@ -84,7 +84,7 @@ def _make_step(subject, rule: dict, dtype: str, x_ND):
 
 def _decode_loss(dtype, params, x_ND, codes_NM):
   """What a training step differentiates, given the codes."""
-  errors_M, preselect_T, _ = qinco_learning.decode_losses(
+  errors_M, preselect_T, _ = qinco_loss.decode_losses(
     qinco.prepare(params), qinco.normalise(params, x_ND), codes_NM, dtype
   )
   return errors_M.sum() + preselect_T.sum()

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from experiments import codecs
-from vqjax.codecs import qinco, qinco_learning
+from experiments.lib import codecs
+from vqjax.codecs import qinco, qinco_loss
 from vqjax.data import batches, datasets, formats
-from vqjax.interop import safetensors_io
+from vqjax.storage import codec_file
 
 PRESETS = "configs/qinco2_xs.py,configs/qinco2_s.py"
 _PUBLISHED_BEAM = 32  # B of arXiv 2501.03078, beside A = 16.
@@ -39,7 +39,7 @@ def load(config) -> list[Subject]:
     codec = codecs.open_codec(config.codec)
     dataset = codecs.resolve_data(codec, config, base=config.data)
     x_ND = datasets.open_split(dataset, "base")
-    params = safetensors_io.load_codec(config.codec).params
+    params = codec_file.load_codec(config.codec).params
     return [Subject(config.codec, codec, params, x_ND)]
   files = (config.config or PRESETS).split(",")
   settings = {file: _load_config(file) for file in files}
@@ -122,7 +122,7 @@ def _draw(file: str, config, x_ND) -> Subject:
   if config.ivf.num_lists:
     centroids_LD = rows(subject, config.ivf.num_lists)
     model["centroids_LD"] = jnp.asarray(centroids_LD)
-  params = qinco_learning.init(
+  params = qinco_loss.init(
     jax.random.key(0), jnp.asarray(sample_ND), **model, num_iterations=2
   )
   # By numpy: jax.random compiles a program, for seconds, for every shape.

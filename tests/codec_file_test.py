@@ -9,8 +9,9 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from vqjax.codecs import registry
-from vqjax.interop import safetensors_io, torch_io
-from vqjax.interop.safetensors_io import load_codec, save_codec
+from vqjax.interop import torch_qinco
+from vqjax.storage import codec_file
+from vqjax.storage.codec_file import load_codec, save_codec
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "third_party" / "golden"
 INFO = {
@@ -23,7 +24,7 @@ INFO = {
 
 
 def _params(name="qinco2_tiny"):
-  return torch_io.load_checkpoint(GOLDEN / f"{name}.pt")[1]
+  return torch_qinco.load_checkpoint(GOLDEN / f"{name}.pt")[1]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def folder(saved, tmp_path):
 
 
 def _equal(got, want):
-  arrays = [safetensors_io._flatten(params) for params in (got, want)]
+  arrays = [codec_file._flatten(params) for params in (got, want)]
   assert type(got) is type(want)
   assert arrays[0][1] == arrays[1][1]
   assert set(arrays[0][0]) == set(arrays[1][0])
@@ -82,7 +83,7 @@ def test_what_is_saved_is_loaded(tmp_path, codec, name):
     got = load_codec(place)
     _equal(got.params, params)
     assert (got.name, got.info) == (codec, INFO)
-    assert got.fingerprint == safetensors_io.fingerprint(params)
+    assert got.fingerprint == codec_file.fingerprint(params)
 
 
 @pytest.mark.parametrize("codec", ["pq", "rq"])
@@ -132,7 +133,7 @@ def test_loads_released_checkpoints(tmp_path):
     got = load_codec(place)
     assert got.name == "qinco"
     assert got.info["encode"] == {"num_candidates": 4, "beam_size": 8}
-    assert got.fingerprint == safetensors_io.fingerprint(_params())
+    assert got.fingerprint == codec_file.fingerprint(_params())
 
 
 def test_info_may_hold_numpy_and_jax_scalars(tmp_path):
@@ -151,15 +152,15 @@ def test_fingerprint_sees_every_change():
     params.replace(in_TDE=None),
     params.replace(word_TEU=params.bias_TE, bias_TE=params.word_TEU),
   ]
-  prints = [safetensors_io.fingerprint(p) for p in (params, *changed)]
+  prints = [codec_file.fingerprint(p) for p in (params, *changed)]
   assert len(set(prints)) == len(prints)
-  assert prints[0] == safetensors_io.fingerprint(_params())
+  assert prints[0] == codec_file.fingerprint(_params())
 
 
 def test_fingerprint_is_the_same_everywhere():
   """Written into files: a change of it makes old files unreadable."""
   params = registry.get("rq").Params(jnp.arange(12.0).reshape(2, 3, 2))
-  assert safetensors_io.fingerprint(params) == "a09719a30be2bbf1"
+  assert codec_file.fingerprint(params) == "a09719a30be2bbf1"
 
 
 def test_everybody_may_read_who_may_read_new_files(folder, saved):
@@ -286,7 +287,7 @@ def _resave(folder, arrays, static):
   header = json.loads((folder / "codec.json").read_text())
   header |= {
     "static": static,
-    "fingerprint": safetensors_io._digest(arrays, static),
+    "fingerprint": codec_file._digest(arrays, static),
   }
   (folder / "codec.json").unlink()
   path = folder / "codec.safetensors"
@@ -294,7 +295,7 @@ def _resave(folder, arrays, static):
 
 
 def test_refuses_arrays_that_do_not_fit_the_codec(folder):
-  arrays, static = safetensors_io._flatten(_params())
+  arrays, static = codec_file._flatten(_params())
   for new_arrays, new_static, said in (
     (arrays | {"x": np.zeros(2)}, static, "has no field for x"),
     (arrays, static | {"y": 1}, "has no field for y"),

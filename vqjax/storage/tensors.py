@@ -21,7 +21,7 @@ import safetensors
 from safetensors import numpy as safetensors_numpy
 
 from vqjax import __version__
-from vqjax.data.formats import atomic_output
+from vqjax.data.files import atomic_output
 
 
 def flatten(params, prefix: str = "") -> tuple[dict, dict]:

@@ -7,7 +7,7 @@ import pytest
 
 from tests import oracles
 from tests.qinco_cases import CASES, make_params, vectors
-from vqjax.codecs import qinco, qinco_learning, qinco_network, rq
+from vqjax.codecs import qinco, qinco_loss, qinco_network, rq
 
 KNOBS = dict(num_candidates=3, beam_size=3)
 
@@ -22,7 +22,7 @@ def _init(x_ND, **kwargs):
   sizes = dict(
     num_steps=3, codebook_size=8, network_dim=4, hidden_dim=5, num_blocks=2
   )
-  return qinco_learning.init(
+  return qinco_loss.init(
     jax.random.key(0), jnp.asarray(x_ND), **{**sizes, **kwargs}
   )
 
@@ -31,7 +31,7 @@ def _init(x_ND, **kwargs):
 def test_loss_matches_the_plain_sums(case):
   params = make_params(**CASES[case])
   x_ND = vectors()
-  loss_fn = jax.jit(partial(qinco_learning.loss, **_knobs(params)))
+  loss_fn = jax.jit(partial(qinco_loss.loss, **_knobs(params)))
   total, aux = loss_fn(params, jax.random.key(0), jnp.asarray(x_ND))
   codes_NM = np.asarray(qinco.encode(params, x_ND, **_knobs(params)))
   z_ND = (x_ND - np.asarray(params.mean_D)) / float(params.std)
@@ -67,14 +67,14 @@ def test_gradient_matches_finite_differences(case):
   x_ND = vectors(8)
   grads = jax.jit(
     jax.grad(
-      lambda p: qinco_learning.loss(
+      lambda p: qinco_loss.loss(
         p, jax.random.key(0), jnp.asarray(x_ND), **_knobs(params)
       )[1]["metrics"]["mse_loss"]
     )
   )(params)
   codes_NM = np.asarray(qinco.encode(params, x_ND, **_knobs(params)))
   rng = np.random.default_rng(0)
-  frozen = qinco_learning.frozen(params)
+  frozen = qinco_loss.frozen(params)
   direction = jax.tree.map(
     lambda leaf, is_frozen: rng.normal(size=leaf.shape) * (not is_frozen),
     params,
@@ -107,15 +107,13 @@ def test_steps_written_out_have_the_gradient_of_a_scan(monkeypatch):
     return scan(*args, unroll=unroll, **kwargs)
 
   def grads():
-    loss_fn = lambda p: qinco_learning.loss(
-      p, jax.random.key(0), x_ND, **KNOBS
-    )[0]
+    loss_fn = lambda p: qinco_loss.loss(p, jax.random.key(0), x_ND, **KNOBS)[0]
     return jax.tree.leaves(jax.jit(jax.grad(loss_fn))(params))
 
   monkeypatch.setattr(jax.lax, "scan", counted)
   written_out = grads()
   assert 3 in counts
-  monkeypatch.setattr(qinco_learning, "_MAX_UNROLLED", 0)
+  monkeypatch.setattr(qinco_loss, "_MAX_UNROLLED", 0)
   counts.clear()
   scanned = grads()
   assert set(counts) == {1}
@@ -138,19 +136,19 @@ def test_few_and_small_steps_are_written_out(sizes, count):
   )
   params = jax.eval_shape(lambda: make_params(**{**published, **sizes}))
   stacked = qinco_network.per_step(jax.eval_shape(qinco.prepare, params))
-  assert qinco_learning._num_unrolled(stacked) == count
+  assert qinco_loss._num_unrolled(stacked) == count
 
 
 def test_frozen_parts_have_no_gradient():
   params = make_params(num_lists=11)
-  loss_fn = lambda p: qinco_learning.loss(
+  loss_fn = lambda p: qinco_loss.loss(
     p, jax.random.key(0), jnp.asarray(vectors()), **KNOBS
   )[0]
   grads = jax.jit(jax.grad(loss_fn))(params)
   for name in ("first_KD", "mean_D", "std"):
     assert not np.asarray(getattr(grads, name)).any()
   assert np.asarray(grads.codebooks_TKD).any()
-  frozen = qinco_learning.frozen(params)
+  frozen = qinco_loss.frozen(params)
   assert frozen.first_KD
   assert frozen.mean_D
   assert not frozen.codebooks_TKD
@@ -216,7 +214,7 @@ def test_lists_found_elsewhere_are_taken():
   )
   np.testing.assert_array_equal(same_NM, plain_NM)
   np.testing.assert_array_equal(other_NM[:, 0], other_N)
-  loss = lambda lists_N: qinco_learning.loss(
+  loss = lambda lists_N: qinco_loss.loss(
     params, jax.random.key(0), jnp.asarray(x_ND), lists_N, **KNOBS
   )[0]
   assert loss(nearest_N) == loss(None)
@@ -236,7 +234,7 @@ def test_lists_found_elsewhere_are_taken():
 
 def _stats_with_dead_words(params):
   """Word 2 of the last step and word 4 of the first were not used."""
-  stats = qinco_learning.empty_stats(params)
+  stats = qinco_loss.empty_stats(params)
   m, k = stats.used_MK.shape
   used_MK = np.full((m, k), 30, np.float32)
   used_MK[m - 1, 2] = used_MK[0, 4] = 0
@@ -268,7 +266,7 @@ def _changed(params, new):
 def test_split_copies_used_words_over_idle_ones(case):
   params = make_params(**CASES[case])
   stats = _stats_with_dead_words(params)
-  new, fresh, report = qinco_learning.end_epoch(
+  new, fresh, report = qinco_loss.end_epoch(
     params, jax.random.key(3), stats, redraw="split", noise=1e-4
   )
   assert int(report["dead_words"]) == 2
@@ -290,7 +288,7 @@ def test_split_copies_used_words_over_idle_ones(case):
 def test_published_redraw_is_noise_like_the_residual(case):
   params = make_params(**CASES[case])
   stats = _stats_with_dead_words(params)
-  new, _, _ = qinco_learning.end_epoch(
+  new, _, _ = qinco_loss.end_epoch(
     params, jax.random.key(3), stats, redraw="published"
   )
   np.testing.assert_array_equal(
@@ -310,20 +308,20 @@ def test_published_redraw_is_noise_like_the_residual(case):
 def test_redraw_none_keeps_words_and_others_are_refused():
   params = make_params()
   stats = _stats_with_dead_words(params)
-  new, fresh, _ = qinco_learning.end_epoch(
+  new, fresh, _ = qinco_loss.end_epoch(
     params, jax.random.key(3), stats, redraw="none"
   )
   jax.tree.map(np.testing.assert_array_equal, new, params)
   assert not np.asarray(fresh.used_MK).any()
   with pytest.raises(ValueError, match="split, published, none; got 'reset'"):
-    qinco_learning.end_epoch(params, jax.random.key(3), stats, redraw="reset")
+    qinco_loss.end_epoch(params, jax.random.key(3), stats, redraw="reset")
 
 
 def test_merge_stats_forgets_slowly_and_counts_all():
   params = make_params()
-  old = qinco_learning.empty_stats(params)
+  old = qinco_loss.empty_stats(params)
   one = jax.tree.map(jnp.ones_like, old)
-  twice = qinco_learning.merge_stats(qinco_learning.merge_stats(old, one), one)
+  twice = qinco_loss.merge_stats(qinco_loss.merge_stats(old, one), one)
   assert float(twice.used_MK[0, 0]) == 2
   assert float(twice.mean_MD[0, 0]) == pytest.approx(1.9)
   assert float(twice.weight) == pytest.approx(1.9)
@@ -331,10 +329,10 @@ def test_merge_stats_forgets_slowly_and_counts_all():
 
 def test_usage_reports_entropy_in_bits():
   params = make_params(num_words=8)
-  stats = qinco_learning.empty_stats(params)
+  stats = qinco_loss.empty_stats(params)
   used_MK = np.zeros(stats.used_MK.shape, np.float32)
   used_MK[:, :4] = 5
-  report = qinco_learning.usage(stats.replace(used_MK=jnp.asarray(used_MK)))
+  report = qinco_loss.usage(stats.replace(used_MK=jnp.asarray(used_MK)))
   np.testing.assert_allclose(report["entropy_M"], 2, rtol=1e-6)
   np.testing.assert_allclose(report["usage_M"], 0.5)
 

@@ -7,7 +7,7 @@ from safetensors import numpy as safetensors_numpy
 
 from vqjax.codecs.additive import AdditiveParams
 from vqjax.codecs.pairwise import PairwiseParams
-from vqjax.interop import decoders_io, tensor_files
+from vqjax.storage import decoder_file, tensors
 
 M, K, D, LISTS = 3, 4, 5, 7
 
@@ -29,7 +29,7 @@ def _decoders(list_codes=True, num_tables=2):
 
 def _save(path, additive, pairwise=None, **options):
   options = {"codec_fingerprint": "c" * 16, "info": {"mse": 2.5}} | options
-  decoders_io.save(path, additive, pairwise, **options)
+  decoder_file.save(path, additive, pairwise, **options)
 
 
 @pytest.fixture
@@ -43,10 +43,10 @@ def test_what_is_saved_is_loaded(tmp_path, list_codes):
   path = tmp_path / "new" / "d.safetensors"
   wanted = _decoders(list_codes)
   _save(path, *wanted)
-  got = decoders_io.load(path)
+  got = decoder_file.load(path)
   assert (got.info, got.codec_fingerprint) == ({"mse": 2.5}, "c" * 16)
   for params, want in zip(got[:2], wanted, strict=True):
-    mine, theirs = tensor_files.flatten(params), tensor_files.flatten(want)
+    mine, theirs = tensors.flatten(params), tensors.flatten(want)
     assert mine[1] == theirs[1]
     assert list(mine[0]) == list(theirs[0])
     for name, x in mine[0].items():
@@ -57,7 +57,7 @@ def test_what_is_saved_is_loaded(tmp_path, list_codes):
 def test_the_additive_decoder_alone(tmp_path):
   additive, _ = _decoders()
   _save(tmp_path / "d.safetensors", additive)
-  got = decoders_io.load(tmp_path / "d.safetensors")
+  got = decoder_file.load(tmp_path / "d.safetensors")
   assert got.pairwise is None
   np.testing.assert_array_equal(
     got.additive.codebooks_MKD, additive.codebooks_MKD
@@ -65,12 +65,12 @@ def test_the_additive_decoder_alone(tmp_path):
 
 
 def test_decoders_belong_to_a_codec(path):
-  decoders = decoders_io.load(path)
-  decoders_io.check_codec(decoders, "c" * 16)
+  decoders = decoder_file.load(path)
+  decoder_file.check_codec(decoders, "c" * 16)
   with pytest.raises(
     ValueError, match="of codec c{16}, but this is codec d{3}"
   ):
-    decoders_io.check_codec(decoders, "ddd")
+    decoder_file.check_codec(decoders, "ddd")
 
 
 def test_writes_whole_or_not_at_all(path, monkeypatch):
@@ -89,7 +89,7 @@ def test_writes_whole_or_not_at_all(path, monkeypatch):
   assert path.read_bytes() == before
   assert list(path.parent.iterdir()) == [path]
   _save(path, _decoders()[0], overwrite=True)
-  assert decoders_io.load(path).pairwise is None
+  assert decoder_file.load(path).pairwise is None
 
 
 def test_refuses_what_it_cannot_save(tmp_path):
@@ -114,29 +114,29 @@ def test_refuses_what_it_cannot_save(tmp_path):
 
 def test_refuses_files_of_others(tmp_path, path):
   with pytest.raises(FileNotFoundError, match="pairwise_decoder makes"):
-    decoders_io.load(tmp_path / "nothing.safetensors")
+    decoder_file.load(tmp_path / "nothing.safetensors")
   other = tmp_path / "other.safetensors"
   safetensors_numpy.save_file({"w": np.zeros(3)}, other)
   with pytest.raises(ValueError, match="is no file of decoders of vqjax"):
-    decoders_io.load(other)
+    decoder_file.load(other)
   raw = bytearray(path.read_bytes())
   path.write_bytes(raw[:-9])
   with pytest.raises(ValueError, match="truncated or no safetensors file"):
-    decoders_io.load(path)
+    decoder_file.load(path)
   raw[-1] ^= 1
   path.write_bytes(raw)
   with pytest.raises(ValueError, match="was changed after it was written"):
-    decoders_io.load(path)
+    decoder_file.load(path)
 
 
 def _rewrite(path, change):
   """Changes header and arrays, under a fingerprint that fits them."""
-  text, arrays = tensor_files.read(path)
+  text, arrays = tensors.read(path)
   header = json.loads(text)
   change(header, arrays)
-  digest = tensor_files.digest(arrays, header["static"])
+  digest = tensors.digest(arrays, header["static"])
   text = json.dumps(header | {"fingerprint": digest})
-  tensor_files.write(path, arrays, text)
+  tensors.write(path, arrays, text)
 
 
 @pytest.mark.parametrize(
@@ -162,4 +162,4 @@ def _rewrite(path, change):
 def test_refuses_changed_files(path, change, said):
   _rewrite(path, change)
   with pytest.raises(ValueError, match=said):
-    decoders_io.load(path)
+    decoder_file.load(path)

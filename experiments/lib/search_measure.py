@@ -7,7 +7,7 @@ import time
 import numpy as np
 from absl import logging
 
-from experiments import common, search_data
+from experiments.lib import cli, search_data
 from vqjax.interop import faiss_baselines, faiss_grid
 from vqjax.search import operating_points
 
@@ -61,7 +61,7 @@ def explore(config, record, ours: str, ranges, search_fns, data) -> None:
     if point["series"] == ours:
       add(point)
   num_tried = 0
-  with common.progress(grid.num_settings, "search", unit="settings") as done:
+  with cli.progress(grid.num_settings, "search", unit="settings") as done:
     for number, (setting, may_win) in enumerate(grid.settings(), 1):
       if is_one(setting) and may_win and not record.find(ours, setting):
         add(measure([(ours, setting), *of_probe(setting)])[0])
@@ -133,7 +133,7 @@ def _stage_us(results, num_queries: int) -> dict[str, float]:
 
 def time_single(record, search_fns, xq_QD) -> None:
   """Times queries one by one at the best setting of each series."""
-  with common.progress(len(search_fns), "single", unit="series") as done:
+  with cli.progress(len(search_fns), "single", unit="series") as done:
     for number, (name, search_fn) in enumerate(search_fns.items(), 1):
       setting = record.best(name)
       one_fn = functools.partial(search_fn, **setting)

@@ -1,11 +1,11 @@
 """Signs of the vectors of an index, in a `signs.safetensors`.
 
-  signs_io.save("signs.safetensors", signs, of_index=info["sha256"], info={})
-  signs = signs_io.load("signs.safetensors", info)
+  sign_file.save("signs.safetensors", signs, of_index=info["sha256"], info={})
+  signs = sign_file.load("signs.safetensors", info)
 
 They are in the order of the rows of that index, and of no other. Arrays lie
 under the names of the fields of `vqjax.search.signs.Signs`. The header says,
-beside what `tensor_files` needs:
+beside what `tensors` needs:
 
   of_index                checksum of the index file
   vqjax_version, created
@@ -15,8 +15,8 @@ beside what `tensor_files` needs:
 import pathlib
 
 from vqjax.core import check_shape
-from vqjax.interop import tensor_files
 from vqjax.search.signs import WORD, Signs, num_words
+from vqjax.storage import tensors
 
 SUFFIX = ".safetensors"
 _FORMAT, _VERSION = "vqjax signs", 1
@@ -46,9 +46,9 @@ def save(
     overwrite: Replaces a file that is there instead of refusing.
   """
   check_path(path)
-  tensor_files.save(
+  tensors.save(
     path,
-    *tensor_files.flatten(signs),
+    *tensors.flatten(signs),
     overwrite=overwrite,
     info=info,
     format=_FORMAT,
@@ -64,7 +64,7 @@ def load(path, index_info: dict) -> Signs:
     FileNotFoundError: There is no such file.
     ValueError: It is no file of signs, damaged, changed, or of another index.
   """
-  header, arrays = tensor_files.load(
+  header, arrays = tensors.load(
     path,
     format=_FORMAT,
     version=_VERSION,
@@ -78,7 +78,7 @@ def load(path, index_info: dict) -> Signs:
       "-m experiments.signs."
     )
   try:
-    signs = tensor_files.rebuild(Signs, arrays, dict(header["static"]))
+    signs = tensors.rebuild(Signs, arrays, dict(header["static"]))
     _check(signs, index_info["num_vectors"], index_info["dim"])
   except ValueError as error:
     raise ValueError(f"{path} is no valid file of signs: {error}.") from error

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vqjax.data import batches, datasets
-from vqjax.interop import faiss_io, hakes_io
+from vqjax.interop import faiss_io, hakes_files
 
 METRICS = ("ip", "cosine", "l2")
 _BLOCK = 16_384
@@ -43,7 +43,7 @@ def open_data(config) -> Data:
     raise ValueError(f"data.metric must be one of {METRICS}, got {metric!r}.")
 
   def open_file(path, dim=data.dim, dtype="<f4", limit=None):
-    return path and hakes_io.open_rows(path, dim, dtype, max_vectors=limit)
+    return path and hakes_files.open_rows(path, dim, dtype, max_vectors=limit)
 
   opened = Data(
     name=data.base or data.name,

@@ -14,10 +14,10 @@ import shlex
 import numpy as np
 from absl import logging
 
-from experiments import codecs, common
+from experiments.lib import cli, codecs
 from vqjax import devices
 from vqjax.core import check_range
-from vqjax.data import batches, codes, formats
+from vqjax.data import batches, files, formats
 from vqjax.interop import faiss_io
 
 _PER_LIST = 256  # Vectors that k-means looks at, for each list.
@@ -31,7 +31,7 @@ def prepare(config, workdir: pathlib.Path, xt_ND, num_rows: int):
   """
   if not (config.ivf.num_lists or config.ivf.centroids):
     return None, xt_ND
-  data = {"num_vectors": len(xt_ND), **codes.identify(xt_ND)}
+  data = {"num_vectors": len(xt_ND), **files.identify(xt_ND)}
   source, make_fn = _centroids(config, xt_ND, num_rows)
   centroids_LD = _kept(workdir / "centroids.npy", source | data, make_fn)
   lists_N = _kept(
@@ -48,7 +48,7 @@ def _kept(path: pathlib.Path, made_of: dict, make_fn) -> np.ndarray:
   Raises:
     ValueError: It is of something else, and the training has begun with it.
   """
-  beside = codes.description_path(path)
+  beside = files.description_path(path)
   read = lambda: json.loads(beside.read_text()) if beside.exists() else {}
   is_begun = (path.parent / "checkpoints").exists()
   if devices.is_first() and not (
@@ -57,7 +57,7 @@ def _kept(path: pathlib.Path, made_of: dict, make_fn) -> np.ndarray:
     array = make_fn()
     beside.unlink(missing_ok=True)  # Never beside an array of something else.
     _save(path, array)
-    codes.write_json(beside, made_of)
+    files.write_json(beside, made_of)
   devices.gather(0)  # It is there for all.
   for name, value in read().items():
     if value != made_of.get(name):
@@ -70,7 +70,7 @@ def _kept(path: pathlib.Path, made_of: dict, make_fn) -> np.ndarray:
 
 
 def _identify(centroids_LD) -> dict:
-  return {"num_lists": len(centroids_LD), **codes.identify(centroids_LD)}
+  return {"num_lists": len(centroids_LD), **files.identify(centroids_LD)}
 
 
 def split(x_NE):
@@ -127,7 +127,7 @@ def _fit(xt_ND, num_lists: int, num_rows: int, knobs: dict) -> np.ndarray:
 def _assign(config, xt_ND, centroids_LD) -> np.ndarray:
   """The list of every training vector, int32 `[N]`."""
   assign_fn, block_size = codecs.make_assign_fn(centroids_LD, config.ivf.assign)
-  with common.progress(len(xt_ND), "lists") as done:
+  with cli.progress(len(xt_ND), "lists") as done:
     blocks = batches.map_blocks(
       assign_fn, xt_ND, block_size=block_size, progress=done
     )
@@ -136,7 +136,7 @@ def _assign(config, xt_ND, centroids_LD) -> np.ndarray:
 
 def _save(path, array) -> None:
   with (
-    formats.atomic_output(path, overwrite=True) as temporary,
+    files.atomic_output(path, overwrite=True) as temporary,
     open(temporary, "wb") as file,
   ):
     np.save(file, array)

@@ -1,0 +1,1 @@
+"""Our own files: codecs, decoders, refiners, indexes."""

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from vqjax.data import codes, files, formats
+from vqjax.data import codes, files
 
 SIZES = (300, 16, 256)  # 2 + 1 + 1 bytes a row.
 NUM, NUM_SHARDS = 23, 4
@@ -300,7 +300,7 @@ def test_a_checksum_is_compared_once_and_only_where_codes_are_read(
 ):
   summed, sha256 = [], files.sha256
   monkeypatch.setattr(
-    formats, "sha256", lambda path: summed.append(path.name) or sha256(path)
+    files, "sha256", lambda path: summed.append(path.name) or sha256(path)
   )
   found = codes.open_codes(folder)
   assert not summed

@@ -132,8 +132,9 @@ def run_config(
 
   def main_fn():
     file = config_flags.get_config_filename(flags.FLAGS["config"])
-    workdir = flags.FLAGS.workdir or default_workdir(file)
+    workdir = _expanded(flags.FLAGS.workdir) or default_workdir(file)
     with user_errors(how_to_go_on):
+      _expand_config(flags.FLAGS.config)
       if run(flags.FLAGS.config, workdir, **_given(options)) is None:
         sys.exit(130)
 
@@ -158,7 +159,24 @@ def _define(options: dict[str, Option]) -> None:
 
 
 def _given(options: dict[str, Option]) -> dict:
-  return {name: flags.FLAGS[name].value for name in options}
+  return {name: _expanded(flags.FLAGS[name].value) for name in options}
+
+
+def _expanded(value):
+  """The value; a path that starts with `~` begins at the home folder.
+
+  Shells leave `--data=~/x.npy` as it is.
+  """
+  return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+def _expand_config(config) -> None:
+  """Does so with all values of a configuration, in place."""
+  for name, value in config.items():
+    if isinstance(value, config_dict.ConfigDict):
+      _expand_config(value)
+    elif isinstance(value, str):
+      config[name] = _expanded(value)
 
 
 def _start(main_fn, multihost: bool) -> None:

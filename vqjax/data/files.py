@@ -20,15 +20,23 @@ NOT_COMPARED = ("command", "vqjax_version")  # Kept for people.
 _SAMPLE_ROWS = 256  # Of the data, for their checksum.
 
 
+def user_path(path) -> pathlib.Path:
+  """Returns a path with `~` at its start replaced by the home folder."""
+  return pathlib.Path(os.path.expanduser(path))
+
+
 @contextlib.contextmanager
 def atomic_output(path, overwrite: bool = False):
   """Yields a temporary path whose file becomes `path` when the block ends.
 
   The file appears whole or not at all: after an error the temporary file is
-  removed and an earlier `path` is untouched. Missing folders are created.
+  removed and an earlier `path` is untouched. Missing folders are created. A
+  symbolic link stays: what it points to is replaced.
   """
-  path = pathlib.Path(path)
+  path = user_path(path)
   check_output(path, overwrite)
+  if path.is_symlink():
+    path = path.resolve()
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(
     f".{path.stem}.tmp-{secrets.token_hex(4)}{path.suffix}"
@@ -59,7 +67,7 @@ def atomic_output(path, overwrite: bool = False):
 
 def check_output(path, overwrite: bool = False) -> None:
   """Raises unless a file may be written at `path`; nothing is written."""
-  path = pathlib.Path(path)
+  path = user_path(path)
   if path.exists() and not path.is_file():
     raise ValueError(f"{path} must name a regular file to write, not a folder.")
   if path.exists() and not overwrite:

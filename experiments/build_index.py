@@ -4,9 +4,10 @@ r"""Builds an index file, which faiss programs open too, from codes.
       --decoders=decoders.safetensors --output=index.faiss
 
 Codes are a folder of shards or a .npy of experiments.encode; --data=FILE
-instead encodes vectors on the way. They go into inverted lists, with words of
-the additive decoder that experiments.pairwise_decoder has fitted; the id of a
-vector is its row. A codec without lists gets one list. What the index is goes
+instead encodes vectors on the way. They go into inverted lists, with codewords
+of the additive decoder that experiments.pairwise_decoder has fitted. A PQ or RQ
+codec needs no --decoders: its own codewords are additive. The id of a vector is
+its row. A codec without lists gets one list. What the index is goes
 beside it, into index.faiss.json.
 
 Parts can be built at the same time, each of some rows, and merged:
@@ -29,7 +30,8 @@ import numpy as np
 from absl import logging
 
 from experiments.lib import cli, codecs, encoders, inputs
-from vqjax.data import batches, datasets, files
+from vqjax.codecs import additive
+from vqjax.data import datasets, files
 from vqjax.interop import faiss_ivf
 from vqjax.storage import codec_file
 
@@ -38,7 +40,10 @@ OPTIONS = {
   "codes": cli.Option(str, None, "Codes: folder of shards, or .npy."),
   "data": cli.Option(str, None, "Vectors to encode, instead of --codes."),
   "decoders": cli.Option(
-    str, None, "decoders.safetensors of experiments.pairwise_decoder."
+    str,
+    None,
+    "decoders.safetensors of experiments.pairwise_decoder; a PQ or RQ codec "
+    "needs none.",
   ),
   "coarse": cli.Option(
     str,
@@ -64,7 +69,6 @@ OPTIONS = {
 _OF_SEARCH = (*codecs.RULE, "dtype", "assign")  # Options of encoding --data.
 _MANY_LISTS = 16384  # From here on a graph finds the lists of a query sooner.
 _BLOCK = 65536  # Codes read and added at a time.
-_NUM_RUNS, _RUN_ROWS = 128, 64  # Of the sample that the norms are learnt from.
 _KEPT = (  # In a description, of the parts that are merged.
   *("codec", "codec_fingerprint", "decoders_fingerprint"),
   *("data", "num_rows", "rows"),
@@ -77,7 +81,6 @@ class _Source(NamedTuple):
 
   num_rows: int
   blocks: Callable  # range of rows -> iterator of codes_NM, in order.
-  sample: Callable  # list of such ranges, all of them short -> codes_NM.
   data: dict | None  # What tells the vectors from others.
 
 
@@ -100,19 +103,13 @@ def _build(config):
   cli.require(config, "codec")
   if bool(config.codes) == bool(config.data):
     raise ValueError("Give either --codes or --data, what the index is of.")
-  if not config.decoders:
-    raise ValueError(
-      "--decoders is needed; make them with python -m "
-      f"experiments.pairwise_decoder --codec={shlex.quote(config.codec)} "
-      "--codes=CODES --data=VECTORS --output=decoders.safetensors."
-    )
   codec = codecs.open_codec(config.codec)
-  decoders = inputs.decoders(config, codec)
+  words = _words(config, codec)
   source = (
     _open_codes(config, codec) if config.codes else _encode(config, codec)
   )
   rows = _parse_rows(config.rows, source.num_rows)
-  index = _empty_index(config, codec, decoders, source)
+  index = _empty_index(config, codec, words)
   with cli.progress(len(rows), "add") as done:
     first = rows.start
     for codes_NM in source.blocks(rows):
@@ -120,22 +117,44 @@ def _build(config):
       faiss_ivf.add_codes(index, *inputs.split(codec, codes_NM), ids_N)
       first += len(codes_NM)
       done(first - rows.start, len(rows))
+  with cli.progress(2 * len(rows), "norms") as done:
+    faiss_ivf.fit_norms(index, progress=done)
   return index, {
     "codec": codec.name,
     "codec_fingerprint": codec.fingerprint,
-    "decoders_fingerprint": codec_file.fingerprint(decoders.additive),
+    "decoders_fingerprint": codec_file.fingerprint(words),
     "data": source.data,
     "num_rows": source.num_rows,
     "rows": [[rows.start, rows.stop]],
   }
 
 
+def _words(config, codec) -> additive.AdditiveParams:
+  """The codewords of the index: an additive codec's own, else fitted ones."""
+  own = additive.from_codec(codec.tables)
+  if own is not None:
+    if config.decoders:
+      inputs.decoders(config, codec)  # Of this codec, or it is a mistake.
+      logging.info(
+        "A code of this %s codec stands for a sum of its own codewords: the "
+        "index gets these instead of those in %s.",
+        *(codec.name, config.decoders),
+      )
+    return own
+  if not config.decoders:
+    raise ValueError(
+      "--decoders is needed; make them with python -m "
+      f"experiments.pairwise_decoder --codec={shlex.quote(config.codec)} "
+      "--codes=CODES --data=VECTORS --output=decoders.safetensors."
+    )
+  return inputs.decoders(config, codec).additive
+
+
 def _open_codes(config, codec) -> _Source:
   inputs.refuse_search(config, _OF_SEARCH)
   found = inputs.of_codec(config, codec)
   blocks = lambda rows: inputs.blocks(found, codec.codebook_sizes, _BLOCK, rows)
-  sample = lambda runs: np.concatenate([c for run in runs for c in blocks(run)])
-  return _Source(len(found), blocks, sample, found.meta.get("data"))
+  return _Source(len(found), blocks, found.meta.get("data"))
 
 
 def _encode(config, codec) -> _Source:
@@ -143,12 +162,7 @@ def _encode(config, codec) -> _Source:
   dataset = codecs.resolve_data(codec, config, base=config.data)
   x_ND = datasets.open_split(dataset, "base")
   encoder = encoders.make_encoder(codec, config, x_ND)
-
-  def sample(runs):
-    x_nD = batches.read_rows(x_ND, np.concatenate(runs))
-    return np.concatenate(list(encoder._replace(vectors=x_nD).blocks()))
-
-  return _Source(len(x_ND), encoder.blocks, sample, files.identify(x_ND))
+  return _Source(len(x_ND), encoder.blocks, files.identify(x_ND))
 
 
 def _parse_rows(text: str | None, num_rows: int) -> range:
@@ -164,33 +178,20 @@ def _parse_rows(text: str | None, num_rows: int) -> range:
   )
 
 
-def _empty_index(config, codec, decoders, source: _Source):
+def _empty_index(config, codec, words: additive.AdditiveParams):
   """Returns the index to fill; parts of the same codes get equal ones."""
   centroids_LD = codecs.centroids_of(codec)
   num_lists = len(centroids_LD)
   coarse = config.coarse or ("flat" if num_lists < _MANY_LISTS else "hnsw")
-  codebooks_MKD = np.asarray(decoders.additive.codebooks_MKD)
-  norm_range = faiss_ivf.fit_norm_range(codebooks_MKD, _sample(codec, source))
+  codebooks_MKD = np.asarray(words.codebooks_MKD)
   with cli.progress(num_lists, "lists", unit="list") as done:
     return faiss_ivf.make_index(
       centroids_LD,
       codebooks_MKD,
-      norm_range=norm_range,
       coarse=coarse,
       metric=config.metric,
       progress=done,
     )
-
-
-def _sample(codec, source: _Source) -> np.ndarray:
-  """Codes `[n, M]` spread over all rows, of this part or not."""
-  last = max(source.num_rows - _RUN_ROWS, 0)
-  starts = np.unique(np.linspace(0, last, _NUM_RUNS, dtype=np.int64))
-  runs = [
-    range(start, min(start + _RUN_ROWS, source.num_rows))
-    for start in starts.tolist()
-  ]
-  return inputs.split(codec, source.sample(runs))[1]
 
 
 def _merge(config):
@@ -273,14 +274,19 @@ def _report(config, info: dict) -> dict:
       *(num_rows, " and ".join(missing), missing[0], shlex.quote(output)),
     )
   else:
-    quoted = lambda path, name: shlex.quote(path or name)
     logging.info(
-      "Next:\n  python -m experiments.search --codec=%s --index=%s "
-      "--decoders=%s",
-      *(quoted(config.codec, "CODEC"), shlex.quote(output)),
-      quoted(config.decoders, "DECODERS"),
+      "Next:\n  python -m experiments.search --codec=%s --index=%s%s",
+      *(shlex.quote(config.codec or "CODEC"), shlex.quote(output)),
+      _decoders_flag(config, info),
     )
   return {"output": output, **{name: info[name] for name in _REPORTED}}
+
+
+def _decoders_flag(config, info: dict) -> str:
+  """The flag of a search that needs the decoders of this index."""
+  if config.decoders:
+    return f" --decoders={shlex.quote(config.decoders)}"
+  return "" if info["codec"] in additive.CODECS else " --decoders=DECODERS"
 
 
 if __name__ == "__main__":

@@ -182,6 +182,10 @@ def _encode(codec, config, x_ND) -> np.ndarray:
 
 
 def _fit_additive(codec, train: _Sample, seconds) -> additive.AdditiveParams:
+  """Codewords fitted to the sample; an additive codec has its own."""
+  own = additive.from_codec(codec.tables)
+  if own is not None:
+    return own
   num = len(train.target_ND)
 
   def blocks(done):

@@ -9,9 +9,9 @@ import pytest
 from experiments import build_index
 from experiments.lib import cli, codecs
 from tests import qinco_cases
-from vqjax.codecs import additive, rq
+from vqjax.codecs import additive, pq, rq
 from vqjax.data import codes
-from vqjax.data.files import write_json
+from vqjax.data.files import description_path, write_json
 from vqjax.interop import faiss_ivf
 from vqjax.storage import codec_file, decoder_file
 
@@ -96,6 +96,14 @@ def _run(output, files, **values):
   return faiss_ivf.load(output)
 
 
+def _words(files):
+  """Those of the index: a codec that is additive brings its own."""
+  codec = codecs.open_codec(files["codec"])
+  if codec.name == "rq":
+    return np.asarray(codec.tables.codebooks_MKD)
+  return np.asarray(decoder_file.load(files["decoders"]).additive.codebooks_MKD)
+
+
 def _assert_same(ours, theirs):
   for a, b in zip(
     *map(faiss_ivf.contents, (ours.index, theirs.index)), strict=True
@@ -114,11 +122,8 @@ def test_the_index_holds_the_codes(coarse, files, tmp_path):
     got_NM = np.column_stack([lists_N, found.codes_NM])
   np.testing.assert_array_equal(np.sort(found.ids_N), np.arange(NUM))
   np.testing.assert_array_equal(got_NM, codes_NM[found.ids_N])
-  decoders = decoder_file.load(files["decoders"])
   codec = codecs.open_codec(files["codec"])
-  np.testing.assert_array_equal(
-    found.codebooks_MKD, decoders.additive.codebooks_MKD
-  )
+  np.testing.assert_array_equal(found.codebooks_MKD, _words(files))
   np.testing.assert_array_equal(found.centroids_LD, codecs.centroids_of(codec))
   assert info["codec_fingerprint"] == codec.fingerprint
   assert info["rows"] == [[0, NUM]]
@@ -146,9 +151,7 @@ def test_plain_faiss_ranks_by_the_additive_decoder(files, tmp_path):
   index = faiss.read_index(str(path))
   index.nprobe = index.nlist
   codec, codes_NM = codecs.open_codec(files["codec"]), np.load(files["codes"])
-  words = np.asarray(
-    decoder_file.load(files["decoders"]).additive.codebooks_MKD
-  )
+  words = _words(files)
   lists_N = codes_NM[:, 0] if codes_NM.shape[1] > M else np.zeros(NUM, int)
   x_ND = codecs.centroids_of(codec)[lists_N]
   r_ND = sum(words[m][code_N] for m, code_N in enumerate(codes_NM[:, -M:].T))
@@ -160,6 +163,48 @@ def test_plain_faiss_ranks_by_the_additive_decoder(files, tmp_path):
     step = (norm_N.max() - norm_N.min()) / 256
     np.testing.assert_allclose(distances_QR[q], error_N[ids_R], atol=step)
     assert sorted(ids_R) == list(range(NUM))
+
+
+@pytest.mark.parametrize("name", ["pq", "opq", "rq"])
+def test_an_additive_codec_brings_its_own_codewords(name, tmp_path, said):
+  rng = np.random.default_rng(0)
+  if name == "rq":
+    params = rq.RQParams(rng.normal(size=(M, K, D)).astype(np.float32))
+  else:
+    turn_DD = np.linalg.qr(rng.normal(size=(D, D)))[0].astype(np.float32)
+    params = pq.PQParams(
+      rng.normal(size=(3, K, D // 3)).astype(np.float32),
+      turn_DD if name == "opq" else None,
+    )
+  codec_file.save_codec(tmp_path / "c", name[-2:], params, info={})
+  codec = codecs.open_codec(str(tmp_path / "c"))
+  num_codes = len(codec.codebook_sizes)
+  codes_NM = rng.integers(0, K, (NUM, num_codes)).astype(np.int32)
+  np.save(tmp_path / "codes.npy", codes_NM)
+  given = {"codec": str(tmp_path / "c"), "codes": str(tmp_path / "codes.npy")}
+  path = tmp_path / "index.faiss"
+  info = _run(path, given).info
+  words = additive.AdditiveParams(_read_words(path))
+  assert info["decoders_fingerprint"] == codec_file.fingerprint(words)
+  x_ND = np.asarray(codec.module.decode(codec.tables, codes_NM))
+  index = faiss.read_index(str(path))
+  index.make_direct_map()
+  np.testing.assert_allclose(index.reconstruct_n(0, NUM), x_ND, atol=1e-5)
+  assert said[-1].endswith(f"--codec={given['codec']} --index={path}")
+
+
+def _read_words(path):
+  return faiss_ivf.contents(faiss_ivf.load(path).index).codebooks_MKD
+
+
+def test_decoders_of_an_additive_codec_are_not_needed(
+  files_of_rq, tmp_path, said
+):
+  with_them = _run(tmp_path / "a", files_of_rq)
+  assert "gets these instead of those in" in said[0]
+  _assert_same(
+    with_them, _run(tmp_path / "b", files_of_rq | {"decoders": None})
+  )
 
 
 def _data(files):
@@ -192,11 +237,11 @@ def test_blocks_change_nothing(files, tmp_path, monkeypatch):
 
 def test_norms_are_learnt_from_all_rows_of_a_small_file(files, tmp_path):
   index, _ = _run(tmp_path / "a.faiss", files)
-  words = np.asarray(
-    decoder_file.load(files["decoders"]).additive.codebooks_MKD
-  )
+  words = _words(files)
   codes_NM = np.load(files["codes"])[:, -M:]
-  bounds = faiss_ivf.fit_norm_range(words, codes_NM)
+  r_ND = sum(words[m][code_N] for m, code_N in enumerate(codes_NM.T))
+  norm_N = np.square(r_ND, dtype=float).sum(axis=1)
+  bounds = norm_N.min(), norm_N.max()
   np.testing.assert_allclose((index.rq.norm_min, index.rq.norm_max), bounds)
 
 
@@ -335,7 +380,7 @@ def test_parts_that_do_not_fit_are_refused(ivf_files, tmp_path, monkeypatch):
   _run(c, other, rows="70:", overwrite=True)
   with pytest.raises(ValueError, match="their codec_fingerprint is"):
     _run(d, {}, merge=f"{a},{c}")
-  beside = files.description_path(b)
+  beside = description_path(b)
   info = json.loads(beside.read_text()) | {"rows": [[70, NUM]]}
   beside.write_text(json.dumps(info | {"sha256": "0"}))
   with pytest.raises(ValueError, match="does not match the checksum"):

@@ -41,9 +41,13 @@ def _words(case):
 
 def _empty(case, **kwargs):
   books = case["codebooks_MKD"]
-  bounds = faiss_ivf.fit_norm_range(books, case["codes_NM"])
-  kwargs = {"coarse": "flat", "norm_range": bounds} | kwargs
+  kwargs = {"coarse": "flat"} | kwargs
   return faiss_ivf.make_index(case["centroids_LD"], books, **kwargs)
+
+
+def _bounds(case):
+  norm_N = np.square(_words(case), dtype=float).sum(axis=1)
+  return norm_N.min(), norm_N.max()
 
 
 def _filled(case, rows=slice(None), **kwargs):
@@ -51,6 +55,8 @@ def _filled(case, rows=slice(None), **kwargs):
   faiss_ivf.add_codes(
     index, case["lists_N"][rows], case["codes_NM"][rows], case["ids_N"][rows]
   )
+  if "norm_range" not in kwargs:
+    faiss_ivf.fit_norms(index)
   return index
 
 
@@ -100,8 +106,7 @@ def test_plain_faiss_searches_the_file(metric, coarse, k, num_lists, tmp_path):
   index = faiss.read_index(str(path))
   index.nprobe = num_lists
   distances_QR, ids_QR = index.search(case["xq_QD"], 50)
-  bounds = faiss_ivf.fit_norm_range(case["codebooks_MKD"], case["codes_NM"])
-  want_QN = _distances(case, metric, bounds)
+  want_QN = _distances(case, metric, _bounds(case))
   row_of = {id_: row for row, id_ in enumerate(case["ids_N"])}
   rows_QR = np.vectorize(row_of.get)(ids_QR)
   # The found are at the distances of the oracle, and these are the best.
@@ -229,7 +234,6 @@ def test_halves_merge_to_the_whole(coarse):
   [
     ("centroids", lambda case: case["centroids_LD"].__setitem__((2, 3), 0.5)),
     ("words", lambda case: case["codebooks_MKD"].__setitem__((0, 1, 2), 0.5)),
-    ("norms", None),
     ("metric", None),
   ],
 )
@@ -237,13 +241,50 @@ def test_other_parts_are_not_merged(name, change):
   case, bounds = _case(), (5.0, 60.0)
   index = _filled(case, norm_range=bounds)
   kwargs = {"metric": "ip"} if name == "metric" else {}
-  if change is None:
-    bounds = (5.0, 61.0) if name == "norms" else bounds
-  else:
+  if change is not None:
     change(case)
   other = _filled(case, norm_range=bounds, **kwargs)
   with pytest.raises(ValueError, match=f"Part 1 has other {name} than part 0"):
     faiss_ivf.merge([index, other])
+
+
+@pytest.mark.parametrize("k", [16, 256])
+@pytest.mark.parametrize("block", [7, 16384])
+def test_a_norm_far_out_is_told_by_plain_faiss(k, block, monkeypatch):
+  monkeypatch.setattr(faiss_lists, "BLOCK", block)
+  case = _case(k)
+  case["codebooks_MKD"][:, 0] *= 8  # Codewords that one vector alone has.
+  case["codes_NM"] = np.maximum(case["codes_NM"], 1)
+  case["codes_NM"][NUM // 2] = 0
+  index = _filled(case)
+  low, high = _bounds(case)
+  got = index.rq.norm_min, index.rq.norm_max
+  np.testing.assert_allclose(got, (low, high), rtol=1e-6)
+  index.nprobe = L
+  far, x_D = case["ids_N"][NUM // 2], case["centroids_LD"][1]
+  distances_1R, ids_1R = index.search(x_D[None], NUM)
+  got = distances_1R[0, ids_1R[0] == far][0]
+  c_D = case["centroids_LD"][case["lists_N"][NUM // 2]]
+  want = np.square(x_D - c_D - _words(case)[NUM // 2]).sum()
+  assert want > 1000
+  assert got == pytest.approx(want, abs=(high - low) / 256)
+
+
+def test_parts_of_other_norms_merge_to_the_whole():
+  case = _case()
+  case["codebooks_MKD"][:, 0] *= 8
+  parts = [_filled(case, slice(0, 100)), _filled(case, slice(100, NUM))]
+  assert parts[0].rq.norm_max != parts[1].rq.norm_max
+  assert _stored(faiss_ivf.merge(parts)) == _stored(_filled(case))
+
+
+def test_norms_are_right_before_they_are_fitted():
+  case = _case()
+  index = _empty(case)
+  faiss_ivf.add_codes(index, case["lists_N"], case["codes_NM"], case["ids_N"])
+  low, high = index.rq.norm_min, index.rq.norm_max
+  assert low <= _bounds(case)[0] <= _bounds(case)[1] <= high
+  assert faiss_ivf.fit_norms(_empty(case)) == (low, high)  # Nothing to fit.
 
 
 def test_coarse_search_is_exact_by_a_flat_quantiser():

@@ -84,6 +84,19 @@ def test_all_lists_and_a_long_shortlist_are_exact_search(case):
   assert set(result.seconds) == {"coarse", "scan", "network"}
 
 
+@pytest.mark.parametrize("num_short", [1, 3, 11])
+def test_results_are_nearest_first_beyond_the_head(case, num_short):
+  found = case.searcher.search(case.xq_QD, 12, nprobe=3, num_short=num_short)
+  assert (np.diff(found.distances_QR, axis=1) >= 0).all()
+  for q, x_D in enumerate(case.xq_QD):  # The head has its own distances.
+    row_of = {name: row for row, name in enumerate(case.ids_N)}
+    rows = [row_of[i] for i in found.ids_QR[q, :num_short]]
+    want = case.exact(x_D)[rows]
+    np.testing.assert_allclose(
+      found.distances_QR[q, :num_short], want, rtol=1e-4, atol=1e-4
+    )
+
+
 @pytest.mark.parametrize(("num_aq", "num_short"), [(9, 4), (9, 0), (0, 4)])
 def test_each_stage_orders_the_head(case, num_aq, num_short):
   k = 12
@@ -253,6 +266,7 @@ def test_the_network_has_a_share_beside_signs(num_signs, num_short):
     np.testing.assert_array_equal(result.ids_QR[q], case.ids_N[rows[:k]])
     want = [{**of, **both}.get(row, np.nan) for row in rows[:k]]
     known = ~np.isnan(want)
+    want = np.fmax.accumulate(want)  # A later stage may find them farther.
     np.testing.assert_allclose(
       result.distances_QR[q][known], np.array(want)[known], rtol=1e-3, atol=1e-3
     )
@@ -351,6 +365,7 @@ def test_what_follows_a_filter_has_a_share(num_words, num_short, max_ratio):
     ids = [*case.ids_N[wanted].tolist(), *missing]
     np.testing.assert_array_equal(result.ids_QR[q], ids)
     want = [*(of[row] for row in wanted), *(np.inf for _ in missing)]
+    want = np.maximum.accumulate(want)
     np.testing.assert_allclose(result.distances_QR[q], want, rtol=1e-4)
   assert (moved > 0) == (num > 0)
 

@@ -24,7 +24,7 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from vqjax.codecs import rq
+from vqjax.codecs import pq, rq
 from vqjax.core import Array, check_codes, check_range, check_shape
 from vqjax.data.codes import check_ids
 
@@ -36,6 +36,29 @@ class AdditiveParams:
   """Word k of position m is `codebooks_MKD[m, k]`, in data units."""
 
   codebooks_MKD: Array
+
+
+CODECS = ("pq", "rq")  # Of which a code stands for a sum of codewords.
+
+
+def from_codec(params) -> AdditiveParams | None:
+  """Codewords whose sums are what a codec decodes, `[M, K, D]`.
+
+  Those of PQ are zero outside of their slice, rotated back where it has a
+  rotation. None for a codec that is not additive.
+  """
+  if isinstance(params, rq.RQParams):
+    return AdditiveParams(params.codebooks_MKD)
+  if not isinstance(params, pq.PQParams):
+    return None
+  m, k, s = params.codebooks_MKS.shape
+  words_MKMS = jnp.zeros((m, k, m, s), jnp.float32)
+  at_M = jnp.arange(m)
+  words_MKMS = words_MKMS.at[at_M, :, at_M].set(params.codebooks_MKS)
+  words_MKD = words_MKMS.reshape(m, k, m * s)
+  if params.rotation_DD is not None:
+    words_MKD = jnp.matmul(words_MKD, params.rotation_DD.T, precision="highest")
+  return AdditiveParams(words_MKD)
 
 
 def fit(

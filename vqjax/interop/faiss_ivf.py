@@ -41,43 +41,23 @@ class Loaded(NamedTuple):
   info: dict
 
 
-def fit_norm_range(
-  codebooks_MKD: np.ndarray, codes_NM: np.ndarray
-) -> tuple[float, float]:
-  """Least and largest squared norm of the sums of words of a sample of codes.
-
-  Indexes that are to be merged need the same.
-  """
-  m, k, d = codebooks_MKD.shape
-  check_shape("codes", codes_NM, (None, m))
-  check_range("the number of codes", len(codes_NM), 1, np.inf)
-  codes.check_ids(codes_NM, [k] * m)
-  decode_fn = faiss_lists.make_decode_fn(codebooks_MKD)
-  norm_N = np.concatenate(
-    [
-      np.sum(decode_fn(codes_NM[i : i + faiss_lists.BLOCK]) ** 2, axis=1)
-      for i in range(0, len(codes_NM), faiss_lists.BLOCK)
-    ]
-  )
-  return float(norm_N.min()), float(norm_N.max())
-
-
 def make_index(
   centroids_LD: np.ndarray,
   codebooks_MKD: np.ndarray,
   *,
-  norm_range: tuple[float, float],
+  norm_range: tuple[float, float] | None = None,
   coarse: str = "hnsw",
   metric: str = "l2",
   progress=None,
 ) -> faiss.Index:
-  """Returns an empty index, to be filled by `add_codes`.
+  """Returns an empty index, to be filled by `add_codes`, then `fit_norms`.
 
   Args:
     centroids_LD: Of the lists, in data units; `[1, D]` zeros for a codec
       without lists.
     codebooks_MKD: Words of the additive decoder; K a power of two.
-    norm_range: From `fit_norm_range`; a byte cuts it into 256 steps.
+    norm_range: Least and largest squared norm that the byte can say. None for
+      bounds that no sum of words exceeds, until `fit_norms` narrows them.
     coarse: See `make_coarse`.
     metric: "l2" or "ip".
     progress: See `make_coarse`.
@@ -88,7 +68,7 @@ def make_index(
   m, k, d = codebooks_MKD.shape
   words = faiss_io.rq_to_faiss(RQParams(codebooks_MKD))
   check_shape("centroids", centroids_LD, (None, d))
-  low, high = norm_range
+  low, high = norm_range or (0.0, _largest_norm(codebooks_MKD))
   if not 0 <= low <= high < np.inf:
     raise ValueError(
       f"norm_range must be two finite norms in order, got {norm_range}."
@@ -111,9 +91,50 @@ def make_index(
   rq.codebooks = words.rq.codebooks
   # Tables of (M K)^2 numbers, which no search needs, made by whoever reads it.
   rq.train_type |= faiss.ResidualQuantizer.Skip_codebook_tables
-  rq.norm_min, rq.norm_max = low, max(high, low + _LEAST_RANGE * (low + 1))
+  _set_norm_range(index, low, high)
   rq.is_trained = index.is_trained = True
   return index
+
+
+def _largest_norm(codebooks_MKD) -> float:
+  """A bound of the squared norm of any sum of words."""
+  norm_MK = np.linalg.norm(np.asarray(codebooks_MKD, float), axis=-1)
+  return float(norm_MK.max(axis=1).sum() ** 2)
+
+
+def _set_norm_range(index, low: float, high: float) -> None:
+  high = max(high, low + _LEAST_RANGE * (low + 1))
+  index.rq.norm_min, index.rq.norm_max = low, high
+
+
+def fit_norms(index: faiss.Index, *, progress=None) -> tuple[float, float]:
+  """Gives the byte of the norm the exact range of all vectors of the index.
+
+  Call it when all are added: it goes over the lists twice, to find the range
+  and to write the bytes anew. Returns the range, least and largest squared norm
+  of the sums of words.
+
+  Args:
+    index: From `make_index`, filled; its lists in memory.
+    progress: Called with `(vectors done, twice the number of vectors)`.
+  """
+  index = faiss_lists.check_index(index)
+  if not index.ntotal:
+    return index.rq.norm_min, index.rq.norm_max
+  low, high, done = np.inf, 0.0, 0
+  for _, packed in faiss_lists.blocks(index):
+    norm_N = np.square(index.rq.decode(packed)).sum(axis=1)
+    low, high = min(low, float(norm_N.min())), max(high, float(norm_N.max()))
+    done += len(packed)
+    if progress is not None:
+      progress(done, 2 * index.ntotal)
+  _set_norm_range(index, low, high)
+  for parts, packed in faiss_lists.blocks(index):
+    faiss_lists.write(index, parts, faiss_lists.repack(index, packed))
+    done += len(packed)
+    if progress is not None:
+      progress(done, 2 * index.ntotal)
+  return low, high
 
 
 def add_codes(
@@ -159,10 +180,11 @@ def add_codes(
 def merge(parts: Iterable[faiss.Index]) -> faiss.Index:
   """Moves all vectors into the first index, which it returns, with their ids.
 
-  The other parts are left empty; none needs to exist before its turn.
+  The other parts are left empty; none needs to exist before its turn. The
+  range of the norms becomes that of all parts, see `fit_norms`.
 
   Raises:
-    ValueError: A part has other centroids, words or norms than the first.
+    ValueError: A part has other centroids or words than the first.
   """
   parts = map(faiss_lists.check_index, parts)
   merged = next(parts, None)
@@ -177,6 +199,7 @@ def merge(parts: Iterable[faiss.Index]) -> faiss.Index:
           "merged; build all parts with the same options."
         )
     merged.merge_from(part, 0)
+  fit_norms(merged)
   return merged
 
 
@@ -320,5 +343,4 @@ def _identity(index) -> dict:
     "metric": index.metric_type,
     "centroids": faiss_lists.centroids_of(index),
     "words": faiss_lists.words_of(index.rq),
-    "norms": (index.rq.norm_min, index.rq.norm_max),
   }

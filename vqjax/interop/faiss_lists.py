@@ -211,6 +211,50 @@ def pack(index, codes_NM) -> np.ndarray:
   return packed
 
 
+def repack(index, packed) -> np.ndarray:
+  """Packed codes with their norms in the range that the index has."""
+  m, k, _ = sizes_of(index)
+  bits = [k.bit_length() - 1] * m + [8]
+  return pack(index, faiss.unpack_bitstrings(packed, bits)[:, :m])
+
+
+def blocks(index):
+  """Yields the packed codes of all lists, about `BLOCK` rows at a time.
+
+  With each block `[(list, first row, number of rows)]`, for `write`.
+  """
+  parts, views, num = [], [], 0
+  for number in range(index.nlist):
+    rows = _view(index, number)
+    for first in range(0, len(rows), BLOCK):
+      view = rows[first : first + BLOCK]
+      parts.append((number, first, len(view)))
+      views.append(view)
+      num += len(view)
+      if num >= BLOCK:
+        yield parts, np.concatenate(views)
+        parts, views, num = [], [], 0
+  if parts:
+    yield parts, np.concatenate(views)
+
+
+def write(index, parts, packed) -> None:
+  """Writes a block of `blocks` back to where it was."""
+  at = 0
+  for number, first, num in parts:
+    _view(index, number)[first : first + num] = packed[at : at + num]
+    at += num
+
+
+def _view(index, number: int) -> np.ndarray:
+  """The packed codes of a list, where faiss keeps them."""
+  num, size = index.invlists.list_size(number), index.code_size
+  if not num:
+    return np.empty((0, size), np.uint8)
+  ptr = index.invlists.get_codes(number)
+  return faiss.rev_swig_ptr(ptr, num * size).reshape(num, size)
+
+
 def _join_lists(index) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Starts, packed codes and ids of all lists, one after the other."""
   lists, size = index.invlists, index.code_size

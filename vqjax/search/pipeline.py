@@ -80,8 +80,10 @@ class Parts(NamedTuple):
 class Result(NamedTuple):
   """Neighbours, nearest first; -1 and inf where there are no more.
 
-  A distance is that of the last stage that saw the candidate. `seconds` are
-  those of the stages, `num_decoded` the vectors that the network decoded.
+  A distance is that of the last stage that saw the candidate, but never less
+  than that of a result before it: a stage orders its own candidates, and those
+  that it did not see come after them. `seconds` are those of the stages,
+  `num_decoded` the vectors that the network decoded.
   """
 
   ids_QR: np.ndarray
@@ -187,7 +189,8 @@ class Searcher:
       clock.lap("network")
     rows_QR = found.rows_QC[:, :k]
     ids_QR = np.where(rows_QR < 0, -1, self.parts.ids_N[rows_QR])
-    return Result(ids_QR, found.distances_QC[:, :k], clock.seconds, num_decoded)
+    distances_QR = np.maximum.accumulate(found.distances_QC[:, :k], axis=1)
+    return Result(ids_QR, distances_QR, clock.seconds, num_decoded)
 
   def _check_setting(
     self, k, nprobe, max_ratio, num_signs, num_words, num_aq, num_short

@@ -13,8 +13,7 @@ names a file.
 
   encode   by the published rule (A) and at the codec's own sizes (B and C),
            in the blocks of the encode command, from memory
-  decode   random codes; the vectors stay on the device (both with a table of
-           the first network, which large files are worth: qinco.with_pairs)
+  decode   random codes; the vectors stay on the device
   train    a step of the training loop, beside its encode and its gradient
            (with --config; its ratio is to the sum of these two)
   kmeans   beside that of faiss, from the same start
@@ -54,7 +53,6 @@ from vqjax.interop import faiss_io
 
 TASKS = ("encode", "decode", "train", "kmeans")
 DTYPES = ("float32", "bfloat16")
-_MANY = 1 << 40  # Vectors to come, for which a table is worth its while.
 _MSE_ROWS = 256  # The same vectors for all rules and types.
 _ITERATIONS = 10  # Of k-means.
 
@@ -170,7 +168,6 @@ def _encode(config, subject, dtype, peak):
     # Fitted to others, where there are any, than those whose error is told.
     others_ND = bench_subjects.rows(subject, 3 * _MSE_ROWS)[_MSE_ROWS:]
     codec = encoders.with_scout(subject.codec, knobs, others_ND)
-    codec = codecs.with_pairs(codec, knobs, _MANY)
     work, rule = None, bench_subjects.rule(knobs)
     if codec.name == "qinco":
       work = encode_work(codec.tables, **rule)
@@ -225,7 +222,7 @@ def _measure(config, contenders, peak) -> list[dict]:
 
 
 def _decode(config, subject, dtype, peak):
-  codec = codecs.with_pairs(subject.codec, {"dtype": dtype}, _MANY)
+  codec = subject.codec
   about = _about(subject, "decode", dtype, bench_subjects.sizes(codec, {}))
   codebooks = codec.codebook_sizes
   block = codecs.decode_rows()

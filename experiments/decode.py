@@ -55,7 +55,6 @@ def run(config, workdir=None) -> dict:
     )
   num, seconds = len(found), {}
   dtype = codecs.product_dtype(config.dtype)
-  codec = codecs.with_pairs(codec, {"dtype": dtype}, num)
   decode_fn = codecs.make_decode_fn(codec, dtype)
   with cli.progress(num, "decode") as done, cli.timed(seconds, "decode"):
     blocks = inputs.decoded(

@@ -199,7 +199,6 @@ def _measure(codec, knobs, num_steps, search) -> dict:
   seconds = {}
   xb_ND, mine = search.xb_ND, devices.share(len(search.xb_ND))
   codec = encoders.with_scout(codec, knobs, xb_ND)
-  codec = codecs.with_pairs(codec, knobs, len(xb_ND))
   encode_fn, block_size = codecs.make_encode_fn(codec, knobs, num_steps)
   decode_fn = codecs.make_decode_fn(codec, knobs.get("dtype", "float32"))
   num = len(mine)

@@ -83,37 +83,6 @@ def test_work_with_a_scout_is_what_the_traced_program_multiplies(case, sizes):
   assert NUM * work.total == _multiply_adds(traced.jaxpr)
 
 
-@pytest.mark.parametrize(
-  ("case", "num_networks"),
-  [
-    ("qinco2", 1),
-    ("ivf", 3),
-    *[
-      pytest.param(*sizes, marks=pytest.mark.slow)
-      for sizes in (("qinco2", 3), ("qinco1", 3), ("ivf", 1))
-    ],
-  ],
-)
-def test_work_with_a_table_is_what_the_traced_program_multiplies(
-  case, num_networks
-):
-  sizes = qinco_cases.CASES[case]
-  params = qinco_cases.make_params(**sizes, num_networks=num_networks)
-  rule = dict(num_candidates=0, beam_size=4)
-  if params.preselect_TKD is not None:
-    rule = dict(num_candidates=2, beam_size=4, num_joint_candidates=9)
-  tables = qinco.with_pairs(qinco.prepare(params))
-  for knobs in (rule, rule | dict(num_joint_candidates=0)):
-    x_ND = qinco_cases.vectors(NUM)
-    traced = jax.make_jaxpr(partial(qinco.encode, **knobs))(tables, x_ND)
-    work = bench_arithmetic.encode_work(tables, **knobs)
-    assert NUM * work.total == _multiply_adds(traced.jaxpr)
-  codes_NM = np.zeros((NUM, num_networks + 1), np.int32)
-  traced = jax.make_jaxpr(qinco.decode)(tables, codes_NM)
-  work = bench_arithmetic.decode_work(tables)
-  assert NUM * work.total == _multiply_adds(traced.jaxpr)
-
-
 def test_work_of_the_network_of_s():
   """7 steps, 512 candidates, of two blocks what follows the first relu."""
   params = qinco_cases.make_params(

@@ -178,7 +178,6 @@ def _qinco_beam(
   num_last,
   scout=None,
   num_finalists=0,
-  knows_first=False,
 ):
   """Hypotheses `(error, code, xhat)` of a normalised vector, best first.
 
@@ -208,8 +207,7 @@ def _qinco_beam(
     finalists = num_finalists
     if is_last and num_last == 1 and t > 0:
       finalists = max((finalists + 7) // 8, min(finalists, 8))
-    is_known = knows_first and t == 0
-    if scout is not None and not is_known and finalists < len(pairs):
+    if scout is not None and finalists < len(pairs):
       pairs = _finalists(params, scout, t, z, kept, pairs, finalists)
     grown = []
     for f, k in pairs:
@@ -230,7 +228,6 @@ def qinco_encode(
   additive_weight=0,
   scout=None,
   num_finalists=0,
-  knows_first=False,
 ):
   """Codes of vectors in data units, one candidate after the other.
 
@@ -240,8 +237,7 @@ def qinco_encode(
   hypothesis looks at a quarter of the joint candidates, at least 16. With a
   weight it keeps all, and the one is taken whose error plus weight times
   `qinco_additive_error` is least. A scout lets `num_finalists` of the joint
-  candidates through, in such a last step an eighth of them, at least 8; all
-  of them where a table `knows_first`, the words of the first network.
+  candidates through, in such a last step an eighth of them, at least 8.
   """
   std = float(params.std)
   num_last = beam_size if additive_weight else 1
@@ -252,7 +248,6 @@ def qinco_encode(
       *(params, z, num_candidates, beam_size, num_joint_candidates, num_last),
       scout=scout,
       num_finalists=num_finalists,
-      knows_first=knows_first,
     )
     costs = [std**2 * error for error, _, _ in kept]  # In data units.
     if additive_weight:

@@ -21,6 +21,13 @@ KNOBS = [
 ]
 
 
+# One network, which is also the last step.
+SHORT = {
+  "short": dict(num_networks=1),
+  "short_ivf": dict(num_networks=1, num_lists=11),
+}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_decode_matches_the_plain_network(case):
   params = make_params(**CASES[case])
@@ -44,6 +51,16 @@ def _searches():
       is_quick = case in ("qinco2", "ivf") or at in (1, 3, 8)
       marks = () if is_quick else pytest.mark.slow
       yield pytest.param(case, knobs, id=f"{case}-{knobs}", marks=marks)
+
+
+@pytest.mark.parametrize("case", SHORT)
+@pytest.mark.parametrize("knobs", [KNOBS[3], KNOBS[6]])
+def test_one_network_matches_the_plain_search(case, knobs):
+  params, x_ND = make_params(**SHORT[case]), vectors()
+  np.testing.assert_array_equal(
+    _jit_encode_fn(params, x_ND, **knobs),
+    oracles.qinco_encode(params, x_ND, **knobs),
+  )
 
 
 @pytest.mark.parametrize(("case", "knobs"), list(_searches()))

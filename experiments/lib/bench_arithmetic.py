@@ -49,11 +49,9 @@ def encode_work(
     widest = min(joint or max(each, beam_size), num_words)
     steps[0] = 1, widest, num_finalists
   network, rest = 0, tables.first_KD.size
-  for t, (hypotheses, candidates, finalists) in enumerate(steps):
+  for hypotheses, candidates, finalists in steps:
     takes_all = not joint and candidates == hypotheses * num_words
     rest += 0 if takes_all else hypotheses * selection
-    if t == 0 and _knows_first(tables):
-      continue
     rest += hypotheses * per_state
     if 0 < finalists < candidates:
       rest += _scouting(tables, hypotheses, candidates)
@@ -70,17 +68,11 @@ def _scouting(tables, hypotheses: int, candidates: int) -> int:
 
 def decode_work(tables: qinco.QincoTables) -> Work:
   """Returns the multiply-adds of `qinco.decode`."""
-  num_networks = tables.base_TKE.shape[0] - (tables.pairs_LKD is not None)
+  num_networks = tables.base_TKE.shape[0]
   per_candidate, per_state = _per_evaluation(tables)
   return Work(
     num_networks * per_candidate, num_networks * (per_candidate + per_state)
   )
-
-
-def _knows_first(tables) -> bool:
-  """Whether encoding finds the words of the first network in a table."""
-  is_apart = tables.is_ivf or tables.base_TKE.shape[0] > 1
-  return tables.pairs_LKD is not None and is_apart
 
 
 def _per_evaluation(tables) -> tuple[int, int]:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from experiments.lib import cli
 from vqjax import cpu, devices
@@ -19,7 +18,6 @@ from vqjax.storage import codec_file
 
 _BLOCK = 4096  # Vectors at once, for codecs without a network.
 _CPU_BUDGET, _DEVICE_BUDGET = 16 << 20, 4 << 30  # Bytes, of one block.
-_PAIRS_BYTES = 256 << 20  # Of a table of pairs of words.
 _CPU_DECODE_BUDGET = 7 << 19  # The same, decoding: what the caches like.
 _MANY_LISTS = 65536  # From here on a graph finds the list sooner, on CPUs.
 ASSIGN = ("auto", "blocks", "hnsw")  # Ways from vectors to lists.
@@ -127,28 +125,6 @@ def make_encode_fn(
     return functools.partial(compile_fn(encode), tables), num_rows
   encode_fn = compile_fn(lambda tables, rows: encode(tables, *rows))
   return lambda rows: encode_fn(tables, assign(rows)), num_rows
-
-
-def with_pairs(codec: Codec, knobs: dict, num_vectors: int) -> Codec:
-  """Returns the codec with a table of its first network, where that pays.
-
-  That is where so many vectors ask that network, once for each of the beam,
-  four times as often as making the table does (`qinco.with_pairs`), and the
-  table is no larger than 256 MB. `knobs` are options of `encode`; decoding has
-  no beam.
-  """
-  sizes = codec.codebook_sizes
-  if not hasattr(codec.tables, "pairs_LKD") or len(sizes) < 2:
-    return codec
-  num_pairs = sizes[0] * sizes[1]
-  is_large = 4 * num_pairs * codec.dim > _PAIRS_BYTES
-  num_asked = num_vectors * knobs.get("beam_size", 1)
-  if is_large or num_asked < 4 * num_pairs:
-    return codec
-  logging.info("Making a table of the first network's %d words.", num_pairs)
-  dtype = knobs.get("dtype", "float32")
-  make_fn = jax.jit(functools.partial(codec.module.with_pairs, dtype=dtype))
-  return codec._replace(tables=make_fn(codec.tables))
 
 
 def centroids_of(codec: Codec) -> np.ndarray:

@@ -65,7 +65,6 @@ def make_encoder(codec: Codec, config, x_ND) -> Encoder:
         assign=assign,
         num_vectors=SAMPLE,
       )
-  codec = codecs.with_pairs(codec, knobs, len(x_ND))
   encode_fn, num_rows = codecs.make_encode_fn(
     codec, knobs, num_steps, assign=assign
   )

@@ -238,7 +238,6 @@ def search_decoded(codec, config, data: Data, found: codes.Codes, seconds):
   """Ids `[Q, R]` by exact search among the decoded codes, all of them."""
   sizes, num = codec.codebook_sizes[: found.shape[1]], len(found)
   dtype = codecs.product_dtype(config.dtype)
-  codec = codecs.with_pairs(codec, {"dtype": dtype}, num)
   decode_fn = codecs.make_decode_fn(codec, dtype)
   size = min(codecs.decode_rows(), num)
   check_range("k", config.k, 1, num, "codes to search in")

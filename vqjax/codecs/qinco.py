@@ -20,8 +20,7 @@ all pairs of hypothesis and word.
 
 What a network makes of a word alone, before the first relu, does not depend
 on the vector. `prepare` computes it once for all words, so that a candidate
-costs no more than what follows that relu. The first network sees pairs of
-words alone, so that `with_pairs` can spare it altogether.
+costs no more than what follows that relu.
 
 References: arXiv 2401.14732 (QINCo), arXiv 2501.03078 (QINCo2).
 """
@@ -83,7 +82,6 @@ class QincoTables:
   out_TED: Array | None
   additive_MKD: Array | None = None  # See `with_additive`.
   scout: qinco_network.Scout | None = None  # See `qinco_scout.fit`.
-  pairs_LKD: Array | None = None  # See `with_pairs`.
   is_ivf: bool = struct.field(pytree_node=False, default=False)
 
 
@@ -156,33 +154,6 @@ def with_additive(tables: QincoTables, codebooks_MKD: Array) -> QincoTables:
   if not tables.is_ivf:  # What they add up to is the vector.
     words_MKD = words_MKD.at[0].add(-tables.mean_D[None])
   return tables.replace(additive_MKD=words_MKD / tables.std)
-
-
-def with_pairs(tables: QincoTables, *, dtype: str = "float32") -> QincoTables:
-  """Returns tables that know every word of the first network.
-
-  That network sees only first words (or centroids) and its own codebook, so
-  that it has `L * K` words in all; `encode` and `decode` then look them up.
-  Costs as many evaluations, and D floats for each; codes and vectors are the
-  same but for rounding.
-
-  Args:
-    tables: From `prepare`.
-    dtype: Type of the network's products, as for `encode`.
-
-  Raises:
-    ValueError: Where the codec has no network.
-  """
-  num_networks, num_words, _ = tables.base_TKE.shape
-  check_range("networks", num_networks, 1, 1 << 20)
-  weights = beam_lib.at_step(qinco_network.per_step(tables), 0)
-  ids_K = jnp.arange(num_words)
-
-  def words_of(first_D):
-    xhat_KD = jnp.broadcast_to(first_D, (num_words, first_D.shape[0]))
-    return qinco_network.words_at(weights, ids_K, xhat_KD, dtype)
-
-  return tables.replace(pairs_LKD=lax.map(words_of, tables.first_KD))
 
 
 def encode(
@@ -262,10 +233,6 @@ def decode(
   tables = prepare(params) if isinstance(params, QincoParams) else params
   check_codes(codes_NM, len(codebook_sizes(tables)))
   stacked = qinco_network.per_step(tables)
-  xhat_ND, done = tables.first_KD[codes_NM[:, 0]], 1
-  if tables.pairs_LKD is not None and codes_NM.shape[1] > 1:
-    xhat_ND = xhat_ND + tables.pairs_LKD[codes_NM[:, 0], codes_NM[:, 1]]
-    done = 2
 
   def body(xhat_ND, step):
     t, ids_N = step
@@ -273,8 +240,9 @@ def decode(
     words_ND = qinco_network.words_at(weights, ids_N, xhat_ND, dtype)
     return xhat_ND + words_ND, None
 
-  steps = jnp.arange(done - 1, codes_NM.shape[1] - 1)
-  xhat_ND, _ = lax.scan(body, xhat_ND, (steps, codes_NM[:, done:].T))
+  start_ND = tables.first_KD[codes_NM[:, 0]]
+  steps = jnp.arange(codes_NM.shape[1] - 1)
+  xhat_ND, _ = lax.scan(body, start_ND, (steps, codes_NM[:, 1:].T))
   return xhat_ND * tables.std + tables.mean_D[None]
 
 

@@ -112,24 +112,15 @@ def propose(
   num_joint,
   num_finalists,
   dtype,
-  lookup_fn=None,
 ):
-  """Candidates of a step with a network, see `beam.py`.
-
-  `lookup_fn` finds the words of pairs of hypothesis and word, where there is a
-  table of all of them.
-  """
+  """Candidates of a step with a network, see `beam.py`."""
   residual_NFD = x_ND[:, None] - beam.xhat_NFD
   candidates = _select(
     weights, residual_NFD, beam.error_NF, num_candidates, num_joint, dtype
   )
-  if lookup_fn:
-    parents_NC, ids_NC, _ = candidates
-    words_NCD = lookup_fn(parents_NC, ids_NC)
-  else:
-    parents_NC, ids_NC, words_NCD = _through_network(
-      weights, beam, residual_NFD, candidates, num_finalists, dtype
-    )
+  parents_NC, ids_NC, words_NCD = _through_network(
+    weights, beam, residual_NFD, candidates, num_finalists, dtype
+  )
   left_NCD = beam_lib.rows(residual_NFD, parents_NC) - words_NCD
   error_NC = jnp.sum(left_NCD**2, axis=-1)
   error_NC = jnp.where(
@@ -237,40 +228,20 @@ def encode_normalised(
 def _begin(tables, propose_fn, steps, z_ND, lists_N, *, beam_size):
   """The beam after the first words, and its codes `[M, N, F]`.
 
-  Lists count as words. The first network has a step of its own where it starts
-  from one hypothesis, or where its words are known.
+  Lists count as words. The first network of an IVF model has a step of its own,
+  which starts from one hypothesis.
   """
   advance = partial(beam_lib.advance, beam_size=beam_size)
   beam = start(tables, z_ND, lists_N)
-  if tables.is_ivf:
-    codes_MNF = lists_N[None, :, None]
-    # The one hypothesis must offer enough words for the whole beam.
-    num = propose_fn.keywords["num_candidates"]
-    propose_fn = partial(propose_fn, num_candidates=num and max(num, beam_size))
-  else:
+  if not tables.is_ivf:
     beam, (_, ids_NF) = advance(propose_plain, tables.first_KD, z_ND, beam)
-    codes_MNF = ids_NF[None]
-  is_known = tables.pairs_LKD is not None
-  if is_known:
-    propose_fn = partial(propose_fn, lookup_fn=_lookup(tables, codes_MNF[0]))
-  if tables.is_ivf or (is_known and steps["base_TKE"].shape[0] > 1):
-    first = beam_lib.at_step(steps, 0)
-    beam, (parents_NF, ids_NF) = advance(propose_fn, first, z_ND, beam)
-    codes_MNF = _extend(codes_MNF, parents_NF, ids_NF[None])
-  return beam, codes_MNF
-
-
-def _lookup(tables, first_NF):
-  """Words of the first network, from the table of `qinco.with_pairs`.
-
-  `first_NF` are the first words, or lists, of the hypotheses.
-  """
-
-  def lookup_fn(parents_NC, ids_NC):
-    first_NC = jnp.take_along_axis(first_NF, parents_NC, axis=1)
-    return tables.pairs_LKD[first_NC, ids_NC]
-
-  return lookup_fn
+    return beam, ids_NF[None]
+  # The one hypothesis must offer enough words for the whole beam.
+  num = propose_fn.keywords["num_candidates"]
+  propose_fn = partial(propose_fn, num_candidates=num and max(num, beam_size))
+  first = beam_lib.at_step(steps, 0)
+  beam, (parents_NF, ids_NF) = advance(propose_fn, first, z_ND, beam)
+  return beam, _extend(lists_N[None, :, None], parents_NF, ids_NF[None])
 
 
 def _extend(codes_MNF, parents_NF, more_MNF):

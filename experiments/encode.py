@@ -17,11 +17,6 @@ for the published rule. Deep networks (QINCo2-M, L) get a scout in the same way
 where there are 65,536 vectors or more: it chooses those candidates that are
 worth the whole network (--num_finalists; docs/performance.md).
 
-Where codes are to be searched by the additive decoder alone (stock faiss) or by
-that and little else, --decoders and --additive_weight=0.1 let it have a say: of
-the last hypotheses of a vector, many of them nearly as good, the one is taken
-that this decoder reads well too (docs/ivf.md).
-
 Large files go into a folder of shards, by one process or by many which need
 nothing but the same command; shards are counted from 0:
 
@@ -51,7 +46,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from experiments.lib import cli, codecs, encoders, inputs
+from experiments.lib import cli, codecs, encoders
 from vqjax.codecs import packing
 from vqjax.core import check_range
 from vqjax.data import codes, datasets, files, formats
@@ -63,15 +58,6 @@ OPTIONS = {
   "num_vectors": cli.Option(int, None, "Only the first so many vectors."),
   **cli.SEARCH_OPTIONS,
   "assign": cli.ASSIGN_OPTION,
-  "decoders": cli.Option(
-    str, None, "Decoders of experiments.pairwise_decoder: the additive one."
-  ),
-  "additive_weight": cli.Option(
-    float,
-    None,
-    "How much its squared error counts in the choice of codes, that of the "
-    "network being 1; as 0.1. The last step then takes as long as the others.",
-  ),
   "output": cli.Option(str, None, "File to write; with shards a folder."),
   "raw": cli.Option(bool, False, "Write packed bytes without a header."),
   "shards": cli.Option(int, None, "n, files to cut the codes into."),
@@ -93,7 +79,6 @@ def run(config, workdir=None) -> dict:
   num_shards, mine = _share(config)
   _check_output(config, num_shards)
   codec = codecs.open_codec(config.codec)
-  codec, decoders = _take_decoders(config, codec)
   dataset = codecs.resolve_data(codec, config, base=config.data)
   x_ND = datasets.open_split(dataset, "base", max_vectors=config.num_vectors)
   encoder = encoders.make_encoder(codec, config, x_ND)
@@ -102,7 +87,7 @@ def run(config, workdir=None) -> dict:
     codec=codec.name,
     fingerprint=codec.fingerprint,
     codebook_sizes=encoder.codebook_sizes,
-    encode=_settings(codec, encoder.knobs, config.assign) | decoders,
+    encode=_settings(codec, encoder.knobs, config.assign),
     command=_command(config, encoder.knobs),
     num_shards=num_shards,
   )
@@ -112,27 +97,6 @@ def run(config, workdir=None) -> dict:
   else:
     _write_file(config, meta, encoder, after)
   return {"output": config.output, "shape": tuple(meta["shape"])}
-
-
-def _take_decoders(config, codec):
-  """The codec, whose additive decoder has a say, and which that is."""
-  if bool(config.decoders) != (config.additive_weight is not None):
-    raise ValueError(
-      "--decoders and --additive_weight belong together: whose error counts, "
-      "and how much; give both or none."
-    )
-  if not config.decoders:
-    return codec, {}
-  check_range("--additive_weight", config.additive_weight, 1e-6, 1e6)
-  if not hasattr(codec.module, "with_additive"):
-    raise ValueError(
-      f"--decoders mean nothing to the encoder of a {codec.name} codec; leave "
-      "them out."
-    )
-  words = inputs.decoders(config, codec).additive
-  tables = codec.module.with_additive(codec.tables, words.codebooks_MKD)
-  fingerprint = codec_file.fingerprint(words)
-  return codec._replace(tables=tables), {"decoders_fingerprint": fingerprint}
 
 
 def _share(config) -> tuple[int, list[int]]:
@@ -196,9 +160,8 @@ def _settings(codec, knobs: dict, assign: str) -> dict:
   """All options of the search, those left at their defaults too."""
   known = inspect.signature(codec.module.encode).parameters.values()
   defaults = {p.name: p.default for p in known if p.kind is p.KEYWORD_ONLY}
-  # The steps are in the shape of the codes; blocks, no weight and no scout
-  # change none.
-  for name in ("num_steps", "block_size", "additive_weight", "num_finalists"):
+  # The steps are in the shape of the codes; blocks and no scout change none.
+  for name in ("num_steps", "block_size", "num_finalists"):
     defaults.pop(name, None)
   graph = {"assign": "hnsw"} if codecs.takes_graph(codec, assign) else {}
   if not knobs.get("num_finalists"):
@@ -337,11 +300,10 @@ def _after(config, codec, num_shards: int) -> str:
     data = f"--data={shlex.quote(config.data)}"
     if config.num_vectors:
       data += f" --num_vectors={config.num_vectors}"
-    # Those given had a say in the codes; others suit the codes better.
-    decoders = f"decoders{'2' if config.decoders else ''}.safetensors"
     commands = [
-      f"pairwise_decoder {given} {data} --output={decoders}",
-      f"build_index {given} --decoders={decoders} --output=index.faiss",
+      f"pairwise_decoder {given} {data} --output=decoders.safetensors",
+      f"build_index {given} --decoders=decoders.safetensors "
+      "--output=index.faiss",
     ]
   else:
     commands = [f"decode {given} --output=x.npy"]

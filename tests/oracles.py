@@ -175,13 +175,12 @@ def _qinco_beam(
   num_candidates,
   beam_size,
   num_joint,
-  num_last,
   scout=None,
   num_finalists=0,
 ):
   """Hypotheses `(error, code, xhat)` of a normalised vector, best first.
 
-  See `qinco_encode`; the last step keeps `num_last` of them.
+  See `qinco_encode`; the last step keeps one of them.
   """
   num_networks, num_words = params.codebooks_TKD.shape[:2]
   is_all = not num_candidates and not num_joint
@@ -196,7 +195,7 @@ def _qinco_beam(
     if params.is_ivf and t == 0:
       # One hypothesis must offer enough words for the whole beam.
       one, joint = max(joint or one, beam_size), 0
-    elif joint and is_last and num_last == 1:
+    elif joint and is_last:
       joint = max((joint + 3) // 4, min(joint, 16))
     if is_all:
       pairs = [(f, k) for f in range(len(kept)) for k in range(num_words)]
@@ -205,7 +204,7 @@ def _qinco_beam(
       book = _weight(params, "preselect_TKD", t)
       pairs = _preselect(residuals, book, one, joint)
     finalists = num_finalists
-    if is_last and num_last == 1 and t > 0:
+    if is_last and t > 0:
       finalists = max((finalists + 7) // 8, min(finalists, 8))
     if scout is not None and finalists < len(pairs):
       pairs = _finalists(params, scout, t, z, kept, pairs, finalists)
@@ -214,7 +213,7 @@ def _qinco_beam(
       _, code, xhat = kept[f]
       new = xhat + qinco_word(params, t, k, xhat)
       grown.append((float(((z - new) ** 2).sum()), (*code, k), new))
-    kept = _keep(grown, num_last if is_last else beam_size)
+    kept = _keep(grown, 1 if is_last else beam_size)
   return kept
 
 
@@ -224,8 +223,6 @@ def qinco_encode(
   num_candidates,
   beam_size,
   num_joint_candidates=0,
-  words=None,
-  additive_weight=0,
   scout=None,
   num_finalists=0,
 ):
@@ -233,42 +230,19 @@ def qinco_encode(
 
   `num_candidates` = 0 sends every word through the network. Ties go to the
   lower slot: hypothesis by hypothesis, in each by rank in the pre-selection;
-  under the joint rule by rank among all pairs. A last step that keeps one
-  hypothesis looks at a quarter of the joint candidates, at least 16. With a
-  weight it keeps all, and the one is taken whose error plus weight times
-  `qinco_additive_error` is least. A scout lets `num_finalists` of the joint
+  under the joint rule by rank among all pairs. The last step, which keeps one
+  hypothesis, looks at a quarter of the joint candidates, at least 16. A scout
+  lets `num_finalists` of the joint
   candidates through, in such a last step an eighth of them, at least 8.
   """
   std = float(params.std)
-  num_last = beam_size if additive_weight else 1
   codes = []
   for row in np.asarray(x, np.float64):
     z = (row - _weight(params, "mean_D")) / std
     kept = _qinco_beam(
-      *(params, z, num_candidates, beam_size, num_joint_candidates, num_last),
+      *(params, z, num_candidates, beam_size, num_joint_candidates),
       scout=scout,
       num_finalists=num_finalists,
     )
-    costs = [std**2 * error for error, _, _ in kept]  # In data units.
-    if additive_weight:
-      costs = [
-        cost + additive_weight * qinco_additive_error(params, words, row, code)
-        for cost, (_, code, _) in zip(costs, kept, strict=True)
-      ]
-    codes.append(kept[int(np.argmin(costs))][1])
+    codes.append(kept[0][1])
   return np.array(codes, np.int32)
-
-
-def qinco_additive_error(params, words, x, code):
-  """Squared error of the sum of words `[M, K, D]` of a code; data units.
-
-  The sum stands for the vector or, in lists, for what the centroid leaves.
-  """
-  left = np.asarray(x, np.float64)
-  if params.is_ivf:
-    centroid = _weight(params, "first_KD", code[0])
-    left = left - (centroid * float(params.std) + _weight(params, "mean_D"))
-    code = code[1:]
-  for book, k in zip(np.asarray(words, np.float64), code, strict=True):
-    left = left - book[k]
-  return float(left @ left)

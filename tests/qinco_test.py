@@ -81,106 +81,8 @@ _jit_encode_fn = jax.jit(
     "num_candidates",
     "beam_size",
     "num_joint_candidates",
-    "additive_weight",
   ),
 )
-
-
-def _with_words(case):
-  """Parameters, vectors far off the origin and long additive words for them."""
-  params = make_params(**case)
-  params = params.replace(mean_D=5 + params.mean_D)
-  sizes = qinco.codebook_sizes(params)[params.is_ivf :]
-  shape = (len(sizes), sizes[-1], qinco.dim(params))
-  words_MKD = 2 * np.random.default_rng(2).normal(size=shape)
-  if not params.is_ivf:
-    words_MKD[0] += np.asarray(params.mean_D)[None]
-  return params, 5 + vectors(), words_MKD.astype(np.float32)
-
-
-def _weighed_searches():
-  """Those of `_searches` of three cases, a few of them quick."""
-  quick = dict(qinco2=(3, 8), ivf=(3, 7), qinco1=(1,))
-  for search in _searches():
-    case, knobs = search.values
-    if case in quick:
-      is_quick = KNOBS.index(knobs) in quick[case]
-      marks = () if is_quick else pytest.mark.slow
-      yield pytest.param(CASES[case], knobs, id=search.id, marks=marks)
-  knobs = dict(num_candidates=3, beam_size=5)
-  yield pytest.param(dict(num_lists=11, num_networks=1), knobs, id="one code")
-
-
-@pytest.mark.parametrize(
-  "weight", [0.5, pytest.param(10, marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize(("case", "knobs"), list(_weighed_searches()))
-def test_weighed_encode_matches_the_plain_search(case, knobs, weight):
-  params, x_ND, words_MKD = _with_words(case)
-  tables = qinco.with_additive(qinco.prepare(params), words_MKD)
-  codes_NM = _jit_encode_fn(tables, x_ND, **knobs, additive_weight=weight)
-  assert codes_NM.dtype == jnp.int32
-  np.testing.assert_array_equal(
-    codes_NM,
-    oracles.qinco_encode(
-      params, x_ND, **knobs, words=words_MKD, additive_weight=weight
-    ),
-  )
-  others_NM = oracles.qinco_encode(params, x_ND, **knobs)
-  assert np.any(codes_NM != others_NM) == (knobs["beam_size"] > 1)
-
-
-@pytest.mark.parametrize(
-  "case", ["qinco2", pytest.param("ivf", marks=pytest.mark.slow)]
-)
-def test_words_without_weight_change_nothing(case):
-  params, x_ND, words_MKD = _with_words(CASES[case])
-  tables = qinco.prepare(params)
-  knobs = dict(num_candidates=3, beam_size=5, num_joint_candidates=20)
-  np.testing.assert_array_equal(
-    _jit_encode_fn(qinco.with_additive(tables, words_MKD), x_ND, **knobs),
-    _jit_encode_fn(tables, x_ND, **knobs),
-  )
-
-
-def test_a_weight_changes_nothing_for_one_hypothesis():
-  # More than 16 joint candidates: the last step still looks at a quarter.
-  params, x_ND, words_MKD = _with_words(dict(num_words=64))
-  tables = qinco.with_additive(qinco.prepare(params), words_MKD)
-  knobs = dict(beam_size=1, num_joint_candidates=64)
-  np.testing.assert_array_equal(
-    _jit_encode_fn(tables, x_ND, **knobs, additive_weight=3),
-    _jit_encode_fn(tables, x_ND, **knobs),
-  )
-
-
-@pytest.mark.parametrize(
-  "case", ["ivf", pytest.param("qinco2", marks=pytest.mark.slow)]
-)
-def test_more_weight_trades_network_error_for_additive_error(case):
-  params, x_ND, words_MKD = _with_words(CASES[case])
-  tables = qinco.with_additive(qinco.prepare(params), words_MKD)
-  lists_N = np.arange(20) % 11 if params.is_ivf else None  # Not the nearest.
-  network_WN, additive_WN = [], []
-  for weight in (0.01, 1, 100):
-    codes_NM = _jit_encode_fn(
-      tables, x_ND, lists_N, num_candidates=3, beam_size=6,
-      num_joint_candidates=18, additive_weight=weight,
-    )  # fmt: skip
-    if params.is_ivf:
-      np.testing.assert_array_equal(codes_NM[:, 0], lists_N)
-    xhat_ND = oracles.qinco_decode(params, codes_NM)
-    network_WN.append(((x_ND - xhat_ND) ** 2).sum(axis=1))
-    additive_WN.append(
-      [
-        oracles.qinco_additive_error(params, words_MKD, x_D, code_M)
-        for x_D, code_M in zip(x_ND, np.asarray(codes_NM), strict=True)
-      ]
-    )
-  # The beam is the same, so this holds vector by vector.
-  for rises_WN in (np.array(network_WN), -np.array(additive_WN)):
-    assert np.diff(rises_WN, axis=0).min() > -1e-3  # float32 near ties.
-    assert np.all(np.diff(rises_WN.mean(axis=1)) > 0)
 
 
 @pytest.mark.parametrize("case", ["qinco2", "ivf"])
@@ -257,51 +159,6 @@ def test_preselection_is_refused_without_its_codebooks():
   params = make_params(is_qinco1=True)
   with pytest.raises(ValueError, match="num_candidates=0"):
     qinco.encode(params, jnp.asarray(vectors()), num_candidates=2, beam_size=1)
-
-
-@pytest.mark.parametrize(
-  ("knobs", "message"),
-  [
-    (dict(additive_weight=-0.5), "between 0 and 1000000.0, got -0.5"),
-    (dict(additive_weight=float("inf")), "and 1000000.0, got inf"),
-    (dict(additive_weight=float("nan")), "additive_weight .* got nan"),
-    (
-      dict(additive_weight=0.5, num_steps=4),
-      "leave num_steps or additive_weight out",
-    ),
-  ],
-)
-def test_senseless_weights_are_refused(knobs, message):
-  params, x_ND, words_MKD = _with_words({})
-  tables = qinco.with_additive(qinco.prepare(params), words_MKD)
-  with pytest.raises(ValueError, match=message):
-    qinco.encode(tables, x_ND, num_candidates=3, beam_size=4, **knobs)
-
-
-@pytest.mark.parametrize("prepare", [lambda params: params, qinco.prepare])
-def test_a_weight_is_refused_without_words(prepare):
-  with pytest.raises(ValueError, match="additive_weight=0.5 needs the words"):
-    qinco.encode(
-      prepare(make_params()),
-      vectors(),
-      num_candidates=3,
-      beam_size=4,
-      additive_weight=0.5,
-    )
-
-
-@pytest.mark.parametrize(
-  ("case", "shape", "want"),
-  [
-    ("qinco2", (3, 7, 6), r"\(4, 7, 6\), got \(3, 7, 6\)"),
-    ("qinco2", (4, 8, 6), r"\(4, 7, 6\), got \(4, 8, 6\)"),
-    ("ivf", (4, 7, 6), r"\(3, 7, 6\), got \(4, 7, 6\)"),
-  ],
-)
-def test_words_of_other_codes_are_refused(case, shape, want):
-  tables = qinco.prepare(make_params(**CASES[case]))
-  with pytest.raises(ValueError, match="additive words must .* " + want):
-    qinco.with_additive(tables, np.zeros(shape, np.float32))
 
 
 def test_wrong_shapes_are_refused():

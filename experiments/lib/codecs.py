@@ -95,8 +95,6 @@ def search_knobs(codec: Codec, config) -> dict:
     )
   if has_knob(codec, "dtype"):
     knobs["dtype"] = product_dtype(config.get("dtype", "auto"))
-  if config.get("additive_weight") is not None:
-    knobs["additive_weight"] = config.additive_weight
   return knobs
 
 

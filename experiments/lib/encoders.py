@@ -246,7 +246,6 @@ def _first_as_good(rules: list[dict], mse_fn, least: float):
 
 def _mse(codec: Codec, knobs: dict, *, x_ND, assign, num_steps=None) -> float:
   """Mean squared error of vectors `[N, D]`, each encoded and decoded."""
-  knobs = {k: v for k, v in knobs.items() if k != "additive_weight"}
   encode_fn, num_rows = codecs.make_encode_fn(
     codec, knobs, num_steps, assign=assign
   )

@@ -80,7 +80,6 @@ class QincoTables:
   up_TJEH: Array  # Blocks from the second on.
   down_TJHE: Array
   out_TED: Array | None
-  additive_MKD: Array | None = None  # See `with_additive`.
   scout: qinco_network.Scout | None = None  # See `qinco_scout.fit`.
   is_ivf: bool = struct.field(pytree_node=False, default=False)
 
@@ -136,26 +135,6 @@ def prepare(params: QincoParams) -> QincoTables:
   )
 
 
-def with_additive(tables: QincoTables, codebooks_MKD: Array) -> QincoTables:
-  """Returns tables that know the additive decoder of their codes too.
-
-  Args:
-    tables: From `prepare`.
-    codebooks_MKD: Its words in data units, list numbers not among the
-      positions (`vqjax.codecs.additive`).
-
-  Raises:
-    ValueError: Where it is of codes of another shape.
-  """
-  m = len(codebook_sizes(tables)) - tables.is_ivf
-  k = tables.base_TKE.shape[1]
-  check_shape("additive words", codebooks_MKD, (m, k, dim(tables)))
-  words_MKD = jnp.asarray(codebooks_MKD, jnp.float32)
-  if not tables.is_ivf:  # What they add up to is the vector.
-    words_MKD = words_MKD.at[0].add(-tables.mean_D[None])
-  return tables.replace(additive_MKD=words_MKD / tables.std)
-
-
 def encode(
   params: QincoParams | QincoTables,
   x_ND: Array,
@@ -167,7 +146,6 @@ def encode(
   num_finalists: int = 0,
   num_steps: int | None = None,
   dtype: str = "float32",
-  additive_weight: float = 0.0,
 ) -> Array:
   """Finds codes of vectors `[N, D]` in data units: `[N, M]` int32.
 
@@ -186,15 +164,10 @@ def encode(
       all. A prefix is the code of a lower rate.
     dtype: Type of the products of the network and of those that pre-select its
       words; sums, and the errors that put hypotheses in order, are float32.
-    additive_weight: Of the hypotheses of the last step that one is taken whose
-      squared error, plus this times the squared error of the additive decoder
-      (`with_additive`), is least. Many are nearly as good for the network;
-      that one is found sooner by a search that scans by the additive decoder.
-      The last step then looks at all joint candidates, not at a quarter.
 
   Raises:
-    ValueError: Where a size breaks a rule of `check_search`, or a weight is
-      given without words, finalists without a scout.
+    ValueError: Where a size breaks a rule of `check_search`, or finalists are
+      asked for without a scout.
   """
   tables = prepare(params) if isinstance(params, QincoParams) else params
   check_shape("x", x_ND, (None, dim(tables)))
@@ -212,7 +185,6 @@ def encode(
       f"num_finalists={num_finalists} needs a scout that chooses them: give "
       "tables of `qinco_scout.fit`."
     )
-  _check_additive(tables, additive_weight, num_steps)
   return qinco_search.encode_normalised(
     _prefix(tables, num_steps),
     normalise(tables, x_ND),
@@ -222,7 +194,6 @@ def encode(
     num_joint_candidates=num_joint_candidates,
     num_finalists=num_finalists,
     dtype=dtype,
-    additive_weight=additive_weight,
   )
 
 
@@ -314,22 +285,6 @@ def check_search(
     raise ValueError(
       "This codec has no pre-selection codebooks (QINCo1): every word goes "
       "through the network; set num_candidates=0 and num_joint_candidates=0."
-    )
-
-
-def _check_additive(tables, additive_weight: float, num_steps) -> None:
-  check_range("additive_weight", additive_weight, 0, 1e6)
-  if not additive_weight:
-    return
-  if getattr(tables, "additive_MKD", None) is None:
-    raise ValueError(
-      f"additive_weight={additive_weight} needs the words of the additive "
-      "decoder: give tables of `with_additive`."
-    )
-  if num_steps is not None:
-    raise ValueError(
-      "The additive decoder is of whole codes; leave num_steps or "
-      "additive_weight out."
     )
 
 

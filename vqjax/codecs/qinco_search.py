@@ -189,7 +189,6 @@ def encode_normalised(
   num_joint_candidates,
   dtype,
   num_finalists=0,
-  additive_weight=0.0,
 ):
   """`encode` of normalised vectors, over all steps of `tables`."""
   propose_fn = partial(
@@ -205,24 +204,10 @@ def encode_normalised(
   beam, codes_MNF = _begin(
     tables, propose_fn, steps, z_ND, lists_N, beam_size=beam_size
   )
-  num_last = beam_size if additive_weight else 1
-  error_NF = beam.error_NF
   left = range(len(codes_MNF) - 1, steps["base_TKE"].shape[0])
   if left:
-    codes_MNF, error_NF = _search(
-      propose_fn, steps, left, z_ND, beam, codes_MNF, num_last
-    )
-  slot_N = jnp.zeros(z_ND.shape[0], jnp.int32)
-  if additive_weight:
-    target_ND, words_MNF = z_ND, codes_MNF
-    if tables.is_ivf:
-      target_ND, words_MNF = z_ND - tables.first_KD[lists_N], codes_MNF[1:]
-    error_NF = error_NF + additive_weight * _additive_errors(
-      tables.additive_MKD, words_MNF, target_ND
-    )
-    slot_N = jnp.argmin(error_NF, axis=1)
-  codes_NM = jnp.take_along_axis(codes_MNF, slot_N[None, :, None], axis=2)
-  return codes_NM[..., 0].T.astype(jnp.int32)
+    codes_MNF = _search(propose_fn, steps, left, z_ND, beam, codes_MNF)
+  return codes_MNF[..., 0].T.astype(jnp.int32)
 
 
 def _begin(tables, propose_fn, steps, z_ND, lists_N, *, beam_size):
@@ -250,36 +235,23 @@ def _extend(codes_MNF, parents_NF, more_MNF):
   return jnp.concatenate([before_MNF, more_MNF])
 
 
-def _search(propose_fn, steps, left, z_ND, beam, codes_MNF, num_last):
-  """Runs the beam over the `left` of the steps, down to `num_last` hypotheses.
+def _search(propose_fn, steps, left, z_ND, beam, codes_MNF):
+  """Runs the beam over the `left` of the steps, the last to one hypothesis.
 
-  Returns their codes `[M, N, F]`, those so far in front, and their squared
-  errors. A last step that keeps one hypothesis needs fewer joint candidates:
-  see `last_candidates`.
+  Returns its codes `[M, N, 1]`, those so far in front. The last step needs
+  fewer joint candidates: see `last_candidates`.
   """
   beam, history = beam_lib.advance_all(propose_fn, steps, z_ND, beam, left[:-1])
   last = beam_lib.at_step(steps, left[-1])
-  if num_last == 1:
-    sizes = propose_fn.keywords
-    propose_fn = partial(
-      propose_fn,
-      num_joint=last_candidates(sizes["num_joint"]),
-      num_finalists=last_finalists(sizes["num_finalists"]),
-    )
-  beam, (parents_NF, ids_NF) = beam_lib.advance(
-    propose_fn, last, z_ND, beam, beam_size=num_last
+  sizes = propose_fn.keywords
+  propose_fn = partial(
+    propose_fn,
+    num_joint=last_candidates(sizes["num_joint"]),
+    num_finalists=last_finalists(sizes["num_finalists"]),
   )
-  trace_fn = jax.vmap(partial(beam_lib.trace, *history), 1, (2, 1))
-  ids_TNF, slots_NF = trace_fn(parents_NF)
-  more_MNF = jnp.concatenate([ids_TNF, ids_NF[None]])
-  return _extend(codes_MNF, slots_NF, more_MNF), beam.error_NF
-
-
-def _additive_errors(words_MKD, codes_MNF, target_ND):
-  """Squared distances `[N, F]` of the sums of words to the target."""
-  left_NFD = jnp.broadcast_to(
-    target_ND[:, None], (*codes_MNF.shape[1:], target_ND.shape[1])
+  _, (parents_N1, ids_N1) = beam_lib.advance(
+    propose_fn, last, z_ND, beam, beam_size=1
   )
-  subtract = lambda left_NFD, step: (left_NFD - step[0][step[1]], None)
-  left_NFD, _ = lax.scan(subtract, left_NFD, (words_MKD, codes_MNF))
-  return jnp.sum(left_NFD**2, axis=-1)
+  ids_TN, slot_N = beam_lib.trace(*history, parents_N1[:, 0])
+  more_MN1 = jnp.concatenate([ids_TN[..., None], ids_N1[None]])
+  return _extend(codes_MNF, slot_N[:, None], more_MN1)

@@ -50,27 +50,10 @@ def test_blas_gets_kernels_for_the_processor(vendor, flags, kernels, describe):
   assert cpu.is_intel_avx512() == (kernels == "SkylakeX")
 
 
-@pytest.mark.parametrize(
-  ("vendor", "flags", "is_best"),
-  [
-    ("GenuineIntel", AVX512, True),
-    ("GenuineIntel", "avx2 fma avx512f", False),
-    ("GenuineIntel", "avx2 fma", True),
-    ("AuthenticAMD", "avx2 fma", True),
-    ("AuthenticAMD", AVX512, False),
-    ("AuthenticAMD", "sse4_2", False),
-  ],
-)
-def test_products_of_xla_are_known_to_be_best(vendor, flags, is_best, describe):
-  describe(vendor, flags)
-  assert cpu.multiplies_best_by_xla() == is_best
-
-
 def test_of_a_machine_that_says_nothing_nothing_is_known(monkeypatch):
   monkeypatch.setattr(cpu, "_CPU_INFO", pathlib.Path("none"))
   cpu._words.cache_clear()
   assert not cpu.has_bfloat16()
-  assert not cpu.multiplies_best_by_xla()
   assert cpu.blas_kernels() is None
   cpu._words.cache_clear()
 

@@ -16,34 +16,12 @@ from configs import qinco2_s
 from experiments import train
 from experiments.lib import codecs
 from tests import commands
-from vqjax import cpu, devices
+from vqjax import devices
 from vqjax.training import loop, writers
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "third_party" / "golden"
 BATCH = 128  # Of all devices together.
-
-
-@pytest.fixture
-def _fresh_options():
-  devices.product_options.cache_clear()
-  yield
-  devices.product_options.cache_clear()
-
-
-@pytest.mark.usefixtures("_fresh_options")
-@pytest.mark.parametrize("by_xla", [True, False])
-def test_products_of_xla_suit_the_processor(by_xla, monkeypatch):
-  monkeypatch.setattr(cpu, "multiplies_best_by_xla", lambda: by_xla)
-  wanted = devices._NOTHING if by_xla else devices._PRODUCTS_ALONE
-  assert devices.product_options() in (None, wanted)
-
-
-@pytest.mark.usefixtures("_fresh_options")
-def test_options_of_xla_that_it_does_not_know_are_left_out(monkeypatch):
-  for name in ("_NOTHING", "_PRODUCTS_ALONE"):
-    monkeypatch.setattr(devices, name, {"xla_cpu_no_such": "1"})
-  assert devices.product_options() is None
 
 
 def make_figures(folder: str) -> None:

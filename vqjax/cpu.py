@@ -29,16 +29,6 @@ def is_intel_avx512() -> bool:
   return "GenuineIntel" in _words() and _words() >= _AVX512
 
 
-def multiplies_best_by_xla() -> bool:
-  """True where XLA's own products beat those of its library (YNNPACK).
-
-  So it is on Intel's AVX-512 and on AMD's AVX2, not on AMD's AVX-512
-  (docs/performance.md).
-  """
-  has_avx512 = "avx512f" in _words()
-  return is_intel_avx512() or ("avx2" in _words() and not has_avx512)
-
-
 def blas_kernels() -> str | None:
   """Kernels for the OpenBLAS that comes with faiss; None: it knows best.
 

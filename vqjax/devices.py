@@ -16,7 +16,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vqjax import cpu
 from vqjax.core import check_range
 
 DATA_AXIS = "data"
@@ -27,10 +26,6 @@ _OWN_VARIABLES = (
   "JAX_PROCESS_ID",
 )
 _TORCH_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
-# What of a program XLA gives to YNNPACK: products alone, or nothing.
-_TO_LIBRARY = "xla_cpu_experimental_ynn_fusion_type"
-_PRODUCTS_ALONE = {_TO_LIBRARY: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
-_NOTHING = {_TO_LIBRARY: ""}
 _PATIENCE = 7 * 86_400  # Seconds to wait at the end for slower processes.
 
 
@@ -181,38 +176,13 @@ def on_shares(fn: Callable) -> Callable:
   return run
 
 
-@functools.cache
-def product_options() -> dict[str, str] | None:
-  """Options of XLA with which searches, decoding and training run fastest.
-
-  On CPUs XLA gives a library its products together with the sums and
-  reductions around them, which the library does slowly. Given the products
-  alone, a search with a scout takes a tenth to a fifth less time; on Intel's
-  processors XLA's own products are faster still, in training by up to a
-  fifth (docs/performance.md). None for XLA's own choice, on accelerators and
-  where it does not know the option.
-  """
-  if jax.default_backend() != "cpu":
-    return None
-  options = _NOTHING if cpu.multiplies_best_by_xla() else _PRODUCTS_ALONE
-  try:
-    plus_fn = jax.jit(lambda x: x + 1, compiler_options=options)
-    plus_fn.lower(0.0).compile()
-  except jax.errors.JaxRuntimeError:
-    return None
-  return options
-
-
-def data_parallel(
-  fn: Callable, *, compiler_options: dict[str, str] | None = None
-) -> Callable:
+def data_parallel(fn: Callable) -> Callable:
   """Returns a jitted `(tree, rows) -> rows` over this process's devices.
 
   Every device runs the program of a single one on its rows, `rows / devices`
   at once, so the results are those of one device. Rows are an array or a tree
   of arrays; where the devices cannot share them evenly, the last row is
-  repeated. A tree placed by `local` is not copied again. `compiler_options`
-  are of `jax.jit`.
+  repeated. A tree placed by `local` is not copied again.
   """
   mapped_fn = jax.jit(
     jax.shard_map(
@@ -222,7 +192,6 @@ def data_parallel(
       out_specs=_SPLIT,
       check_vma=False,
     ),
-    compiler_options=compiler_options,
   )
   split = NamedSharding(_own_mesh(), _SPLIT)
 

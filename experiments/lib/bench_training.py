@@ -19,9 +19,8 @@ def contenders(subject, rule: dict, dtype: str) -> dict[str, Contender]:
   settings, tables = subject.config.train, subject.codec.tables
   num = settings.batch_size * settings.accumulate * jax.device_count()
   x_ND = devices.shard(bench_subjects.rows(subject, num))
-  jit = functools.partial(jax.jit, compiler_options=devices.product_options())
-  encode_fn = jit(functools.partial(qinco.encode, dtype=dtype, **rule))
-  gradient_fn = jit(jax.grad(functools.partial(_decode_loss, dtype)))
+  encode_fn = jax.jit(functools.partial(qinco.encode, dtype=dtype, **rule))
+  gradient_fn = jax.jit(jax.grad(functools.partial(_decode_loss, dtype)))
   codes_NM = encode_fn(tables, x_ND)
   encode, decode = encode_work(tables, **rule), decode_work(tables)
   both_ways = Work(3 * decode.network, 3 * decode.total)

@@ -116,12 +116,9 @@ def make_encode_fn(
   encode = functools.partial(codec.module.encode, num_steps=num_steps, **knobs)
   num_rows = block_rows(codec, knobs) * jax.local_device_count()
   tables = devices.local(codec.tables)
-  compile_fn = functools.partial(
-    devices.data_parallel, compiler_options=devices.product_options()
-  )
   if assign is None:
-    return functools.partial(compile_fn(encode), tables), num_rows
-  encode_fn = compile_fn(lambda tables, rows: encode(tables, *rows))
+    return functools.partial(devices.data_parallel(encode), tables), num_rows
+  encode_fn = devices.data_parallel(lambda tables, rows: encode(tables, *rows))
   return lambda rows: encode_fn(tables, assign(rows)), num_rows
 
 
@@ -188,9 +185,7 @@ def make_decode_fn(codec: Codec, dtype: str = "float32"):
   decode_fn = codec.module.decode
   if "dtype" in inspect.signature(decode_fn).parameters:
     decode_fn = functools.partial(decode_fn, dtype=dtype)
-  decode_fn = devices.data_parallel(
-    decode_fn, compiler_options=devices.product_options()
-  )
+  decode_fn = devices.data_parallel(decode_fn)
   decode_fn = functools.partial(decode_fn, devices.local(codec.tables))
   return batches.in_blocks(decode_fn, _decode_block(codec))
 

@@ -56,10 +56,10 @@ def _select(weights, residual_NFD, error_NF, num_candidates, num_joint, dtype):
   if num_joint:
     num_joint = min(num_joint, f * num_words)  # One hypothesis has fewer.
     score_NFK = score_NFK + error_NF[..., None]
-    score_NC, flat_NC = beam_lib.smallest(
-      score_NFK.reshape(n, f * num_words), num_joint
+    negative_NC, flat_NC = lax.top_k(
+      -score_NFK.reshape(n, f * num_words), num_joint
     )
-    return *jnp.divmod(flat_NC, num_words), score_NC
+    return *jnp.divmod(flat_NC, num_words), -negative_NC
   _, ids_NFA = lax.top_k(-score_NFK, num_candidates)
   parents_NFA = jnp.broadcast_to(
     jnp.arange(f, dtype=jnp.int32)[:, None], ids_NFA.shape

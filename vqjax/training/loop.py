@@ -178,11 +178,7 @@ def make_train_step(
     }
     return state, {**metrics, **extra}, order
 
-  return jax.jit(
-    train_step,
-    donate_argnums=0,
-    compiler_options=devices.product_options(),
-  )
+  return jax.jit(train_step, donate_argnums=0)
 
 
 def _in_parts(grads_fn: Callable, num_parts: int) -> Callable:

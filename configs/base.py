@@ -43,7 +43,6 @@ def check_argument(arg: str) -> None:
 
 def make_data(arg: str) -> config_dict.ConfigDict:
   """Returns `config.data`: a named data set, or paths of one's own."""
-  is_small = arg in ("", "smoke", *SAMPLES)
   named = arg if arg and arg != "smoke" else "sample_sift"
   data = config_dict.create(
     name=named,
@@ -57,7 +56,9 @@ def make_data(arg: str) -> config_dict.ConfigDict:
     num_queries=config_dict.placeholder(int),
     metric=config_dict.placeholder(str),  # "l2" or "ip".
     scale=config_dict.placeholder(float),  # Of reported errors.
-    validation_size=3000 if is_small else 10_000,  # Last training vectors.
+    # Last training vectors, held out. None: a tenth, at most 3,000 (of more
+    # than 300,000 vectors a hundredth, at most 10,000).
+    validation_size=config_dict.placeholder(int),
   )
   if arg == "smoke":
     data.update(num_train=1200, num_base=500, num_queries=50)

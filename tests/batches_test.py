@@ -90,7 +90,17 @@ def test_batch_rows_far_out_and_refused():
 
 @pytest.mark.parametrize(
   ("num", "size", "want"),
-  [(60_000, 10_000, 50_000), (100, 10_000, 50), (3, 10, 2), (2, 1, 1)],
+  [
+    (60_000, 10_000, 50_000),
+    (100, 10_000, 50),
+    (3, 10, 2),
+    (2, 1, 1),
+    (3000, None, 2700),  # At most a tenth, unless asked for more.
+    (60_000, None, 57_000),
+    (500_000, None, 495_000),
+    (100_000_000, None, 99_990_000),
+    (3, None, 2),
+  ],
 )
 def test_split(num, size, want):
   assert batches.split(num, size) == (want, slice(want, num))

@@ -11,7 +11,7 @@ from ml_collections import config_dict
 
 from experiments import train
 from vqjax.codecs import qinco_loss
-from vqjax.data import datasets
+from vqjax.data import batches, datasets
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = sorted(
@@ -101,5 +101,6 @@ def test_the_published_setting():
   )
   assert config.train.num_epochs == 60
   assert config.train.batch_size == 1024
-  assert config.data.validation_size == 10_000
+  assert config.data.validation_size is None
+  assert batches.split(10**8, None)[0] == 10**8 - 10_000  # As published.
   assert _config("qinco1", "bigann1M").model.num_blocks == 16

@@ -161,3 +161,9 @@ def test_unknown_names(tmp_path):
     datasets.resolve("sample_sift", metric="cosine")
   with pytest.raises(ValueError, match="split .*got 'test'"):
     datasets.open_split(datasets.get_dataset("sample_sift"), "test")
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0.0, float("nan"), float("inf")])
+def test_a_scale_that_is_none_is_refused(scale):
+  with pytest.raises(ValueError, match="--config.data.scale.* positive"):
+    datasets.resolve("sample_sift", scale=scale)

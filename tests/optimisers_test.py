@@ -20,7 +20,7 @@ def test_ramp_cosine_is_the_formula():
 def test_unknown_schedule_is_refused():
   with pytest.raises(ValueError, match="'cosine'; known are ramp_cosine"):
     optimisers.make_schedule("cosine", peak_lr=1, ramp_steps=1, total_steps=1)
-  with pytest.raises(ValueError, match="peak_lr must lie .* got -1"):
+  with pytest.raises(ValueError, match="peak_lr .* must be above 0 .* got -1"):
     optimisers.make_schedule("plateau", peak_lr=-1, ramp_steps=1, total_steps=1)
 
 
@@ -52,3 +52,11 @@ def test_optimiser_is_adamw_with_clipped_gradients():
   updates, _ = tx.update({"w": jnp.asarray([0.1, 0.05])}, state, params)
   # A clipped gradient leaves the moments of one that was 0.1 all along.
   np.testing.assert_allclose(updates["w"], want, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan"), 11.0])
+def test_a_rate_that_learns_nothing_is_refused(rate):
+  with pytest.raises(ValueError, match="--config.train.peak_lr.* above 0"):
+    optimisers.make_schedule(
+      "plateau", peak_lr=rate, ramp_steps=0, total_steps=1
+    )

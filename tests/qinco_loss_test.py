@@ -183,6 +183,23 @@ def test_init_normalises_the_data():
   assert not np.asarray(one.mean_D).any()
 
 
+def test_the_scale_is_of_all_vectors_whatever_their_order():
+  x_ND = np.zeros((100_300, 3), np.float32)
+  x_ND[100_000:] = 10_000  # As in a file that is sorted by its source.
+  mean_D, std = qinco_loss._scale(jnp.asarray(x_ND), is_qinco1=False)
+  np.testing.assert_allclose(mean_D, x_ND.mean(axis=0, dtype=float), rtol=1e-6)
+  np.testing.assert_allclose(std, x_ND.std(dtype=float), rtol=1e-6)
+
+
+def test_uses_are_counted_beyond_what_float32_holds():
+  params = make_params()
+  stats = qinco_loss.empty_stats(params)
+  many = stats.replace(used_MK=stats.used_MK + (1 << 26))
+  one = stats.replace(used_MK=stats.used_MK + 1)
+  merged = qinco_loss.merge_stats(many, one)
+  assert int(merged.used_MK[0, 0]) == (1 << 26) + 1
+
+
 def test_init_with_lists_quantises_what_they_leave():
   x_ND = vectors(200)
   centroids_LD = x_ND[:20]

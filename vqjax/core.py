@@ -35,6 +35,20 @@ def check_range(name: str, value, low, high, rule: str = "") -> None:
     )
 
 
+def add_exactly(total_2X: Array, x_X: Array) -> Array:
+  """Adds to a sum `[2, ...]` that float32 alone would stop or drift in.
+
+  Row 1 holds what row 0 rounds off; the total is the sum of both rows.
+  Reference: Knuth, The Art of Computer Programming, volume 2, theorem B.
+  """
+  high_X, low_X = total_2X
+  sum_X = high_X + x_X
+  rest_X = sum_X - high_X
+  low_X = low_X + ((high_X - (sum_X - rest_X)) + (x_X - rest_X))
+  high_X = sum_X + low_X
+  return jnp.stack([high_X, low_X - (high_X - sum_X)])
+
+
 def check_codes(codes_NM, num_codes: int) -> None:
   """Raises unless `codes_NM` holds integers, at most `num_codes` a row."""
   if not jnp.issubdtype(codes_NM.dtype, jnp.integer):

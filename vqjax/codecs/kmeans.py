@@ -22,7 +22,7 @@ from flax import struct
 from jax import lax
 
 from vqjax.codecs.distances import half_scores, least, scan_blocks, sq_norms
-from vqjax.core import Array, check_range, check_shape
+from vqjax.core import Array, add_exactly, check_range, check_shape
 from vqjax.data import batches
 
 INITS = ("random", "k-means++")
@@ -121,16 +121,18 @@ def lloyd_step(
   num_words = words_KD.shape[0]
 
   def body(carry, block):
-    sums_KD, counts_K = carry
+    sums_KD, counts_2K = carry
     x_ND, weights_N = block
     ids_N, error_N = _nearest(x_ND, words_KD, half_K, num_words)
     more_KD, more_K = _sums(ids_N, x_ND, weights_N, num_words)
-    return (sums_KD + more_KD, counts_K + more_K), error_N * weights_N
+    counts_2K = add_exactly(counts_2K, more_K)
+    return (sums_KD + more_KD, counts_2K), error_N * weights_N
 
-  zeros = jnp.zeros_like(words_KD), jnp.zeros(num_words, jnp.float32)
-  (sums_KD, counts_K), error_N = scan_blocks(
+  zeros = jnp.zeros_like(words_KD), jnp.zeros((2, num_words), jnp.float32)
+  (sums_KD, counts_2K), error_N = scan_blocks(
     body, zeros, (x_ND, weights_N), block_size=block_size
   )
+  counts_K = counts_2K.sum(axis=0)
   is_empty_K = counts_K == 0
   safe_K = jnp.where(is_empty_K, 1, counts_K)
   means_KD = jnp.where(is_empty_K[:, None], words_KD, sums_KD / safe_K[:, None])

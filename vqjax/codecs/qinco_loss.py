@@ -31,7 +31,7 @@ class WordStats:
   frozen list centroids of an IVF model.
   """
 
-  used_MK: Array  # Vectors that chose the word, float32.
+  used_MK: Array  # Vectors that chose the word, int32: float32 ends at 2^24.
   mean_MD: Array  # Of the residual that the step should reconstruct.
   std_MD: Array
   weight: Array
@@ -165,7 +165,7 @@ def loss(
     errors_M, used_MK = errors_M[1:], used_MK[1:]
     moments = jax.tree.map(lambda x_MD: x_MD[1:], moments)
   stats = WordStats(
-    used_MK.astype(jnp.float32),
+    used_MK.astype(jnp.int32),
     *[_MOMENTUM * x_MD for x_MD in moments],
     weight=jnp.float32(_MOMENTUM),
   )
@@ -184,14 +184,22 @@ def empty_stats(params: QincoParams) -> WordStats:
   m = t if params.is_ivf else t + 1
   zeros_MD = jnp.zeros((m, d))
   return WordStats(
-    jnp.zeros((m, k)), zeros_MD, jnp.array(zeros_MD), jnp.float32(0)
+    jnp.zeros((m, k), jnp.int32),
+    zeros_MD,
+    jnp.array(zeros_MD),
+    jnp.float32(0),
   )
 
 
 def merge_stats(old: WordStats, new: WordStats) -> WordStats:
   """Adds the `WordStats` of one more batch."""
-  merged = jax.tree.map(lambda a, b: (1 - _MOMENTUM) * a + b, old, new)
-  return merged.replace(used_MK=old.used_MK + new.used_MK)
+  mix = lambda a, b: (1 - _MOMENTUM) * a + b
+  return WordStats(
+    used_MK=old.used_MK + new.used_MK,
+    mean_MD=mix(old.mean_MD, new.mean_MD),
+    std_MD=mix(old.std_MD, new.std_MD),
+    weight=mix(old.weight, new.weight),
+  )
 
 
 def join_stats(stats: WordStats, axis_name: str) -> WordStats:
@@ -240,6 +248,7 @@ def end_epoch(
 def _split_words(params, key, used_MK, noise, min_share):
   """Replaces words that are hardly used by copies of words that are."""
   parent_key, noise_key = jax.random.split(key)
+  used_MK = used_MK.astype(jnp.float32)
   mean_M1 = used_MK.mean(axis=1, keepdims=True)
   is_dead_MK = used_MK <= min_share * mean_M1
   logits_MK = jnp.log(jnp.where(is_dead_MK, 0, used_MK))
@@ -304,9 +313,8 @@ def _draw_words(params, key, stats, noise):
 
 def usage(stats: WordStats) -> dict:
   """Returns dead words, and per step share in use and entropy in bits."""
-  share_MK = stats.used_MK / jnp.maximum(
-    stats.used_MK.sum(axis=1, keepdims=True), 1
-  )
+  used_MK = stats.used_MK.astype(jnp.float32)  # Whose sum may pass 2^31.
+  share_MK = used_MK / jnp.maximum(used_MK.sum(axis=1, keepdims=True), 1)
   bits_MK = jnp.where(share_MK > 0, -share_MK * jnp.log2(share_MK), 0)
   return {
     "dead_words": jnp.sum(stats.used_MK == 0),
@@ -381,9 +389,21 @@ def _scale(xt_ND, is_qinco1):
   """Mean and scale of the data: QINCo1 maps it to [-1, 1]."""
   if is_qinco1:
     return jnp.zeros(xt_ND.shape[1]), jnp.max(jnp.abs(xt_ND))
-  head_ND = xt_ND[:100_000]
-  mean_D = head_ND.mean(axis=0)
-  return mean_D, jnp.sqrt(jnp.mean((head_ND - mean_D[None]) ** 2))
+  return _moments(xt_ND)
+
+
+@jax.jit
+def _moments(x_ND):
+  """Mean `[D]`, and the standard deviation over all numbers."""
+  mean_D = _mean(x_ND)
+  squares_N1 = jnp.mean((x_ND - mean_D[None]) ** 2, axis=1, keepdims=True)
+  return mean_D, jnp.sqrt(_mean(squares_N1)[0])
+
+
+def _mean(x_ND):
+  """Mean `[D]` of the rows; a second pass adds what float32 lost in the sum."""
+  mean_D = x_ND.mean(axis=0)
+  return mean_D + (x_ND - mean_D[None]).mean(axis=0)
 
 
 def _init_networks(key, sizes, *, zero_output):

@@ -86,11 +86,18 @@ def batch_rows(
   return np.concatenate(parts)
 
 
-def split(num_vectors: int, validation_size: int = 10_000) -> tuple[int, slice]:
+def split(
+  num_vectors: int, validation_size: int | None = None
+) -> tuple[int, slice]:
   """Number of training rows, and the slice of the last rows to validate on.
 
-  At most half of the vectors are held out, however many are asked for.
+  None holds out a tenth, at most 3,000; of more than 300,000 vectors a
+  hundredth, at most 10,000. A number is taken as it is, up to half of the
+  vectors.
   """
+  if validation_size is None:
+    most = max(3000, min(num_vectors // 100, 10_000))
+    validation_size = max(min(num_vectors // 10, most), 1)
   if validation_size < 1:
     raise ValueError(
       f"validation_size must be at least 1, got {validation_size}."

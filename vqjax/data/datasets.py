@@ -12,6 +12,7 @@ how to get it.
 """
 
 import dataclasses
+import math
 import os
 import pathlib
 
@@ -263,6 +264,11 @@ def resolve(
   values = dict(metric=metric, scale=scale, num_train=num_train)
   values |= dict(num_base=num_base, num_queries=num_queries)
   values = {k: value for k, value in values.items() if value is not None}
+  if not 0 < values.get("scale", 1) < math.inf:
+    raise ValueError(
+      "The scale of reported errors (--config.data.scale) must be a positive "
+      f"number, got {scale}."
+    )
   paths = dict(train=train, base=base, queries=queries, groundtruth=groundtruth)
   if any(paths.values()):
     return own_dataset(**paths, **values)

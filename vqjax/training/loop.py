@@ -24,7 +24,7 @@ from flax import struct
 from tqdm import tqdm
 
 from vqjax import devices
-from vqjax.core import Array
+from vqjax.core import Array, add_exactly
 from vqjax.data.batches import prefetch
 from vqjax.progress import progress_bar
 from vqjax.training import optimisers
@@ -85,7 +85,7 @@ class TrainState:
   params: Any
   opt: Any
   stats: Any  # Of the codec, over the epoch so far.
-  sums: dict  # Of the metrics, over the epoch so far.
+  sums: dict  # Of the metrics over the epoch so far, see `core.add_exactly`.
   plateau: optimisers.Plateau
 
 
@@ -109,7 +109,7 @@ def make_state(
     params=params,
     opt=tx.init(_learned(params, frozen_fn)),
     stats=stats,
-    sums={name: jnp.float32(0) for name in metrics},
+    sums={name: jnp.zeros(2, jnp.float32) for name in metrics},
     plateau=optimisers.make_plateau(),
   )
 
@@ -170,7 +170,7 @@ def make_train_step(
       params=_join(optax.apply_updates(learned, updates), state.params),
       opt=opt,
       stats=stats,
-      sums=jax.tree.map(jnp.add, state.sums, metrics),
+      sums=jax.tree.map(add_exactly, state.sums, metrics),
     )
     extra = {
       "grad_norm": optax.tree.norm(grads),
@@ -339,8 +339,8 @@ def _end_epoch(learner, state, plan, step):
     params, row = state.params, learner.usage_fn(state.stats)
     stats = jax.tree.map(jnp.zeros_like, state.stats)
   means = {
-    f"train_{name}": total / plan.steps_per_epoch
-    for name, total in state.sums.items()
+    f"train_{name}": np.sum(total_2, dtype=float) / plan.steps_per_epoch
+    for name, total_2 in jax.device_get(state.sums).items()
   }
   validation = float(learner.validate_fn(params))
   plateau = optimisers.advance_plateau(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from vqjax.core import Array, check_range
+from vqjax.core import Array
 
 SCHEDULES = ("ramp_cosine", "plateau")
 
@@ -69,7 +69,11 @@ def make_schedule(
     raise ValueError(
       f"Unknown schedule {name!r}; known are {', '.join(SCHEDULES)}."
     )
-  check_range("peak_lr", peak_lr, 0, 10)
+  if not 0 < peak_lr <= 10:
+    raise ValueError(
+      "peak_lr (--config.train.peak_lr) must be above 0 and at most 10, got "
+      f"{peak_lr}."
+    )
 
   def ramp_cosine(step):
     ramp = (step + 1) / max(ramp_steps, 1)

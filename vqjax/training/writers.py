@@ -5,8 +5,10 @@ import os
 import pathlib
 
 import numpy as np
+from absl import logging
 
 from vqjax import devices
+from vqjax.data import files
 
 
 class Writer:
@@ -33,7 +35,9 @@ class Writer:
       kept = []
     # Of training so far, over all processes that worked on the run.
     self.seconds = max([row.get("seconds", 0) for row in kept], default=0)
-    self._path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    if is_first:
+      with files.atomic_output(self._path, overwrite=True) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
     self._file = self._path.open("a")
     self._tensorboard = None
     if tensorboard and is_first:
@@ -42,7 +46,7 @@ class Writer:
   def write(self, step: int, values: dict) -> None:
     """Appends one line; arrays become lists."""
     plain = {
-      name: np.asarray(value, np.float64).round(9).tolist()
+      name: _rounded(np.asarray(value, np.float64).tolist())
       for name, value in values.items()
     }
     self._file.write(json.dumps({"step": step, **plain}) + "\n")
@@ -60,16 +64,38 @@ class Writer:
       self._tensorboard.close()
 
 
+def _rounded(value):
+  """Nine significant digits, of a number or of each in a list."""
+  if isinstance(value, list):
+    return [_rounded(one) for one in value]
+  return float(f"{value:.9g}")
+
+
 def read_rows(path: pathlib.Path) -> list[dict]:
-  """Returns the lines of a `metrics.jsonl`; a half-written last one is cut."""
-  rows = []
-  if pathlib.Path(path).exists():
-    for line in pathlib.Path(path).read_text().splitlines():
-      try:
-        rows.append(json.loads(line))
-      except json.JSONDecodeError:
-        break
-  return rows
+  """Returns the lines of a `metrics.jsonl`; damaged ones are left out.
+
+  Says how many, unless it is the last one alone: a killed run leaves that.
+  """
+  path = pathlib.Path(path)
+  lines = path.read_bytes().splitlines() if path.exists() else []
+  rows = [_parse(line) for line in lines]
+  num_damaged = sum(row is None for row in rows[:-1])
+  if num_damaged:
+    logging.warning(
+      "%s has %d damaged lines of %d; they are left out.",
+      *(path, num_damaged, len(lines)),
+    )
+  return [row for row in rows if row is not None]
+
+
+def _parse(line: bytes) -> dict | None:
+  """The row of a line; None where it is none."""
+  try:
+    row = json.loads(line)
+  except (ValueError, RecursionError):
+    return None
+  is_row = isinstance(row, dict) and type(row.get("step")) is int
+  return row if is_row else None
 
 
 def plot_curves(

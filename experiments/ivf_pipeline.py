@@ -175,12 +175,15 @@ def _fit_decoders(config, workdir, dataset) -> None:
     name = "codec_fingerprint"
     _check_made_of(path, {name: found.codec_fingerprint}, {name: wanted})
     return
+  num_vectors = min(dataset.num_train or _NUM_FITTED, _NUM_FITTED)
+  x_ND = datasets.open_split(dataset, "train", max_vectors=num_vectors)
+  num_rows, _ = batches.split(len(x_ND), config.data.validation_size)
   _run(
     pairwise_decoder,
     codec=str(workdir / "codec"),
     data=dataset.train,
-    num_vectors=min(dataset.num_train or _NUM_FITTED, _NUM_FITTED),
-    num_held_out=config.data.validation_size,
+    num_vectors=num_vectors,
+    num_held_out=len(x_ND) - num_rows,
     codes=str(workdir / "train_codes"),
     output=str(path),
   )

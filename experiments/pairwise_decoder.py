@@ -38,7 +38,10 @@ OPTIONS = {
   ),
   "num_vectors": cli.Option(int, None, "Only the first so many vectors."),
   "num_held_out": cli.Option(
-    int, 10_000, "Vectors to measure on; at most half of all."
+    int,
+    None,
+    "Vectors to measure on, at most half of all; if unset a tenth, at most "
+    "3,000, or a hundredth of more than 300,000, at most 10,000.",
   ),
   "num_tables": cli.Option(
     int, None, "Tables of the pairwise decoder; 2M if unset, 0 for none."
@@ -135,10 +138,11 @@ def _codes_fn(config, codec, vectors):
   return lambda _, x_ND: _encode(codec, config, x_ND)
 
 
-def _draw(num_rows: int, num_held_out: int) -> tuple[np.ndarray, int]:
+def _draw(num_rows: int, num_held_out: int | None) -> tuple[np.ndarray, int]:
   """Rows in random order, and how many of them, the first, to fit to."""
-  check_range("--num_held_out", num_held_out, 1, 10_000_000)
-  num = min(num_rows, _MOST + num_held_out)
+  if num_held_out is not None:
+    check_range("--num_held_out", num_held_out, 1, 10_000_000)
+  num = min(num_rows, _MOST + (num_held_out or 10_000))
   num_train, _ = batches.split(num, num_held_out)
   rows_N = batches.permute(np.arange(num), num_rows, seed=0, round=0)
   return rows_N, num_train

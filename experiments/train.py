@@ -406,7 +406,7 @@ def _finish(config, workdir, dataset, xt_ND, params, seconds):
     "encode": knobs,
     "metric": dataset.metric,
     "scale": dataset.scale,
-    "data": _data_record(config),
+    "data": _data_record(config, held_out.stop - held_out.start),
     "training": {"seconds": round(seconds, 1), "validation_mse": validation},
   }
   summary = {
@@ -462,9 +462,9 @@ def _to_search(workdir, dataset) -> str:
   )
 
 
-def _data_record(config) -> dict:
+def _data_record(config, num_held_out: int) -> dict:
   """`config.data`, so that it can be found from any folder."""
-  data = config.data.to_dict()
+  data = config.data.to_dict() | {"validation_size": num_held_out}
   paths = [name for name in datasets.SPLITS if data[name]]
   data |= {name: os.path.abspath(data[name]) for name in paths}
   return {**data, "name": None} if paths else data

@@ -122,19 +122,13 @@ def make_file(folder, x, suffix):
 
 
 @pytest.mark.parametrize("suffix", [".bvecs", ".fvecs", ".npy", ".hdf5"])
-def test_read_rows(tmp_path, suffix, monkeypatch):
+def test_read_rows(tmp_path, suffix):
   x = np.random.default_rng(0).integers(0, 256, size=(300, 7), dtype=np.uint8)
   vectors = make_file(tmp_path, x, suffix)
   rows = np.random.default_rng(1).integers(0, 300, size=200)
   got = batches.read_rows(vectors, rows)
   assert got.dtype == np.float32
   np.testing.assert_array_equal(got, x[rows])
-  released = []
-  monkeypatch.setattr(formats, "release_pages", released.append)
-  monkeypatch.setattr(batches, "_PAGES_BYTES", 100)
-  monkeypatch.setattr(batches, "_FAULT_BYTES", 2)
-  np.testing.assert_array_equal(batches.read_rows(vectors, rows), x[rows])
-  assert len(released) == (0 if suffix == ".hdf5" else 4)
 
 
 def test_read_rows_refused():
@@ -157,19 +151,6 @@ def test_reader_parts_make_the_batch(tmp_path):
     np.testing.assert_array_equal(whole(step), want)
     got = np.concatenate([part(step) for part in parts])
     np.testing.assert_array_equal(got, want)
-
-
-def test_reader_releases_pages(tmp_path, monkeypatch):
-  released = []
-  monkeypatch.setattr(formats, "release_pages", released.append)
-  monkeypatch.setattr(batches, "_PAGES_BYTES", 20 * batches._FAULT_BYTES)
-  small = make_file(tmp_path, np.zeros((100, 2)), ".fvecs")
-  large = np.broadcast_to(np.float32(0), (1 << 23, 2))
-  for vectors, want in ((small, 0), (large, 3)):
-    reader = batches.BatchReader(vectors, 0, 8)
-    for step in range(10):
-      reader(step)
-    assert len(released) == want
 
 
 def test_reader_refused():
@@ -296,15 +277,6 @@ def test_in_blocks_raises_what_a_block_raised():
     batches.in_blocks(fn, 4)(np.arange(20))
 
 
-def test_map_blocks_releases_pages(monkeypatch):
-  released = []
-  monkeypatch.setattr(formats, "release_pages", released.append)
-  monkeypatch.setattr(batches, "_PAGES_BYTES", 100)
-  x = np.zeros((40, 5), np.float32)
-  list(batches.map_blocks(lambda x: x, x, block_size=10))
-  assert len(released) == 4
-
-
 def test_map_blocks_refused():
   x = np.zeros((25, 2), np.float32)
   x[23, 0] = np.inf
@@ -370,17 +342,3 @@ def test_a_column_beside_the_vectors():
     assert got.dtype == np.float32
     np.testing.assert_array_equal(got[:, :3], x_ND[at])
     np.testing.assert_array_equal(got[:, 3], lists_N[at])
-
-
-def test_pages_of_vectors_with_a_column_are_released(tmp_path, monkeypatch):
-  np.save(tmp_path / "x.npy", np.zeros((64, 4), np.float32))
-  x_ND = np.load(tmp_path / "x.npy", mmap_mode="r")
-  seen = []
-  monkeypatch.setattr(batches, "_PAGES_BYTES", 1 << 8)
-  monkeypatch.setattr(batches, "_FAULT_BYTES", 1 << 4)
-  monkeypatch.setattr(
-    batches.formats, "release_pages", lambda x: seen.append(x)
-  )
-  joined = batches.WithColumn(x_ND, np.arange(64))
-  assert (batches.read_rows(joined, np.arange(64))[:, 4] == np.arange(64)).all()
-  assert len(seen) == 4

@@ -17,8 +17,6 @@ from vqjax.data import formats
 
 _FEISTEL_ROUNDS = 8
 _SUBSAMPLE_ROUND = 1 << 62  # No pass over the data has this number.
-_PAGES_BYTES = 1 << 28  # Mapped memory that may pile up before its release.
-_FAULT_BYTES = 1 << 21  # What one page fault may map: Linux 6.18 on ext4 does.
 _BLOCKS_AT_ONCE = 2  # In work, see `map_blocks`.
 
 
@@ -112,17 +110,22 @@ def split(
 
 
 class WithColumn:
-  """Open vectors `[N, D]` and one number for each: float32 `[N, D + 1]`.
+  """Open vectors `[N, D]` and a whole number for each: float32 `[N, D + 1]`.
 
-  The numbers come last; whole ones below 2^24 are exact.
+  The numbers come last. They lie below 2^24, where float32 is exact.
   """
 
   def __init__(self, vectors, column_N):
     """Joins them; nothing is read yet."""
+    if len(column_N) and int(np.max(column_N)) >= 1 << 24:
+      raise ValueError(
+        f"Numbers beside the vectors must be below {1 << 24}, where float32 is "
+        f"exact, got {np.max(column_N)}; use fewer lists."
+      )
     self.vectors, self._column_N = vectors, column_N
     self.shape = (len(vectors), vectors.shape[1] + 1)
     self.dtype, self.ndim = np.dtype(np.float32), 2
-    self.nbytes = vectors.nbytes
+    self.name = formats.name_of(vectors)
 
   def __len__(self) -> int:
     """Number of rows."""
@@ -137,36 +140,26 @@ class WithColumn:
 def read_rows(vectors, rows) -> np.ndarray:
   """Reads rows `[N]` of an open file as float32 `[N, D]`, in their order.
 
-  Reads in the order of the file, and refuses NaN and Inf by their row number.
+  Reads in the order of the file. Refuses NaN, Inf and integers that float32
+  does not have by the name of the file and their row number.
   """
   rows = np.asarray(rows, np.int64)
-  num, dim = vectors.shape
+  num = len(vectors)
   if rows.size and not 0 <= rows.min() <= rows.max() < num:
     raise ValueError(
       f"Rows must lie between 0 and {num - 1}, got {rows.min()} to "
       f"{rows.max()}."
     )
-  out_ND = np.empty((len(rows), dim), np.float32)
   order_N = np.argsort(rows, kind="stable")
-  # A file larger than memory: drop pages before too many pile up.
-  mapped = getattr(vectors, "vectors", vectors)
-  large = isinstance(mapped, np.memmap) and vectors.nbytes > _PAGES_BYTES
-  step = _PAGES_BYTES // _FAULT_BYTES if large else max(1, len(rows))
-  for i in range(0, len(rows), step):
-    at_N = order_N[i : i + step]
-    with np.errstate(over="ignore"):  # Becomes Inf, which is refused below.
-      out_ND[at_N] = vectors[rows[at_N]]
-    if large and len(rows) > step:
-      formats.release_pages(vectors)
-  if np.dtype(vectors.dtype).kind == "f":
-    formats.check_vectors(out_ND, rows=rows)
+  sorted_N = rows[order_N]
+  x_ND = formats.to_float32(
+    np.asarray(vectors[sorted_N]), name=formats.name_of(vectors), rows=sorted_N
+  )
+  if (sorted_N == rows).all():
+    return x_ND
+  out_ND = np.empty_like(x_ND)
+  out_ND[order_N] = x_ND
   return out_ND
-
-
-def _release_large(vectors) -> None:
-  """Drops pages, except of files so small that they may well stay."""
-  if vectors.nbytes > _PAGES_BYTES:
-    formats.release_pages(vectors)
 
 
 class BatchReader:
@@ -203,17 +196,12 @@ class BatchReader:
     local = batch_size // process_count
     self._mine = slice(process_index * local, (process_index + 1) * local)
     self._args = (batch_size, num_rows)
-    self._vectors, self._seed, self._num_read = vectors, seed, 0
+    self._vectors, self._seed = vectors, seed
 
   def __call__(self, step: int) -> np.ndarray:
     """Reads this process's rows of batch number `step`."""
     rows = batch_rows(self._seed, step, *self._args)[self._mine]
-    x_ND = read_rows(self._vectors, rows)
-    self._num_read += len(rows)
-    if self._num_read * _FAULT_BYTES > _PAGES_BYTES:
-      _release_large(self._vectors)
-      self._num_read = 0
-    return x_ND
+    return read_rows(self._vectors, rows)
 
 
 def prefetch(make_item, steps, *, depth: int = 2, num_threads: int = 1):
@@ -324,15 +312,11 @@ def in_blocks(fn, block_size: int):
 
 def _read_block(vectors, start: int, stop: int, block_size: int) -> np.ndarray:
   """Rows `start` to `stop` as float32; repeats the last to fill the block."""
-  x_ND = np.asarray(vectors[start:stop])
-  with np.errstate(over="ignore"):  # Becomes Inf, which is refused below.
-    x_ND = x_ND.astype(np.float32)
-  formats.check_vectors(x_ND, first_row=start)
-  row_bytes = vectors.nbytes // len(vectors)
-  if start * row_bytes // _PAGES_BYTES != (
-    (start + block_size) * row_bytes // _PAGES_BYTES
-  ):
-    _release_large(vectors)
+  x_ND = formats.to_float32(
+    np.asarray(vectors[start:stop]),
+    name=formats.name_of(vectors),
+    first_row=start,
+  )
   return np.pad(x_ND, ((0, block_size - len(x_ND)), (0, 0)), "edge")
 
 

@@ -22,6 +22,13 @@ from vqjax.data import formats
 
 METRICS = ("l2", "ip")
 SPLITS = ("train", "base", "queries", "groundtruth")
+OWN = "own"  # Name of files of the user's own.
+_ROLES = {
+  "train": "training vectors",
+  "base": "base vectors",
+  "queries": "queries",
+  "groundtruth": "ground truth",
+}
 _MILLION = 1_000_000
 
 
@@ -231,7 +238,7 @@ def own_dataset(
     listed = ", ".join(f"{name} has {dim}" for name, dim in dims.items())
     raise ValueError(f"All files must have one dimension, but {listed}.")
   return Dataset(
-    "own",
+    OWN,
     next(iter(dims.values())),
     **paths,
     num_train=num_train,
@@ -281,7 +288,7 @@ def resolve(
   return dataclasses.replace(get_dataset(name, root), **values)
 
 
-def open_split(dataset: Dataset, split: str, *, max_vectors=None):
+def open_split(dataset: Dataset, split: str, *, max_vectors=None, role=None):
   """Opens "train", "base", "queries" or "groundtruth" as an array `[N, D]`.
 
   Checks the dimension, and that ground truth fits the queries and the base.
@@ -290,6 +297,7 @@ def open_split(dataset: Dataset, split: str, *, max_vectors=None):
     dataset: from `get_dataset`, `own_dataset` or `resolve`.
     split: which of its files.
     max_vectors: a further limit on the number of rows.
+    role: what messages call these vectors; the split's own if None.
   """
   if split not in SPLITS:
     raise ValueError(f"The split must be one of {SPLITS}, got {split!r}.")
@@ -302,12 +310,18 @@ def open_split(dataset: Dataset, split: str, *, max_vectors=None):
   limit = getattr(dataset, f"num_{split}", limit)
   limits = [n for n in (limit, max_vectors) if n is not None]
   try:
-    vectors = formats.open_vectors(path, max_vectors=min(limits, default=None))
+    vectors = formats.open_vectors(
+      path,
+      max_vectors=min(limits, default=None),
+      role=role or _ROLES[split],
+    )
   except FileNotFoundError as e:
+    if dataset.name == OWN:
+      raise
     file = pathlib.Path(path)
     raise FileNotFoundError(
       f"Data set {dataset.name} lacks {file.name} ({split}): looked in "
-      f"{file.parent}. {dataset.how_to_get or 'Check the path.'}"
+      f"{file.parent}. {dataset.how_to_get}"
     ) from e
   if split == "groundtruth":
     _check_groundtruth(dataset, vectors, max_vectors)

@@ -91,7 +91,7 @@ def identify(vectors) -> dict:
   """
   num, dim = vectors.shape
   rows = np.unique(np.linspace(0, num - 1, _SAMPLE_ROWS, dtype=np.int64))
-  sample_ND = np.asarray(vectors[rows], np.float32)
+  sample_ND = np.ascontiguousarray(vectors[rows], np.float32)
   return {
     "dim": dim,
     "dtype": np.dtype(vectors.dtype).name,

@@ -3,84 +3,124 @@
 A file holds `N` vectors of `D` numbers. The suffix tells its layout:
 
   .bvecs .fvecs .ivecs   per vector an int32 `D`, then uint8/float32/int32
-  .fbin .u8bin .i8bin    int32 `N` and `D` once, then all the numbers
-  .ibin                  the same for int32 ids; their distances may follow
-  .npy                   numpy's own: any integer or floating type
-  .hdf5 .h5              `file.hdf5#name` picks a data set, else "train"
+  .fbin .u8bin .i8bin    uint32 `N` and `D` once, then all the numbers
+  .ibin                  the same for ids: int64, or int32, behind which their
+                         float32 distances may follow
+  .npy                   numpy's own: any integer or floating type, bfloat16
+  .npz                   `file.npz#name` picks an array, else the only one
+  .hdf5 .h5              `file.hdf5#group/name` picks a data set, else "train"
+                         or the only one
 
-Nothing here reads a whole file: `open_vectors` costs the same for a thousand
-vectors as for a billion.
+Only a .npz is read whole: else `open_vectors` costs the same for a thousand
+vectors as for a billion. A .npy in Fortran order is read where it lies, but
+each row touches all of the file: slow where that is larger than memory.
 """
 
 import itertools
-import math
-import mmap
 import os
 import pathlib
+import re
 
 import numpy as np
 
-from vqjax.data import files, hdf5
+from vqjax.data import files, hdf5, numpy_files, rows
 
 _VECS = {".bvecs": "<u1", ".fvecs": "<f4", ".ivecs": "<i4"}
 _BIN = {".fbin": "<f4", ".u8bin": "<u1", ".i8bin": "<i1", ".ibin": "<i4"}
 _HDF5 = (".hdf5", ".h5")
-SUFFIXES = (*_VECS, *_BIN, ".npy", *_HDF5)
+SUFFIXES = (*_VECS, *_BIN, ".npy", *_HDF5, ".npz")
+_WITH_PART = re.compile(r"\.(hdf5|h5|npz)#", re.IGNORECASE)
 _MAX_DIM = 1_000_000
 _BLOCK_BYTES = 1 << 24
 
 
-def open_vectors(path, *, max_vectors: int | None = None):
+def open_vectors(path, *, max_vectors: int | None = None, role=None):
   """Opens a file of vectors as an array `[N, D]` that reads on demand.
 
-  Slices and integer arrays pick rows. The flat formats come as read-only
-  `np.memmap` in the type of the file; chunked HDF5 as `hdf5.Hdf5Rows`.
+  Slices and integer arrays pick rows. What can be mapped comes as read-only
+  `rows.MappedRows`, an `np.memmap`, in the type of the file; the rest as
+  `rows.Rows`.
 
   Args:
-    path: the file; its suffix tells the format.
+    path: the file; its suffix tells the format. `~` is the home folder.
     max_vectors: shows only the first so many; a shorter file is no error.
+    role: what the vectors are to the user, for messages: "queries".
+
+  Raises:
+    FileNotFoundError: There is no file; the message names one that is near.
+    ValueError: It holds no vectors, or is damaged.
   """
   path, part = _split_path(path)
-  suffix = _suffix(path)
   if max_vectors is not None and max_vectors < 1:
     raise ValueError(f"max_vectors must be at least 1, got {max_vectors}.")
-  if not path.exists():
-    raise FileNotFoundError(f"There is no file {path}; check the name.")
+  suffix = _suffix(path)
   if not path.is_file():
     raise ValueError(f"{path} is not a regular file of vectors.")
-  if suffix in _HDF5:
-    table = hdf5.open_table(path, part)
-    _check_table(f"{path}#{part}", table.shape, table.dtype)
-    return hdf5.table_rows(table, path, max_vectors)
   if path.stat().st_size == 0:
     raise ValueError(f"{path} is empty: expected vectors, got 0 bytes.")
-  if suffix in _VECS:
-    vectors = _open_vecs(path, np.dtype(_VECS[suffix]))
-  elif suffix in _BIN:
-    vectors = _open_bin(path, np.dtype(_BIN[suffix]))
-  else:
-    vectors = _open_npy(path)
+  vectors = _open(path, suffix, part)
+  if role:
+    vectors.name += f" ({role})"
+  if isinstance(vectors, rows.Rows):
+    return vectors.head(max_vectors or len(vectors))
   return vectors[:max_vectors]
 
 
-def _split_path(path) -> tuple[pathlib.Path, str]:
+def _open(path: pathlib.Path, suffix: str, part: str | None):
+  if suffix in _HDF5:
+    return hdf5.open_rows(path, part)
+  if suffix == ".npz":
+    return numpy_files.open_npz(path, part)
+  if suffix == ".npy":
+    return numpy_files.open_npy(path)
+  if suffix in _VECS:
+    vectors = _open_vecs(path, np.dtype(_VECS[suffix]))
+  else:
+    vectors = _open_bin(path, np.dtype(_BIN[suffix]))
+  return rows.mapped(vectors, str(path))
+
+
+def _split_path(path) -> tuple[pathlib.Path, str | None]:
   """Splits `file.hdf5#name`; a `#` anywhere else belongs to the file name."""
-  left, mark, part = os.fspath(path).rpartition("#")
-  if mark and left.lower().endswith(_HDF5):
-    return pathlib.Path(left), part
-  return pathlib.Path(path), "train"
+  text = os.fspath(path)
+  found = list(_WITH_PART.finditer(text))
+  if found and not files.user_path(text).exists():
+    left, part = text[: found[-1].end() - 1], text[found[-1].end() :]
+    return files.user_path(left), part
+  return files.user_path(text), None
 
 
 def _suffix(path: pathlib.Path) -> str:
+  """The suffix in small letters; raises unless a file can be of that kind."""
   suffix = path.suffix.lower()
   if path.is_dir():
-    raise ValueError(f"{path} is a folder; name a file of vectors in it.")
-  if suffix not in SUFFIXES:
+    found = [p.name for p in sorted(path.iterdir()) if _is_vectors(p)][:5]
+    listed = f", such as {', '.join(found)}" if found else ""
+    raise ValueError(
+      f"{path} is a folder; name a file of vectors in it{listed}."
+    )
+  near = [] if path.exists() else _near(path)
+  if suffix not in SUFFIXES and not near:
+    packed = suffix in (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz")
     raise ValueError(
       f"Unknown kind of vector file {path.name!r}: the suffix must be one of "
-      f"{' '.join(SUFFIXES)}."
+      f"{' '.join(SUFFIXES)}{'; unpack it first' if packed else ''}."
     )
+  if not path.exists():
+    hint = f"there is {', '.join(near)}" if near else "check the name"
+    raise FileNotFoundError(f"There is no file {path}; {hint}.")
   return suffix
+
+
+def _is_vectors(path: pathlib.Path) -> bool:
+  return path.suffix.lower() in SUFFIXES
+
+
+def _near(path: pathlib.Path) -> list[str]:
+  """Files of vectors that a name without a file may have meant."""
+  suffixes = [*SUFFIXES, *map(str.upper, SUFFIXES)]
+  names = [path.stem + s for s in suffixes] + [path.name + s for s in suffixes]
+  return [n for n in names if path.name and path.with_name(n).is_file()]
 
 
 def _check_size(path, what: str, wanted: int) -> None:
@@ -128,53 +168,33 @@ def _open_bin(path: pathlib.Path, dtype: np.dtype) -> np.memmap:
       f"{path} is truncated: expected a header of 8 bytes, got {len(head)} "
       "bytes."
     )
-  num, dim = (int(v) for v in np.frombuffer(head, "<i4"))
+  num, dim = (int(v) for v in np.frombuffer(head, "<u4"))
   if num < 1 or not 1 <= dim <= _MAX_DIM:
     raise ValueError(
       f"{path} must start with a positive number of vectors and a dimension "
       f"of 1 to {_MAX_DIM}, got {num} and {dim}."
     )
   wanted = 8 + num * dim * dtype.itemsize
-  # Published ground truth has the float32 distances behind the int32 ids.
-  with_distances = wanted + num * dim * 4
-  if path.suffix.lower() != ".ibin" or path.stat().st_size != with_distances:
+  is_ids = path.suffix.lower() == ".ibin"
+  if is_ids and path.stat().st_size == wanted + num * dim * 4:
+    # Ids of 8 bytes, or ids and the float32 distances behind them.
+    wide_ND = np.memmap(path, "<i8", "r", offset=8, shape=(num, dim))
+    if _are_wide_ids(wide_ND):
+      return wide_ND
+  else:
     _check_size(path, f"{num} x {dim} {dtype}", wanted)
   return np.memmap(path, dtype, "r", offset=8, shape=(num, dim))
 
 
-def _open_npy(path: pathlib.Path) -> np.memmap:
-  with open(path, "rb") as f:
-    try:
-      major, _ = np.lib.format.read_magic(f)
-      read = getattr(np.lib.format, f"read_array_header_{min(major, 2)}_0")
-      shape, fortran, dtype = read(f)
-    except ValueError as e:
-      size = path.stat().st_size
-      raise ValueError(
-        f"{path} has no valid .npy header in its {size} bytes: {e}"
-      ) from e
-    offset = f.tell()
-  _check_table(path, shape, dtype)
-  _check_size(
-    path, f"{shape} {dtype}", offset + math.prod(shape) * dtype.itemsize
-  )
-  if fortran:
-    raise ValueError(
-      f"{path} is stored column by column (Fortran order), which makes reading "
-      "rows slow; save it with np.save(path, np.ascontiguousarray(x))."
-    )
-  return np.memmap(path, dtype, "r", offset=offset, shape=shape)
+def _are_wide_ids(wide_ND) -> bool:
+  """Whether numbers are ids of 8 bytes: -1 or below 2^32, all of a sample.
 
-
-def _check_table(name, shape, dtype) -> None:
-  if len(shape) != 2 or min(shape) < 1:
-    raise ValueError(
-      f"{name} must hold vectors of shape (N, D), got shape {tuple(shape)}."
-    )
-  if np.dtype(dtype).kind not in "iuf":
-    raise ValueError(
-      f"{name} must hold integers or floating point numbers, got {dtype}."
-    )
+  Two ids of 4 bytes make such a number only where the second is 0, or both
+  are -1.
+  """
+  at = np.linspace(0, len(wide_ND) - 1, min(len(wide_ND), 999), dtype=np.int64)
+  ids_nD = np.asarray(wide_ND[at])
+  return bool(((ids_nD >= -1) & (ids_nD < 1 << 32)).all())
 
 
 def write_vectors(path, x, *, dtype=None, overwrite: bool = False) -> int:
@@ -189,7 +209,7 @@ def write_vectors(path, x, *, dtype=None, overwrite: bool = False) -> int:
     overwrite: replaces an existing file instead of refusing.
   """
   path, part = _split_path(path)
-  suffix = _suffix(path)
+  suffix = _output_suffix(path)
   fixed = _VECS.get(suffix) or _BIN.get(suffix)
   if fixed and dtype not in (None, np.dtype(fixed)):
     raise ValueError(
@@ -201,13 +221,24 @@ def write_vectors(path, x, *, dtype=None, overwrite: bool = False) -> int:
   if first is None:
     raise ValueError(f"There are no vectors to write to {path}.")
   first = np.asarray(first)
-  _check_table("the first block", first.shape, first.dtype)
+  rows.check_table("the first block", first.shape, first.dtype)
   dtype = np.dtype(fixed or dtype or first.dtype)
   cast = _cast_blocks(itertools.chain([first], blocks), dtype, path)
   with files.atomic_output(path, overwrite) as temporary:
     if suffix in _HDF5:
       return hdf5.write_table(temporary, part, cast, first.shape[1], dtype)
     return _write_flat(temporary, suffix, cast, first.shape[1], dtype)
+
+
+def _output_suffix(path: pathlib.Path) -> str:
+  """The suffix in small letters; raises unless such files are written."""
+  suffixes = [suffix for suffix in SUFFIXES if suffix != ".npz"]
+  if path.suffix.lower() not in suffixes:
+    raise ValueError(
+      f"{path.name!r} cannot be written: the suffix must be one of "
+      f"{' '.join(suffixes)}."
+    )
+  return path.suffix.lower()
 
 
 def _row_blocks(x):
@@ -238,7 +269,7 @@ def _cast_blocks(blocks, dtype: np.dtype, path):
       raise ValueError(
         f"{path} stores {dtype}, which cannot hold {block[row, column]} (row "
         f"{first_row + row}, column {column}); scale and round the vectors, "
-        "or write a floating format."
+        "or write .npy, which holds any type."
       )
     first_row += len(block)
     yield out
@@ -250,8 +281,10 @@ def _cast(block: np.ndarray, dtype: np.dtype):
     return np.ascontiguousarray(block), np.True_
   with np.errstate(all="ignore"):
     out = np.ascontiguousarray(block, dtype)
-    if dtype.kind == "f":
+    if dtype.kind == "f" and block.dtype.kind == "f":
       return out, np.isfinite(out) | ~np.isfinite(block)
+    if dtype.kind == "f":
+      return out, _same_numbers(block, out)
     low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
     # In longdouble the ends of every integer type are exact.
     wide = block.astype(np.longdouble)
@@ -260,9 +293,9 @@ def _cast(block: np.ndarray, dtype: np.dtype):
 
 def _header(suffix: str, num: int, dim: int, dtype: np.dtype, f) -> None:
   if suffix in _BIN:
-    if num > np.iinfo(np.int32).max:
-      raise ValueError(f"{suffix} files count in int32, got {num} vectors.")
-    f.write(np.array([num, dim], "<i4").tobytes())
+    if num > np.iinfo(np.uint32).max:
+      raise ValueError(f"{suffix} files count in uint32, got {num} vectors.")
+    f.write(np.array([num, dim], "<u4").tobytes())
   if suffix == ".npy":
     # numpy leaves room for growing N, so that a second header fits in place.
     descr = np.lib.format.dtype_to_descr(dtype)
@@ -289,20 +322,9 @@ def _write_flat(path, suffix: str, blocks, dim: int, dtype: np.dtype) -> int:
   return num
 
 
-def release_pages(vectors) -> None:
-  """Drops the resident pages of a memory-mapped array; the data stays.
-
-  Keeps the memory of a process that walks over a file larger than memory
-  bounded: pages are read again when needed. Does nothing for other arrays.
-  """
-  vectors = getattr(vectors, "vectors", vectors)  # Of `batches.WithColumn`.
-  if not isinstance(vectors, np.ndarray) or vectors.flags.writeable:
-    return  # A writeable private map would lose its changes.
-  base = vectors
-  while isinstance(base, np.ndarray):
-    base = base.base
-  if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-    base.madvise(mmap.MADV_DONTNEED)
+def name_of(vectors, default: str = "vectors") -> str:
+  """Returns what messages call these vectors: their file, if they have one."""
+  return getattr(vectors, "name", None) or default
 
 
 def check_vectors(
@@ -333,3 +355,35 @@ def check_vectors(
       f"{name} must be finite, got NaN or Inf in {bad.size} of {len(x)} rows, "
       f"first in row {listed}; remove those vectors."
     )
+
+
+def to_float32(
+  x, *, name="vectors", first_row: int = 0, rows=None
+) -> np.ndarray:
+  """Host array `[N, D]` as float32, in C order.
+
+  Raises ValueError where a number is not finite as float32, or an integer would
+  become another. Args are those of `check_vectors`.
+  """
+  with np.errstate(over="ignore"):  # Becomes Inf, which is refused below.
+    out = np.ascontiguousarray(x, np.float32)
+  if x.dtype.kind == "f":
+    check_vectors(out, name=name, first_row=first_row, rows=rows)
+  elif not (good := _same_numbers(x, out)).all():
+    row, column = np.argwhere(~good)[0]
+    number = first_row + row if rows is None else np.asarray(rows)[row]
+    raise ValueError(
+      f"{name} must hold integers that float32 has, but {x[row, column]} in "
+      f"row {number}, column {column} would become "
+      f"{int(out[row, column])}; subtract a common offset or scale the "
+      "numbers, and save them as floating point."
+    )
+  return out
+
+
+def _same_numbers(x, out) -> np.ndarray:
+  """Which integers `x` are the same numbers as `out`, their floats."""
+  largest = 1 << (np.finfo(out.dtype).nmant + 1)  # All up to here are there.
+  if not x.size or max(int(x.max()), -int(x.min())) <= largest:
+    return np.True_
+  return x.astype(np.longdouble) == out.astype(np.longdouble)

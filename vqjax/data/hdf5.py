@@ -1,8 +1,19 @@
-"""Tables of HDF5 files as rows of vectors; h5py is an optional dependency."""
+"""Tables of HDF5 files as rows of vectors; h5py is an optional dependency.
+
+What lies outside of the file is refused: external links, external storage and
+virtual data sets would let it show any other file as vectors.
+"""
+
+import contextlib
 
 import numpy as np
 
+from vqjax.data import rows
+
+DEFAULT_PART = "train"
 _ROWS_PER_READ = 512
+_MOST_LINKS = 16  # Soft links on the way to a table.
+_MOST_LISTED = 20
 
 
 def _import_h5py():
@@ -16,73 +27,148 @@ def _import_h5py():
   return h5py
 
 
-def open_table(path, part: str):
-  """Opens data set `part` of the HDF5 file at `path`, as h5py gives it."""
+def open_rows(path, part: str | None):
+  """Opens data set `part` of the HDF5 file at `path` as rows `[N, D]`.
+
+  None is "train", or else the only data set. A table stored in one uncompressed
+  piece, as in the ann-benchmarks files, is memory-mapped: h5py is slow at
+  picking rows.
+  """
   h5py = _import_h5py()
-  try:
-    file = h5py.File(path, "r")
-  except OSError as e:
-    raise ValueError(f"{path} is truncated or no HDF5 file: {e}.") from e
-  table = file.get(part)
-  if not isinstance(table, h5py.Dataset):
+  file = _ask(path, lambda: h5py.File(path, "r", locking="best-effort"))
+  if part is None:
+    part = _choose_part(file)
+  table = _find(h5py, file, path, part)
+  name = f"{path}#{part}"
+  shape, dtype = _ask(name, lambda: (table.shape, table.dtype))
+  rows.check_table(name, shape or (), dtype)
+  if _ask(name, lambda: table.is_virtual or table.external):
     raise ValueError(
-      f"{path} has no data set {part!r}, it has {sorted(file)}; choose one "
+      f"{name} is put together of other files or data sets, which are not "
+      "read; copy it into one data set of its own file."
+    )
+  offset = _ask(name, lambda: _offset(h5py, table))
+  if offset is None:
+    read = lambda at: _ask(name, lambda: _read(table, at))
+    return rows.Rows(read, shape, dtype, name)
+  size = path.stat().st_size
+  end = offset + int(np.prod(shape, dtype=object)) * dtype.itemsize
+  if end > size:
+    raise ValueError(
+      f"{name} is truncated or damaged: {shape} {dtype} end at byte {end}, but "
+      f"the file has {size} bytes."
+    )
+  return rows.mapped(np.memmap(path, dtype, "r", offset, shape), name)
+
+
+def _ask(name, fn):
+  """Returns `fn()`; an error of HDF5 becomes one that names the file."""
+  try:
+    return fn()
+  except MemoryError:
+    raise
+  except Exception as e:  # h5py has an exception for each way to be damaged.
+    reason = " ".join(str(e).split())[:300] or type(e).__name__
+    raise ValueError(
+      f"{name} cannot be read, it is truncated, damaged, no HDF5 file, or "
+      f"compressed by a filter that is not installed: {reason}."
+    ) from e
+
+
+def _tables(file) -> list[str]:
+  """Names of data sets in the file, those behind soft links left out."""
+  found = []
+
+  def visit(name, item):
+    if hasattr(item, "chunks"):
+      is_text = isinstance(name, str)  # Else bytes that are no UTF-8.
+      found.append(name if is_text else name.decode("utf-8", "replace"))
+    return True if len(found) > _MOST_LISTED else None
+
+  with contextlib.suppress(Exception):  # Damaged: those before it.
+    file.visititems(visit)
+  return found
+
+
+def _choose_part(file) -> str:
+  names = _tables(file)
+  has_default = DEFAULT_PART in names or len(names) != 1
+  return DEFAULT_PART if has_default else names[0]
+
+
+def _find(h5py, file, path, part: str):
+  """The data set of this name; raises where the way to it leaves the file."""
+  at, names, num_links = file, part.split("/"), 0
+  while names:
+    name = names.pop(0)
+    if name in ("", "."):
+      continue
+    link = None
+    if isinstance(at, h5py.Group):
+      try:
+        link = at.get(name, getlink=True)
+      except TypeError:  # Of a user's own kind.
+        link = h5py.ExternalLink("?", name)
+      except Exception:
+        link = _ask(f"{path}#{part}", lambda at=at, name=name: at[name])
+    if link is None:
+      raise ValueError(
+        f"{path} has no data set {part!r}, it has {_tables(file)}; choose one "
+        f"with {path.name}#name."
+      )
+    if isinstance(link, h5py.ExternalLink):
+      raise ValueError(
+        f"{path}#{part} is a link to another file, {link.filename!r}, which "
+        "is not followed; open that file itself."
+      )
+    if isinstance(link, h5py.SoftLink):
+      num_links += 1
+      if num_links > _MOST_LINKS:
+        raise ValueError(f"{path}#{part} is a link that leads in a circle.")
+      at = file if link.path.startswith("/") else at
+      names = link.path.split("/") + names
+    else:
+      at = _ask(f"{path}#{part}", lambda at=at, name=name: at[name])
+  if not isinstance(at, h5py.Dataset):
+    raise ValueError(
+      f"{path}#{part} is no data set; the file has {_tables(file)}: choose one "
       f"with {path.name}#name."
     )
-  return table
+  return at
 
 
-def table_rows(table, path, max_vectors: int | None = None):
-  """Row-sliceable `[N, D]` view of a 2-D h5py `table` of the file `path`.
-
-  A table stored in one uncompressed piece, as in the ann-benchmarks files, is
-  memory-mapped: h5py is slow at picking rows. Others become `Hdf5Rows`.
-  """
-  offset = table.id.get_offset()
-  strange = table.is_virtual or table.external or table.file.userblock_size
-  if offset is None or strange:
-    return Hdf5Rows(table, max_vectors)
-  vectors_ND = np.memmap(path, table.dtype, "r", offset, table.shape)
-  return vectors_ND[:max_vectors]
+def _offset(h5py, table) -> int | None:
+  """Where the numbers begin, None unless they lie in one piece as they are."""
+  is_plain = table.id.get_type().equal(h5py.h5t.py_create(table.dtype))
+  if not is_plain or table.file.userblock_size:
+    return None
+  return table.id.get_offset()
 
 
-class Hdf5Rows:
-  """Rows of a chunked HDF5 data set; `rows[i]` reads only what is asked for."""
-
-  def __init__(self, table, max_vectors: int | None = None):
-    """Shows the first `max_vectors` rows (all for None) of `table`."""
-    num = min(table.shape[0], max_vectors or table.shape[0])
-    self._table, self.dtype, self.ndim = table, table.dtype, 2
-    self.shape = (num, table.shape[1])
-    self.nbytes = num * table.shape[1] * table.dtype.itemsize
-
-  def __len__(self) -> int:
-    """Number of rows."""
-    return self.shape[0]
-
-  def __getitem__(self, rows) -> np.ndarray:
-    """Reads a slice, an integer or an array of integers, in any order."""
-    at = np.arange(len(self))[rows]
-    if isinstance(rows, slice) and at.size and rows.step in (None, 1):
-      return self._table[int(at[0]) : int(at[-1]) + 1]
-    out = np.empty((*at.shape, self.shape[1]), self.dtype)
-    # h5py takes increasing unique rows only, and is slow at long lists.
-    unique, back = np.unique(at, return_inverse=True)
-    step = _ROWS_PER_READ
-    picked = [
-      self._table[unique[i : i + step]] for i in range(0, len(unique), step)
-    ]
-    if picked:
-      out[...] = np.concatenate(picked)[back.reshape(at.shape)]
-    return out
+def _read(table, at) -> np.ndarray:
+  if isinstance(at, slice):
+    return table[at]
+  if not len(at):
+    return np.empty((0, table.shape[1]), table.dtype)
+  # h5py takes increasing unique rows only, and is slow at long lists.
+  unique, back = np.unique(at, return_inverse=True)
+  step = _ROWS_PER_READ
+  picked = [table[unique[i : i + step]] for i in range(0, len(unique), step)]
+  return np.concatenate(picked)[back]
 
 
-def write_table(path, part: str, blocks, dim: int, dtype: np.dtype) -> int:
+def write_table(
+  path, part: str | None, blocks, dim: int, dtype: np.dtype
+) -> int:
   """Writes blocks `[n, dim]` as data set `part` of a new file; returns `N`."""
   num = 0
   with _import_h5py().File(path, "w") as file:
     table = file.create_dataset(
-      part, (0, dim), dtype, maxshape=(None, dim), chunks=(1024, dim)
+      part or DEFAULT_PART,
+      (0, dim),
+      dtype,
+      maxshape=(None, dim),
+      chunks=(1024, dim),
     )
     for block in blocks:
       table.resize(num + len(block), axis=0)

@@ -1,0 +1,125 @@
+"""NumPy's own files: .npy memory-mapped, .npz read whole.
+
+Pickled content is never loaded. A .npy of raw pairs of bytes (`'<V2'`) is what
+JAX's bfloat16 becomes, as NumPy has no name for it: it is read as that, in
+float32. Other raw types, such as float8, are refused.
+"""
+
+import math
+import os
+import pathlib
+import zipfile
+
+import numpy as np
+
+from vqjax.data import rows
+
+_RAW_BFLOAT16 = np.dtype("V2")
+
+
+def open_npy(path: pathlib.Path):
+  """Opens a .npy of vectors `[N, D]`, in either order of storage."""
+  name = str(path)
+  with open(path, "rb") as f:
+    shape, fortran, dtype = _read_header(f, name)
+    offset = f.tell()
+  _check_size(name, path.stat().st_size, offset, shape, dtype)
+  array = np.memmap(
+    path, _stored(dtype), "r", offset, shape, order="F" if fortran else "C"
+  )
+  array = rows.mapped(array, name)
+  return _bfloat16_rows(array, name) if dtype == _RAW_BFLOAT16 else array
+
+
+def open_npz(path: pathlib.Path, part: str | None) -> rows.Rows:
+  """Reads array `part` of a .npz, the only one for None, into memory."""
+  try:
+    with zipfile.ZipFile(path) as archive:
+      member = _member(archive, part, path)
+      name = f"{path}#{member.filename.removesuffix('.npy')}"
+      with archive.open(member) as f:
+        shape, _, dtype = _read_header(f, name)
+        _check_size(name, member.file_size, f.tell(), shape, dtype)
+      _check_memory(name, member.file_size)
+      with archive.open(member) as f:
+        array = np.lib.format.read_array(f, allow_pickle=False)
+        f.read(1)  # At the end the checksum is compared.
+  except (_Refused, MemoryError):
+    raise
+  except Exception as e:  # Of zipfile, zlib, struct, for a damaged file.
+    raise ValueError(f"{path} is truncated, damaged or no .npz: {e}.") from e
+  if dtype == _RAW_BFLOAT16:
+    return _bfloat16_rows(array.view(_stored(dtype)), name)
+  return rows.Rows(array.__getitem__, shape, dtype, name)
+
+
+class _Refused(ValueError):
+  """An error whose message says all, which goes out as it is."""
+
+
+def _member(archive, part: str | None, path) -> zipfile.ZipInfo:
+  members = {
+    info.filename.removesuffix(".npy"): info
+    for info in archive.infolist()
+    if info.filename.endswith(".npy")
+  }
+  if part is None and len(members) == 1:
+    return next(iter(members.values()))
+  if part not in members:
+    wanted = "more or less than one array" if part is None else f"no {part!r}"
+    raise _Refused(
+      f"{path} has {wanted}, it has {sorted(members)[:20]}; choose one with "
+      f"{path.name}#name."
+    )
+  return members[part]
+
+
+def _read_header(f, name: str):
+  """Shape, order and type of the array that begins in `f`."""
+  try:
+    version = np.lib.format.read_magic(f)
+    if version not in ((1, 0), (2, 0), (3, 0)):
+      raise ValueError(f"version {version} is none of 1, 2 and 3")
+    # Version 3 differs from 2 in the letters of field names alone.
+    read = getattr(np.lib.format, f"read_array_header_{min(version[0], 2)}_0")
+    shape, fortran, dtype = read(f)
+  except Exception as e:  # NumPy parses Python: any error may come of damage.
+    reason = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
+    raise _Refused(f"{name} has no valid .npy header: {reason}") from e
+  try:
+    rows.check_table(name, shape, _stored(dtype))
+  except ValueError as e:
+    raise _Refused(str(e)) from e
+  return shape, fortran, dtype
+
+
+def _stored(dtype: np.dtype) -> np.dtype:
+  """The type that NumPy can read the numbers as."""
+  return np.dtype("<u2") if dtype == _RAW_BFLOAT16 else dtype
+
+
+def _bfloat16_rows(raw_ND, name: str) -> rows.Rows:
+  # A float32 of which the lower half is missing.
+  def read(at):
+    return (np.asarray(raw_ND[at]).astype(np.uint32) << 16).view(np.float32)
+
+  return rows.Rows(read, raw_ND.shape, np.float32, name)
+
+
+def _check_size(name: str, size: int, offset: int, shape, dtype) -> None:
+  wanted = offset + math.prod(shape) * dtype.itemsize
+  if size != wanted:
+    raise _Refused(
+      f"{name} is truncated or damaged: its header says {shape} {dtype}, so "
+      f"expected {wanted} bytes, got {size} bytes."
+    )
+
+
+def _check_memory(name: str, num_bytes: int) -> None:
+  """Raises ValueError where an array would fill half of the memory."""
+  memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  if num_bytes > memory // 2:
+    raise _Refused(
+      f"{name} takes {num_bytes} bytes, more than half of the memory of this "
+      "machine, and an array in a .npz is read whole; save it as .npy."
+    )

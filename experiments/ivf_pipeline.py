@@ -12,8 +12,8 @@ runs the commands below, each of which can be run by itself, into --workdir:
   codes       encode             codes/, of the base, and train_codes/
   decoders    pairwise_decoder   decoders.safetensors
   index       build_index        index.faiss
-  signs       signs              signs.safetensors, with --signs
-  filter      filter             filter.faiss, with --filter
+  refiner     refiner            refiner.safetensors or refiner.faiss, with
+                                 --refiner=rabitq|fastscan
   search      search             search.json, search.png
 
 A step whose output is there is skipped, so that the same command goes on where
@@ -34,30 +34,35 @@ from experiments import (
   encode,
   ivf_centroids,
   pairwise_decoder,
+  refiner,
   search,
-  signs,
   train,
 )
-from experiments import filter as filter_command
 from experiments.lib import cli, search_data
 from vqjax.data import batches, codes, datasets, files
-from vqjax.interop import faiss_filter, faiss_io, faiss_ivf
-from vqjax.storage import codec_file, decoder_file, sign_file
+from vqjax.interop import faiss_fastscan, faiss_io, faiss_ivf
+from vqjax.search import refiners
+from vqjax.storage import codec_file, decoder_file, refiner_file
 
 _NUM_FITTED = 1_000_000  # Training vectors for the decoders.
 _SHARD_ROWS = 100_000  # Of the codes; as many are lost by a stop.
 OPTIONS = {
   name: search.OPTIONS[name]
   for name in (
-    *("k", "nprobe", "max_ratio", "num_signs", "num_words", "num_aq"),
-    *("num_short", "threads", "baselines"),
+    "k",
+    "nprobe",
+    "num_refined",
+    "num_pairwise",
+    "num_network",
+    "threads",
+    "baselines",
   )
 } | {
-  "signs": cli.Option(
-    bool, False, "Keep signs of the vectors too (experiments.signs)."
-  ),
-  "filter": cli.Option(
-    bool, False, "Scan by a filter (experiments.filter), not with signs."
+  "refiner": cli.Option(
+    str,
+    None,
+    "Also make a refiner: rabitq, for more recall, or fastscan, for more speed "
+    "(see the command refiner).",
   ),
 }
 
@@ -70,8 +75,11 @@ def run(config, workdir: str, **options):
       "The configuration is of a codec without lists; take one of "
       "configs/ivf_*.py, or set --config.ivf.num_lists."
     )
-  if options.get("signs") and options.get("filter"):
-    raise ValueError("Signs order the scan that a filter replaces; take one.")
+  if options.get("refiner") not in (None, *refiners.KINDS):
+    raise ValueError(
+      f"--refiner must be one of {', '.join(refiners.KINDS)}; got "
+      f"{options['refiner']!r}."
+    )
   dataset = _resolve(config)
   _check_baselines(config, dataset, options)
   workdir.mkdir(parents=True, exist_ok=True)
@@ -83,15 +91,8 @@ def run(config, workdir: str, **options):
   _encode(config, workdir, dataset)
   _fit_decoders(config, workdir, dataset)
   _build_index(workdir)
-  if options.pop("signs", False):
-    options["signs"] = _make_beside(
-      workdir, dataset, signs, "signs.safetensors", sign_file.load
-    )
-  if options.pop("filter", False):
-    options["filter"] = _make_beside(
-      *(workdir, dataset, filter_command, "filter.faiss", faiss_filter.load),
-      codec=str(workdir / "codec"),
-    )
+  if options.get("refiner"):
+    options["refiner"] = _make_refiner(workdir, dataset, options["refiner"])
   return _search(workdir, options)
 
 
@@ -211,14 +212,26 @@ def _build_index(workdir) -> None:
   )
 
 
-def _make_beside(workdir, dataset, command, name, load_fn, **values) -> str:
-  """Returns a file that is kept beside the index, made if it is missing."""
-  path, index = workdir / name, workdir / "index.faiss"
+def _make_refiner(workdir, dataset, kind: str) -> str:
+  """Returns the file of the refiner, which is made if it is missing."""
+  index = workdir / "index.faiss"
+  name, load_fn = {
+    "rabitq": ("refiner.safetensors", refiner_file.load),
+    "fastscan": ("refiner.faiss", faiss_fastscan.load),
+  }[kind]
+  path = workdir / name
   if _is_there(path):
     load_fn(path, faiss_ivf.load(index, mmap=True).info)
-  else:
-    values |= {"index": str(index), "data": dataset.base, "output": str(path)}
-    _run(command, **values)
+    return str(path)
+  values = {"codec": str(workdir / "codec")} if kind == "fastscan" else {}
+  _run(
+    refiner,
+    kind=kind,
+    index=str(index),
+    data=dataset.base,
+    output=str(path),
+    **values,
+  )
   return str(path)
 
 

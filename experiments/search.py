@@ -6,7 +6,7 @@ r"""Searches an index at many settings: recall, speed, Pareto front, picture.
   python -m experiments.search ... --data=base.bvecs --train=learn.bvecs \
       --baselines=IVF-PQ,IVF-RQ,IVF-RaBitQ --output=compared.json
   python -m experiments.search --codec=runs/qinco2_s --index=index.faiss ... \
-      --num_short=10,20,50,100,200,500,1000 --output=two_stages.json
+      --num_network=10,20,50,100,200,500,1000 --output=two_stages.json
   python -m experiments.search --decode_all --codec=runs/qinco2_s \
       --codes=codes --data=base.bvecs --queries=query.bvecs --output=all.json
 
@@ -18,16 +18,13 @@ takes longer. Baselines take turns with ours. Stopped, it goes on with --resume.
 The picture lies beside the output, as search.png; each point is also printed as
 a JSON line when it is measured, alone on stdout: ... > points.jsonl
 
-Columns of the table: nprobe lists are looked into, but for those left out by
-max_ratio; their vectors are put in order by the additive decoder, the best
-num_signs of these by their signs, or the best num_aq by the pairwise decoder,
-and the best num_short of those by the network. With --filter vectors are put in
-order by the filter, and the best num_words of these by their words, or the best
-num_short by the network. qps are queries per second of one call with all
-queries, and coarse (which finds the lists), scan (with the signs), words,
-pairwise and network the microseconds per query that go into each step.
-decoded are the vectors that the network decoded per query: one that queries
-share counts once.
+Columns of the table: nprobe lists are searched. Their vectors are ordered by
+the additive decoder, or by a fastscan refiner. The best num_refined of them are
+re-ordered by the refiner, or the best num_pairwise by the pairwise decoder, and
+the best num_network by the network. qps are queries per second of one call with
+all queries; coarse (which finds the lists), scan, refine, pairwise and network
+are the microseconds per query of each stage. decoded is the number of vectors
+that the network decoded per query; one that several queries share counts once.
 
 Times are those of all threads; --threads=1 keeps JAX and faiss to one CPU.
 Bytes of a vector are those in the lists, without ids. IVF-RaBitQ has a bit for
@@ -56,27 +53,19 @@ from vqjax.core import check_range
 from vqjax.data import files
 from vqjax.interop import (
   faiss_baselines,
-  faiss_filter,
   faiss_hakes,
   faiss_ivf,
   searchers,
 )
-from vqjax.storage import sign_file
 
 OPTIONS = {
   "codec": cli.CODEC_OPTION,
   "index": cli.Option(str, None, "Index of experiments.build_index."),
   "decoders": cli.Option(
-    str, None, "Decoders of experiments.pairwise_decoder, for --num_aq."
+    str, None, "Decoders of pairwise_decoder, for --num_pairwise."
   ),
-  "signs": cli.Option(
-    str, None, "Signs of experiments.signs, for --num_signs."
-  ),
-  "filter": cli.Option(
-    str,
-    None,
-    "Filter of experiments.filter: scanned instead of the words, far faster; "
-    "instead of --signs.",
+  "refiner": cli.Option(
+    str, None, "Refiner of the command refiner, for --num_refined."
   ),
   "queries": cli.Option(
     str, None, "Queries; those of the codec's data set if unset."
@@ -95,35 +84,22 @@ OPTIONS = {
   "ef_search": cli.Option(
     str, None, "Effort of a coarse quantiser that is a graph, as 32,128."
   ),
-  "max_ratio": cli.Option(
+  "num_refined": cli.Option(
     str,
     None,
-    "Lists are left out whose centroid is farther than so many times the "
-    "nearest (squared distances), as 1.3,1.5,inf; inf, no limit, if unset.",
+    "Candidates that the refiner re-orders, as 0,10,20; 0 leaves it out. "
+    "Combined only with a --num_network that is not above it.",
   ),
-  "num_signs": cli.Option(
+  "num_pairwise": cli.Option(
     str,
     None,
-    "Candidates that their signs put in order, as 0,10,20; 0 leaves them out.",
+    "Candidates that the pairwise decoder re-orders, as 0,32,64; 0 leaves it "
+    "out. Combined only with a smaller --num_network, and with no refiner.",
   ),
-  "num_words": cli.Option(
+  "num_network": cli.Option(
     str,
     None,
-    "Candidates of the filter that their words put in order, as 0,5,10; 0 "
-    "leaves them out. Together with --num_short it is no setting.",
-  ),
-  "num_aq": cli.Option(
-    str,
-    None,
-    "Candidates that the pairwise decoder puts in order, as 0,32,64; 0 leaves "
-    "it out. Not above --num_short, or with signs or a filter, it is no "
-    "setting.",
-  ),
-  "num_short": cli.Option(
-    str,
-    None,
-    "Candidates that the network decodes, as 0,5,20; 0 leaves it out. Above a "
-    "--num_signs that is not 0 it is no setting.",
+    "Candidates that the network decodes, as 0,5,20; 0 leaves it out.",
   ),
   "threads": cli.Option(
     int, None, "CPUs to work on; all that the process may use if unset."
@@ -169,10 +145,6 @@ def run(config, workdir=None) -> dict:
   search_record.check_output(
     config.output, resume=config.resume, overwrite=config.overwrite
   )
-  if config.signs and config.filter:
-    raise ValueError(
-      "--signs order the scan that a --filter replaces; give one of them."
-    )
   names = search_data.baseline_names(config)
   num_threads = faiss_hakes.set_num_threads(config.threads)
   like, info = faiss_ivf.load(config.index, mmap=True)
@@ -180,8 +152,10 @@ def run(config, workdir=None) -> dict:
   codec = codecs.open_codec(config.codec)
   dtype = codecs.ranking_dtype(config.dtype)
   searcher = searchers.open_searcher(
-    *(config.codec, config.index, config.decoders, config.signs),
-    filter=config.filter,
+    config.codec,
+    config.index,
+    config.decoders,
+    config.refiner,
     dtype=dtype,
   )
   ranges = _ranges(config, info, searcher.parts)
@@ -243,8 +217,7 @@ def _header(config, codec, info, data, train, num_threads) -> dict:
     "codec": codec.fingerprint,
     "index": info["sha256"],
     "decoders": sha256(config.decoders),
-    "signs": sha256(config.signs),
-    "filter": sha256(config.filter),
+    "refiner": sha256(config.refiner),
     "num_vectors": info["num_vectors"],
     "num_lists": info["num_lists"],
     "coarse": info["coarse"],
@@ -262,85 +235,73 @@ def _header(config, codec, info, data, train, num_threads) -> dict:
 
 
 def _code_bytes(config, info: dict) -> int:
-  """Bytes of a vector: its codes, a byte for the norm, signs or filter."""
+  """Bytes of a vector: its codes, a byte for the norm, and the refiner."""
   bits = (info["codebook_size"] - 1).bit_length()
   num_bytes = math.ceil(info["num_codes"] * bits / 8) + 1
-  if config.signs:
-    num_bytes += sign_file.num_bytes(info["dim"])
-  if config.filter:
-    found = faiss_filter.load(config.filter, info).info
-    num_bytes += found["code_bytes"]
+  if config.refiner:
+    num_bytes += searchers.refiner_bytes(config.refiner, info)
   return num_bytes
 
 
 def _ranges(config, info, parts) -> dict[str, list]:
   """Values of each parameter, rising; cut at the size of the index."""
-  has_filter, has_signs = parts.filter is not None, bool(parts.signs)
-  has_pairwise = parts.pairwise_fn is not None and not has_filter
   num_lists, num_vectors = info["num_lists"], info["num_vectors"]
+  has_refiner = parts.refiner is not None
+  has_own_scan = has_refiner and parts.refiner.kind == "fastscan"
+  has_pairwise = parts.pairwise_fn is not None and not has_own_scan
   is_graph = info["coarse"] == "hnsw"
   if config.ef_search and not is_graph:
     raise ValueError(
       "--ef_search is the effort of a graph, but the coarse quantiser of "
       f"{config.index} is flat; leave it out."
     )
+  probes, network = [1], [0, 10, 20, 50, 100, 200, 500, 1000]
   if num_lists > 1:
     probes = [2**i for i in range(13) if 4**i <= 4 * num_lists]
-    short = [0, 2, 5, 10, 20, 50]
-  else:
-    probes, short = [1], [0, 10, 20, 50, 100, 200, 500, 1000]
+    network = [0, 2, 5, 10, 20, 50]
   ranges = {
     "nprobe": _numbers(config, "nprobe", 1, num_lists) or probes,
     "ef_search": _numbers(config, "ef_search", 1, 1 << 20) or [32, 128, 512],
-    "max_ratio": _ratios(config.max_ratio),
-    "num_signs": _numbers(config, "num_signs", 0, num_vectors)
-    or ([0, 10, 20, 50] if has_signs else [None]),
-    "num_words": _numbers(config, "num_words", 0, num_vectors)
-    or ([0, 3, 5, 10] if has_filter else [0]),
-    "num_aq": _numbers(config, "num_aq", 0, num_vectors)
+    "num_refined": _numbers(config, "num_refined", 0, num_vectors)
+    or _default_refined(parts.refiner),
+    "num_pairwise": _numbers(config, "num_pairwise", 0, num_vectors)
     or ([0, 8, 32, 128] if has_pairwise else [0]),
-    "num_short": _numbers(config, "num_short", 0, num_vectors) or short,
+    "num_network": _numbers(config, "num_network", 0, num_vectors) or network,
   }
   if not is_graph:
     ranges["ef_search"] = [None]
-  if any(ranges["num_signs"]) and not has_signs:
+  if max(ranges["num_refined"]) and not has_refiner:
     raise ValueError(
-      "--num_signs asks for signs: give --signs=FILE of experiments.signs, or "
-      "--num_signs=0."
+      "--num_refined needs a refiner: give --refiner=FILE of the command "
+      "refiner, or --num_refined=0."
     )
-  if max(ranges["num_words"]) and not has_filter:
+  if max(ranges["num_pairwise"]) and has_own_scan:
     raise ValueError(
-      "--num_words asks for a filter: give --filter=FILE of "
-      "experiments.filter, or --num_words=0."
+      "--num_pairwise must be 0 with a fastscan refiner, which knows more; "
+      "codewords or the network re-order what it finds."
     )
-  if max(ranges["num_aq"]) and has_filter:
+  if max(ranges["num_pairwise"]) and not has_pairwise:
     raise ValueError(
-      "With --filter --num_aq must be 0: words or the network put in order "
-      "what the filter finds."
-    )
-  if max(ranges["num_aq"]) and not has_pairwise:
-    raise ValueError(
-      "--num_aq asks for the pairwise decoder: give --decoders=FILE of "
-      "experiments.pairwise_decoder that has one, or --num_aq=0."
+      "--num_pairwise needs the pairwise decoder: give --decoders=FILE of "
+      "pairwise_decoder that has one, or --num_pairwise=0."
     )
   combined = itertools.product(*ranges.values())
-  if not any(
-    search_measure.is_one(dict(zip(ranges, values, strict=True)))
-    for values in combined
-  ):
-    of_signs = (
-      f" With --num_signs, got {ranges['num_signs']}, --num_aq must be 0 and "
-      "--num_short at most that."
-      if has_signs
-      else " With --filter one of --num_words and --num_short must be 0."
-      if has_filter
-      else ""
-    )
+  settings = (dict(zip(ranges, values, strict=True)) for values in combined)
+  if not any(map(search_measure.is_valid_setting, settings)):
     raise ValueError(
-      "No setting is left: --num_aq must be 0 or above --num_short, got "
-      f"{ranges['num_aq']} and {ranges['num_short']}.{of_signs}"
+      "No setting is left. --num_pairwise must be 0 or above --num_network, "
+      "and with a --num_refined above 0 it must be 0 and --num_network at most "
+      f"that; got num_refined={ranges['num_refined']}, "
+      f"num_pairwise={ranges['num_pairwise']}, "
+      f"num_network={ranges['num_network']}."
     )
   return ranges
+
+
+def _default_refined(refiner) -> list[int]:
+  if refiner is None:
+    return [0]
+  return [0, 10, 20, 50] if refiner.kind == "rabitq" else [0, 3, 5, 10]
 
 
 def _numbers(config, name: str, low: int, high: int) -> list[int]:
@@ -359,19 +320,6 @@ def _numbers(config, name: str, low: int, high: int) -> list[int]:
   return values
 
 
-def _ratios(text: str | None) -> list[float | None]:
-  """Limits as 1.2,1.5,inf, rising; None stands for none."""
-  try:
-    values = {float(part) for part in (text or "inf").split(",")}
-  except ValueError:
-    values = {0.0}
-  if not all(value >= 1 for value in values):
-    raise ValueError(
-      f"--max_ratio must be numbers from 1 on, as 1.3,1.5,inf; got {text!r}."
-    )
-  return [None if math.isinf(value) else value for value in sorted(values)]
-
-
 def _summarise(config, record, data) -> None:
   t = record.header["threads"]
   logging.info(
@@ -384,9 +332,8 @@ def _summarise(config, record, data) -> None:
   )
   _doubt(data, max(p["recall"]["1-recall@1"] for p in record.points))
   best = record.best(next(iter(record.header["bytes"])))
-  if not any(
-    best[name] for name in ("num_short", "num_signs", "num_words")
-  ) and any(p["setting"].get("num_short") for p in record.points):
+  has_network = any(p["setting"].get("num_network") for p in record.points)
+  if has_network and not (best["num_network"] or best["num_refined"]):
     logging.warning(
       "The network gains less than 1 % of the best 1-recall@1: is the codec "
       "trained? Settings were left out as if more of it gained recall."
@@ -394,8 +341,7 @@ def _summarise(config, record, data) -> None:
   at = ", ".join(f"{k}={v}" for k, v in best.items() if v is not None)
   files = {
     "decoders": config.decoders,
-    "signs": config.signs,
-    "filter": config.filter,
+    "refiner": config.refiner,
   }
   options = "".join(f", {k}={v!r}" for k, v in files.items() if v)
   if record.header["dtype"] != "float32":

@@ -12,7 +12,7 @@ from vqjax.codecs import kmeans
 from vqjax.data import datasets
 from vqjax.interop import searchers
 
-FEW = dict(nprobe="1,8", num_aq="0,20", num_short="0,10")
+FEW = dict(nprobe="1,8", num_pairwise="0,20", num_network="0,10")
 
 
 def _config(name="ivf_qinco2_xs"):
@@ -59,7 +59,7 @@ def test_a_program_searches_what_it_made(workdir):
   dataset = datasets.resolve(name="sample_sift", num_base=500)
   xb_ND = np.asarray(datasets.open_split(dataset, "base"), np.float32)
   # A vector of the base is among the nearest to itself.
-  result = searcher.search(xb_ND[:40], 10, nprobe=8, num_short=100)
+  result = searcher.search(xb_ND[:40], 10, nprobe=8, num_network=100)
   assert (result.ids_QR == np.arange(40)[:, None]).any(axis=1).mean() > 0.6
   with pytest.raises(ValueError, match="128.* got .*5"):
     searcher.search(xb_ND[:2, :5], 10)
@@ -174,30 +174,30 @@ def test_what_cannot_be_searched_is_refused_first(tmp_path):
   assert not (tmp_path / "x").exists()
 
 
-def test_signs_or_a_filter_where_they_are_wanted(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("signed")
-  few = FEW | {"signs": True, "num_signs": "0,10"}
+def test_a_refiner_of_either_kind(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("refined")
+  few = FEW | {"refiner": "rabitq", "num_refined": "0,10"}
   result = ivf_pipeline.run(_config(), str(folder), k=10, **few)
-  found = {point["setting"]["num_signs"] for point in result["points"]}
+  found = {point["setting"]["num_refined"] for point in result["points"]}
   assert found == {0, 10}
-  path = folder / "signs.safetensors"
+  path = folder / "refiner.safetensors"
   before = _times(folder)[path]
   again = ivf_pipeline.run(_config(), str(folder), k=10, **few)
   assert again["points"] == result["points"]
   assert _times(folder)[path] == before
-  # Without them it is another search.
-  with pytest.raises(ValueError, match="measured with signs"):
+  # Without it it is another search.
+  with pytest.raises(ValueError, match="measured with refiner"):
     ivf_pipeline.run(_config(), str(folder), k=10, **FEW)
   for name in ("search.json", "search.png"):
     (folder / name).unlink()
-  few = {"nprobe": "8", "num_short": "0", "filter": True}
-  filtered = ivf_pipeline.run(_config(), str(folder), k=10, **few)
-  found = [point["setting"]["num_words"] for point in filtered["points"]]
+  few = {"nprobe": "8", "num_network": "0", "refiner": "fastscan"}
+  scanned = ivf_pipeline.run(_config(), str(folder), k=10, **few)
+  found = [point["setting"]["num_refined"] for point in scanned["points"]]
   assert found[0] == 0
   assert set(found) <= {0, 3, 5, 10}
-  before = _times(folder)[folder / "filter.faiss"]
+  before = _times(folder)[folder / "refiner.faiss"]
   again = ivf_pipeline.run(_config(), str(folder), k=10, **few)
-  assert again["points"] == filtered["points"]
-  assert _times(folder)[folder / "filter.faiss"] == before
-  with pytest.raises(ValueError, match="a filter replaces; take one"):
-    ivf_pipeline.run(_config(), str(folder), k=10, **few, signs=True)
+  assert again["points"] == scanned["points"]
+  assert _times(folder)[folder / "refiner.faiss"] == before
+  with pytest.raises(ValueError, match="--refiner must be one of rabitq, fast"):
+    ivf_pipeline.run(_config(), str(folder), k=10, refiner="bits")

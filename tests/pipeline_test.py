@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.ivf_test import CENTROIDS_LD, _random_lists
-from vqjax.search import ivf, pipeline, signs
+from vqjax.search import ivf, pipeline, refiners, residual_bits
 
 _NUM, _LISTS, _DIM = 90, 6, 5
 
@@ -73,7 +73,7 @@ def _case():
 
 
 def test_all_lists_and_a_long_shortlist_are_exact_search(case):
-  result = case.searcher.search(case.xq_QD, 7, nprobe=_LISTS, num_short=_NUM)
+  result = case.searcher.search(case.xq_QD, 7, nprobe=_LISTS, num_network=_NUM)
   for q, x_D in enumerate(case.xq_QD):
     exact_N = case.exact(x_D)
     want = np.argsort(exact_N)[:7]
@@ -84,65 +84,49 @@ def test_all_lists_and_a_long_shortlist_are_exact_search(case):
   assert set(result.seconds) == {"coarse", "scan", "network"}
 
 
-@pytest.mark.parametrize("num_short", [1, 3, 11])
-def test_results_are_nearest_first_beyond_the_head(case, num_short):
-  found = case.searcher.search(case.xq_QD, 12, nprobe=3, num_short=num_short)
+@pytest.mark.parametrize("num_network", [1, 3, 11])
+def test_results_are_nearest_first_beyond_the_head(case, num_network):
+  found = case.searcher.search(case.xq_QD, 12, nprobe=3, num_network=num_network)
   assert (np.diff(found.distances_QR, axis=1) >= 0).all()
   for q, x_D in enumerate(case.xq_QD):  # The head has its own distances.
     row_of = {name: row for row, name in enumerate(case.ids_N)}
-    rows = [row_of[i] for i in found.ids_QR[q, :num_short]]
+    rows = [row_of[i] for i in found.ids_QR[q, :num_network]]
     want = case.exact(x_D)[rows]
     np.testing.assert_allclose(
-      found.distances_QR[q, :num_short], want, rtol=1e-4, atol=1e-4
+      found.distances_QR[q, :num_network], want, rtol=1e-4, atol=1e-4
     )
 
 
-@pytest.mark.parametrize(("num_aq", "num_short"), [(9, 4), (9, 0), (0, 4)])
-def test_each_stage_orders_the_head(case, num_aq, num_short):
+@pytest.mark.parametrize(
+  ("num_pairwise", "num_network"), [(9, 4), (9, 0), (0, 4)]
+)
+def test_each_stage_orders_the_head(case, num_pairwise, num_network):
   k = 12
-  scanned = case.searcher.search(case.xq_QD, k, nprobe=3, num_short=0)
+  scanned = case.searcher.search(case.xq_QD, k, nprobe=3, num_network=0)
   result = case.searcher.search(
-    case.xq_QD, k, nprobe=3, num_aq=num_aq, num_short=num_short
+    case.xq_QD, k, nprobe=3, num_pairwise=num_pairwise, num_network=num_network
   )
   row_of = {name: row for row, name in enumerate(case.ids_N)}
   for q, x_D in enumerate(case.xq_QD):
     rows = [row_of[i] for i in scanned.ids_QR[q]]
-    for size, scale in ((num_aq, 0.5), (num_short, 1.0)):
+    for size, scale in ((num_pairwise, 0.5), (num_network, 1.0)):
       exact_N = case.exact(x_D, scale)
       rows[:size] = sorted(rows[:size], key=lambda row: exact_N[row])
     np.testing.assert_array_equal(result.ids_QR[q], case.ids_N[rows])
 
 
-@pytest.mark.parametrize("max_ratio", [1.0, 1.7, 4.0, None])
-def test_lists_far_from_the_nearest_are_left_out(case, max_ratio):
-  k, num_visited = 7, []
-  result = case.searcher.search(
-    case.xq_QD, k, nprobe=5, max_ratio=max_ratio, num_short=_NUM
-  )
-  for q, x_D in enumerate(case.xq_QD):
-    distances_L = ((CENTROIDS_LD - x_D) ** 2).sum(axis=1)
-    nearest = np.argsort(distances_L)[:5]
-    limit = np.inf if max_ratio is None else max_ratio * distances_L.min()
-    visited = [at for at in nearest if distances_L[at] <= limit]
-    exact_N = np.where(np.isin(case.list_N, visited), case.exact(x_D), np.inf)
-    rows = [row for row in np.argsort(exact_N)[:k] if exact_N[row] < np.inf]
-    want = [*case.ids_N[rows], *[-1] * (k - len(rows))]
-    np.testing.assert_array_equal(result.ids_QR[q], want)
-    num_visited.append(len(visited))
-  if max_ratio in (1.7, 4.0):
-    assert 1 < np.mean(num_visited) < 5
-
-
 def test_a_vector_of_several_queries_is_decoded_once(case):
-  result = case.searcher.search(case.xq_QD, 3, nprobe=_LISTS, num_short=30)
+  result = case.searcher.search(case.xq_QD, 3, nprobe=_LISTS, num_network=30)
   assert 20 * 30 > _NUM >= result.num_decoded
   assert sum(case.shapes) < 2 * result.num_decoded
 
 
 def test_one_query_is_as_good_as_many(case):
-  many = case.searcher.search(case.xq_QD, 5, nprobe=2, num_aq=8, num_short=3)
+  many = case.searcher.search(
+    case.xq_QD, 5, nprobe=2, num_pairwise=8, num_network=3
+  )
   for q, x_D in enumerate(case.xq_QD):
-    one = case.searcher.search(x_D, 5, nprobe=2, num_aq=8, num_short=3)
+    one = case.searcher.search(x_D, 5, nprobe=2, num_pairwise=8, num_network=3)
     np.testing.assert_array_equal(one.ids_QR, many.ids_QR[q : q + 1])
 
 
@@ -158,14 +142,14 @@ def test_new_batch_sizes_compile_little(case, monkeypatch):
   parts = case.searcher.parts._replace(decode_fn=decode)
   searcher = pipeline.Searcher(parts)
   for num in range(1, 21):
-    searcher.search(case.xq_QD[:num], 3, nprobe=2, num_short=5)
+    searcher.search(case.xq_QD[:num], 3, nprobe=2, num_network=5)
   # Sizes 1, 2, 3, 4, 6, 8, 12, 16 at most.
   assert len(traces) <= 8
 
 
 def test_where_lists_are_short_slots_stay_empty(case):
   x_D = CENTROIDS_LD[_LISTS - 1]  # Of the empty list.
-  result = case.searcher.search(x_D, 4, nprobe=1, num_aq=6, num_short=5)
+  result = case.searcher.search(x_D, 4, nprobe=1, num_pairwise=6, num_network=5)
   assert (result.ids_QR == -1).all()
   assert np.isposinf(result.distances_QR).all()
 
@@ -177,12 +161,12 @@ def _limit_queries(case, monkeypatch, num):
 
 
 def test_blocks_change_nothing(case, monkeypatch):
-  whole = case.searcher.search(case.xq_QD, 5, nprobe=3, num_short=4)
+  whole = case.searcher.search(case.xq_QD, 5, nprobe=3, num_network=4)
   _limit_queries(case, monkeypatch, 3)
   monkeypatch.setattr(pipeline, "_SLOT_BYTES", 64 * ivf.TILE * 12)
   monkeypatch.setattr(pipeline, "_DECODE_ROWS", 7)
   monkeypatch.setattr(pipeline, "_RERANKED", 12)
-  blocks = case.searcher.search(case.xq_QD, 5, nprobe=3, num_short=4)
+  blocks = case.searcher.search(case.xq_QD, 5, nprobe=3, num_network=4)
   np.testing.assert_array_equal(blocks.ids_QR, whole.ids_QR)
 
 
@@ -210,16 +194,16 @@ def test_what_does_not_fit_is_refused(case):
     search(np.array([[0.0] * 5, [0, 0, np.nan, 0, 0]]), 3)
   with pytest.raises(ValueError, match="nprobe must lie between 1 and 6"):
     search(case.xq_QD, 3, nprobe=7)
-  with pytest.raises(ValueError, match="max_ratio must lie .* 1 .* got 0.9"):
-    search(case.xq_QD, 3, nprobe=2, max_ratio=0.9)
   with pytest.raises(ValueError, match="k must lie between 1 and 90, got 91"):
     search(case.xq_QD, 91, nprobe=1)
-  with pytest.raises(ValueError, match="num_aq=5 asks for the pairwise"):
-    _Case(has_pairwise=False).searcher.search(case.xq_QD, 3, nprobe=1, num_aq=5)
+  with pytest.raises(ValueError, match="num_pairwise=5 needs the pairwise"):
+    _Case(has_pairwise=False).searcher.search(
+      case.xq_QD, 3, nprobe=1, num_pairwise=5
+    )
 
 
-class _SignedCase(_Case):
-  """With signs of vectors near what the words add up to."""
+class _BitsCase(_Case):
+  """With residual bits of vectors near the sums of their codewords."""
 
   def __init__(self):
     super().__init__()
@@ -232,37 +216,47 @@ class _SignedCase(_Case):
     xhat_ND = CENTROIDS_LD[self.list_N] + sum(words)
     rng = np.random.default_rng(4)
     x_ND = xhat_ND + 0.5 * rng.normal(size=xhat_ND.shape).astype(np.float32)
-    rotation_DE = signs.random_rotation(_DIM)
-    found = signs.describe(x_ND, xhat_ND, (xhat_ND**2).sum(axis=1), rotation_DE)
-    self.signs = signs.make_signs(*map(np.asarray, found), rotation_DE)
+    rotation_DE = residual_bits.random_rotation(_DIM)
+    found = residual_bits.describe(
+      x_ND, xhat_ND, (xhat_ND**2).sum(axis=1), rotation_DE
+    )
+    self.bits = residual_bits.make_bits(*map(np.asarray, found), rotation_DE)
     self.searcher = pipeline.Searcher(
-      self.searcher.parts._replace(signs=jax.tree.map(jnp.asarray, self.signs))
+      self.searcher.parts._replace(
+        refiner=refiners.rabitq(jax.tree.map(jnp.asarray, self.bits))
+      )
     )
 
 
 @pytest.mark.parametrize(
-  ("num_signs", "num_short"), [(9, 0), (9, 4), (9, 9), (None, 6), (None, 20)]
+  ("num_refined", "num_network"),
+  [(9, 0), (9, 4), (9, 9), (None, 6), (None, 20)],
 )
-def test_the_network_has_a_share_beside_signs(num_signs, num_short):
-  case, k = _SignedCase(), 12
-  at = dict(nprobe=3, num_short=0)
-  size = max(k, num_short) if num_signs is None else num_signs
-  scanned = case.searcher.search(case.xq_QD, max(k, size), **at, num_signs=0)
+def test_distances_of_the_network_are_averaged_with_residual_bits(
+  num_refined, num_network
+):
+  case, k = _BitsCase(), 12
+  at = dict(nprobe=3, num_network=0)
+  size = max(k, num_network) if num_refined is None else num_refined
+  scanned = case.searcher.search(case.xq_QD, max(k, size), **at, num_refined=0)
   result = case.searcher.search(
-    case.xq_QD, k, nprobe=3, num_signs=num_signs, num_short=num_short
+    case.xq_QD, k, nprobe=3, num_refined=num_refined, num_network=num_network
   )
+  assert "refine" in result.seconds
   row_of = {name: row for row, name in enumerate(case.ids_N)}
   for q, x_D in enumerate(case.xq_QD):
     rows = [row_of[i] for i in scanned.ids_QR[q]]
     head = np.array([rows[:size]])
-    signed = signs.distances(
-      case.signs, x_D[None], head, scanned.distances_QR[q : q + 1, :size]
+    refined = residual_bits.distances(
+      case.bits, x_D[None], head, scanned.distances_QR[q : q + 1, :size]
     )
-    of = dict(zip(rows[:size], np.asarray(signed)[0].tolist(), strict=True))
+    of = dict(zip(rows[:size], np.asarray(refined)[0].tolist(), strict=True))
     rows[:size] = sorted(rows[:size], key=of.get)
     exact_N = case.exact(x_D)
-    both = {row: 0.4 * exact_N[row] + 0.6 * of[row] for row in rows[:num_short]}
-    rows[:num_short] = sorted(rows[:num_short], key=both.get)
+    both = {
+      row: 0.4 * exact_N[row] + 0.6 * of[row] for row in rows[:num_network]
+    }
+    rows[:num_network] = sorted(rows[:num_network], key=both.get)
     np.testing.assert_array_equal(result.ids_QR[q], case.ids_N[rows[:k]])
     want = [{**of, **both}.get(row, np.nan) for row in rows[:k]]
     known = ~np.isnan(want)
@@ -272,47 +266,27 @@ def test_the_network_has_a_share_beside_signs(num_signs, num_short):
     )
 
 
-def test_blocks_change_nothing_with_signs(monkeypatch):
-  case, sizes, scan_fn = _SignedCase(), [], ivf.scan
-
-  def scan(lists, queries_QD, *args, **at):
-    sizes.append(len(queries_QD))
-    return scan_fn(lists, queries_QD, *args, **at)
-
-  monkeypatch.setattr(ivf, "scan", scan)
-  at = dict(nprobe=3, num_signs=9, num_short=0)
-  whole = case.searcher.search(case.xq_QD, 5, **at)
-  monkeypatch.setattr(pipeline, "_SLOT_BYTES", 4 * _DIM * 9 * 3)
-  blocks = case.searcher.search(case.xq_QD, 5, **at)
-  assert sizes[0] > 3 >= max(sizes[-7:])
-  np.testing.assert_array_equal(blocks.ids_QR, whole.ids_QR)
-
-
-def test_settings_of_signs_that_make_no_sense_are_refused(case):
-  with pytest.raises(ValueError, match="num_signs=5 asks for signs, but none"):
-    case.searcher.search(case.xq_QD, 3, nprobe=1, num_signs=5)
-  search = _SignedCase().searcher.search
-  with pytest.raises(ValueError, match="num_aq must be 0, and num_short at"):
-    search(case.xq_QD, 3, nprobe=1, num_signs=5, num_short=6)
-  with pytest.raises(ValueError, match="num_aq must be 0, and num_short at"):
-    search(case.xq_QD, 3, nprobe=1, num_signs=5, num_aq=6, num_short=2)
-
-
-class _FilteredCase(_Case):
-  """With a filter that knows vectors near what the words add up to."""
+class _FastscanCase(_Case):
+  """With a refiner that knows vectors near the sums of their codewords."""
 
   def __init__(self):
     super().__init__()
     arrays, rng = self.arrays, np.random.default_rng(4)
     words = zip(arrays["codebooks_MKD"], arrays["codes_NM"].T, strict=True)
-    self.words_ND = CENTROIDS_LD[self.list_N] + sum(b[c] for b, c in words)
-    noise_ND = rng.normal(size=self.words_ND.shape).astype(np.float32)
-    self.known_ND = self.words_ND + 0.5 * noise_ND
+    self.sums_ND = CENTROIDS_LD[self.list_N] + sum(b[c] for b, c in words)
+    noise_ND = rng.normal(size=self.sums_ND.shape).astype(np.float32)
+    self.known_ND = self.sums_ND + 0.5 * noise_ND
     self.num_maps, self.num_queries = 0, []
+    parts = self.searcher.parts
     self.searcher = pipeline.Searcher(
-      self.searcher.parts._replace(
-        filter=pipeline.Filter(
-          self._scan, lambda rows_N: self.words_ND[rows_N], self._map, 0.3, 0.6
+      parts._replace(
+        refiner=refiners.fastscan(
+          self._scan,
+          lambda rows_N: self.sums_ND[rows_N],
+          parts.distances_fn,
+          self._map,
+          codewords_weight=0.3,
+          network_weight=0.6,
         )
       )
     )
@@ -331,34 +305,32 @@ class _FilteredCase(_Case):
     return map(fn, items)
 
 
-@pytest.mark.parametrize("max_ratio", [None, 1.2])
 @pytest.mark.parametrize(
-  ("num_words", "num_short"), [(0, 0), (6, 0), (25, 0), (0, 6), (0, 25)]
+  ("num_refined", "num_network"), [(0, 0), (6, 0), (25, 0), (0, 6), (0, 25)]
 )
-def test_what_follows_a_filter_has_a_share(num_words, num_short, max_ratio):
-  case, k = _FilteredCase(), 9
+def test_distances_after_a_fastscan_are_averaged(num_refined, num_network):
+  case, k = _FastscanCase(), 9
   result = case.searcher.search(
-    *(case.xq_QD, k),
+    case.xq_QD,
+    k,
     nprobe=2,
-    max_ratio=max_ratio,
-    num_words=num_words,
-    num_short=num_short,
+    num_refined=num_refined,
+    num_network=num_network,
   )
-  stages = ["coarse", "scan"] + ["words"] * (num_words > 0)
-  assert list(result.seconds) == stages + ["network"] * (num_short > 0)
-  assert (result.num_decoded > 0) == (num_short > 0)
-  num, moved = num_words or num_short, 0
+  stages = ["coarse", "scan"] + ["refine"] * (num_refined > 0)
+  assert list(result.seconds) == stages + ["network"] * (num_network > 0)
+  assert (result.num_decoded > 0) == (num_network > 0)
+  num, moved = num_refined or num_network, 0
   for q, x_D in enumerate(case.xq_QD):
     gap_L = ((CENTROIDS_LD - x_D) ** 2).sum(axis=1)
     near = np.argsort(gap_L)[:2]
-    near = near[gap_L[near] <= (max_ratio or np.inf) * gap_L.min()]
     of_N = ((case.known_ND - x_D) ** 2).sum(axis=1)
     rows = [row for row in np.argsort(of_N) if case.list_N[row] in near]
     rows, of = rows[: max(k, num)], dict(enumerate(of_N.tolist()))
-    words_N = ((case.words_ND - x_D) ** 2).sum(axis=1)
-    then_N, share = (words_N, 0.3) if num_words else (case.exact(x_D), 0.6)
+    sums_N = ((case.sums_ND - x_D) ** 2).sum(axis=1)
+    then_N, weight = (sums_N, 0.3) if num_refined else (case.exact(x_D), 0.6)
     for row in rows[:num]:
-      of[row] = share * then_N[row] + (1 - share) * of[row]
+      of[row] = weight * then_N[row] + (1 - weight) * of[row]
     wanted = [*sorted(rows[:num], key=of.get), *rows[num:]][:k]
     moved += wanted != rows[:k]
     missing = [-1] * (k - len(wanted))
@@ -370,34 +342,57 @@ def test_what_follows_a_filter_has_a_share(num_words, num_short, max_ratio):
   assert (moved > 0) == (num > 0)
 
 
-def test_a_filter_takes_parts_of_a_batch_side_by_side(monkeypatch):
-  case, at = _FilteredCase(), dict(nprobe=3, num_words=5, num_short=0)
+def test_a_fastscan_searches_parts_of_a_batch_in_parallel(monkeypatch):
+  case, at = _FastscanCase(), dict(nprobe=3, num_refined=5, num_network=0)
   whole = case.searcher.search(case.xq_QD, 7, **at)
   assert (case.num_maps, case.num_queries) == (0, [20])
   monkeypatch.setattr(pipeline.devices, "num_cpus", lambda: 3)
   monkeypatch.setattr(pipeline, "_LEAST_PART", 2)
-  monkeypatch.setattr(pipeline, "_WORD_ROWS", 11)  # Two queries in a block.
+  monkeypatch.setattr(pipeline, "_REFINED_ROWS", 11)  # Two queries in a block.
   parts = case.searcher.search(case.xq_QD, 7, **at)
-  assert (case.num_maps, case.num_queries[1:]) == (1, [7, 7, 6])
+  assert (case.num_maps, case.num_queries[1:]) == (2, [7, 7, 6])
   np.testing.assert_array_equal(parts.ids_QR, whole.ids_QR)
   np.testing.assert_array_equal(parts.distances_QR, whole.distances_QR)
   assert sum(parts.seconds.values()) > 0
-  monkeypatch.setattr(pipeline, "_LEAST_PART", 20)
-  case.searcher.search(case.xq_QD, 7, **at)
-  assert (case.num_maps, case.num_queries[-1]) == (1, 20)
 
 
-def test_settings_of_filters_that_make_no_sense_are_refused(case):
-  with pytest.raises(ValueError, match="num_words=5 asks for a filter, but"):
-    case.searcher.search(case.xq_QD, 3, nprobe=1, num_words=5, num_short=0)
-  filtered = _FilteredCase()
-  search = filtered.searcher.search
-  with pytest.raises(ValueError, match="num_aq must be 0, and one of num_w"):
-    search(case.xq_QD, 3, nprobe=1, num_words=5, num_short=6)
-  with pytest.raises(ValueError, match="num_aq must be 0, and one of num_w"):
-    search(case.xq_QD, 3, nprobe=1, num_aq=6, num_short=2)
-  with pytest.raises(ValueError, match="asks for signs, but none"):
-    search(case.xq_QD, 3, nprobe=1, num_signs=5, num_short=2)
-  both = filtered.searcher.parts._replace(signs=_SignedCase().signs)
-  with pytest.raises(ValueError, match="a filter replaces; open one"):
-    pipeline.Searcher(both)
+@pytest.mark.parametrize("case_fn", [_BitsCase, _FastscanCase])
+def test_blocks_change_nothing_with_a_refiner(case_fn, monkeypatch):
+  case, at = case_fn(), dict(nprobe=3, num_refined=9, num_network=3)
+  whole = case.searcher.search(case.xq_QD, 5, **at)
+  monkeypatch.setattr(pipeline, "_REFINED_ROWS", 20)
+  blocks = case.searcher.search(case.xq_QD, 5, **at)
+  np.testing.assert_array_equal(blocks.ids_QR, whole.ids_QR)
+
+
+def test_what_a_refiner_does_by_default():
+  for case_fn, num_network, want in (
+    (_BitsCase, 20, True),
+    (_BitsCase, 0, True),
+    (_FastscanCase, 20, False),  # The network is the better of the two.
+    (_FastscanCase, 0, True),
+  ):
+    case = case_fn()
+    found = case.searcher.search(
+      case.xq_QD, 3, nprobe=2, num_network=num_network
+    )
+    assert ("refine" in found.seconds) == want
+
+
+def test_settings_of_refiners_that_make_no_sense_are_refused(case):
+  with pytest.raises(ValueError, match="num_refined=5 needs a refiner, but"):
+    case.searcher.search(case.xq_QD, 3, nprobe=1, num_refined=5)
+  for case_fn in (_BitsCase, _FastscanCase):
+    search = case_fn().searcher.search
+    with pytest.raises(ValueError, match="num_network must be at most num_re"):
+      search(case.xq_QD, 3, nprobe=1, num_refined=5, num_network=6)
+    with pytest.raises(ValueError, match="num_pairwise must be 0 with it"):
+      search(
+        *(case.xq_QD, 3),
+        nprobe=1,
+        num_refined=5,
+        num_pairwise=6,
+        num_network=2,
+      )
+  with pytest.raises(ValueError, match="num_pairwise must be 0 with it"):
+    search(case.xq_QD, 3, nprobe=1, num_pairwise=6, num_network=2)

@@ -116,8 +116,8 @@ def test_a_search_of_everything_is_exact(files, has_pairwise):
     k=10,
     nprobe=NUM_LISTS[files.name],
     ef_search=64 if NUM_LISTS[files.name] > 1 else None,
-    num_aq=NUM if has_pairwise else 0,
-    num_short=NUM,
+    num_pairwise=NUM if has_pairwise else 0,
+    num_network=NUM,
   )
   distances_QN = _distances(files)
   np.testing.assert_allclose(
@@ -139,8 +139,8 @@ def test_a_shortlist_is_what_the_tables_say(files):
   at = {"nprobe": NUM_LISTS[files.name]}
   at["ef_search"] = 64 if NUM_LISTS[files.name] > 1 else None
   queries_QD = np.load(files.queries)
-  short = searcher.search(queries_QD, k=30, num_short=0, **at)
-  found = searcher.search(queries_QD, k=5, num_short=30, **at)
+  short = searcher.search(queries_QD, k=30, num_network=0, **at)
+  found = searcher.search(queries_QD, k=5, num_network=30, **at)
   distances_QN = _distances(files)
   of_short_QC = np.take_along_axis(distances_QN, short.ids_QR, axis=1)
   np.testing.assert_allclose(
@@ -187,8 +187,8 @@ def test_the_recall_of_a_search_of_everything(files, tmp_path):
     decoders=files.decoders,
     nprobe=str(NUM_LISTS[files.name]),
     ef_search="64" if is_ivf else None,
-    num_aq="0",
-    num_short=f"10,{NUM}",
+    num_pairwise="0",
+    num_network=f"10,{NUM}",
     rounds=1,
     output=str(tmp_path / "search.json"),
   )
@@ -199,7 +199,7 @@ def test_the_recall_of_a_search_of_everything(files, tmp_path):
     codes=files.codes,
     output=str(tmp_path / "all.json"),
   )
-  recalls = {p["setting"]["num_short"]: p["recall"] for p in found["points"]}
+  recalls = {p["setting"]["num_network"]: p["recall"] for p in found["points"]}
   assert recalls[NUM] == everything["recall"]
   true_Q = oracles.nearest(np.load(files.queries), np.load(files.base))
   nearest_Q = _distances(files).argmin(axis=1)

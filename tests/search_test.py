@@ -93,7 +93,7 @@ def plain(tmp_path_factory):
 
 @pytest.fixture
 def small(ivf, tmp_path):
-  grid = {"nprobe": "1,6", "num_aq": "0,30", "num_short": "0,15"}
+  grid = {"nprobe": "1,6", "num_pairwise": "0,30", "num_network": "0,15"}
   return ivf | grid | {"output": str(tmp_path / "out.json")}
 
 
@@ -131,7 +131,7 @@ def test_points_are_what_searching_gives(small):
     )
     assert point["qps"] > 0
     assert point["decoded_per_query"] == found.num_decoded / 40
-    has_pairwise = point["setting"]["num_aq"] > 0
+    has_pairwise = point["setting"]["num_pairwise"] > 0
     assert ("pairwise" in point["stage_us"]) == has_pairwise
   assert result["header"]["bytes"] == {"qinco": 3}  # 4 x 4 bits and a norm.
   assert result["header"]["threads"]["faiss"] == 1
@@ -157,24 +157,32 @@ def test_points_are_printed_as_they_are_measured(small, capsys, monkeypatch):
 
 
 def test_the_network_over_all_is_exact_search(small):
-  small |= {"num_aq": "0", "num_short": f"0,{NUM + 99}", "dtype": "float32"}
+  small |= {
+    "num_pairwise": "0",
+    "num_network": f"0,{NUM + 99}",
+    "dtype": "float32",
+  }
   result = _run(small)
   best = [
-    p for p in result["points"] if p["setting"]["num_short"] and
+    p for p in result["points"] if p["setting"]["num_network"] and
     p["setting"]["nprobe"] == L
   ]  # fmt: skip
   # A value beyond the index becomes its size.
-  assert best[0]["setting"]["num_short"] == NUM
+  assert best[0]["setting"]["num_network"] == NUM
   assert best[0]["recall"]["knn_recall@10"] == 1
   assert best[0]["recall"]["1-recall@1"] == 1
 
 
 def test_no_more_than_the_settings_worth_trying(small, caplog):
-  small |= {"num_aq": "0,10,30", "num_short": "0,20,500"}
+  small |= {"num_pairwise": "0,10,30", "num_network": "0,20,500"}
   settings = [p["setting"] for p in _run(small)["points"]]
   # All lists and 500 of 500 decoded are perfect; aq above 500 there is none.
-  assert all(s["num_aq"] in (0, 30) or not s["num_short"] for s in settings)
-  assert not any(s["num_aq"] and s["num_short"] == 500 for s in settings)
+  assert all(
+    s["num_pairwise"] in (0, 30) or not s["num_network"] for s in settings
+  )
+  assert not any(
+    s["num_pairwise"] and s["num_network"] == 500 for s in settings
+  )
   assert len(settings) == len({json.dumps(s) for s in settings}) <= 12
 
 
@@ -198,7 +206,7 @@ def test_resume_measures_what_is_missing(small, monkeypatch):
   monkeypatch.setattr(search_measure, "_measure", measure)
   changes = {"k": 5, "decoders": None, "threads": 2, "rounds": 2}
   for name, value in changes.items():
-    other = {"num_aq": "0"} if name == "decoders" else {}
+    other = {"num_pairwise": "0"} if name == "decoders" else {}
     with pytest.raises(ValueError, match=f"measured with {name} .*, now it is"):
       _run(small | other | {name: value, "resume": True})
   after = _run(small | {"resume": True})["points"]
@@ -217,7 +225,7 @@ def test_baselines_on_the_same_lists(small, ivf):
   folder = pathlib.Path(ivf["queries"]).parent
   base = str(folder / "x.npy")
   small |= {"baselines": "ivf-pq,IVF-RaBitQ", "data": base, "train": base}
-  small |= {"num_aq": "0", "num_short": "0"}
+  small |= {"num_pairwise": "0", "num_network": "0"}
   result = _run(small)
   by_series = {}
   for point in result["points"]:
@@ -248,7 +256,7 @@ def test_baselines_on_the_same_lists(small, ivf):
 def test_baselines_without_times_of_single_queries(small, ivf, monkeypatch):
   base = str(pathlib.Path(ivf["queries"]).parent / "x.npy")
   small |= {"baselines": "IVF-PQ", "data": base, "train": base}
-  small |= {"num_aq": "0", "num_short": "0"}
+  small |= {"num_pairwise": "0", "num_network": "0"}
   single, timed = search_measure._latencies, []
 
   def stop_at_the_baseline(*args):
@@ -279,9 +287,9 @@ def test_baselines_without_times_of_single_queries(small, ivf, monkeypatch):
 
 def test_a_codec_without_lists(plain, tmp_path):
   plain = plain | {"output": str(tmp_path / "two.json"), "decoders": None}
-  result = _run(plain | {"num_short": "10,500"})
+  result = _run(plain | {"num_network": "10,500"})
   assert result["header"]["num_lists"] == 1
-  best = max(result["points"], key=lambda p: p["setting"]["num_short"])
+  best = max(result["points"], key=lambda p: p["setting"]["num_network"])
   assert best["recall"]["1-recall@1"] == 1
   assert best["setting"]["nprobe"] == 1
 
@@ -321,28 +329,19 @@ def test_decode_all_is_exact_search(kind, request, tmp_path):
     _run(values | {"codes": wide, "overwrite": True})
 
 
-def test_limits_of_lists_are_settings(small):
-  one = {"num_aq": "0", "num_short": "15"}
-  result = _run(small | one | {"max_ratio": "inf,1.0", "nprobe": "6"})
-  recall = {p["setting"]["max_ratio"]: p["recall"] for p in result["points"]}
-  assert set(recall) == {1.0, None}
-  values = small | one | {"nprobe": "1", "overwrite": True}
-  (nearest,) = _run(values)["points"]
-  assert recall[1.0] == nearest["recall"] != recall[None]
-
-
 @pytest.mark.parametrize(
   ("change", "message"),
   [
     ({"index": None}, "--index is needed"),
     ({"output": "x.png"}, r"must end in \.json; got x\.png"),
     ({"nprobe": "1,two"}, "--nprobe must be numbers from 1 on.*'1,two'"),
-    ({"max_ratio": "2,0.5"}, "--max_ratio must be numbers from 1 on.*'2,0.5'"),
-    ({"max_ratio": "2,nan"}, "--max_ratio must be numbers from 1 on.*'2,nan'"),
-    ({"num_short": "-1"}, "--num_short must be numbers from 0 on.*'-1'"),
-    ({"num_aq": "5", "num_short": "9"}, r"above --num_short, got \[5\]"),
+    ({"num_network": "-1"}, "--num_network must be numbers from 0 on.*'-1'"),
+    (
+      {"num_pairwise": "5", "num_network": "9"},
+      r"above --num_network, and .*num_pairwise=\[5\]",
+    ),
     ({"ef_search": "8"}, "effort of a graph, but .* is flat"),
-    ({"decoders": None}, "--num_aq asks for the pairwise decoder"),
+    ({"decoders": None}, "--num_pairwise needs the pairwise decoder"),
     ({"baselines": "IVF-XY"}, "may name IVF-PQ.*; got IVF-XY"),
     ({"baselines": "IVF-PQ"}, "--baselines need --data"),
     ({"groundtruth": None}, "no ground truth; give the vectors"),
@@ -439,7 +438,7 @@ def test_the_snippet_searches_as_was_measured(small, dtype, monkeypatch):
   monkeypatch.setattr(
     search.logging, "info", lambda text, *args: said.append(text % args)
   )
-  _run(small | {"num_aq": "0", "num_short": "0", "dtype": dtype})
+  _run(small | {"num_pairwise": "0", "num_network": "0", "dtype": dtype})
   (snippet,) = [text for text in said if "open_searcher(" in text]
   end = {"float32": "", "bfloat16": ", dtype='bfloat16'"}[dtype]
   assert f"{small['decoders']!r}{end})\n" in snippet

@@ -63,8 +63,8 @@ def of_index(config, info: dict):
   """
   if info["metric"] != "l2":
     raise ValueError(
-      f"{config.index} is of metric {info['metric']!r}, but signs and "
-      "filters are for squared distances; build it with --metric=l2."
+      f"{config.index} is of metric {info['metric']!r}, but refiners "
+      "are for squared distances; build it with --metric=l2."
     )
   dataset = datasets.own_dataset(base=config.data)
   num_rows = info.get("num_rows")

@@ -63,7 +63,9 @@ def explore(config, record, ours: str, ranges, search_fns, data) -> None:
   num_tried = 0
   with cli.progress(grid.num_settings, "search", unit="settings") as done:
     for number, (setting, may_win) in enumerate(grid.settings(), 1):
-      if is_one(setting) and may_win and not record.find(ours, setting):
+      if (
+        is_valid_setting(setting) and may_win and not record.find(ours, setting)
+      ):
         add(measure([(ours, setting), *of_probe(setting)])[0])
         num_tried += 1
       done(number, grid.num_settings)
@@ -78,14 +80,12 @@ def explore(config, record, ours: str, ranges, search_fns, data) -> None:
   )
 
 
-def is_one(setting: dict) -> bool:
+def is_valid_setting(setting: dict) -> bool:
   """Returns whether no stage of a setting is undone by a later one."""
-  short = setting["num_short"]
-  if setting["num_words"] and short:
-    return False
-  if setting["num_signs"]:
-    return not setting["num_aq"] and short <= setting["num_signs"]
-  return not 0 < setting["num_aq"] <= short
+  network, pairwise = setting["num_network"], setting["num_pairwise"]
+  if setting["num_refined"]:
+    return not pairwise and network <= setting["num_refined"]
+  return not 0 < pairwise <= network
 
 
 def _measure(config, jobs, search_fns, data) -> list[dict]:

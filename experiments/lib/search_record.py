@@ -10,10 +10,10 @@ from tqdm import tqdm
 from experiments.lib import cli
 from vqjax import devices
 from vqjax.data import files
-from vqjax.search import operating_points, plots
+from vqjax.search import operating_points, pipeline, plots
 from vqjax.search.operating_points import Point
 
-_STAGES = ("coarse", "scan", "words", "pairwise", "network")
+_STAGES = pipeline.STAGES
 _MAX_ROWS = 40
 _JOINED = ("bytes", "baselines")  # Of the header, {} where there are none.
 

@@ -1,7 +1,7 @@
 """Opens codec, index and decoders from their files, ready to search.
 
   searcher = open_searcher("runs/ivf", "index.faiss", "decoders.safetensors")
-  result = searcher.search(xq_QD, k=10, nprobe=16, num_short=20)
+  result = searcher.search(xq_QD, k=10, nprobe=16, num_network=20)
 
 `vqjax.search.pipeline` says what the options mean. Build it once; it answers
 batches of any size without compiling anew for each.
@@ -15,18 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqjax.codecs import pairwise, registry
-from vqjax.interop import faiss_filter, faiss_io, faiss_ivf
-from vqjax.search import ivf, pipeline
-from vqjax.storage import codec_file, decoder_file, sign_file
+from vqjax.interop import faiss_fastscan, faiss_io, faiss_ivf
+from vqjax.search import ivf, pipeline, refiners
+from vqjax.storage import codec_file, decoder_file, refiner_file
 
 
 def open_searcher(
   codec: str,
   index: str,
   decoders: str | None = None,
-  signs: str | None = None,
+  refiner: str | None = None,
   *,
-  filter: str | None = None,
   dtype: str = "float32",
 ) -> pipeline.Searcher:
   """Opens the files of a search and checks that they belong together.
@@ -35,8 +34,7 @@ def open_searcher(
     codec: Run folder, codec.safetensors or released checkpoint.
     index: File of `experiments.build_index`.
     decoders: File of `experiments.pairwise_decoder`, for the pairwise stage.
-    signs: File of `experiments.signs`, for a truer order of the scan.
-    filter: File of `experiments.filter`, for a faster scan; instead of signs.
+    refiner: File of `vqjax refiner`, of either kind.
     dtype: Type of the products of the scan and of the network, "float32" or
       "bfloat16"; sums are float32.
 
@@ -53,7 +51,6 @@ def open_searcher(
       "by squared distances; build it with --metric=l2. For vectors of length "
       "1 the order is that of inner products."
     )
-  found_signs = None if signs is None else sign_file.load(signs, meta)
   contents = faiss_ivf.contents(faiss_index)
   coarse = faiss_ivf.keep_coarse(faiss_index)  # The codes are not kept twice.
   pairwise_fn = None
@@ -83,29 +80,39 @@ def open_searcher(
       decode_fn=make_decode_fn(loaded, dtype),
       pairwise_fn=pairwise_fn,
       distances_fn=faiss_io.distances_to,
-      signs=found_signs,
-      filter=filter and _open_filter(filter, meta, contents),
+      refiner=refiner and _open_refiner(refiner, meta, contents),
     )
   )
 
 
-def _open_filter(path, meta: dict, contents) -> pipeline.Filter:
-  """Opens a filter of the index that has this description and these rows."""
-  index, info = faiss_filter.load(path, meta)
+def _open_refiner(path, meta: dict, contents) -> refiners.Refiner:
+  """Opens the refiner of the index that has this description and rows."""
+  if str(path).endswith(refiner_file.SUFFIX):
+    bits = refiner_file.load(path, meta)
+    return refiners.rabitq(jax.tree.map(jnp.asarray, bits))
+  index, info = faiss_fastscan.load(path, meta)
   row_of_I = np.full(int(contents.ids_N.max()) + 1, -1, np.int32)
   row_of_I[contents.ids_N] = np.arange(len(contents.ids_N), dtype=np.int32)
 
   def scan(queries_QD, probes_QP, k):
-    ids_QK, distances_QK = faiss_filter.scan(index, queries_QD, probes_QP, k)
+    ids_QK, distances_QK = faiss_fastscan.scan(index, queries_QD, probes_QP, k)
     return np.where(ids_QK < 0, -1, row_of_I[ids_QK]), distances_QK
 
-  return pipeline.Filter(
+  return refiners.fastscan(
     scan,
     faiss_ivf.make_rows_fn(contents),
+    faiss_io.distances_to,
     faiss_io.thread_pool().map,
-    info["words_share"],
-    info["network_share"],
+    codewords_weight=info["codewords_weight"],
+    network_weight=info["network_weight"],
   )
+
+
+def refiner_bytes(path, index_info: dict) -> int:
+  """Returns the bytes of a vector in the refiner of this index."""
+  if str(path).endswith(refiner_file.SUFFIX):
+    return refiner_file.num_bytes(index_info["dim"])
+  return faiss_fastscan.load(path, index_info).info["code_bytes"]
 
 
 def make_decode_fn(loaded: codec_file.LoadedCodec, dtype: str):

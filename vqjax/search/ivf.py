@@ -11,8 +11,7 @@ code, as a byte within the range of its list. The tables of a block of queries
 are one matrix product. Lists are read in tiles of consecutive codes, so that
 little but the table lookups is done for each code.
 
-The words are those of an additive decoder (`vqjax.codecs.additive`). Where the
-vectors have signs too (`signs.py`), these put the nearest in a truer order.
+The codewords are those of an additive decoder (`vqjax.codecs.additive`).
 """
 
 from functools import partial
@@ -24,7 +23,6 @@ from flax import struct
 from jax import lax
 
 from vqjax.core import Array, check_range, check_shape
-from vqjax.search import signs as signs_lib
 
 TILE = 32  # Codes that are read in one piece.
 
@@ -120,17 +118,15 @@ def codes_at(lists: Lists, rows: Array) -> Array:
   return jnp.stack(_unpack(packed, lists.num_codes, lists.num_bits), axis=-1)
 
 
-@partial(jax.jit, static_argnames=("num_tiles", "num_best", "num_signs"))
+@partial(jax.jit, static_argnames=("num_tiles", "num_best"))
 def scan(
   lists: Lists,
   queries_QD: Array,
   probes_QP: Array,
   distances_QP: Array,
-  signs: signs_lib.Signs | None = None,
   *,
   num_tiles: int,
   num_best: int,
-  num_signs: int = 0,
 ) -> tuple[Array, Array, Array]:
   """Finds the nearest codes in the probed lists of each query.
 
@@ -139,11 +135,8 @@ def scan(
     queries_QD: Queries.
     probes_QP: Lists to look into, -1 for none.
     distances_QP: Squared distances to their centroids.
-    signs: Of the same rows, for `num_signs`.
     num_tiles: At least as many as any query needs, see `count_tiles`.
     num_best: R, at most `num_tiles * TILE`.
-    num_signs: So many of the nearest get the distances, and the order, that
-      their signs tell; at most R.
 
   Returns:
     Rows `[Q, R]` of the lists, nearest first and -1 where there are no more,
@@ -168,19 +161,7 @@ def scan(
   none = lambda x_QR: jnp.where(found_QR, x_QR, -1)
   rows_QR = none(take(rows_QI, tile_QR) + at_QR)
   lists_QR = none(take(probes_QP, take(probe_QI, tile_QR)))
-  if not num_signs:
-    return rows_QR, lists_QR, -score_QR
-  head = lambda x_QR: x_QR[:, :num_signs]
-  distances_QS = signs_lib.distances(
-    signs, queries_QD, head(rows_QR), head(-score_QR)
-  )
-  negative_QS, order_QS = lax.top_k(-distances_QS, num_signs)
-  sort = lambda x_QR, head_QS: jnp.hstack([head_QS, x_QR[:, num_signs:]])
-  return (
-    sort(rows_QR, take(rows_QR, order_QS)),
-    sort(lists_QR, take(lists_QR, order_QS)),
-    sort(-score_QR, -negative_QS),
-  )
+  return rows_QR, lists_QR, -score_QR
 
 
 def count_tiles(sizes):

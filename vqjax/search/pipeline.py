@@ -1,24 +1,22 @@
-"""From queries to neighbours in four stages, each dearer and truer.
+"""From queries to neighbours in stages of growing cost and accuracy.
 
-  coarse    the lists nearest to a query
-  scan      all their codes, by tables of the additive decoder (`ivf.py`), and
-            the `num_signs` best of those by their signs, if any (`signs.py`);
-            or by a filter, other codes of the same vectors
-  words     the `num_words` best of a filter, by what their words add up to
-  pairwise  the `num_aq` best of those, by tables over pairs of codes
-  network   the `num_short` best of those, decoded; exact distances to that
+  coarse    finds the lists nearest to a query
+  scan      compares all their codes, by tables of the additive decoder
+            (`ivf.py`), or by the codes of a fastscan refiner
+  refine    re-orders the `num_refined` best by codewords and refiner together
+  pairwise  re-orders the `num_pairwise` best by tables over pairs of codes
+  network   decodes the `num_network` best and computes exact distances to that
 
-Every stage after the scan puts the head of the list of candidates in a better
-order and leaves the tail as it is. A stage whose number is 0 is left out. Signs
-and filters say of a vector what its codes do not, so that what follows them has
-a share in the distances instead of replacing them.
+Every stage after the scan re-orders the head of the list of candidates and
+leaves the tail as it is. A stage whose number is 0 is left out.
 
   searcher = pipeline.Searcher(parts)
-  result = searcher.search(xq_QD, k=10, nprobe=16, num_short=20)
+  result = searcher.search(xq_QD, k=10, nprobe=16, num_network=20)
   result.ids_QR, result.distances_QR
 
-Nothing here knows a codec: what decodes comes as functions. Reference: arXiv
-2501.03078, section 3.4.
+Nothing here knows a codec: what decodes comes as functions.
+
+Reference: arXiv 2501.03078, section 3.4.
 """
 
 import time
@@ -33,31 +31,17 @@ from vqjax import devices
 from vqjax.core import check_range
 from vqjax.data.formats import check_vectors
 from vqjax.search import ivf
-from vqjax.search.signs import Signs
+from vqjax.search.refiners import Refiner, round_up, weighted
 
-STAGES = ("coarse", "scan", "words", "pairwise", "network")
+STAGES = ("coarse", "scan", "refine", "pairwise", "network")
 _DECODE_ROWS = 4096  # Vectors that are decoded at once.
 _TABLE_BYTES = 2 << 20  # Of one scan; these should stay in the caches.
 _LEAST_QUERIES = 32  # In one scan, where tables are larger.
 _SLOT_BYTES = 64 << 20  # Of the slots of one scan, at most.
 _SCANS_AT_ONCE = 8
 _LEAST_PART = 256  # Queries that a thread is worth.
-_WORD_ROWS = 4096  # Candidates whose words are added up at once.
+_REFINED_ROWS = 4096  # Candidates that are refined at once.
 _RERANKED = 1 << 18  # Candidates that are decoded before any is dropped.
-_SHARE = 0.4  # Of the network, where signs have the rest: docs/ivf.md.
-
-
-class Filter(NamedTuple):
-  """Other codes of the vectors, which are scanned instead of the lists.
-
-  Shares, 0 to 1, are those that words and network have in the distances.
-  """
-
-  scan_fn: Callable  # (xq_QD, probes_QP, k) -> rows and distances [Q, k].
-  words_fn: Callable  # Rows [n] -> x_nD, what their words add up to.
-  map_fn: Callable  # As `map`, in threads, in each of which these use one.
-  words_share: float
-  network_share: float
 
 
 class Parts(NamedTuple):
@@ -73,8 +57,7 @@ class Parts(NamedTuple):
   decode_fn: Callable  # -> x_ND, by the network.
   pairwise_fn: Callable | None  # -> x_ND, by the pairwise decoder.
   distances_fn: Callable  # (xq_QD, x_UD, rows_QR) -> squared distances [Q, R].
-  signs: Signs | None = None  # Of the rows of `lists`, on the device.
-  filter: Filter | None = None  # Instead of signs.
+  refiner: Refiner | None = None  # Of the rows of `lists`.
 
 
 class Result(NamedTuple):
@@ -106,16 +89,18 @@ class Searcher:
   def __init__(self, parts: Parts):
     """Takes the parts as they are."""
     self.parts = parts
-    if parts.signs is not None and parts.filter is not None:
-      raise ValueError("Signs order the scan that a filter replaces; open one.")
     sizes_L = np.diff(np.asarray(parts.lists.starts_L1))
     self._tiles_L = ivf.count_tiles(sizes_L)
-    if parts.filter is not None:
+    if self._has_own_scan:
       lists_L = np.arange(len(sizes_L), dtype=np.int32)
       self._list_of_N = np.repeat(lists_L, sizes_L)
     self._pool = futures.ThreadPoolExecutor(
       min(devices.num_cpus(), _SCANS_AT_ONCE)
     )
+
+  @property
+  def _has_own_scan(self) -> bool:
+    return self.parts.refiner is not None and bool(self.parts.refiner.scan_fn)
 
   @property
   def dim(self) -> int:
@@ -129,62 +114,55 @@ class Searcher:
     *,
     nprobe: int | None = None,
     ef_search: int | None = None,
-    max_ratio: float | None = None,
-    num_signs: int | None = None,
-    num_words: int = 0,
-    num_aq: int = 0,
-    num_short: int = 20,
+    num_refined: int | None = None,
+    num_pairwise: int = 0,
+    num_network: int = 20,
   ) -> Result:
     """Finds `k` neighbours of each query.
 
     Args:
       queries_QD: Queries `[Q, D]` in data units, or one `[D]`.
       k: Results.
-      nprobe: Lists that are looked into; 16 or, where there are fewer, all
-        for None.
+      nprobe: Lists that are searched; None for 16, or all if there are fewer.
       ef_search: Effort of a coarse quantiser that is a graph; None for its
         own.
-      max_ratio: Of the `nprobe` lists those are left out whose centroid lies
-        at more than so many times the squared distance of the nearest: queries
-        amid a list need few others. None for no limit.
-      num_signs: Candidates of the scan that their signs put in order; None for
-        `max(k, num_short)` where there are signs, else 0.
-      num_words: Candidates of a filter that their words put in order, 0 where
-        the network decodes any; 5 are nearly as good as more.
-      num_aq: Candidates that the pairwise decoder puts in order; 0 with signs
-        or a filter, which know better.
-      num_short: Candidates that the network decodes, with signs at most
-        `num_signs`.
+      num_refined: Candidates that the refiner re-orders, at least as many as
+        the network decodes, or 0. None for `max(k, num_network)`; 0 without a
+        refiner, and for one that is scanned if the network follows.
+      num_pairwise: Candidates that the pairwise decoder re-orders; must be 0
+        with `num_refined`, which is more accurate.
+      num_network: Candidates that the network decodes.
 
     Raises:
-      ValueError: Where a number or a dimension does not fit.
+      ValueError: A number or a dimension does not fit.
     """
     queries_QD = np.atleast_2d(np.asarray(queries_QD, np.float32))
     check_vectors(queries_QD, dim=self.dim, name="queries")
     check_range("the number of queries", len(queries_QD), 1, 2**31 - 1)
     nprobe = min(16, len(self._tiles_L)) if nprobe is None else nprobe
-    if num_signs is None:
-      num_signs = max(k, num_short) if self.parts.signs and not num_aq else 0
-    self._check_setting(
-      k, nprobe, max_ratio, num_signs, num_words, num_aq, num_short
-    )
+    if num_refined is None:
+      num_refined = self._default_refined(k, num_pairwise, num_network)
+    self._check_setting(k, nprobe, num_refined, num_pairwise, num_network)
     clock = _Clock()
-    num_best = max(k, num_signs, num_words, num_aq, num_short)
-    probing = {"nprobe": nprobe, "ef_search": ef_search, "max_ratio": max_ratio}
-    find_fn = partial(self._find_lists, **probing)
-    if self.parts.filter is None:
-      share = _SHARE if num_signs else 1.0
-      found = self._scan(clock, queries_QD, find_fn, num_best, num_signs)
-    else:
-      share = self.parts.filter.network_share
-      found = self._filter(clock, queries_QD, find_fn, num_best, num_words)
+    num_best = max(k, num_refined, num_pairwise, num_network)
+    find_fn = partial(self.parts.coarse_fn, nprobe=nprobe, ef_search=ef_search)
+    scan_fn = self._scan_refiner if self._has_own_scan else self._scan
+    found = scan_fn(clock, queries_QD, find_fn, num_best)
+    network_weight = 1.0
+    if num_refined or self._has_own_scan:
+      network_weight = self.parts.refiner.network_weight
+    if num_refined:
+      found = self._refine(queries_QD, found, num_refined)
+      clock.lap("refine")
     num_decoded = 0
-    if num_aq:
-      found, _ = self._rerank(self.parts.pairwise_fn, queries_QD, found, num_aq)
+    if num_pairwise:
+      found, _ = self._rerank(
+        self.parts.pairwise_fn, queries_QD, found, num_pairwise
+      )
       clock.lap("pairwise")
-    if num_short:
+    if num_network:
       found, num_decoded = self._rerank(
-        self.parts.decode_fn, queries_QD, found, num_short, share
+        self.parts.decode_fn, queries_QD, found, num_network, network_weight
       )
       clock.lap("network")
     rows_QR = found.rows_QC[:, :k]
@@ -192,60 +170,48 @@ class Searcher:
     distances_QR = np.maximum.accumulate(found.distances_QC[:, :k], axis=1)
     return Result(ids_QR, distances_QR, clock.seconds, num_decoded)
 
+  def _default_refined(self, k, num_pairwise, num_network) -> int:
+    if self.parts.refiner is None or num_pairwise:
+      return 0
+    if self._has_own_scan and num_network:
+      return 0
+    return max(k, num_network)
+
   def _check_setting(
-    self, k, nprobe, max_ratio, num_signs, num_words, num_aq, num_short
+    self, k, nprobe, num_refined, num_pairwise, num_network
   ) -> None:
-    """Raises ValueError where a number does not fit the index, or another."""
+    """Raises ValueError if a number does not fit the index, or another."""
     check_range("nprobe", nprobe, 1, len(self._tiles_L), "lists of the index")
-    if max_ratio is not None:
-      check_range("max_ratio", max_ratio, 1, 1e6)
     check_range("k", k, 1, len(self.parts.ids_N), "vectors in the index")
     for name, value in (
-      ("num_signs", num_signs),
-      ("num_words", num_words),
-      ("num_aq", num_aq),
-      ("num_short", num_short),
+      ("num_refined", num_refined),
+      ("num_pairwise", num_pairwise),
+      ("num_network", num_network),
     ):
       check_range(name, value, 0, 1 << 20)
-    if num_signs and self.parts.signs is None:
+    if num_refined and self.parts.refiner is None:
       raise ValueError(
-        f"num_signs={num_signs} asks for signs, but none were opened: make "
-        "them with python -m experiments.signs, or set num_signs=0."
+        f"num_refined={num_refined} needs a refiner, but none was opened: make "
+        "one with vqjax refiner, or set num_refined=0."
       )
-    if num_signs and (num_aq or num_short > num_signs):
+    if num_refined and num_network > num_refined:
       raise ValueError(
-        "With signs num_aq must be 0, and num_short at most num_signs; got "
-        f"num_signs={num_signs}, num_aq={num_aq} and num_short={num_short}."
+        "num_network must be at most num_refined, or num_refined 0; got "
+        f"num_refined={num_refined} and num_network={num_network}."
       )
-    if num_words and self.parts.filter is None:
+    if num_pairwise and (num_refined or self._has_own_scan):
       raise ValueError(
-        f"num_words={num_words} asks for a filter, but none was opened: make "
-        "one with python -m experiments.filter, or set num_words=0."
+        "The pairwise decoder knows less than a refiner: num_pairwise must be "
+        f"0 with it; got num_refined={num_refined} and "
+        f"num_pairwise={num_pairwise}."
       )
-    if self.parts.filter is not None and (num_aq or num_words and num_short):
+    if num_pairwise and self.parts.pairwise_fn is None:
       raise ValueError(
-        "With a filter num_aq must be 0, and one of num_words and num_short; "
-        f"got num_aq={num_aq}, num_words={num_words} and num_short={num_short}."
-      )
-    if num_aq and self.parts.pairwise_fn is None:
-      raise ValueError(
-        f"num_aq={num_aq} asks for the pairwise decoder, but the file of "
-        "decoders has none; set num_aq=0."
+        f"num_pairwise={num_pairwise} needs the pairwise decoder, but no "
+        "decoders were opened, or they have none; set num_pairwise=0."
       )
 
-  def _find_lists(self, queries_QD, nprobe, ef_search, max_ratio):
-    """Lists of each query, -1 for those left out, and their distances."""
-    probes_QP, distances_QP = self.parts.coarse_fn(
-      queries_QD, nprobe, ef_search
-    )
-    if max_ratio is not None:
-      limit_Q1 = max_ratio * distances_QP[:, :1]
-      probes_QP = np.where(distances_QP <= limit_Q1, probes_QP, -1)
-    return probes_QP, distances_QP
-
-  def _scan(
-    self, clock, queries_QD, find_fn, num_best, num_signs
-  ) -> Candidates:
+  def _scan(self, clock, queries_QD, find_fn, num_best) -> Candidates:
     """Candidates of the scan, in blocks of queries with lists alike in size."""
     probes_QP, distances_QP = find_fn(queries_QD)
     clock.lap("coarse")
@@ -266,18 +232,14 @@ class Searcher:
         take(queries_QD),
         take(probes_QP),
         take(distances_QP),
-        self.parts.signs if num_signs else None,
         num_tiles=block.num_tiles,
         num_best=num_best,
-        num_signs=num_signs,
       )
       for whole, part in zip(out, found, strict=True):
         whole[block.rows] = np.asarray(part)[: len(block.rows)]
 
     num_words = self.parts.lists.words_DC.shape[1]
     most = max(_TABLE_BYTES // (4 * num_words), _LEAST_QUERIES)
-    if num_signs:  # Unpacked, signs are as large as vectors.
-      most = min(most, max(_SLOT_BYTES // (4 * self.dim * num_signs), 1))
     blocks = _blocks(order_Q, tiles_Q, num_best, most)
     # Side by side: XLA does the selection of one block on one core.
     map_fn = self._pool.map if len(blocks) > 1 else map
@@ -286,13 +248,11 @@ class Searcher:
     clock.lap("scan")
     return out
 
-  def _filter(
-    self, clock, queries_QD, find_fn, num_best, num_words
-  ) -> Candidates:
-    """Candidates of the filter, some in the order of their words.
+  def _scan_refiner(self, clock, queries_QD, find_fn, num_best) -> Candidates:
+    """Candidates by the codes of the refiner.
 
-    As many parts of the queries as there are threads go through all of it side
-    by side. Seconds are those of a part, the mean of all.
+    As many parts of the queries as there are threads are searched in parallel.
+    Seconds are those of a part, the mean of all.
     """
     num = len(queries_QD)
     size = max(-(-num // devices.num_cpus()), _LEAST_PART)
@@ -303,49 +263,41 @@ class Searcher:
       own = _Clock()
       probes_QP, _ = find_fn(part_QD)
       own.lap("coarse")
-      rows_QC, distances_QC = self.parts.filter.scan_fn(
+      rows_QC, distances_QC = self.parts.refiner.scan_fn(
         part_QD, probes_QP, num_best
       )
       lists_QC = np.where(rows_QC < 0, -1, self._list_of_N[rows_QC])
-      found = Candidates(rows_QC, lists_QC, distances_QC)
       own.lap("scan")
-      if num_words:
-        found = self._order_by_words(part_QD, found, num_words)
-        own.lap("words")
-      return found, own.seconds
+      return Candidates(rows_QC, lists_QC, distances_QC), own.seconds
 
-    map_fn = self.parts.filter.map_fn if len(starts) > 1 else map
+    map_fn = self.parts.refiner.map_fn if len(starts) > 1 else map
     parts, seconds = zip(*map_fn(run, starts), strict=True)
     clock.skip({s: np.mean([at[s] for at in seconds]) for s in seconds[0]})
     return Candidates(*map(np.concatenate, zip(*parts, strict=True)))
 
-  def _order_by_words(self, queries_QD, found, num_head) -> Candidates:
-    """Puts the head in order by its words, in blocks that fit the caches.
+  def _refine(self, queries_QD, found, num_head) -> Candidates:
+    """Re-orders the head by the refiner, in blocks that fit the caches."""
+    refiner, size = self.parts.refiner, max(_REFINED_ROWS // num_head, 1)
 
-    Vectors of several queries are decoded for each: it costs less than to find
-    them.
-    """
-    size = max(_WORD_ROWS // num_head, 1)
-    blocks = []
-    for start in range(0, len(queries_QD), size):
-      part = Candidates(*(x_QC[start : start + size] for x_QC in found))
-      rows_QC = part.rows_QC[:, :num_head]
-      x_ND = self.parts.filter.words_fn(np.maximum(rows_QC, 0).ravel())
-      at_QC = np.arange(rows_QC.size).reshape(rows_QC.shape)
-      distances_QC = self.parts.distances_fn(
-        queries_QD[start : start + size],
-        x_ND,
-        np.where(rows_QC < 0, -1, at_QC),
+    def run(start):
+      rows = slice(start, start + size)
+      part = Candidates(*(x_QC[rows] for x_QC in found))
+      head = Candidates(*(x_QC[:, :num_head] for x_QC in part))
+      distances_QC = refiner.distances_fn(
+        queries_QD[rows], head.rows_QC, head.distances_QC
       )
-      share = self.parts.filter.words_share
-      blocks.append(_reorder(part, distances_QC, share))
+      return _reorder(part, distances_QC)
+
+    starts = range(0, len(queries_QD), size)
+    map_fn = refiner.map_fn or self._pool.map
+    blocks = list((map_fn if len(starts) > 1 else map)(run, starts))
     return Candidates(*map(np.concatenate, zip(*blocks, strict=True)))
 
-  def _rerank(self, decode_fn, queries_QD, found, num_head, share=1.0):
+  def _rerank(self, decode_fn, queries_QD, found, num_head, weight=1.0):
     """Puts the first `num_head` candidates in the order of exact distances.
 
-    These have a `share` in the new distances, those so far the rest. In blocks
-    of queries, or all vectors of a large batch would be in memory. Also returns
+    The new distances are averaged with those so far by `weight`. In blocks of
+    queries, or all vectors of a large batch would be in memory. Also returns
     how many vectors were decoded.
     """
     size = max(_RERANKED // num_head, 1)
@@ -356,7 +308,8 @@ class Searcher:
         decode_fn,
         queries_QD[rows],
         Candidates(*(x_QC[rows] for x_QC in found)),
-        *(num_head, share),
+        num_head,
+        weight,
       )
       blocks.append(block)
       num_decoded += num
@@ -364,7 +317,7 @@ class Searcher:
       num_decoded
     )
 
-  def _rerank_block(self, decode_fn, queries_QD, found, num_head, share):
+  def _rerank_block(self, decode_fn, queries_QD, found, num_head, weight):
     """`_rerank` of some queries."""
     head = Candidates(*(x_QC[:, :num_head] for x_QC in found))
     is_there = head.rows_QC >= 0
@@ -377,7 +330,7 @@ class Searcher:
     at_QC = np.full(head.rows_QC.shape, -1, np.int64)
     at_QC[is_there] = back
     distances_QC = self.parts.distances_fn(queries_QD, x_UD, at_QC)
-    return _reorder(found, distances_QC, share), len(rows_U)
+    return _reorder(found, distances_QC, weight), len(rows_U)
 
   def _decode(self, decode_fn, rows_U, lists_U) -> np.ndarray:
     """Vectors `[U, D]` of rows, in blocks of few sizes."""
@@ -386,7 +339,7 @@ class Searcher:
     for start in range(0, len(rows_U), _DECODE_ROWS):
       block = slice(start, min(start + _DECODE_ROWS, len(rows_U)))
       size = block.stop - start
-      pad = (0, _round_up(size) - size)
+      pad = (0, round_up(size) - size)
       codes_NM = ivf.codes_at(
         self.parts.lists, np.pad(rows_U[block], pad, "edge")
       )
@@ -414,15 +367,14 @@ class _Clock:
     self._began = time.perf_counter()
 
 
-def _reorder(found, distances_QC, share: float) -> Candidates:
+def _reorder(found, distances_QC, weight: float = 1.0) -> Candidates:
   """Puts the head, which these distances are of, in order.
 
-  They have a `share` in the new distances, those so far the rest.
+  They are averaged with those so far by their `weight`.
   """
   num_head = distances_QC.shape[1]
   head = Candidates(*(x_QC[:, :num_head] for x_QC in found))
-  if share < 1:
-    distances_QC = share * distances_QC + (1 - share) * head.distances_QC
+  distances_QC = weighted(distances_QC, head.distances_QC, weight)
   distances_QC = np.where(head.rows_QC < 0, np.float32(np.inf), distances_QC)
   head = head._replace(distances_QC=distances_QC)
   order_QC = np.argsort(distances_QC, axis=1, kind="stable")
@@ -448,21 +400,12 @@ def _blocks(order_Q, tiles_Q, num_best: int, num_queries: int) -> list[_Block]:
   while start < len(order_Q):
     # The queries that follow need as many tiles or fewer.
     needed = int(tiles_Q[order_Q[start]])
-    num_tiles = _round_up(max(needed, least), num_steps=4)
+    num_tiles = round_up(max(needed, least), num_steps=4)
     slot_bytes = 32 * ivf.TILE * num_tiles
     most = min(max(_SLOT_BYTES // slot_bytes, 1), num_queries)
     rows = order_Q[start : start + most]
     rows = rows[2 * np.maximum(tiles_Q[rows], least) >= needed]
-    pad = (0, min(_round_up(len(rows)), most) - len(rows))
+    pad = (0, min(round_up(len(rows)), most) - len(rows))
     blocks.append(_Block(rows, np.pad(rows, pad, "edge"), num_tiles))
     start += len(rows)
   return blocks
-
-
-def _round_up(size: int, num_steps: int = 2) -> int:
-  """The least of few sizes that is not below `size`, at least 1.
-
-  They are `num_steps` to a doubling: 1, 2, 3, 4, 6, 8, 12, 16, ... for 2.
-  """
-  step = max((1 << max(size - 1, 0).bit_length()) // (2 * num_steps), 1)
-  return max(-(-size // step) * step, 1)

@@ -1,12 +1,11 @@
-"""Signs of what words leave, against loops."""
+"""One-bit residual codes, against loops."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.ivf_test import CENTROIDS_LD, _distance, _random_lists, _scan
-from vqjax.search import ivf, signs
-from vqjax.storage import sign_file
+from tests.ivf_test import CENTROIDS_LD, _distance, _random_lists
+from vqjax.search import refiners, residual_bits
+from vqjax.storage import refiner_file
 
 
 def _case(dim=5, num=90, seed=0):
@@ -19,9 +18,9 @@ def _case(dim=5, num=90, seed=0):
 
 
 def _make(x_ND, xhat_ND, scanned_N):
-  rotation_DE = signs.random_rotation(x_ND.shape[1])
-  found = signs.describe(x_ND, xhat_ND, scanned_N, rotation_DE)
-  return signs.make_signs(*map(np.asarray, found), rotation_DE)
+  rotation_DE = residual_bits.random_rotation(x_ND.shape[1])
+  found = residual_bits.describe(x_ND, xhat_ND, scanned_N, rotation_DE)
+  return residual_bits.make_bits(*map(np.asarray, found), rotation_DE)
 
 
 def _expected(x_D, xhat_D, scanned, rotation_DE):
@@ -39,12 +38,14 @@ def _expected(x_D, xhat_D, scanned, rotation_DE):
 
 @pytest.mark.parametrize("dim", [5, 32, 40])
 def test_a_rotation_keeps_lengths(dim):
-  rotation_DE = signs.random_rotation(dim, seed=3)
-  assert rotation_DE.shape == (dim, 32 * signs.num_words(dim))
+  rotation_DE = residual_bits.random_rotation(dim, seed=3)
+  assert rotation_DE.shape == (dim, 32 * residual_bits.num_numbers(dim))
   np.testing.assert_allclose(
     rotation_DE @ rotation_DE.T, np.eye(dim), atol=1e-6
   )
-  assert not np.allclose(rotation_DE, signs.random_rotation(dim, seed=4))
+  assert not np.allclose(
+    rotation_DE, residual_bits.random_rotation(dim, seed=4)
+  )
 
 
 @pytest.mark.parametrize("dim", [5, 40])
@@ -77,7 +78,7 @@ def test_distances_are_what_loops_find():
   xq_QD = np.random.default_rng(5).normal(size=(4, 5)).astype(np.float32)
   rows_QS = np.array([[3, 8, 7], [0, 89, -1], [5, 5, 2], [-1, 1, -1]], np.int32)
   given_QS = np.arange(12, dtype=np.float32).reshape(4, 3)
-  found_QS = np.asarray(signs.distances(made, xq_QD, rows_QS, given_QS))
+  found_QS = np.asarray(residual_bits.distances(made, xq_QD, rows_QS, given_QS))
   (low_f, step_f), (low_o, step_o) = made.range_22
   for q, x_D in enumerate(xq_QD):
     turned_E = x_D @ made.rotation_DE
@@ -100,7 +101,7 @@ def test_the_distance_of_a_vector_to_itself_is_zero():
   made = _make(x_ND, xhat_ND, scanned_N)
   of_scan_N = np.sum(x_ND**2, 1) - 2 * np.sum(x_ND * xhat_ND, 1) + scanned_N
   rows_NS = np.arange(len(x_ND), dtype=np.int32)[:, None]
-  found_NS = signs.distances(made, x_ND, rows_NS, of_scan_N[:, None])
+  found_NS = residual_bits.distances(made, x_ND, rows_NS, of_scan_N[:, None])
   far = np.mean(np.sum((x_ND - xhat_ND) ** 2, axis=1))
   assert np.abs(np.asarray(found_NS)).mean() < 0.05 * far
 
@@ -110,7 +111,9 @@ def test_a_vector_that_words_meet_exactly():
   made = _make(x_ND, x_ND, np.sum(x_ND**2, axis=1))
   np.testing.assert_array_equal(made.bits_NW, 0)
   given_QS = np.array([[1.0, 2.0]], np.float32)
-  found_QS = signs.distances(made, x_ND[:1], np.array([[0, 2]]), given_QS)
+  found_QS = residual_bits.distances(
+    made, x_ND[:1], np.array([[0, 2]]), given_QS
+  )
   np.testing.assert_allclose(found_QS, given_QS, atol=1e-5)
 
 
@@ -130,47 +133,19 @@ def _signs_of(arrays, seed=0):
   return _make(x_ND.astype(np.float32), xhat_ND.astype(np.float32), scanned_N)
 
 
-@pytest.mark.parametrize("num_signs", [1, 4, 10])
-def test_signs_order_the_head_of_a_scan(num_signs):
-  rng = np.random.default_rng(1)
-  arrays = _random_lists(rng)
-  made = _signs_of(arrays)
-  xq_QD = rng.normal(size=(7, 5)).astype(np.float32)
-  probes_QP = np.stack([rng.permutation(5)[:2] for _ in range(7)])
-  probes_QP[0] = [5, -1]  # The empty list: nothing is found.
-  sizes = dict(num_tiles=8, num_best=10)
-  plain = _scan(arrays, xq_QD, probes_QP, **sizes)
-  centroids_QPD = CENTROIDS_LD[probes_QP]
-  found = ivf.scan(
-    ivf.make_lists(**arrays),
-    jnp.asarray(xq_QD),
-    jnp.asarray(probes_QP, jnp.int32),
-    jnp.asarray(((xq_QD[:, None] - centroids_QPD) ** 2).sum(axis=-1)),
-    made,
-    **sizes,
-    num_signs=num_signs,
-  )
-  rows_QR, lists_QR, distances_QR = map(np.asarray, found)
-  want_QS = np.asarray(
-    signs.distances(
-      made, xq_QD, plain[0][:, :num_signs], plain[2][:, :num_signs]
-    )
-  )
-  order_QS = np.argsort(want_QS, axis=1, kind="stable")
-  for q in range(7):
-    for got, before in zip((rows_QR, lists_QR), plain[:2], strict=True):
-      np.testing.assert_array_equal(
-        got[q, :num_signs], before[q, order_QS[q]], strict=False
-      )
-      np.testing.assert_array_equal(got[q, num_signs:], before[q, num_signs:])
-    np.testing.assert_allclose(
-      distances_QR[q, :num_signs], want_QS[q, order_QS[q]], rtol=1e-5
-    )
-    np.testing.assert_array_equal(
-      distances_QR[q, num_signs:], plain[2][q, num_signs:]
-    )
-  assert (rows_QR[0] == -1).all()
-  assert num_signs == 1 or not np.array_equal(rows_QR, plain[0])
+def test_a_refiner_takes_any_number_of_queries():
+  x_ND, xhat_ND, scanned_N = _case()
+  made = _make(x_ND, xhat_ND, scanned_N)
+  refiner = refiners.rabitq(made)
+  rng = np.random.default_rng(5)
+  xq_QD = rng.normal(size=(5, 5)).astype(np.float32)
+  rows_QS = rng.integers(-1, 90, size=(5, 4)).astype(np.int32)
+  given_QS = rng.random((5, 4)).astype(np.float32)
+  want_QS = residual_bits.distances(made, xq_QD, rows_QS, given_QS)
+  for num in range(1, 6):
+    found_QS = refiner.distances_fn(xq_QD[:num], rows_QS[:num], given_QS[:num])
+    assert found_QS.shape == (num, 4)
+    np.testing.assert_allclose(found_QS, want_QS[:num], rtol=1e-5, atol=1e-5)
 
 
 def test_signs_come_nearer_to_the_truth():
@@ -182,7 +157,7 @@ def test_signs_come_nearer_to_the_truth():
   rows_1S = np.arange(400, dtype=np.int32)[None]
   of_scan_1S = ((x_D - xhat_ND) ** 2).sum(axis=1)[None]
   true_S = ((x_D - x_ND) ** 2).sum(axis=1)
-  found_1S = signs.distances(made, x_D[None], rows_1S, of_scan_1S)
+  found_1S = residual_bits.distances(made, x_D[None], rows_1S, of_scan_1S)
   error = lambda d_S: np.mean((np.asarray(d_S) - true_S) ** 2)
   assert error(found_1S[0]) < 0.5 * error(of_scan_1S[0])
 
@@ -193,7 +168,9 @@ def test_distances_take_the_terms_of_a_scan():
   made = _signs_of(arrays)
   x_D = np.zeros(5, np.float32)
   want = _distance(arrays, x_D, 0, 0)
-  found = signs.distances(made, x_D[None], np.array([[0]]), np.array([[want]]))
+  found = residual_bits.distances(
+    made, x_D[None], np.array([[0]]), np.array([[want]])
+  )
   offset = made.range_22[1, 0] + made.range_22[1, 1] * made.offset_N[0]
   assert float(found[0, 0]) == pytest.approx(want + offset, rel=1e-5)
 
@@ -201,48 +178,54 @@ def test_distances_take_the_terms_of_a_scan():
 @pytest.fixture(name="saved")
 def _saved(tmp_path):
   made = _make(*_case())
-  path = tmp_path / "signs.safetensors"
-  sign_file.save(path, made, of_index="abc", info={"seed": 0})
+  path = tmp_path / "refiner.safetensors"
+  refiner_file.save(path, made, of_index="abc", info={"seed": 0})
   return path, made, {"sha256": "abc", "num_vectors": 90, "dim": 5}
 
 
 def test_signs_come_back(saved):
   path, made, info = saved
-  found = sign_file.load(path, info)
+  found = refiner_file.load(path, info)
   for name in ("bits_NW", "scale_N", "offset_N", "range_22", "rotation_DE"):
     value = np.asarray(getattr(found, name))
     np.testing.assert_array_equal(value, getattr(made, name))
     assert value.dtype == getattr(made, name).dtype
-  assert made.bits_NW.shape[1] * 4 + 2 == sign_file.num_bytes(5)
+  assert made.bits_NW.shape[1] * 4 + 2 == refiner_file.num_bytes(5)
 
 
 def test_signs_of_something_else_are_refused(saved, tmp_path):
   path, made, info = saved
-  with pytest.raises(FileNotFoundError, match="experiments.signs makes"):
-    sign_file.load(tmp_path / "none.safetensors", info)
+  with pytest.raises(
+    FileNotFoundError, match="vqjax refiner --kind=rabitq makes"
+  ):
+    refiner_file.load(tmp_path / "none.safetensors", info)
   with pytest.raises(ValueError, match="checksum abc, but this index has xyz"):
-    sign_file.load(path, info | {"sha256": "xyz"})
-  with pytest.raises(ValueError, match=r"no valid file of signs: bits_NW must"):
-    sign_file.load(path, info | {"num_vectors": 91})
+    refiner_file.load(path, info | {"sha256": "xyz"})
+  with pytest.raises(
+    ValueError, match="no valid file of resid.*: bits_NW must"
+  ):
+    refiner_file.load(path, info | {"num_vectors": 91})
   with pytest.raises(FileExistsError):
-    sign_file.save(path, made, of_index="abc", info={})
-  with pytest.raises(ValueError, match=r"file \*.safetensors, got signs.npz"):
-    sign_file.save("signs.npz", made, of_index="abc", info={})
+    refiner_file.save(path, made, of_index="abc", info={})
+  with pytest.raises(ValueError, match=r"file \*.safetensors, got bits.npz"):
+    refiner_file.save("bits.npz", made, of_index="abc", info={})
   whole = path.read_bytes()
   path.write_bytes(whole[:-10])
   with pytest.raises(ValueError, match="truncated"):
-    sign_file.load(path, info)
+    refiner_file.load(path, info)
   path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
   with pytest.raises(ValueError, match="changed after it was written"):
-    sign_file.load(path, info)
+    refiner_file.load(path, info)
 
 
 def test_arrays_that_do_not_fit_are_refused():
-  rotation_DE = signs.random_rotation(5)
+  rotation_DE = residual_bits.random_rotation(5)
   bits_NW, values_N = np.zeros((4, 1), np.uint32), np.zeros(4, np.float32)
-  with pytest.raises(ValueError, match="signs must have shape"):
-    signs.make_signs(bits_NW[:3], values_N, values_N, rotation_DE)
+  with pytest.raises(ValueError, match="bits must have shape"):
+    residual_bits.make_bits(bits_NW[:3], values_N, values_N, rotation_DE)
   with pytest.raises(ValueError, match="offsets must have shape"):
-    signs.make_signs(bits_NW, values_N, values_N[:3], rotation_DE)
+    residual_bits.make_bits(bits_NW, values_N, values_N[:3], rotation_DE)
   with pytest.raises(ValueError, match="number of vectors"):
-    signs.make_signs(bits_NW[:0], values_N[:0], values_N[:0], rotation_DE)
+    residual_bits.make_bits(
+      bits_NW[:0], values_N[:0], values_N[:0], rotation_DE
+    )

@@ -1,13 +1,11 @@
-"""A filter: 4-bit codes of the vectors of an index, for a faster scan.
+"""A fastscan refiner: 4-bit codes of the vectors of an index, scanned faster.
 
-The index of a codec (`faiss_ivf`) keeps M words of 8 bits for each vector, and
-scanning them takes M lookups in tables that do not fit into registers. A filter
-holds the same vectors in the same lists, cut after a learned rotation into
-parts of 4 bits, and a byte for the norm, which faiss compares 32 at a time in
-registers ("fast scan"). With parts of 4 dimensions it is D / 8 + 1 bytes a
-vector and puts candidates in a truer order than the words do. What the codec
-knows of the best of them then has a share in their distances
-(`vqjax.search.pipeline`).
+The index of a codec (`faiss_ivf`) keeps M codewords of 8 bits for each vector,
+and scanning them takes M lookups in tables that do not fit into registers. A
+fastscan refiner holds the same vectors in the same lists, rotated by a learned
+rotation and cut into parts of 4 bits, and a byte for the norm. faiss compares
+32 of these at a time in registers. With parts of 4 dimensions they take
+D / 8 + 1 bytes a vector and give better distances than the codewords do.
 
 The file is an ordinary index of faiss, `OPQ{P},IVF{L},PRQ{P}x1x4fs_Nrq2x4`,
 which any faiss searches by itself.
@@ -26,7 +24,7 @@ from vqjax.data import formats
 from vqjax.interop import faiss_files, faiss_io, faiss_lists
 from vqjax.interop.faiss_io import float_rows
 
-_KIND = ("vqjax filter", 1)
+_KIND = ("vqjax fastscan refiner", 1)
 _NUM_BITS = 4  # A fast scan has no other.
 _PART_DIM = 4  # Dimensions of a part, unless asked for otherwise.
 _LEAST_TRAINING = 1 << 2 * _NUM_BITS  # Norms have a byte.
@@ -35,7 +33,7 @@ _OPQ_ITERATIONS = 20
 
 
 class Loaded(NamedTuple):
-  """A filter from a file, and its description."""
+  """A refiner from a file, and its description."""
 
   index: faiss.Index
   info: dict
@@ -44,7 +42,7 @@ class Loaded(NamedTuple):
 def fit(
   like: faiss.Index, x_ND: np.ndarray, *, num_parts: int | None = None
 ) -> faiss.Index:
-  """Learns rotation and words of an empty filter.
+  """Learns rotation and codewords of an empty refiner.
 
   Args:
     like: From `faiss_ivf.load`; its lists and its coarse quantiser are taken.
@@ -57,12 +55,12 @@ def fit(
   dim = like.d
   num_parts = check_parts(dim, num_parts)
   if like.metric_type != faiss.METRIC_L2:
-    raise ValueError("A filter is for squared distances, an index of l2.")
+    raise ValueError("A fastscan refiner needs an index of metric l2.")
   x_ND = float_rows("vectors", x_ND, dim)
   check_range(
     "the number of training vectors", len(x_ND), _LEAST_TRAINING, np.inf
   )
-  x_ND = np.resize(x_ND, (max(len(x_ND), _WARNS_BELOW), dim))  # In turns.
+  x_ND = np.resize(x_ND, (max(len(x_ND), _WARNS_BELOW), dim))  # Repeated.
   coarse = faiss.clone_index(like.quantizer)
   rotation_DD = faiss_io.train_opq(
     _left_of(coarse, x_ND),
@@ -70,7 +68,7 @@ def fit(
     _NUM_BITS,
     num_iterations=_OPQ_ITERATIONS,
   )
-  # From the middle of the vectors: the byte of a norm has less to tell.
+  # Around the mean of the vectors, so that a byte suffices for the norm.
   turn = faiss.LinearTransform(dim, dim, True)
   for value, field in (
     (rotation_DD.T, turn.A),
@@ -109,7 +107,7 @@ def check_parts(dim: int, num_parts: int | None) -> int:
 
 
 def add(index: faiss.Index, x_ND: np.ndarray, ids_N: np.ndarray) -> None:
-  """Adds vectors under the ids that they have in the index beside it."""
+  """Adds vectors under the ids that they have in the index."""
   check_shape("ids", ids_N, (len(x_ND),))
   formats.check_vectors(x_ND, dim=index.d, name="vectors")
   ids_N = np.ascontiguousarray(ids_N, np.int64)
@@ -117,7 +115,7 @@ def add(index: faiss.Index, x_ND: np.ndarray, ids_N: np.ndarray) -> None:
 
 
 def reconstruct(index: faiss.Index, x_ND: np.ndarray) -> np.ndarray:
-  """What the filter knows of vectors `[N, D]`, in data units."""
+  """Vectors `[N, D]` encoded and decoded, in data units."""
   turn, lists = _parts(index)
   x_ND = turn.apply(float_rows("vectors", x_ND, index.d))
   left_ND = _left_of(lists.quantizer, x_ND)
@@ -154,7 +152,7 @@ def scan(
 
 
 def _scan(lists, queries_QD, probes_QP, k: int):
-  """Ids and distances, as faiss has them, where all lists are some."""
+  """Ids and distances, as faiss has them, where no list is -1."""
   num, nprobe = probes_QP.shape
   probes_QP = np.ascontiguousarray(probes_QP, np.int64)
   ids_QK = np.empty((num, k), np.int64)
@@ -174,7 +172,7 @@ def _scan(lists, queries_QD, probes_QP, k: int):
 
 
 def describe(index: faiss.Index) -> dict:
-  """Returns the sizes of a filter, as its description has them."""
+  """Returns the sizes of a refiner, as its description has them."""
   _, lists = _parts(index)
   return {
     "dim": index.d,
@@ -193,12 +191,12 @@ def save(
   info: dict,
   overwrite: bool = False,
 ) -> dict:
-  """Writes a filter and its description, which it returns.
+  """Writes a refiner and its description, which it returns.
 
   Args:
     index: From `fit`.
     path: The file.
-    of_index: Checksum of the index it stands beside, `sha256` of its
+    of_index: Checksum of the index it belongs to, `sha256` of its
       description.
     info: What else the description says, plain values.
     overwrite: Replaces existing files instead of refusing.
@@ -208,32 +206,31 @@ def save(
 
 
 def load(path, index_info: dict) -> Loaded:
-  """Reads the filter of the index of this description.
+  """Reads the refiner of the index of this description.
 
   Raises:
     FileNotFoundError: There is no such file, or no description beside it.
-    ValueError: It is damaged, no filter, or of another index.
+    ValueError: It is damaged, no such refiner, or of another index.
   """
   index, info = faiss_files.load(path, kind=_KIND)
   if not info:
     raise FileNotFoundError(
-      f"{path} has no description beside it, so nobody knows which index it is "
-      "of: copy it too, or make the filter again by python -m "
-      "experiments.filter."
+      f"{path} has no description {path}.json, so its index is unknown: copy "
+      "it too, or make the refiner again by vqjax refiner --kind=fastscan."
     )
-  found = describe(index) if _is_filter(index) else None
+  found = describe(index) if _is_refiner(index) else None
   if found is None or found != {name: info.get(name) for name in found}:
-    raise ValueError(f"{path} is no filter as its description has it: {found}.")
+    raise ValueError(f"{path} is not what its description says: {found}.")
   if info.get("of_index") != index_info.get("sha256"):
     raise ValueError(
-      f"{path} is a filter of an index with checksum {info.get('of_index')}, "
-      f"but this index has {index_info.get('sha256')}; make its own by python "
-      "-m experiments.filter."
+      f"{path} belongs to an index with checksum {info.get('of_index')}, but "
+      f"this index has {index_info.get('sha256')}; make its own by vqjax "
+      "refiner --kind=fastscan."
     )
   return Loaded(index, info)
 
 
-def _is_filter(index) -> bool:
+def _is_refiner(index) -> bool:
   index = faiss.downcast_index(index)
   return isinstance(index, faiss.IndexPreTransform) and isinstance(
     faiss.downcast_index(index.index),
@@ -249,7 +246,7 @@ def _parts(index):
 
 
 def _left_of(coarse: faiss.Index, x_ND: np.ndarray) -> np.ndarray:
-  """What the centroids of their lists leave of vectors."""
+  """Residuals of vectors after the centroids of their lists."""
   coarse = faiss.downcast_index(coarse)
   lists_N = faiss_lists.assign_lists(coarse, x_ND)
   return x_ND - coarse.reconstruct_batch(lists_N.astype(np.int64))

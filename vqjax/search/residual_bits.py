@@ -1,21 +1,19 @@
-"""Signs of what the words of a code leave: a truer order for D more bits.
+"""One-bit residual codes (RaBitQ): better distances for D more bits a vector.
 
-The words that a scan adds up (`ivf.py`) leave e = x - xhat of a vector. Kept of
-it are the signs s of its coordinates after a random rotation R, and two bytes.
-With the scale f = |e|^2 / <Re, s>, which makes <e, y> about f <s, Ry> for any
-y, and exact for y = e,
+The codewords that a scan adds up (`ivf.py`) leave a residual e = x - xhat. Kept
+of it are the signs s of its coordinates after a random rotation R, and two
+bytes. With the scale f = |e|^2 / <Re, s>, which makes <e, y> about f <s, Ry>
+for any y, and exact for y = e,
 
   |q - x|^2  =  |q - xhat|^2 - 2 <q - xhat, e> + |e|^2
             about  |q - xhat|^2 - 2 f <Rq, s> + (|e|^2 + 2 f <R xhat, s>)
 
 The first term is what the scan has found, the bracket is kept with the code, as
-is f, each as a byte. So a shortlist is put in order by a few additions, with no
-network, and better than the network alone can (docs/ivf.md): the signs say
-something of the vector that its code does not.
+is f, each as a byte. So a shortlist is re-ordered by a few additions, without a
+network.
 
-The estimator is that of RaBitQ (arXiv 2405.12497), which takes the signs of
-what a centroid leaves: here it is what all words leave, so that less is left to
-be told by signs.
+Reference: the estimator is that of RaBitQ (arXiv 2405.12497), applied to the
+residual of all codewords instead of that of the centroid.
 """
 
 import jax
@@ -25,15 +23,15 @@ from flax import struct
 
 from vqjax.core import Array, check_range, check_shape
 
-WORD = 32  # Signs that are kept in one number.
+WORD = 32  # Bits that are kept in one number.
 _CUT = 1e-4  # Of scales and offsets on either side, out of the byte's range.
 _LEAST_STEP = 1e-12
 _PLACE_11B = np.arange(WORD, dtype=np.uint32)[None, None]
 
 
 @struct.dataclass
-class Signs:
-  """Signs of the vectors in `ivf.Lists`, in the order of its rows."""
+class ResidualBits:
+  """Residual bits of the vectors in `ivf.Lists`, in the order of its rows."""
 
   bits_NW: Array  # uint32; lowest bits first, 1 for a positive coordinate.
   scale_N: Array  # uint8, f.
@@ -45,7 +43,7 @@ class Signs:
 def random_rotation(dim: int, seed: int = 0) -> np.ndarray:
   """An orthonormal map `[D, E]` to the next multiple of 32 dimensions."""
   check_range("dim", dim, 1, 1 << 16)
-  num = num_words(dim) * WORD
+  num = num_numbers(dim) * WORD
   gauss_EE = np.random.default_rng(seed).normal(size=(num, num))
   q_EE, r_EE = np.linalg.qr(gauss_EE)
   # Without the signs the rotation would not be drawn evenly from all.
@@ -53,8 +51,8 @@ def random_rotation(dim: int, seed: int = 0) -> np.ndarray:
   return q_EE[:dim].astype(np.float32)
 
 
-def num_words(dim: int) -> int:
-  """Numbers of 32 bits that hold the signs of a vector."""
+def num_numbers(dim: int) -> int:
+  """Numbers of 32 bits that hold the bits of a vector."""
   return -(-dim // WORD)
 
 
@@ -62,16 +60,16 @@ def num_words(dim: int) -> int:
 def describe(
   x_ND: Array, xhat_ND: Array, scanned_N: Array, rotation_DE: Array
 ) -> tuple[Array, Array, Array]:
-  """Signs, scales f and offsets of vectors.
+  """Bits, scales f and offsets of vectors.
 
   Args:
     x_ND: The vectors.
-    xhat_ND: What their codes add up to.
-    scanned_N: What the scan takes for |xhat|^2; the offset corrects it.
+    xhat_ND: The sums of their codewords.
+    scanned_N: What the scan assumes for |xhat|^2; the offset corrects it.
     rotation_DE: From `random_rotation`.
 
   Returns:
-    uint32 `[N, W]`, float32 `[N]` and `[N]`; see `make_signs`.
+    uint32 `[N, W]`, float32 `[N]` and `[N]`; see `make_bits`.
   """
   turn = lambda y_ND: jnp.matmul(y_ND, rotation_DE, precision="highest")
   left_ND = x_ND - xhat_ND
@@ -89,14 +87,14 @@ def describe(
   return bits_NW, scale_N, offset_N
 
 
-def make_signs(bits_NW, scale_N, offset_N, rotation_DE) -> Signs:
-  """Puts together what `describe` found of all vectors, as numpy arrays."""
+def make_bits(bits_NW, scale_N, offset_N, rotation_DE) -> ResidualBits:
+  """Puts together the results of `describe` for all vectors, numpy arrays."""
   n, e = len(scale_N), rotation_DE.shape[1]
   check_range("the number of vectors", n, 1, 2**31 - 1, "rows are int32")
-  check_shape("signs", bits_NW, (n, e // WORD))
+  check_shape("bits", bits_NW, (n, e // WORD))
   check_shape("offsets", offset_N, (n,))
   values, ranges = zip(*map(_to_bytes, (scale_N, offset_N)), strict=True)
-  return Signs(
+  return ResidualBits(
     np.asarray(bits_NW, np.uint32),
     *values,
     np.array(ranges, np.float32),
@@ -114,26 +112,26 @@ def _to_bytes(value_N) -> tuple[np.ndarray, tuple]:
 
 
 def distances(
-  signs: Signs, queries_QD: Array, rows_QS: Array, scanned_QS: Array
+  bits: ResidualBits, queries_QD: Array, rows_QS: Array, scanned_QS: Array
 ) -> Array:
-  """Squared distances `[Q, S]` of rows of the lists, truer than the scan's.
+  """Squared distances `[Q, S]` of rows of the lists, better than the scan's.
 
   Args:
-    signs: On the device.
+    bits: On the device.
     queries_QD: Queries.
     rows_QS: Rows from `ivf.scan`, -1 for none.
     scanned_QS: Their distances from there.
   """
-  turned_QE = jnp.matmul(queries_QD, signs.rotation_DE, precision="highest")
+  turned_QE = jnp.matmul(queries_QD, bits.rotation_DE, precision="highest")
   at = lambda x_N: x_N[jnp.maximum(rows_QS, 0)]
-  is_up_QSWB = (at(signs.bits_NW)[..., None] >> _PLACE_11B[None]) & 1 == 1
+  is_up_QSWB = (at(bits.bits_NW)[..., None] >> _PLACE_11B[None]) & 1 == 1
   is_up_QSE = is_up_QSWB.reshape(*rows_QS.shape, -1)
   turned_Q1E = turned_QE[:, None]
   along_QS = jnp.sum(jnp.where(is_up_QSE, turned_Q1E, -turned_Q1E), axis=-1)
   scale_QS, offset_QS = (
     low + step * at(x_N).astype(jnp.float32)
     for (low, step), x_N in zip(
-      signs.range_22, (signs.scale_N, signs.offset_N), strict=True
+      bits.range_22, (bits.scale_N, bits.offset_N), strict=True
     )
   )
   found_QS = scanned_QS + offset_QS - 2 * scale_QS * along_QS

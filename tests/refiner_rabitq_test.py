@@ -1,4 +1,4 @@
-"""The signs command on a small index, and searches with what it writes."""
+"""The refiner command, kind rabitq, and searches with what it writes."""
 
 import json
 import pathlib
@@ -6,28 +6,33 @@ import pathlib
 import numpy as np
 import pytest
 
-from experiments import build_index, search, signs
+from experiments import build_index, refiner, search
 from experiments.lib import cli
 from tests import search_test
 from vqjax.interop import faiss_ivf, searchers
-from vqjax.storage import sign_file
+from vqjax.storage import refiner_file
 
 pytestmark = pytest.mark.usefixtures("one_thread", "single_calls")
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["ivf", "rq"])
 def files(request, tmp_path_factory):
-  folder = tmp_path_factory.mktemp("signs")
+  folder = tmp_path_factory.mktemp("rabitq")
   made = search_test._make(folder, request.param)
   # The codes are of the decoded vectors, the signs of vectors beside them.
   made["data"] = str(folder / "x.npy")
   return made
 
 
-def _signs(files, output, **values):
-  values = {"index": files["index"], "data": files["data"], **values}
-  config = cli.get_config(signs.OPTIONS, **values, output=str(output))
-  return signs.run(config)
+def _make(files, output, **values):
+  values = {
+    "kind": "rabitq",
+    "index": files["index"],
+    "data": files["data"],
+    **values,
+  }
+  config = cli.get_config(refiner.OPTIONS, **values, output=str(output))
+  return refiner.run(config)
 
 
 def _search(files, **values):
@@ -35,12 +40,16 @@ def _search(files, **values):
   return search.run(cli.get_config(search.OPTIONS, **values))
 
 
-def test_signs_are_of_the_rows_of_the_index(files, tmp_path):
-  path = tmp_path / "signs.safetensors"
-  result = _signs(files, path)
-  assert result == {"output": str(path), "num_vectors": search_test.NUM}
+def test_bits_are_of_the_rows_of_the_index(files, tmp_path):
+  path = tmp_path / "refiner.safetensors"
+  result = _make(files, path)
+  assert result == {
+    "output": str(path),
+    "num_vectors": search_test.NUM,
+    "code_bytes": refiner_file.num_bytes(search_test.D),
+  }
   index, info = faiss_ivf.load(files["index"])
-  contents, made = faiss_ivf.contents(index), sign_file.load(path, info)
+  contents, made = faiss_ivf.contents(index), refiner_file.load(path, info)
   x_ND, decode_fn = np.load(files["data"]), faiss_ivf.faiss_lists.make_decode_fn
   words_ND = decode_fn(contents.codebooks_MKD)(contents.codes_NM)
   list_N = np.repeat(
@@ -58,7 +67,7 @@ def test_signs_are_of_the_rows_of_the_index(files, tmp_path):
   # Of a vector to itself the distance is zero, but for bytes and the rest.
   searcher = searchers.open_searcher(files["codec"], files["index"], None, path)
   found = searcher.search(
-    *(x_ND, 500), nprobe=info["num_lists"], num_signs=500, num_short=0
+    *(x_ND, 500), nprobe=info["num_lists"], num_refined=500, num_network=0
   )
   is_self_NR = found.ids_QR == np.arange(500)[:, None]
   assert is_self_NR.any(axis=1).all()
@@ -67,90 +76,95 @@ def test_signs_are_of_the_rows_of_the_index(files, tmp_path):
   assert np.median(own) < 0.05 * far + 1e-3 * np.mean(np.sum(x_ND**2, axis=1))
   # With its own rotation, one of its own.
   other = tmp_path / "other.safetensors"
-  _signs(files, other, seed=1)
-  assert not np.array_equal(sign_file.load(other, info).bits_NW, made.bits_NW)
+  _make(files, other, seed=1)
+  assert not np.array_equal(
+    refiner_file.load(other, info).bits_NW, made.bits_NW
+  )
 
 
-def test_a_search_gains_by_signs(files, tmp_path):
-  path, output = tmp_path / "signs.safetensors", str(tmp_path / "out.json")
-  _signs(files, path)
-  at = {"signs": str(path), "num_aq": "0", "num_short": "0", "nprobe": "6"}
+def test_a_search_gains_by_residual_bits(files, tmp_path):
+  path, output = tmp_path / "refiner.safetensors", str(tmp_path / "out.json")
+  _make(files, path)
+  at = {
+    "refiner": str(path),
+    "num_pairwise": "0",
+    "num_network": "0",
+    "nprobe": "6",
+  }
   at |= {"output": output, "dtype": "float32"}
-  (plain,) = _search(files, **at, num_signs="0")["points"]
+  (plain,) = _search(files, **at, num_refined="0")["points"]
   at["overwrite"] = True
-  result = _search(files, **at, num_signs="30")
-  (signed,), header = result["points"], result["header"]
-  assert signed["setting"]["num_signs"] == 30
+  result = _search(files, **at, num_refined="30")
+  (refined,), header = result["points"], result["header"]
+  assert refined["setting"]["num_refined"] == 30
   if header["num_lists"] > 1:  # Else the words are those of the codec.
     name = "knn_recall@10"
-    assert signed["recall"][name] > plain["recall"][name] + 0.02
-  num_bytes = 3 + sign_file.num_bytes(search_test.D)
+    assert refined["recall"][name] > plain["recall"][name] + 0.02
+  num_bytes = 3 + refiner_file.num_bytes(search_test.D)
   assert list(header["bytes"].values()) == [num_bytes]
   searcher = searchers.open_searcher(files["codec"], files["index"], None, path)
-  nprobe = signed["setting"]["nprobe"]
+  nprobe = refined["setting"]["nprobe"]
   found = searcher.search(
-    np.load(files["queries"]), 10, nprobe=nprobe, num_signs=30, num_short=0
+    np.load(files["queries"]), 10, nprobe=nprobe, num_refined=30, num_network=0
   )
   hit = np.mean(found.ids_QR[:, 0] == np.load(files["groundtruth"])[:, 0])
-  assert signed["recall"]["1-recall@1"] == pytest.approx(hit)
+  assert refined["recall"]["1-recall@1"] == pytest.approx(hit)
 
 
-def test_which_settings_of_signs_are_some(files, tmp_path):
-  path = tmp_path / "signs.safetensors"
-  _signs(files, path)
-  at = {"signs": str(path), "num_aq": "0", "nprobe": "6"}
+def test_which_settings_are_valid(files, tmp_path):
+  path = tmp_path / "refiner.safetensors"
+  _make(files, path)
+  at = {"refiner": str(path), "num_pairwise": "0", "nprobe": "6"}
   at |= {"output": str(tmp_path / "out.json")}
-  result = _search(files, **at, num_signs="0,12", num_short="0,12,30")
+  result = _search(files, **at, num_refined="0,12", num_network="0,12,30")
   settings = [point["setting"] for point in result["points"]]
-  pairs = {(s["num_signs"], s["num_short"]) for s in settings}
+  pairs = {(s["num_refined"], s["num_network"]) for s in settings}
   assert pairs <= {(0, 0), (0, 12), (0, 30), (12, 0), (12, 12)}
   assert (0, 0) in pairs
   # Before anything is measured: a stage that another undoes.
   none = at | {"output": str(tmp_path / "none.json")}
-  with pytest.raises(
-    ValueError, match="No setting is left: .*num_signs, got .12."
-  ):
-    _search(files, **none, num_signs="12", num_short="30")
+  with pytest.raises(ValueError, match=r"No setting .* num_refined=\[12\]"):
+    _search(files, **none, num_refined="12", num_network="30")
   # Points of other signs, or of none, do not go into the same record.
   other = tmp_path / "other.safetensors"
-  _signs(files, other, seed=1)
-  at |= {"num_short": "0", "resume": True}
-  with pytest.raises(ValueError, match="measured with signs .*, now it is"):
-    _search(files, **at | {"signs": str(other)}, num_signs="0,12")
-  at["signs"] = None
-  with pytest.raises(ValueError, match="measured with signs .*, now it is"):
-    _search(files, **at, num_signs="0")
-  with pytest.raises(ValueError, match="--num_signs asks for signs"):
-    _search(files, **at, num_signs="0,12")
+  _make(files, other, seed=1)
+  at |= {"num_network": "0", "resume": True}
+  with pytest.raises(ValueError, match="measured with refiner .*, now it is"):
+    _search(files, **at | {"refiner": str(other)}, num_refined="0,12")
+  at["refiner"] = None
+  with pytest.raises(ValueError, match="measured with refiner .*, now it is"):
+    _search(files, **at, num_refined="0")
+  with pytest.raises(ValueError, match="--num_refined needs a refiner"):
+    _search(files, **at, num_refined="0,12")
 
 
 def test_what_does_not_fit_is_refused(files, tmp_path, monkeypatch):
-  path = tmp_path / "signs.safetensors"
+  path = tmp_path / "refiner.safetensors"
   other = str(tmp_path / "other.npy")
   x_ND = np.load(files["data"])
   np.save(other, x_ND[::-1])
   with pytest.raises(ValueError, match="vectors that were encoded as --data"):
-    _signs(files, path, data=other)
+    _make(files, path, data=other)
   np.save(other, x_ND[:-1])
   with pytest.raises(ValueError, match=r"--data must have shape \(500, 8\)"):
-    _signs(files, path, data=other)
+    _make(files, path, data=other)
   np.save(other, x_ND[:, :-1])
   with pytest.raises(ValueError, match=r"--data must have shape \(500, 8\)"):
-    _signs(files, path, data=other)
+    _make(files, path, data=other)
   with pytest.raises(ValueError, match=r"file \*.safetensors"):
-    _signs(files, tmp_path / "signs.npy")
+    _make(files, tmp_path / "signs.npy")
   bad_ND = x_ND.copy()
   bad_ND[7, 2] = np.nan  # A row of which the checksum takes no notice.
   np.save(other, bad_ND)
-  monkeypatch.setattr(signs.inputs, "check_data", lambda *_: None)
+  monkeypatch.setattr(refiner.inputs, "check_data", lambda *_: None)
   with pytest.raises(ValueError, match="must be finite, .* row 7"):
-    _signs(files, path, data=other)
+    _make(files, path, data=other)
   assert not path.exists()
   path.write_bytes(b"there")
   with pytest.raises(FileExistsError, match="exists already"):
-    _signs(files, path)
+    _make(files, path)
   assert path.read_bytes() == b"there"
-  assert _signs(files, path, overwrite=True)["num_vectors"] == 500
+  assert _make(files, path, overwrite=True)["num_vectors"] == 500
 
 
 def _build(files, output, **values):
@@ -162,22 +176,22 @@ def _build(files, output, **values):
   return str(output)
 
 
-def test_a_part_of_an_index_has_signs_too(files, tmp_path):
+def test_a_part_of_an_index_has_residual_bits_too(files, tmp_path):
   part = _build(files, tmp_path / "part.faiss", rows="100:350")
   path = tmp_path / "part.safetensors"
-  assert _signs({**files, "index": part}, path)["num_vectors"] == 250
+  assert _make({**files, "index": part}, path)["num_vectors"] == 250
   info = json.loads((tmp_path / "part.faiss.json").read_text())
-  assert sign_file.load(path, info).bits_NW.shape == (250, 1)
+  assert refiner_file.load(path, info).bits_NW.shape == (250, 1)
   whole = json.loads(pathlib.Path(files["index"] + ".json").read_text())
-  with pytest.raises(ValueError, match="make its own by python -m"):
-    sign_file.load(path, whole)
+  with pytest.raises(ValueError, match="make its own by vqjax refiner"):
+    refiner_file.load(path, whole)
 
 
 def test_an_index_for_inner_products_is_refused(files, tmp_path):
   index = _build(files, tmp_path / "ip.faiss", metric="ip")
-  path = tmp_path / "signs.safetensors"
+  path = tmp_path / "refiner.safetensors"
   with pytest.raises(
-    ValueError, match="is of metric 'ip', but signs and filters are for"
+    ValueError, match="is of metric 'ip', but refiners are for"
   ):
-    _signs({**files, "index": index}, path)
+    _make({**files, "index": index}, path)
   assert not path.exists()

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from vqjax.data import files
-from vqjax.interop import faiss_filter, faiss_ivf
+from vqjax.interop import faiss_fastscan, faiss_ivf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 D, L, NUM = 8, 5, 400
@@ -31,11 +31,11 @@ def _like(coarse="flat", d=D, metric="l2"):
 
 def _filled(coarse="flat", **options):
   x_ND = _data()
-  index = faiss_filter.fit(_like(coarse), x_ND, **options)
+  index = faiss_fastscan.fit(_like(coarse), x_ND, **options)
   assert index.ntotal == 0
   ids_N = np.arange(NUM) * 3 + 7
   for rows in (slice(150), slice(150, None)):
-    faiss_filter.add(index, x_ND[rows], ids_N[rows])
+    faiss_fastscan.add(index, x_ND[rows], ids_N[rows])
   return index, x_ND, ids_N
 
 
@@ -47,7 +47,7 @@ def _sq(x_ND, y_MD):
 @pytest.mark.parametrize("num_parts", [None, 4])
 def test_distances_are_those_to_what_it_knows(coarse, num_parts):
   index, x_ND, ids_N = _filled(coarse, num_parts=num_parts)
-  known_ND = faiss_filter.reconstruct(index, x_ND)
+  known_ND = faiss_fastscan.reconstruct(index, x_ND)
   error_N = ((x_ND - known_ND) ** 2).sum(axis=1)
   lists_N = _sq(x_ND, CENTROIDS_LD).argmin(axis=1)
   left_N = ((x_ND - CENTROIDS_LD[lists_N]) ** 2).sum(axis=1)
@@ -55,7 +55,7 @@ def test_distances_are_those_to_what_it_knows(coarse, num_parts):
   assert error_N.mean() < (0.2 if num_parts else 0.5) * left_N.mean()
   xq_QD = _data(6, seed=3)
   probes_QP = np.argsort(_sq(xq_QD, CENTROIDS_LD), axis=1)[:, :2]
-  ids_QK, distances_QK = faiss_filter.scan(index, xq_QD, probes_QP, NUM)
+  ids_QK, distances_QK = faiss_fastscan.scan(index, xq_QD, probes_QP, NUM)
   for q, x_D in enumerate(xq_QD):
     found = ids_QK[q] >= 0
     rows = (ids_QK[q][found] - 7) // 3
@@ -76,14 +76,14 @@ def test_some_queries_look_into_fewer_lists():
   probes_QP = np.argsort(_sq(xq_QD, CENTROIDS_LD), axis=1)[:, :3]
   some_QP = probes_QP.copy()
   some_QP[2:5, 1:] = some_QP[7:, 2:] = some_QP[6] = -1
-  ids_QK, distances_QK = faiss_filter.scan(index, xq_QD, some_QP, 5)
+  ids_QK, distances_QK = faiss_fastscan.scan(index, xq_QD, some_QP, 5)
   for q in range(9):
     num = np.count_nonzero(some_QP[q] >= 0)
     if not num:
       assert (ids_QK[q] == -1).all()
       assert np.isinf(distances_QK[q]).all()
       continue
-    alone = faiss_filter.scan(
+    alone = faiss_fastscan.scan(
       index, xq_QD[q : q + 1], probes_QP[q : q + 1, :num], 5
     )
     np.testing.assert_array_equal(ids_QK[q], alone[0][0])
@@ -92,16 +92,16 @@ def test_some_queries_look_into_fewer_lists():
 
 def test_plain_faiss_searches_the_file(tmp_path):
   index, _, _ = _filled()
-  path = tmp_path / "filter.faiss"
-  meta = faiss_filter.save(index, path, of_index="abc", info={"seed": 1})
-  assert meta == faiss_filter.load(path, {"sha256": "abc"}).info
+  path = tmp_path / "refiner.faiss"
+  meta = faiss_fastscan.save(index, path, of_index="abc", info={"seed": 1})
+  assert meta == faiss_fastscan.load(path, {"sha256": "abc"}).info
   assert (meta["num_parts"], meta["code_bytes"], meta["seed"]) == (2, 2, 1)
   plain, xq_QD = faiss.read_index(str(path)), _data(20, seed=3)
   faiss.extract_index_ivf(plain).nprobe = 3
   distances_QK, ids_QK = plain.search(xq_QD, 4)
   probes_QP = np.argsort(_sq(xq_QD, CENTROIDS_LD), axis=1)[:, :3]
-  loaded = faiss_filter.load(path, {"sha256": "abc"}).index
-  found = faiss_filter.scan(loaded, xq_QD, probes_QP, 4)
+  loaded = faiss_fastscan.load(path, {"sha256": "abc"}).index
+  found = faiss_fastscan.scan(loaded, xq_QD, probes_QP, 4)
   np.testing.assert_array_equal(found[0], ids_QK)
   # faiss leaves the part of a query out.
   missing_QK = found[1] - distances_QK
@@ -111,47 +111,47 @@ def test_plain_faiss_searches_the_file(tmp_path):
 
 def test_what_does_not_fit_is_refused():
   with pytest.raises(ValueError, match="num_parts must divide the 8 .* 1, 2,"):
-    faiss_filter.fit(_like(), _data(), num_parts=3)
+    faiss_fastscan.fit(_like(), _data(), num_parts=3)
   with pytest.raises(ValueError, match="num_parts must lie between 1 and 8"):
-    faiss_filter.fit(_like(), _data(), num_parts=9)
+    faiss_fastscan.fit(_like(), _data(), num_parts=9)
   with pytest.raises(ValueError, match="num_parts must divide the 9 .* 1, 3,"):
-    faiss_filter.fit(_like(d=9), _data(d=9))
-  with pytest.raises(ValueError, match="for squared distances"):
-    faiss_filter.fit(_like(metric="ip"), _data())
+    faiss_fastscan.fit(_like(d=9), _data(d=9))
+  with pytest.raises(ValueError, match="needs an index of metric l2"):
+    faiss_fastscan.fit(_like(metric="ip"), _data())
   with pytest.raises(ValueError, match="training vectors must .* 256 .* 255"):
-    faiss_filter.fit(_like(), _data(255))
+    faiss_fastscan.fit(_like(), _data(255))
   with pytest.raises(ValueError, match="vectors must have shape"):
-    faiss_filter.fit(_like(), _data(d=7))
+    faiss_fastscan.fit(_like(), _data(d=7))
   index, x_ND, ids_N = _filled()
   with pytest.raises(ValueError, match="ids must have shape"):
-    faiss_filter.add(index, x_ND, ids_N[:-1])
+    faiss_fastscan.add(index, x_ND, ids_N[:-1])
   x_ND[3, 1] = np.nan
   with pytest.raises(ValueError, match="vectors must be finite, .* row 3"):
-    faiss_filter.add(index, x_ND, ids_N)
+    faiss_fastscan.add(index, x_ND, ids_N)
   assert index.ntotal == NUM
 
 
 def test_files_that_are_not_its_own_are_refused(tmp_path):
   index, _, _ = _filled()
-  path, of = tmp_path / "filter.faiss", {"sha256": "abc"}
+  path, of = tmp_path / "refiner.faiss", {"sha256": "abc"}
   with pytest.raises(FileNotFoundError, match="There is no file"):
-    faiss_filter.load(path, of)
-  faiss_filter.save(index, path, of_index="abc", info={})
+    faiss_fastscan.load(path, of)
+  faiss_fastscan.save(index, path, of_index="abc", info={})
   with pytest.raises(FileExistsError):
-    faiss_filter.save(index, path, of_index="abc", info={})
+    faiss_fastscan.save(index, path, of_index="abc", info={})
   with pytest.raises(ValueError, match="checksum abc, but this index has xyz"):
-    faiss_filter.load(path, {"sha256": "xyz"})
+    faiss_fastscan.load(path, {"sha256": "xyz"})
   other = tmp_path / "index.faiss"
   faiss_ivf.save(_like(), other, {})
-  with pytest.raises(ValueError, match="must have format 'vqjax filter'"):
-    faiss_filter.load(other, of)
+  with pytest.raises(ValueError, match="must have format 'vqjax fastscan"):
+    faiss_fastscan.load(other, of)
   faiss.write_index(_like(), str(path))
   with pytest.raises(ValueError, match="truncated or of another run"):
-    faiss_filter.load(path, of)
+    faiss_fastscan.load(path, of)
   beside = files.description_path(path)
   beside.unlink()
-  with pytest.raises(FileNotFoundError, match="no description beside it"):
-    faiss_filter.load(path, of)
+  with pytest.raises(FileNotFoundError, match="has no description"):
+    faiss_fastscan.load(path, of)
 
 
 @pytest.mark.parametrize(("num_lists", "num_words"), [(1, 16), (5, 256)])
@@ -182,7 +182,7 @@ def test_parts_are_those_of_a_learned_rotation_far_from_zero():
   turn_DD = np.linalg.qr(rng.normal(size=(D, D)))[0]
   spread_D = np.array([4, 4, 4, 4, 0.1, 0.1, 0.1, 0.1])
   x_ND = (_data() * spread_D @ turn_DD + 300).astype(np.float32)
-  index = faiss_filter.fit(
+  index = faiss_fastscan.fit(
     faiss_ivf.make_index(
       x_ND[:L],
       _data(2 * 16, seed=8).reshape(2, 16, D),
@@ -191,8 +191,8 @@ def test_parts_are_those_of_a_learned_rotation_far_from_zero():
     ),
     x_ND,
   )
-  faiss_filter.add(index, x_ND, np.arange(NUM))
-  known_ND = faiss_filter.reconstruct(index, x_ND)
+  faiss_fastscan.add(index, x_ND, np.arange(NUM))
+  known_ND = faiss_fastscan.reconstruct(index, x_ND)
   # Without a rotation 16 words have all of the spread in one part, or in two.
   lists_N = _sq(x_ND, x_ND[:L]).argmin(axis=1)
   left_ND = x_ND - x_ND[lists_N]
@@ -202,7 +202,7 @@ def test_parts_are_those_of_a_learned_rotation_far_from_zero():
   plain_ND = plain.decode(plain.compute_codes(left_ND))
   error = ((x_ND - known_ND) ** 2).sum(axis=1).mean()
   assert error < 0.75 * ((left_ND - plain_ND) ** 2).sum(axis=1).mean()
-  ids_QK, distances_QK = faiss_filter.scan(
+  ids_QK, distances_QK = faiss_fastscan.scan(
     index, x_ND[:9], np.tile(np.arange(L), (9, 1)), NUM
   )
   exact_QK = ((x_ND[:9, None] - known_ND[ids_QK]) ** 2).sum(axis=-1)

@@ -1,0 +1,106 @@
+"""Residual bits of the vectors of an index, in a `refiner.safetensors`.
+
+  refiner_file.save("refiner.safetensors", bits, of_index=info["sha256"],
+                    info={})
+  bits = refiner_file.load("refiner.safetensors", info)
+
+They are in the order of the rows of that index, and of no other. Arrays lie
+under the names of the fields of `residual_bits.ResidualBits`. The header says,
+beside what `tensors` needs:
+
+  of_index                checksum of the index file
+  vqjax_version, created
+  info                    what the caller knows
+"""
+
+import pathlib
+
+from vqjax.core import check_shape
+from vqjax.search.residual_bits import WORD, ResidualBits, num_numbers
+from vqjax.storage import tensors
+
+SUFFIX = ".safetensors"
+_FORMAT, _VERSION = "vqjax residual bits", 1
+
+
+def num_bytes(dim: int) -> int:
+  """Bytes that the residual bits of a vector take."""
+  return num_numbers(dim) * WORD // 8 + 2
+
+
+def check_path(path) -> None:
+  """Raises ValueError unless residual bits may be written under this name."""
+  if pathlib.Path(path).suffix != SUFFIX:
+    raise ValueError(f"A rabitq refiner must be a file *{SUFFIX}, got {path}.")
+
+
+def save(
+  path,
+  bits: ResidualBits,
+  *,
+  of_index: str,
+  info: dict,
+  overwrite: bool = False,
+) -> None:
+  """Writes residual bits, whole or not at all.
+
+  Args:
+    path: File to write, `*.safetensors`.
+    bits: From `residual_bits.make_bits`.
+    of_index: Checksum of the index, `sha256` of its description.
+    info: What else to keep, plain JSON values.
+    overwrite: Replaces a file that is there instead of refusing.
+  """
+  check_path(path)
+  tensors.save(
+    path,
+    *tensors.flatten(bits),
+    overwrite=overwrite,
+    info=info,
+    format=_FORMAT,
+    version=_VERSION,
+    of_index=of_index,
+  )
+
+
+def load(path, index_info: dict) -> ResidualBits:
+  """Loads the residual bits of the index of this description.
+
+  Raises:
+    FileNotFoundError: There is no such file.
+    ValueError: It is no such file, damaged, changed, or of another index.
+  """
+  header, arrays = tensors.load(
+    path,
+    format=_FORMAT,
+    version=_VERSION,
+    what="file of residual bits",
+    missing="vqjax refiner --kind=rabitq makes it.",
+  )
+  if header.get("of_index") != index_info.get("sha256"):
+    raise ValueError(
+      f"{path} belongs to an index with checksum {header.get('of_index')}, "
+      f"but this index has {index_info.get('sha256')}; make its own by vqjax "
+      "refiner --kind=rabitq."
+    )
+  try:
+    bits = tensors.rebuild(ResidualBits, arrays, dict(header["static"]))
+    _check(bits, index_info["num_vectors"], index_info["dim"])
+  except ValueError as error:
+    raise ValueError(
+      f"{path} is no valid file of residual bits: {error}."
+    ) from error
+  return bits
+
+
+def _check(bits: ResidualBits, num_vectors: int, dim: int) -> None:
+  """Raises ValueError where arrays are not of this many vectors."""
+  num = num_numbers(dim)
+  for name, shape in (
+    ("bits_NW", (num_vectors, num)),
+    ("scale_N", (num_vectors,)),
+    ("offset_N", (num_vectors,)),
+    ("range_22", (2, 2)),
+    ("rotation_DE", (dim, num * WORD)),
+  ):
+    check_shape(name, getattr(bits, name), shape)

@@ -86,7 +86,9 @@ def test_all_lists_and_a_long_shortlist_are_exact_search(case):
 
 @pytest.mark.parametrize("num_network", [1, 3, 11])
 def test_results_are_nearest_first_beyond_the_head(case, num_network):
-  found = case.searcher.search(case.xq_QD, 12, nprobe=3, num_network=num_network)
+  found = case.searcher.search(
+    case.xq_QD, 12, nprobe=3, num_network=num_network
+  )
   assert (np.diff(found.distances_QR, axis=1) >= 0).all()
   for q, x_D in enumerate(case.xq_QD):  # The head has its own distances.
     row_of = {name: row for row, name in enumerate(case.ids_N)}

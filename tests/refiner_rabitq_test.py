@@ -63,7 +63,8 @@ def test_bits_are_of_the_rows_of_the_index(files, tmp_path):
   )
   sure_NE = np.abs(left_NE) > 1e-4
   np.testing.assert_array_equal((left_NE > 0)[sure_NE], bits_NE[sure_NE] == 1)
-  assert sure_NE.mean() > 0.9
+  if info["num_lists"] > 1:  # Else the codewords of the codec are exact here.
+    assert sure_NE.mean() > 0.9
   # Of a vector to itself the distance is zero, but for bytes and the rest.
   searcher = searchers.open_searcher(files["codec"], files["index"], None, path)
   found = searcher.search(
@@ -74,12 +75,13 @@ def test_bits_are_of_the_rows_of_the_index(files, tmp_path):
   far = np.mean(np.sum(left_ND**2, axis=1))
   own = np.abs(found.distances_QR[is_self_NR])
   assert np.median(own) < 0.05 * far + 1e-3 * np.mean(np.sum(x_ND**2, axis=1))
-  # With its own rotation, one of its own.
-  other = tmp_path / "other.safetensors"
-  _make(files, other, seed=1)
-  assert not np.array_equal(
-    refiner_file.load(other, info).bits_NW, made.bits_NW
-  )
+  # With another rotation the bits are others.
+  if info["num_lists"] > 1:
+    other = tmp_path / "other.safetensors"
+    _make(files, other, seed=1)
+    assert not np.array_equal(
+      refiner_file.load(other, info).bits_NW, made.bits_NW
+    )
 
 
 def test_a_search_gains_by_residual_bits(files, tmp_path):

@@ -15,16 +15,13 @@ import pathlib
 import time
 
 import jax
-import matplotlib
 import numpy as np
 from absl import logging
 
 from experiments.lib import cli, codecs, encoders
 from vqjax.core import check_range
 from vqjax.data import batches, datasets, files
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from vqjax.search import plots
 
 OPTIONS = {
   "codec": cli.CODEC_OPTION,
@@ -192,47 +189,35 @@ def _table(rows) -> str:
 
 def _draw(rows, scale, path, kind) -> None:
   """Draws each rule's sizes, and the line through those nothing beats."""
-  figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-  colours = {
-    "published": "tab:orange",
-    "joint": "tab:blue",
-    "scout": "tab:green",
-  }
-  for rule, colour in colours.items():
+  figure, (axes,) = plots.make_figure()
+  axes.set(
+    xscale="log",
+    xlabel="microseconds per vector (lower is better)",
+    ylabel="MSE"
+    + ("" if scale == 1 else f" x {scale:g}")
+    + " (lower is better)",
+  )
+  wanted = []
+  for i, rule in enumerate(dict.fromkeys(row["rule"] for row in rows)):
     mine = [row for row in rows if row["rule"] == rule]
-    if not mine:
-      continue
-    best, front = np.inf, []
+    best = []
     for row in mine:  # In the order of time.
-      if row["mse"] < best:
-        best = row["mse"]
-        front.append(row)
-    for chosen, style in (
-      (mine, dict(ls="", marker=".", alpha=0.4)),
-      (front, dict(marker="o", ms=4, label=rule)),
-    ):
-      axes.plot(
-        [row["encode_us"] for row in chosen],
-        [row["mse"] for row in chosen],
-        color=colour,
-        **style,
-      )
-    for row in front:
-      sizes = [f"{name}={row[name]}" for name in "BACF" if row[name]]
-      axes.annotate(
-        " ".join(sizes),
-        (row["encode_us"], row["mse"]),
-        fontsize=6,
-        xytext=(3, 3),
-        textcoords="offset points",
-      )
-  axes.set_xscale("log")
-  axes.set_xlabel("microseconds per vector")
-  axes.set_ylabel("MSE" + ("" if scale == 1 else f" (x {scale:g})"))
-  axes.grid(alpha=0.3)
-  axes.legend(title="rule")
+      if not best or row["mse"] < best[-1]["mse"]:
+        best.append(row)
+    wanted += plots.draw_series(
+      axes,
+      [(row["encode_us"], row["mse"]) for row in mine],
+      [(row["encode_us"], row["mse"]) for row in best],
+      [_sizes_text(row) for row in best],
+      name=f"{rule} rule",
+      color=f"C{i}",
+    )
+  plots.finish(figure, wanted)
   figure.savefig(path, format=kind, dpi=150)
-  plt.close(figure)
+
+
+def _sizes_text(row) -> str:
+  return " ".join(f"{name}={row[name]}" for name in "BACF" if row[name])
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from vqjax.data import batches, datasets, files
 from vqjax.interop import faiss_io
 from vqjax.storage import codec_file
 from vqjax.training import checkpoints as checkpoints_lib
-from vqjax.training import loop, optimisers, writers
+from vqjax.training import curves, loop, optimisers, writers
 
 _METRICS = ["loss", "mse", "mse_loss", "preselect_loss"]
 SEARCH = ("num_candidates", "beam_size", "num_joint_candidates")
@@ -239,7 +239,7 @@ def _train_learned(config, workdir, dataset, xt_ND, plan, resume):
       writer=writer,
     )
     if devices.is_first():
-      writers.plot_curves(workdir, scale=dataset.scale, unit=_unit(dataset))
+      curves.plot_curves(workdir, scale=dataset.scale, unit=_unit(dataset))
     if not outcome.is_done:
       logging.warning(
         "Stopped at step %d of %d. To go on, run the same command with "

@@ -1,4 +1,4 @@
-"""Where training reports to: JSON lines, TensorBoard, a picture of curves."""
+"""Where training reports to: JSON lines and TensorBoard."""
 
 import json
 import os
@@ -96,54 +96,6 @@ def _parse(line: bytes) -> dict | None:
     return None
   is_row = isinstance(row, dict) and type(row.get("step")) is int
   return row if is_row else None
-
-
-def plot_curves(
-  folder: pathlib.Path, *, scale: float, unit: str
-) -> pathlib.Path:
-  """Draws error, word usage and learning rate of a run to `curves.png`."""
-  # The object interface: pyplot would start a window system.
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
-  rows = read_rows(pathlib.Path(folder) / "metrics.jsonl")
-  series = lambda name: tuple(
-    zip(*[(row["step"], row[name]) for row in rows if name in row], strict=True)
-  )
-  figure = Figure(figsize=(12, 3.6), layout="constrained")
-  FigureCanvasAgg(figure)
-  error_axes, usage_axes, entropy_axes, lr_axes = figure.subplots(1, 4)
-  for name, style in (("train_mse", "-"), ("validation_mse", "o-")):
-    if series(name):
-      steps, values = series(name)
-      error_axes.plot(
-        steps,
-        np.array(values) * scale,
-        style,
-        markersize=3,
-        label=name.replace("_mse", ""),
-      )
-  error_axes.set(title=f"MSE per vector{unit}", yscale="log")
-  error_axes.legend()
-  for axes, name, title in (
-    (usage_axes, "usage_M", "share of words used in the epoch"),
-    (entropy_axes, "entropy_M", "entropy of the codes, bits"),
-  ):
-    if series(name):
-      steps, values = series(name)
-      for m, curve in enumerate(np.array(values).T):
-        axes.plot(steps, curve, label=f"step {m}", linewidth=1)
-      axes.legend(fontsize=6, ncols=2)
-    axes.set_title(title)
-  if series("lr"):
-    lr_axes.plot(*series("lr"))
-  lr_axes.set_title("learning rate")
-  for axes in figure.axes:
-    axes.set_xlabel("training step")
-    axes.grid(alpha=0.3)
-  path = pathlib.Path(folder) / "curves.png"
-  figure.savefig(path, dpi=110)
-  return path
 
 
 def _open_tensorboard(folder, first_step):

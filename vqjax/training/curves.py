@@ -1,0 +1,94 @@
+"""The picture of a training run: its curves against the training step."""
+
+import pathlib
+
+import numpy as np
+
+from vqjax.training.writers import read_rows
+
+
+def plot_curves(
+  folder: pathlib.Path, *, scale: float, unit: str
+) -> pathlib.Path:
+  """Draws a run's `metrics.jsonl` to `curves.png`.
+
+  Panels are the error, the use and entropy of the codewords of each code
+  position, and the learning rate; those without values are left out.
+  """
+  # The object interface: pyplot would start a window system.
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  rows = read_rows(pathlib.Path(folder) / "metrics.jsonl")
+  panels = [
+    (
+      f"MSE per vector{unit}, log scale",
+      lambda axes: _errors(axes, rows, scale),
+    ),
+    ("share of codewords used in the epoch", _positions("usage_M", rows)),
+    ("entropy of the codes, bits", _positions("entropy_M", rows)),
+    ("learning rate", lambda axes: _curve(axes, rows, "lr")),
+  ]
+  figure = Figure(figsize=(14, 3.8), layout="constrained")
+  FigureCanvasAgg(figure)
+  for axes, (title, draw) in zip(figure.subplots(1, 4), panels, strict=True):
+    draw(axes)
+    if not axes.lines:
+      axes.remove()
+      continue
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("training step")
+    axes.grid(alpha=0.3)
+  path = pathlib.Path(folder) / "curves.png"
+  figure.savefig(path, dpi=110)
+  return path
+
+
+def _errors(axes, rows, scale: float) -> None:
+  """Training and validation error; the lowest of the latter has a star."""
+  _curve(axes, rows, "train_mse", scale, label="training")
+  steps, errors = _curve(
+    axes, rows, "validation_mse", scale, label="validation", marker="o"
+  )
+  if steps:
+    best = int(np.argmin(errors))
+    label = f"best: {errors[best]:.4g} at step {steps[best]:,}"
+    axes.plot(
+      steps[best], errors[best], "k*", markersize=10, mfc="none", label=label
+    )
+  if axes.lines:
+    axes.set_yscale("log")
+    axes.legend(fontsize=8)
+
+
+def _positions(name: str, rows):
+  """Returns a function that draws one curve for each code position."""
+  from matplotlib import colormaps
+
+  def draw(axes):
+    values = [row[name] for row in rows if name in row]
+    num = len(values[0]) if values else 0
+    shown = {0, num - 1} if num > 8 else set(range(num))
+    for m in range(num):
+      label = f"position {m + 1}" if m in shown else None
+      color = colormaps["viridis"](m / max(num - 1, 1))
+      _curve(axes, rows, name, place=m, label=label, color=color, linewidth=1)
+    if num:
+      axes.legend(fontsize=6, ncols=2, title="code position", title_fontsize=6)
+
+  return draw
+
+
+def _curve(axes, rows, name, scale=1.0, *, place=None, **style):
+  """Draws one value against the training step; returns both.
+
+  Two points are no curve: they are drawn as markers alone.
+  """
+  pick = lambda value: value if place is None else value[place]
+  steps = [row["step"] for row in rows if name in row]
+  values = [pick(row[name]) * scale for row in rows if name in row]
+  if 0 < len(steps) <= 2:
+    style.update(marker="o", linestyle="")
+  if steps:
+    axes.plot(steps, values, markersize=3, **style)
+  return steps, values

@@ -1,0 +1,70 @@
+"""The pages: commands that exist, pictures that are shown, plain words."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# What `vqjax NAME --flag` may be: words of the command and of what all share.
+SHARED = ROOT / "experiments" / "lib" / "cli.py"
+RIDDLES = (
+  "by turns", "dearer", "truer", "so many", "as ever", "what the words leave",
+  "scratch script", "a training and",
+)  # fmt: skip
+
+
+def _commands():
+  """Commands in the pages, as (page, command, arguments)."""
+  for page in PAGES:
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    for name, rest in re.findall(r"\bvqjax ([a-z]\w*)([^\n`|#]*)", text):
+      if "--" in rest:
+        yield page.name, name, rest.split()
+
+
+@pytest.mark.parametrize(("page", "command", "arguments"), list(_commands()))
+def test_commands_in_the_pages_exist(page, command, arguments):
+  file = ROOT / "experiments" / f"{command}.py"
+  assert file.exists(), f"{page} names the command {command}."
+  known = file.read_text() + SHARED.read_text()
+  config = None
+  for argument in arguments:
+    flag, _, value = argument.strip("[]").removeprefix("--").partition("=")
+    if not argument.strip("[").startswith("--"):
+      continue
+    if flag == "config":
+      for each in value.split(","):
+        name, _, arg = each.partition(":")
+        config = importlib.import_module(f"configs.{name}").get_config(arg)
+    elif flag == "help":
+      pass
+    elif flag.startswith("config."):
+      node = config
+      for part in flag.split(".")[1:]:
+        assert part in node, f"{page}: no config has {flag}."
+        node = node[part]
+    else:
+      assert re.search(rf'"{flag}"|\b{flag}=', known), f"{page}: --{flag}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_are_short_and_plain(page):
+  text = page.read_text(encoding="utf-8")
+  limit = 120 if page.name == "README.md" else 150
+  assert len(text.splitlines()) <= limit
+  assert [riddle for riddle in RIDDLES if riddle in text] == []
+
+
+def test_pictures_and_links_exist_and_all_pictures_are_shown():
+  linked = set()
+  for page in PAGES:
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+      if not link.startswith("http"):
+        target = (page.parent / link).resolve()
+        assert target.exists(), f"{page.name} links to {link}."
+        linked.add(target)
+  assert set((ROOT / "docs").glob("*.png")) <= linked

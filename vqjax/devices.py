@@ -108,6 +108,22 @@ def limit_cpus(count: int) -> None:
         os.sched_setaffinity(int(thread), cpus)
 
 
+def check_platforms() -> None:
+  """Raises ValueError where JAX_PLATFORMS asks for what JAX has not here."""
+  asked = jax.config.jax_platforms
+  if not asked:
+    return
+  try:
+    jax.devices()
+  except (RuntimeError, AssertionError) as error:  # The latter for "cuda".
+    reason, *_ = str(error).splitlines() or ["there is no plugin for them"]
+    raise ValueError(
+      f"JAX_PLATFORMS={asked} asks for devices that JAX cannot use here "
+      f"({reason}). For NVIDIA GPUs install vqjax[cuda]; with "
+      "JAX_PLATFORMS=cpu, or without it, the work is done on what there is."
+    ) from error
+
+
 def is_first() -> bool:
   """True in the process that writes files and speaks for the others."""
   return jax.process_index() == 0

@@ -1,9 +1,7 @@
 """What the benchmark measures: codecs, trained or drawn, and their vectors."""
 
 import functools
-import os
 import pathlib
-import runpy
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +10,7 @@ import numpy as np
 from absl import logging
 
 from experiments.lib import codecs
+from vqjax import shipped
 from vqjax.codecs import qinco, qinco_loss
 from vqjax.data import batches, datasets, formats
 from vqjax.storage import codec_file
@@ -96,14 +95,9 @@ def sizes(codec: codecs.Codec, knobs: dict) -> dict:
 
 
 def _load_config(file: str):
-  """Returns the configuration of `configs/NAME.py[:ARGUMENT]`."""
-  path, _, arg = file.partition(":")
-  if not os.path.isfile(path):
-    raise FileNotFoundError(
-      f"--config names {path}, which is no file here: give the path of a "
-      "configuration, such as configs/qinco2_s.py from the root of the clone."
-    )
-  config = runpy.run_path(path)["get_config"](arg)
+  """Returns the configuration of `NAME[:ARGUMENT]` or of a file."""
+  path, _ = shipped.find_config(file)
+  config = shipped.read_config(file)
   if config.codec != "qinco":
     raise ValueError(
       f"{path} is of codec {config.codec!r}, but weights are drawn for qinco "

@@ -18,6 +18,7 @@ import pathlib
 
 import numpy as np
 
+from vqjax import shipped
 from vqjax.data import formats
 
 METRICS = ("l2", "ip")
@@ -177,7 +178,7 @@ NAMES = tuple(d.name for d in (*_BUNDLED, *_NAMED))
 
 
 def _bundled_root() -> pathlib.Path:
-  return pathlib.Path(__file__).resolve().parents[2] / "third_party"
+  return shipped.root() / "third_party"
 
 
 def get_dataset(name: str, root=None) -> Dataset:

@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tomllib
 import types
 
 import pytest
@@ -33,6 +34,20 @@ def test_every_command_is_in_a_group_with_its_line():
     assert line.endswith(".")
   assert "qinco2_xs" in text
   assert "base" not in shipped.config_names()
+
+
+def test_the_wheel_holds_all_packages_and_configs():
+  with (ROOT / "pyproject.toml").open("rb") as file:
+    tool = tomllib.load(file)["tool"]["setuptools"]
+  rooms = ["vqjax", "experiments", "configs"]
+  files = [file for room in rooms for file in (ROOT / room).rglob("*.py")]
+  folders = {file.parent.relative_to(ROOT).as_posix() for file in files}
+  clone_of = {to: name for name, to in tool["package-dir"].items()}
+  for folder in folders:
+    top = folder.split("/")[0]
+    name = folder.replace(top, clone_of.get(top, top), 1).replace("/", ".")
+    assert name in tool["packages"]
+  assert {name.split(".")[0] for name in tool["packages"]} == {"vqjax"}
 
 
 def test_the_list_the_version_and_a_misspelt_command():

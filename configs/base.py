@@ -1,11 +1,10 @@
 """What all configurations share: data, files, the arguments after the colon.
 
-`configs/NAME.py` runs on the bundled sample with a schedule that fits two
-cores, `configs/NAME.py:smoke` in seconds, `configs/NAME.py:bigann1M` (or
-another named data set) at the published sizes and schedule. All of them train
-and encode by the joint rule (C); for the published one (A) set
-model.num_joint_candidates=0, encode.num_joint_candidates=0 and
-encode.beam_size=32.
+`--config=NAME` runs on the bundled sample with a schedule that fits two cores,
+`--config=NAME:smoke` in seconds, `--config=NAME:bigann1M` (or another named
+data set) at the published sizes and schedule. QINCo2 is trained and encoded by
+the joint rule (C). For the published rule (A) set model.num_joint_candidates=0,
+encode.num_joint_candidates=0 and encode.beam_size=32.
 """
 
 from ml_collections import config_dict
@@ -47,7 +46,7 @@ def make_data(arg: str) -> config_dict.ConfigDict:
   data = config_dict.create(
     name=named,
     root=config_dict.placeholder(str),  # Of named sets; else $VQJAX_DATA.
-    train=config_dict.placeholder(str),  # Own files: take over from the name.
+    train=config_dict.placeholder(str),  # Own files replace the set.
     base=config_dict.placeholder(str),
     queries=config_dict.placeholder(str),
     groundtruth=config_dict.placeholder(str),

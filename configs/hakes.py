@@ -1,12 +1,12 @@
-"""HAKES (arXiv 2505.12524): what a vector index searches by, learned.
+"""HAKES (arXiv 2505.12524): learns the query side of an IVF-PQ index.
 
-  python -m experiments.hakes --config=configs/hakes.py
+  vqjax hakes --config=hakes
 
 runs on the bundled sentence embeddings in a minute, `:smoke` in seconds,
-`:sample_sift` on the bundled SIFT vectors; files of your own come with
+`:sample_sift` on the bundled SIFT vectors. For your own files set
 --config.data.base=FILE [--config.data.train_queries=FILE
 --config.data.queries=FILE --config.data.groundtruth=FILE]. `:published` has
-the settings of the publication where ours differ.
+the published settings. docs/hakes.md has figures.
 
 The released program's options, in its order, are data.num_base, data.dim,
 samples.num_queries, samples.num_neighbours, train.num_neighbours,
@@ -53,7 +53,7 @@ def _ours() -> config_dict.ConfigDict:
   return config_dict.create(
     seed=0,
     data=dict(
-      name="sample_text",  # A named data set; files of one's own go before it.
+      name="sample_text",  # A named data set; own files replace it.
       root=none(str),  # Of named sets; else $VQJAX_DATA.
       base=none(str),
       train_queries=none(str),  # Else vectors of the base.
@@ -67,7 +67,7 @@ def _ours() -> config_dict.ConfigDict:
       groundtruth_dim=none(int),  # Ids per row there.
     ),
     base=dict(
-      path=none(str),  # A findex.bin made before.
+      path=none(str),  # An existing findex.bin.
       reduced_dim=none(int),  # d_r; None: a quarter of d, an eighth from 1536.
       num_codes=none(int),  # m; None: half of d_r.
       num_lists=none(int),  # None: the power of two from sqrt(N) up.

@@ -1,11 +1,11 @@
-r"""IVF-QINCo2-M (arXiv 2501.03078): QINCo2-M on what the lists leave.
+r"""IVF-QINCo2-M (arXiv 2501.03078): QINCo2-M on the residuals of the lists.
 
-  python -m experiments.train --config=configs/ivf_qinco2_m.py:bigann1B \
+  vqjax train --config=ivf_qinco2_m:bigann1B \
       --config.ivf.centroids=centroids.npy
 
-Without argument it trains on the bundled sample; that takes two cores a while.
-More than 65,536 lists, as of bigann1B, need the centroids of
-`python -m experiments.ivf_centroids`, which walks over the file.
+Without argument it trains on the bundled sample, slowly on a CPU.
+More than 65,536 lists, as of bigann1B, need centroids from
+`vqjax ivf_centroids`, which reads the file block by block.
 """
 
 from configs import qinco2_m

@@ -1,9 +1,9 @@
-"""IVF-QINCo2 with one narrow residual block: for processors.
+"""IVF-QINCo2 with one narrow residual block: for CPUs.
 
-  python -m experiments.train --config=configs/ivf_qinco2_xs.py
+  vqjax train --config=ivf_qinco2_xs
 
-Not a published size; `experiments.ivf_pipeline` trains, indexes and searches it
-in one go.
+Not a published size. `vqjax ivf_pipeline` trains, indexes and searches it in
+one go. docs/ivf.md has figures.
 """
 
 from configs import qinco2_xs

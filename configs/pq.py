@@ -1,6 +1,6 @@
 """Product quantisation; `--config.model.opq` learns a rotation first (faiss).
 
-python -m experiments.train --config=configs/pq.py
+vqjax train --config=pq
 """
 
 from ml_collections import config_dict

@@ -1,8 +1,9 @@
-"""QINCo (arXiv 2401.14732): every word through the network, no beam.
+"""QINCo (arXiv 2401.14732): every codeword through the network, no beam.
 
-  python -m experiments.train --config=configs/qinco1.py:bigann1M
+  vqjax train --config=qinco1:bigann1M
 
-is the paper's L=16; without argument a smaller network learns the sample.
+is the paper's L=16. Without argument a network of two blocks is trained on the
+bundled sample.
 """
 
 from configs import base

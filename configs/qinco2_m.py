@@ -1,8 +1,8 @@
 """QINCo2-M (arXiv 2501.03078): four residual blocks of width 384.
 
-  python -m experiments.train --config=configs/qinco2_m.py:bigann1M
+  vqjax train --config=qinco2_m:bigann1M
 
-Without argument it trains on the bundled sample; that takes two cores a while.
+Without argument it trains on the bundled sample, slowly on a CPU.
 """
 
 from configs import base

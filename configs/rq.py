@@ -1,6 +1,6 @@
 """Residual quantisation by greedy k-means, encoded with a beam.
 
-python -m experiments.train --config=configs/rq.py
+vqjax train --config=rq
 """
 
 from ml_collections import config_dict

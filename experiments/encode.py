@@ -80,7 +80,9 @@ def run(config, workdir=None) -> dict:
   _check_output(config, num_shards)
   codec = codecs.open_codec(config.codec)
   dataset = codecs.resolve_data(codec, config, base=config.data)
-  x_ND = datasets.open_split(dataset, "base", max_vectors=config.num_vectors)
+  x_ND = datasets.open_split(
+    dataset, "base", max_vectors=config.num_vectors, role="vectors to encode"
+  )
   encoder = encoders.make_encoder(codec, config, x_ND)
   meta = codes.describe(
     x_ND,

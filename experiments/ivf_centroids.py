@@ -30,7 +30,6 @@ import pathlib
 import shlex
 import threading
 import time
-import zipfile
 from typing import NamedTuple
 
 import jax
@@ -41,7 +40,7 @@ from experiments.lib import cli
 from vqjax import __version__, devices
 from vqjax.codecs import kmeans
 from vqjax.core import check_range
-from vqjax.data import batches, files, formats
+from vqjax.data import batches, files, formats, numpy_files
 from vqjax.interop import faiss_io
 from vqjax.progress import progress_bar
 
@@ -137,7 +136,9 @@ def _check(config):
     files.check_output(path, overwrite=config.overwrite)
   check_range("--num_iterations", config.num_iterations, 0, 100_000)
   check_range("--seed", config.seed, 0, 2**31 - 1)
-  vectors = formats.open_vectors(config.data, max_vectors=config.num_vectors)
+  vectors = formats.open_vectors(
+    config.data, max_vectors=config.num_vectors, role="--data"
+  )
   num = len(vectors)
   check_range(
     "--num_centroids",
@@ -180,10 +181,10 @@ def _find_state(config, checkpoint: pathlib.Path, meta: dict) -> State | None:
       f"There is nothing to resume: no {checkpoint}. Leave --resume out."
     )
   try:
-    with np.load(checkpoint) as file:
-      words_KD, errors = file["words_KD"], tuple(file["errors"].tolist())
-      found = json.loads(str(file["meta"]))
-  except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+    kept = numpy_files.load_npz(checkpoint)
+    words_KD, errors = kept["words_KD"], tuple(kept["errors"].tolist())
+    found = json.loads(str(kept["meta"]))
+  except (ValueError, KeyError, OSError) as error:
     raise ValueError(
       f"{checkpoint} is damaged ({error}): begin anew with --overwrite."
     ) from error

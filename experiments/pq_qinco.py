@@ -152,7 +152,9 @@ def _open_source(config, prepared: dict):
       "--data=FILE where it is."
     )
   limit = prepared.get("num_vectors")
-  vectors = formats.open_vectors(path, max_vectors=limit)
+  vectors = formats.open_vectors(
+    path, max_vectors=limit, role="training vectors"
+  )
   found = {"num_vectors": len(vectors), **files.identify(vectors)}
   for name, value in found.items():
     if prepared and prepared[name] != value:

@@ -93,7 +93,10 @@ def run(config, workdir=None) -> dict:
 def _read(config, dataset) -> tuple[np.ndarray, np.ndarray]:
   """The vectors to encode, and others to fit scouts to, if there are any."""
   some_ND = datasets.open_split(
-    dataset, "base", max_vectors=config.num_vectors + encoders.SAMPLE
+    dataset,
+    "base",
+    max_vectors=config.num_vectors + encoders.SAMPLE,
+    role="vectors to encode",
   )
   some_ND = batches.read_rows(some_ND, range(len(some_ND)))
   x_ND, others_ND = np.split(some_ND, [config.num_vectors])

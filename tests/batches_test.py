@@ -342,3 +342,26 @@ def test_a_column_beside_the_vectors():
     assert got.dtype == np.float32
     np.testing.assert_array_equal(got[:, :3], x_ND[at])
     np.testing.assert_array_equal(got[:, 3], lists_N[at])
+
+
+def test_a_column_must_be_exact_in_float32():
+  x_ND = np.zeros((2, 3), np.float32)
+  joined = batches.WithColumn(x_ND, np.array([0, (1 << 24) - 1]))
+  assert joined[:][1, 3] == (1 << 24) - 1
+  with pytest.raises(ValueError, match="below 16777216.*got 16777217"):
+    batches.WithColumn(x_ND, np.array([0, (1 << 24) + 1]))
+
+
+def test_bad_rows_of_a_part_are_named_as_in_the_file(tmp_path):
+  x_ND = np.zeros((50, 3), np.float32)
+  x_ND[37, 1] = np.nan
+  part = make_file(tmp_path, x_ND, ".fvecs")[10:][20:]
+  joined = batches.WithColumn(part, np.arange(20))
+  for read in (
+    lambda: batches.read_rows(part, [0, 7]),
+    lambda: list(batches.map_blocks(np.sin, part, block_size=5)),
+    lambda: batches.read_rows(joined, [7]),
+    lambda: list(batches.map_blocks(np.sin, joined, block_size=5)),
+  ):
+    with pytest.raises(ValueError, match="x.fvecs must .* in row 37;"):
+      read()

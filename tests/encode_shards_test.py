@@ -217,7 +217,10 @@ def test_nan_is_named_by_its_row_in_the_file(given, tmp_path):
   x_ND[301, 2] = np.nan  # Not in the sample that tells data apart.
   given["data"] = str(tmp_path / "nan.npy")
   np.save(given["data"], x_ND)
-  with pytest.raises(ValueError, match="1 of 7 rows, first in row 301"):
+  with pytest.raises(
+    ValueError,
+    match=r"nan.npy \(vectors to encode\) .* 1 of 7 rows, first in row 301",
+  ):
     encode.run(_config(**given, shard="1/2"))
 
 

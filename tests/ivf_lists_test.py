@@ -47,6 +47,27 @@ def test_a_resumed_run_keeps_its_lists(x_ND, tmp_path):
   np.testing.assert_array_equal(ivf_lists.split(again[1][:])[1], strange_N)
 
 
+@pytest.mark.parametrize(
+  "lists_N",
+  [
+    np.arange(399, dtype=np.int32) % 5,
+    np.full(400, 5, np.int32),
+    np.full(400, -1, np.int32),
+    np.zeros(400, np.float32),
+    None,
+  ],
+)
+def test_damaged_lists_are_refused_in_words(x_ND, tmp_path, lists_N):
+  config = _config(num_lists=5, num_iterations=2)
+  ivf_lists.prepare(config, tmp_path, x_ND, 300)
+  if lists_N is None:
+    (tmp_path / "lists.npy").write_bytes(b"\x93NUMPY\x01\x00\x06\x00{'desc")
+  else:
+    np.save(tmp_path / "lists.npy", lists_N)
+  with pytest.raises(ValueError, match=r"lists.npy (is damaged|has no valid)"):
+    ivf_lists.prepare(config, tmp_path, x_ND, 300)
+
+
 def _other_seed(config):
   config.seed = 1
 

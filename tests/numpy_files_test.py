@@ -166,3 +166,28 @@ def test_damaged_headers_are_one_line(tmp_path, text, version):
     formats.open_vectors(tmp_path / "x.npy")
   assert "\n" not in str(error.value)
   assert len(str(error.value)) < 500
+
+
+def test_arrays_of_any_shape(tmp_path):
+  np.save(tmp_path / "lists.npy", np.arange(9))
+  got = numpy_files.open_array(tmp_path / "lists.npy")
+  np.testing.assert_array_equal(got, np.arange(9))
+  assert got[2:5].first_row == 2
+  np.save(tmp_path / "lists.npy", np.array("a"))
+  with pytest.raises(ValueError, match="lists.npy must hold numbers, got <U1"):
+    numpy_files.open_array(tmp_path / "lists.npy")
+
+
+def test_damaged_archives_of_arrays_are_one_line(tmp_path):
+  path = tmp_path / "samples.npz"
+  np.savez(path, a=_vectors(), b=np.int64(3))
+  got = numpy_files.load_npz(path)
+  assert (got["b"], got["a"].shape) == (3, (37, 5))
+  raw = path.read_bytes()
+  harmed = [raw[:size] for size in range(0, len(raw), 37)]
+  harmed += [raw[:400] + b"\x07" + raw[401:], b"x" * 99]
+  for part in harmed:
+    path.write_bytes(part)
+    with pytest.raises(ValueError, match="samples.npz is truncated") as error:
+      numpy_files.load_npz(path)
+    assert "\n" not in str(error.value)

@@ -43,7 +43,7 @@ def load(config) -> list[Subject]:
   files = (config.config or PRESETS).split(",")
   settings = {file: _load_config(file) for file in files}
   if config.data:
-    x_ND = formats.open_vectors(config.data)
+    x_ND = formats.open_vectors(config.data, role="--data")
   else:
     shape = max(config.kmeans_vectors, _MIN_DRAWN), config.dim
     x_ND = np.random.default_rng(0).standard_normal(shape, np.float32)

@@ -8,7 +8,7 @@ import numpy as np
 from absl import logging
 
 from experiments.lib import cli, hakes_data
-from vqjax.data import files
+from vqjax.data import files, numpy_files
 from vqjax.interop import faiss_hakes, hakes_files
 from vqjax.search import metrics, operating_points, plots
 
@@ -60,9 +60,9 @@ def _queries(data, workdir, k: int):
   if data.queries is None:
     if data.train_queries is None:
       return None
-    with np.load(workdir / "samples.npz") as file:
-      held_out = slice(-int(file["num_held_out"]), None)
-      xq_QD = file["queries"][held_out]
+    samples = numpy_files.load_npz(workdir / "samples.npz")
+    held_out = slice(-int(samples["num_held_out"]), None)
+    xq_QD = samples["queries"][held_out]
     return xq_QD, hakes_data.neighbours(data, xq_QD, k)
   xq_QD = hakes_data.read_all(data, data.queries)
   if data.groundtruth is not None:

@@ -18,7 +18,7 @@ from absl import logging
 from experiments.lib import hakes_data
 from vqjax import devices
 from vqjax.codecs import hakes
-from vqjax.data import batches, files
+from vqjax.data import batches, files, numpy_files
 from vqjax.interop import faiss_hakes, hakes_files
 from vqjax.training import checkpoints as checkpoints_lib
 from vqjax.training import hakes_learner, loop, writers
@@ -125,8 +125,7 @@ def _without_itself(near_NG, rows_N):
 def learn(config, data, workdir: pathlib.Path) -> bool:
   """Learns the query side; False when interrupted."""
   train, params = config.train, _start(workdir)
-  with np.load(workdir / "samples.npz") as file:
-    found = {name: file[name] for name in file}
+  found = numpy_files.load_npz(workdir / "samples.npz")
   num = len(found["queries"]) - int(found["num_held_out"])
   held_out = slice(num, len(found["queries"]))
   if train.batch_size > num:
@@ -274,8 +273,7 @@ def centroids(config, data, workdir: pathlib.Path) -> bool:
     rows_N = _draw(len(data.base), num, config.seed + 1)
     x_ND = hakes_data.read(data, data.base, rows_N)
   else:
-    with np.load(workdir / "samples.npz") as file:
-      x_ND = file["queries"]
+    x_ND = numpy_files.load_npz(workdir / "samples.npz")["queries"]
   old = hakes_files.load(workdir / "findex.bin").side
   params = jax.tree.map(jnp.asarray, hakes.HakesParams(old, learned))
   sums_LE, counts_L = hakes.centroid_sums(

@@ -17,7 +17,7 @@ from absl import logging
 from experiments.lib import cli, codecs
 from vqjax import devices
 from vqjax.core import check_range
-from vqjax.data import batches, files, formats
+from vqjax.data import batches, files, formats, numpy_files
 from vqjax.interop import faiss_io
 
 _PER_LIST = 256  # Vectors that k-means looks at, for each list.
@@ -39,7 +39,19 @@ def prepare(config, workdir: pathlib.Path, xt_ND, num_rows: int):
     {"assign": config.ivf.assign, "centroids": _identify(centroids_LD)} | data,
     lambda: _assign(config, xt_ND, centroids_LD),
   )
+  _check_lists(workdir, lists_N, (len(xt_ND),), len(centroids_LD))
   return np.asarray(centroids_LD), batches.WithColumn(xt_ND, lists_N)
+
+
+def _check_lists(workdir, lists_N, shape, num_lists: int) -> None:
+  """Raises ValueError unless each vector has one of the lists."""
+  is_whole = lists_N.shape == shape and lists_N.dtype.kind in "iu"
+  if not is_whole or not 0 <= lists_N.min() <= lists_N.max() < num_lists:
+    raise ValueError(
+      f"{workdir / 'lists.npy'} is damaged: it must hold a number of 0 to "
+      f"{num_lists - 1} for each of {shape[0]} vectors; remove it to make it "
+      "anew."
+    )
 
 
 def _kept(path: pathlib.Path, made_of: dict, make_fn) -> np.ndarray:
@@ -66,7 +78,7 @@ def _kept(path: pathlib.Path, made_of: dict, make_fn) -> np.ndarray:
         f"{made_of.get(name)}, and the training has begun with it: go on with "
         "the same data and configuration, or choose another --workdir."
       )
-  return np.load(path, mmap_mode="r")
+  return numpy_files.open_array(path)
 
 
 def _identify(centroids_LD) -> dict:

@@ -34,7 +34,9 @@ def codec_path(folder, block: int) -> pathlib.Path:
 def prepare(config) -> dict:
   """Writes the parts that are missing and says how to train them."""
   cli.require(config, "data", "num_blocks")
-  vectors = formats.open_vectors(config.data, max_vectors=config.num_vectors)
+  vectors = formats.open_vectors(
+    config.data, max_vectors=config.num_vectors, role="--data"
+  )
   folder, (num, dim) = pathlib.Path(config.output), vectors.shape
   check_range("--num_blocks", config.num_blocks, 2, dim)
   if dim % config.num_blocks:

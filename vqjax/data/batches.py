@@ -133,7 +133,9 @@ class WithColumn:
 
   def __getitem__(self, rows) -> np.ndarray:
     """Reads a slice or an array of rows."""
-    x_ND = np.asarray(self.vectors[rows]).astype(np.float32)
+    if isinstance(rows, slice):
+      rows = np.arange(*rows.indices(len(self)))
+    x_ND = read_rows(self.vectors, rows)
     return np.column_stack([x_ND, self._column_N[rows]]).astype(np.float32)
 
 
@@ -153,7 +155,9 @@ def read_rows(vectors, rows) -> np.ndarray:
   order_N = np.argsort(rows, kind="stable")
   sorted_N = rows[order_N]
   x_ND = formats.to_float32(
-    np.asarray(vectors[sorted_N]), name=formats.name_of(vectors), rows=sorted_N
+    np.asarray(vectors[sorted_N]),
+    name=formats.name_of(vectors),
+    rows=sorted_N + getattr(vectors, "first_row", 0),
   )
   if (sorted_N == rows).all():
     return x_ND
@@ -315,7 +319,7 @@ def _read_block(vectors, start: int, stop: int, block_size: int) -> np.ndarray:
   x_ND = formats.to_float32(
     np.asarray(vectors[start:stop]),
     name=formats.name_of(vectors),
-    first_row=start,
+    first_row=start + getattr(vectors, "first_row", 0),
   )
   return np.pad(x_ND, ((0, block_size - len(x_ND)), (0, 0)), "edge")
 

@@ -277,7 +277,7 @@ class Codes:
       raw = part[start - first : stop - first]
       codes_NM = self._unpack_fn(raw)
       check_ids(codes_NM, self.codebook_sizes, start)
-      found.append(codes_NM.astype(np.int32))
+      found.append(codes_NM.astype(np.int32, order="C"))
       start, i = start + len(raw), i + 1
     return np.concatenate(found) if len(found) > 2 else found[-1]
 

@@ -5,6 +5,7 @@ JAX's bfloat16 becomes, as NumPy has no name for it: it is read as that, in
 float32. Other raw types, such as float8, are refused.
 """
 
+import contextlib
 import math
 import os
 import pathlib
@@ -19,38 +20,57 @@ _RAW_BFLOAT16 = np.dtype("V2")
 
 def open_npy(path: pathlib.Path):
   """Opens a .npy of vectors `[N, D]`, in either order of storage."""
-  name = str(path)
-  with open(path, "rb") as f:
-    shape, fortran, dtype = _read_header(f, name)
-    offset = f.tell()
-  _check_size(name, path.stat().st_size, offset, shape, dtype)
-  array = np.memmap(
-    path, _stored(dtype), "r", offset, shape, order="F" if fortran else "C"
-  )
-  array = rows.mapped(array, name)
-  return _bfloat16_rows(array, name) if dtype == _RAW_BFLOAT16 else array
+  array, dtype = _map(path, rows.check_table)
+  if dtype == _RAW_BFLOAT16:
+    return _bfloat16_rows(array, str(path))
+  return array
+
+
+def open_array(path: pathlib.Path) -> rows.MappedRows:
+  """Opens a .npy of numbers of any shape, such as list numbers `[N]`."""
+
+  def check(name, shape, dtype):
+    if dtype.kind not in "iuf" or 0 in shape or not shape:
+      raise ValueError(f"{name} must hold numbers, got {dtype} {shape}.")
+
+  return _map(path, check)[0]
 
 
 def open_npz(path: pathlib.Path, part: str | None) -> rows.Rows:
   """Reads array `part` of a .npz, the only one for None, into memory."""
-  try:
-    with zipfile.ZipFile(path) as archive:
-      member = _member(archive, part, path)
-      name = f"{path}#{member.filename.removesuffix('.npy')}"
-      with archive.open(member) as f:
-        shape, _, dtype = _read_header(f, name)
-        _check_size(name, member.file_size, f.tell(), shape, dtype)
-      _check_memory(name, member.file_size)
-      with archive.open(member) as f:
-        array = np.lib.format.read_array(f, allow_pickle=False)
-        f.read(1)  # At the end the checksum is compared.
-  except (_Refused, MemoryError):
-    raise
-  except Exception as e:  # Of zipfile, zlib, struct, for a damaged file.
-    raise ValueError(f"{path} is truncated, damaged or no .npz: {e}.") from e
+  with _damage_in_words(path), zipfile.ZipFile(path) as archive:
+    member = _member(archive, part, path)
+    name = f"{path}#{member.filename.removesuffix('.npy')}"
+    with archive.open(member) as f:
+      shape, _, dtype = _read_header(f, name, rows.check_table)
+      _check_size(name, member.file_size, f.tell(), shape, dtype)
+    _check_memory(name, member.file_size)
+    with archive.open(member) as f:
+      array = np.lib.format.read_array(f, allow_pickle=False)
+      f.read(1)  # At the end the checksum is compared.
   if dtype == _RAW_BFLOAT16:
     return _bfloat16_rows(array.view(_stored(dtype)), name)
   return rows.Rows(array.__getitem__, shape, dtype, name)
+
+
+def load_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """Reads all arrays of a .npz, of any shape."""
+  with _damage_in_words(path), np.load(path) as file:
+    return {name: file[name] for name in file}
+
+
+@contextlib.contextmanager
+def _damage_in_words(path):
+  """Makes any error of reading a .npz one that names the file."""
+  try:
+    yield
+  except (_Refused, MemoryError, FileNotFoundError, PermissionError):
+    raise
+  except Exception as e:  # Of zipfile, zlib, struct, NumPy's parser.
+    reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
+    raise ValueError(
+      f"{path} is truncated, damaged or no .npz: {reason.rstrip('.')}."
+    ) from e
 
 
 class _Refused(ValueError):
@@ -74,7 +94,20 @@ def _member(archive, part: str | None, path) -> zipfile.ZipInfo:
   return members[part]
 
 
-def _read_header(f, name: str):
+def _map(path: pathlib.Path, check_fn):
+  """The array of a .npy as mapped, and the type that its header says."""
+  name = str(path)
+  with open(path, "rb") as f:
+    shape, fortran, dtype = _read_header(f, name, check_fn)
+    offset = f.tell()
+  _check_size(name, path.stat().st_size, offset, shape, dtype)
+  array = np.memmap(
+    path, _stored(dtype), "r", offset, shape, order="F" if fortran else "C"
+  )
+  return rows.mapped(array, name), dtype
+
+
+def _read_header(f, name: str, check_fn):
   """Shape, order and type of the array that begins in `f`."""
   try:
     version = np.lib.format.read_magic(f)
@@ -87,7 +120,7 @@ def _read_header(f, name: str):
     reason = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
     raise _Refused(f"{name} has no valid .npy header: {reason}") from e
   try:
-    rows.check_table(name, shape, _stored(dtype))
+    check_fn(name, shape, _stored(dtype))
   except ValueError as e:
     raise _Refused(str(e)) from e
   return shape, fortran, dtype

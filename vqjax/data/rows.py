@@ -13,16 +13,20 @@ import numpy as np
 
 
 class MappedRows(np.memmap):
-  """A mapped array that knows its file; `rows[i]` checks that it is whole."""
+  """A mapped array that knows its file; `rows[i]` checks that it is whole.
+
+  `first_row` is the number, in the file, of the first row of a slice.
+  """
 
   name = None
+  first_row = 0
   _file_bytes = 0
 
   def __array_finalize__(self, parent):
-    """Hands name and size of the file on to parts of the array."""
+    """Hands what is known of the file on to parts of the array."""
     super().__array_finalize__(parent)
-    self.name = getattr(parent, "name", None)
-    self._file_bytes = getattr(parent, "_file_bytes", 0)
+    for name in ("name", "first_row", "_file_bytes"):
+      setattr(self, name, getattr(parent, name, getattr(MappedRows, name)))
 
   def __getitem__(self, rows):
     """Picks rows: mapped where they are a slice, else in memory."""
@@ -32,8 +36,11 @@ class MappedRows(np.memmap):
         "bytes while it was being read; write it anew and start again."
       )
     found = super().__getitem__(rows)
-    is_copy = isinstance(found, MappedRows) and found._mmap is None
-    return found.view(np.ndarray) if is_copy else found
+    if not isinstance(found, MappedRows):
+      return found
+    if isinstance(rows, slice):
+      found.first_row += rows.indices(len(self))[0]
+    return found.view(np.ndarray) if found._mmap is None else found
 
 
 def mapped(vectors: np.memmap, name: str) -> MappedRows:

@@ -13,7 +13,6 @@ Data files (`train.bin`, `neighbors.bin`) are rows of numbers and nothing else.
 Reference: arXiv 2505.12524.
 """
 
-import os
 import pathlib
 import struct
 
@@ -22,7 +21,7 @@ from flax import struct as flax_struct
 
 from vqjax.codecs.hakes import HakesSide, check_metric, check_side
 from vqjax.core import check_range
-from vqjax.data import files, formats
+from vqjax.data import files, formats, rows
 
 RAW_SUFFIX = ".bin"
 _METRIC_OF_BYTE = {0: "l2", 1: "ip"}
@@ -161,7 +160,7 @@ def open_rows(
   Files that end in .bin have no header: `dim` numbers of `dtype` make a row.
   Others are opened by `formats.open_vectors`.
   """
-  path = pathlib.Path(os.fspath(path))
+  path = files.user_path(path)
   if path.suffix.lower() != RAW_SUFFIX:
     return formats.open_vectors(path, max_vectors=max_vectors)
   if not path.is_file():
@@ -176,6 +175,5 @@ def open_rows(
       f"{path} must hold rows of {dim} {np.dtype(dtype)}, {row_bytes} bytes "
       f"each, got {size} bytes."
     )
-  return np.memmap(path, dtype, "r", shape=(size // row_bytes, dim))[
-    :max_vectors
-  ]
+  vectors = np.memmap(path, dtype, "r", shape=(size // row_bytes, dim))
+  return rows.mapped(vectors, str(path))[:max_vectors]

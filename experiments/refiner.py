@@ -79,9 +79,12 @@ def _rabitq(config) -> dict:
   vectors = inputs.of_index(config, info)
   contents = faiss_ivf.contents(index)
   rotation_DE = residual_bits.random_rotation(index.d, config.seed)
-  bits = residual_bits.make_bits(
-    *_describe_residuals(contents, vectors, rotation_DE), rotation_DE
+  bits_NW, scale_N, offset_N = _describe_residuals(
+    contents, vectors, rotation_DE
   )
+  if info["metric"] == "ip":  # The offset is all norms.
+    offset_N[:] = 0
+  bits = residual_bits.make_bits(bits_NW, scale_N, offset_N, rotation_DE)
   refiner_file.save(
     config.output,
     bits,

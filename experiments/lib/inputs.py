@@ -59,13 +59,8 @@ def of_index(config, info: dict):
   """Opens --data, the vectors of the --index of this description.
 
   For commands that keep more of the vectors beside the index. Raises ValueError
-  where they are others, or the index is not for squared distances.
+  if they are others.
   """
-  if info["metric"] != "l2":
-    raise ValueError(
-      f"{config.index} is of metric {info['metric']!r}, but refiners "
-      "are for squared distances; build it with --metric=l2."
-    )
   dataset = datasets.own_dataset(base=config.data)
   num_rows = info.get("num_rows")
   vectors = datasets.open_split(dataset, "base", max_vectors=num_rows)

@@ -48,18 +48,22 @@ def make_index(
   norm_range: tuple[float, float] | None = None,
   coarse: str = "hnsw",
   metric: str = "l2",
+  by_residual: bool = True,
   progress=None,
 ) -> faiss.Index:
   """Returns an empty index, to be filled by `add_codes`, then `fit_norms`.
 
   Args:
     centroids_LD: Of the lists, in data units; `[1, D]` zeros for a codec
-      without lists.
+      without lists and an index of one.
     codebooks_MKD: Words of the additive decoder; K a power of two.
     norm_range: Least and largest squared norm that the byte can say. None for
       bounds that no sum of words exceeds, until `fit_norms` narrows them.
     coarse: See `make_coarse`.
     metric: "l2" or "ip".
+    by_residual: Codes are of the residual of a vector after its centroid;
+      False: of the vector itself, which is how a codec without lists is put
+      into lists.
     progress: See `make_coarse`.
 
   Raises:
@@ -93,6 +97,7 @@ def make_index(
   rq.train_type |= faiss.ResidualQuantizer.Skip_codebook_tables
   _set_norm_range(index, low, high)
   rq.is_trained = index.is_trained = True
+  index.by_residual = by_residual
   return index
 
 
@@ -276,6 +281,7 @@ def describe(index: faiss.Index) -> dict:
     "codebook_size": k,
     "num_lists": index.nlist,
     "coarse": "hnsw" if isinstance(coarse, faiss.IndexHNSW) else "flat",
+    "by_residual": bool(index.by_residual),
   }
 
 
@@ -341,6 +347,7 @@ def _identity(index) -> dict:
   """What indexes must share to be merged."""
   return {
     "metric": index.metric_type,
+    "kind of residual": bool(index.by_residual),
     "centroids": faiss_lists.centroids_of(index),
     "words": faiss_lists.words_of(index.rq),
   }

@@ -27,7 +27,9 @@ class Contents(NamedTuple):
 
   Byte b of `norm_N`, of list l, stands for `low_L[l] + b * step_L[l]`: what the
   words add to the squared norm of the centroid, which suits tables of a query
-  that serve all lists. (The bytes in the file are of the words alone.)
+  that serve all lists. (The bytes in the file are of the words alone.) The
+  centroids are those that are added to the words: zeros where the codes are of
+  whole vectors.
   """
 
   starts: np.ndarray  # `[L + 1]` int64: first row of each list, then N.
@@ -127,6 +129,8 @@ def contents(index: faiss.Index) -> Contents:
       rows = slice(i, i + BLOCK)
       codes_NM[rows] = faiss.unpack_bitstrings(packed[rows], bits)[:, :m]
   words_MKD, centroids_LD = words_of(index.rq), centroids_of(index)
+  if not index.by_residual:
+    centroids_LD = np.zeros_like(centroids_LD)
   norms = _norms(starts, codes_NM, words_MKD, centroids_LD)
   return Contents(starts, ids_N, codes_NM, *norms, words_MKD, centroids_LD)
 
@@ -138,7 +142,6 @@ def check_index(index, name="The index") -> faiss.IndexIVFResidualQuantizer:
     not isinstance(index, kind)
     or index.rq.search_type != faiss.AdditiveQuantizer.ST_norm_qint8
     or len(set(faiss.vector_to_array(index.rq.nbits).tolist())) != 1
-    or not index.by_residual
   ):
     raise ValueError(
       f"{name} must be inverted lists of residual codes with a byte for the "

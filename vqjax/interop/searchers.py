@@ -45,12 +45,6 @@ def open_searcher(
   loaded = codec_file.load_codec(codec)
   faiss_index, meta = faiss_ivf.load(index)
   faiss_ivf.check_codec(index, meta, loaded.fingerprint)
-  if meta["metric"] != "l2":
-    raise ValueError(
-      f"{index} is of metric {meta['metric']!r}, but candidates are compared "
-      "by squared distances; build it with --metric=l2. For vectors of length "
-      "1 the order is that of inner products."
-    )
   contents = faiss_ivf.contents(faiss_index)
   coarse = faiss_ivf.keep_coarse(faiss_index)  # The codes are not kept twice.
   pairwise_fn = None
@@ -63,12 +57,14 @@ def open_searcher(
         found.pairwise,
         centroids_LD=jnp.asarray(contents.centroids_LD),
       )
+  is_ip = meta["metric"] == "ip"
+  norm = 0 if is_ip else 1
   lists = ivf.make_lists(
     contents.starts,
     contents.codes_NM,
-    contents.norm_N,
-    contents.low_L,
-    contents.step_L,
+    contents.norm_N * norm,
+    contents.low_L * norm,
+    contents.step_L * norm,
     contents.codebooks_MKD,
     dtype=dtype,
   )
@@ -76,13 +72,45 @@ def open_searcher(
     pipeline.Parts(
       lists=lists,
       ids_N=contents.ids_N,
-      coarse_fn=partial(faiss_ivf.coarse_search, coarse),
+      coarse_fn=_make_coarse_fn(coarse, meta["metric"]),
       decode_fn=make_decode_fn(loaded, dtype),
       pairwise_fn=pairwise_fn,
-      distances_fn=faiss_io.distances_to,
+      distances_fn=inner_products_to if is_ip else faiss_io.distances_to,
       refiner=refiner and _open_refiner(refiner, meta, contents),
+      metric=meta["metric"],
     )
   )
+
+
+def _make_coarse_fn(coarse, metric: str):
+  """Returns what finds the lists of queries and their part of distances.
+
+  That part is the squared distance to the centroid if codes are of residuals,
+  else the squared norm of the query; for inner products see `pipeline.Parts`.
+  """
+
+  def find(queries_QD, nprobe, ef_search):
+    lists_QP, of_list_QP = faiss_ivf.coarse_search(
+      coarse, queries_QD, nprobe, ef_search
+    )
+    if metric == "ip":
+      return lists_QP, -2 * of_list_QP * bool(coarse.by_residual)
+    if not coarse.by_residual:
+      norm_Q1 = np.sum(queries_QD**2, axis=1, keepdims=True)
+      of_list_QP = np.broadcast_to(norm_Q1, of_list_QP.shape)
+    return lists_QP, of_list_QP
+
+  return find
+
+
+def inner_products_to(queries_QD, base_ND, rows_QR) -> np.ndarray:
+  """-2 times inner products `[Q, R]` of queries and their rows of the base.
+
+  A negative row stands for none and is at inf.
+  """
+  at_QRD = base_ND[np.maximum(rows_QR, 0)]
+  found_QR = -2 * np.einsum("qd,qrd->qr", queries_QD, at_QRD)
+  return np.where(rows_QR < 0, np.float32(np.inf), found_QR)
 
 
 def _open_refiner(path, meta: dict, contents) -> refiners.Refiner:

@@ -58,10 +58,16 @@ class Parts(NamedTuple):
   pairwise_fn: Callable | None  # -> x_ND, by the pairwise decoder.
   distances_fn: Callable  # (xq_QD, x_UD, rows_QR) -> squared distances [Q, R].
   refiner: Refiner | None = None  # Of the rows of `lists`.
+  # For "ip" all distances are -2 times inner products: what is left of squared
+  # distances without the norms.
+  metric: str = "l2"
 
 
 class Result(NamedTuple):
-  """Neighbours, nearest first; -1 and inf where there are no more.
+  """Neighbours, nearest first; id -1 where there are no more.
+
+  Distances are squared, inf where there are no more; for "ip" they are inner
+  products, the largest first and -inf where there are no more.
 
   A distance is that of the last stage that saw the candidate, but never less
   than that of a result before it: a stage orders its own candidates, and those
@@ -168,6 +174,8 @@ class Searcher:
     rows_QR = found.rows_QC[:, :k]
     ids_QR = np.where(rows_QR < 0, -1, self.parts.ids_N[rows_QR])
     distances_QR = np.maximum.accumulate(found.distances_QC[:, :k], axis=1)
+    if self.parts.metric == "ip":
+      distances_QR = distances_QR / -2
     return Result(ids_QR, distances_QR, clock.seconds, num_decoded)
 
   def _default_refined(self, k, num_pairwise, num_network) -> int:

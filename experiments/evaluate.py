@@ -15,7 +15,6 @@ by its own rule (A and B), where `encode` may take the joint one. With
 --multihost every process encodes, decodes and searches its share of the base.
 """
 
-import dataclasses
 import json
 import pathlib
 import time
@@ -25,13 +24,12 @@ import jax
 import numpy as np
 from absl import logging
 
-from experiments.lib import cli, codecs, encoders
+from experiments.lib import cli, codecs, encoders, truth
 from vqjax import devices
 from vqjax.data import batches, datasets, files
 from vqjax.interop import faiss_io
-from vqjax.search import metrics
 
-_RANKS = (1, 10, 100)
+_NAMES = [f"1-recall@{r}" for r in truth.RANKS]
 _BASELINE_BLOCK = 16384
 
 OPTIONS = {
@@ -62,11 +60,10 @@ OPTIONS = {
 
 
 class Search(NamedTuple):
-  """A base, and queries with the ids of their true neighbours or None twice."""
+  """A base, and queries with their true neighbours, or None."""
 
   xb_ND: Any  # Array or open file.
-  xq_QD: np.ndarray | None
-  true_QG: np.ndarray | None
+  truth: truth.Truth | None
   metric: str
 
 
@@ -100,8 +97,7 @@ def run(config, workdir=None) -> dict:
   knobs = codecs.search_knobs(codec, config)
   encoders.check_scout(codec, knobs)
   xb_ND = _open_base(codec, config, dataset)
-  xq_QD, true_QG = _open_queries(config, dataset, xb_ND)
-  search = Search(xb_ND, xq_QD, true_QG, dataset.metric)
+  search = Search(xb_ND, _open_truth(config, dataset, xb_ND), dataset.metric)
   rows = [_measure(codec, knobs, config.num_steps, search)]
   for name in names:
     rows.append(_measure_baseline(name, codec, config.num_steps, xt_ND, search))
@@ -110,7 +106,9 @@ def run(config, workdir=None) -> dict:
     "fingerprint": codec.fingerprint,
     "split": config.split,
     "data": dataset.base if config.split == "base" else dataset.train,
-    "queries": None if xq_QD is None else dataset.queries,
+    "queries": None if search.truth is None else dataset.queries,
+    "num_without_neighbour": search.truth and search.truth.num_without,
+    "num_ties": search.truth and search.truth.num_ties(),
     "num_steps": config.num_steps,
     "num_vectors": len(xb_ND),
     "scale": dataset.scale,
@@ -118,6 +116,8 @@ def run(config, workdir=None) -> dict:
     "rows": rows,
   }
   _log_table(result)
+  if search.truth is not None:
+    search.truth.report_ties()
   if config.output and devices.is_first():
     with files.atomic_output(config.output, overwrite=True) as file:
       pathlib.Path(file).write_text(json.dumps(result, indent=2) + "\n")
@@ -158,40 +158,12 @@ def _validation_size(codec) -> int:
   return codec.info.get("data", {}).get("validation_size", 10_000)
 
 
-def _open_queries(config, dataset, xb_ND):
-  """Queries and the ids of their true neighbours, or None twice."""
+def _open_truth(config, dataset, xb_ND) -> truth.Truth | None:
+  """Queries and their true neighbours; None where recall is not measured."""
   if config.split != "base" or not dataset.queries:
-    return None, None
-  xq_QD = datasets.open_split(dataset, "queries")
-  xq_QD = batches.read_rows(xq_QD, np.arange(len(xq_QD)))
-  if dataset.groundtruth:
-    whole = dataclasses.replace(dataset, num_base=None)
-    ids_QG = np.asarray(datasets.open_split(whole, "groundtruth"))[: len(xq_QD)]
-    if ids_QG.max() < len(xb_ND):
-      return xq_QD, ids_QG
-    logging.info(
-      "The ground truth names vectors beyond the first %d.", len(xb_ND)
-    )
-  logging.info("Searching the true neighbours of %d queries.", len(xq_QD))
-  mine = devices.share(len(xb_ND))
-  blocks = (
-    block
-    for _, block in batches.map_blocks(
-      lambda x_ND: x_ND, xb_ND, block_size=65536, rows=mine
-    )
-  )
-  return xq_QD, _find(xq_QD, blocks, 1, len(xb_ND), dataset.metric)
-
-
-def _find(xq_QD, blocks, k: int, num_base: int, metric: str) -> np.ndarray:
-  """Ids `[Q, k]` of the nearest in the base; blocks are of our share of it."""
-  error_QR, ids_QR = faiss_io.knn(xq_QD, blocks, k, metric=metric)
-  ids_QR = np.where(ids_QR < 0, ids_QR, ids_QR + devices.share(num_base).start)
-  sign = -1 if metric == "ip" else 1  # Inner products: the greatest first.
-  error_QR = np.concatenate(devices.gather(sign * error_QR), axis=1)
-  ids_QR = np.concatenate(devices.gather(ids_QR), axis=1)
-  order_QR = np.argsort(error_QR, axis=1, kind="stable")[:, :k]
-  return np.take_along_axis(ids_QR, order_QR, axis=1)
+    return None
+  opened, sizes = truth.of_dataset(dataset)
+  return truth.open_truth(opened, len(xb_ND), xb_ND, sizes, num=1)
 
 
 def _measure(codec, knobs, num_steps, search) -> dict:
@@ -262,7 +234,7 @@ def _quality(codes_NM, decode_fn, search, seconds) -> dict:
 
   The codes are those of this process's share of the base.
   """
-  num_base, xq_QD = len(search.xb_ND), search.xq_QD
+  num_base = len(search.xb_ND)
   mine = devices.share(num_base)
   num, size = len(codes_NM), min(codecs.decode_rows(), len(codes_NM))
   jax.block_until_ready(decode_fn(codes_NM[:size]))  # Compiles.
@@ -282,15 +254,15 @@ def _quality(codes_NM, decode_fn, search, seconds) -> dict:
       yield xhat_ND
 
   found = {}
-  if xq_QD is None:
+  if search.truth is None:
     for _ in decoded():
       pass
   else:
-    ids_QR = _find(xq_QD, decoded(), max(_RANKS), num_base, search.metric)
-    found = {
-      f"1-recall@{r}": float(metrics.nn_recall_at(ids_QR, search.true_QG, r))
-      for r in _RANKS
-    }
+    ids_QR = truth.find(
+      *(search.truth.xq_QD, decoded(), max(truth.RANKS)),
+      *(num_base, search.metric),
+    )
+    found = search.truth.recalls(ids_QR, _NAMES)
   slowest = lambda value: float(devices.gather(value).max())
   return {
     "mse": float(devices.gather(error).sum()) / num_base,
@@ -306,9 +278,7 @@ def _quality(codes_NM, decode_fn, search, seconds) -> dict:
 def _log_table(result) -> None:
   scale = result["scale"]
   unit = "" if scale == 1 else f" x{scale:g}"
-  recalls = [
-    f"1-recall@{r}" for r in _RANKS if "1-recall@1" in result["rows"][0]
-  ]
+  recalls = [name for name in _NAMES if name in result["rows"][0]]
   rows = []
   for row in result["rows"]:
     search = [

@@ -38,7 +38,7 @@ from experiments import (
   search,
   train,
 )
-from experiments.lib import cli, search_data
+from experiments.lib import cli, search_data, truth
 from vqjax.data import batches, codes, datasets, files
 from vqjax.interop import faiss_fastscan, faiss_io, faiss_ivf
 from vqjax.search import refiners
@@ -82,6 +82,7 @@ def run(config, workdir: str, **options):
     )
   dataset = _resolve(config)
   _check_baselines(config, dataset, options)
+  truth.check_dataset(dataset)  # Before hours of training.
   workdir.mkdir(parents=True, exist_ok=True)
   _find_centroids(config, workdir, dataset)
   codec = workdir / "codec"

@@ -222,7 +222,7 @@ def _header(config, codec, info, data, train, num_threads) -> dict:
     "num_lists": info["num_lists"],
     "coarse": info["coarse"],
     "queries": {"num": len(data.xq_QD), **files.identify(data.xq_QD)},
-    "groundtruth": files.identify(data.true_QG),
+    "groundtruth": files.identify(data.truth.ids_QG),
     "k": config.k,
     "rounds": config.rounds,
     "dtype": codecs.ranking_dtype(config.dtype),
@@ -330,6 +330,7 @@ def _summarise(config, record, data) -> None:
     record.table(),
     record.latency_table(),
   )
+  data.truth.report_ties()
   _doubt(data, max(p["recall"]["1-recall@1"] for p in record.points))
   best = record.best(next(iter(record.header["bytes"])))
   has_network = any(p["setting"].get("num_network") for p in record.points)
@@ -386,7 +387,7 @@ def _run_decoded(config) -> dict:
     "k": config.k,
     "threads": search_record.threads(num_threads),
     "device": jax.devices()[0].device_kind,
-    "recall": search_data.recalls(ids_QR, data.true_QG),
+    "recall": data.truth.recalls(ids_QR),
     "seconds": round(seconds["search"], 3),
   }
   files.write_json(config.output, result, overwrite=config.overwrite)
@@ -398,6 +399,7 @@ def _run_decoded(config) -> dict:
     ),
     config.output,
   )
+  data.truth.report_ties()
   _doubt(data, result["recall"]["1-recall@1"])
   return result
 

@@ -217,9 +217,7 @@ def test_own_raw_files_queries_and_cosine(tmp_path):
   config.train.update(num_epochs=1)
   config.samples.num_validation = 30
   data = hakes_data.open_data(config)
-  np.testing.assert_allclose(
-    hakes_data.read_all(data, data.base), base_ND, atol=1e-3
-  )
+  np.testing.assert_allclose(hakes_data.read_all(data.base), base_ND, atol=1e-3)
   # Measured on the held-out training queries.
   result = hakes.run(config, tmp_path / "run")
   assert (result["num_queries"], result["metric"]) == (30, "cosine")

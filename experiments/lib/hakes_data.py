@@ -4,10 +4,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vqjax.data import batches, datasets
+from experiments.lib import truth
+from vqjax.data import batches, datasets, unit
 from vqjax.interop import faiss_io, hakes_files
 
-METRICS = ("ip", "cosine", "l2")
+METRICS = ("l2", "ip", "cosine")
 _BLOCK = 16_384
 
 
@@ -22,6 +23,8 @@ class Data(NamedTuple):
   groundtruth: Any
   metric: str
   is_cosine: bool
+  paths: dict[str, str]  # Of base, queries and ground truth.
+  whole: Any  # All rows of the base, where `base` are its first; else None.
 
   @property
   def dim(self) -> int:
@@ -43,24 +46,47 @@ def open_data(config) -> Data:
     raise ValueError(f"data.metric must be one of {METRICS}, got {metric!r}.")
 
   def open_file(path, dim=data.dim, dtype="<f4", limit=None):
-    return path and hakes_files.open_rows(path, dim, dtype, max_vectors=limit)
+    rows = path and hakes_files.open_rows(path, dim, dtype, max_vectors=limit)
+    is_unit = path and metric == "cosine" and dtype == "<f4"
+    return unit.UnitVectors(rows) if is_unit else rows
 
+  paths = {
+    "base": data.base or named.base,
+    "queries": data.queries or named.queries,
+    "groundtruth": data.groundtruth or named.groundtruth,
+  }
   opened = Data(
     name=data.base or data.name,
-    base=open_file(data.base or named.base, limit=data.num_base),
+    base=open_file(paths["base"], limit=data.num_base),
     train_queries=open_file(data.train_queries),
     train_neighbours=open_file(
       data.train_neighbours, config.samples.num_neighbours, "<i4"
     ),
-    queries=open_file(data.queries or named.queries, limit=data.num_queries),
-    groundtruth=open_file(
-      data.groundtruth or named.groundtruth, data.groundtruth_dim, "<i4"
-    ),
-    metric="l2" if metric == "l2" else "ip",
+    queries=open_file(paths["queries"], limit=data.num_queries),
+    groundtruth=open_file(paths["groundtruth"], data.groundtruth_dim, "<i4"),
+    metric=truth.faiss_metric(metric),
     is_cosine=metric == "cosine",
+    paths=paths,
+    whole=open_file(paths["base"]) if data.num_base else None,
   )
   _check(opened)
   return opened
+
+
+def read_truth(data: Data, k: int) -> truth.Truth:
+  """The queries and their true neighbours, `k` of each."""
+  num = len(data.base)
+  return truth.open_truth(_files(data), num, data.base, _sizes(data), num=k)
+
+
+def _files(data: Data) -> truth.Files:
+  metric = "cosine" if data.is_cosine else data.metric
+  base = data.base if data.whole is None else data.whole
+  return truth.Files(data.queries, base, data.groundtruth, metric, data.paths)
+
+
+def _sizes(data: Data) -> list[int]:
+  return [] if data.whole is None else [len(data.whole)]
 
 
 def _check(data: Data) -> None:
@@ -86,38 +112,22 @@ def _check(data: Data) -> None:
       )
     if ids.dtype.kind not in "iu":
       raise ValueError(f"data.{name} must hold ids, got {ids.dtype}.")
+  if data.groundtruth is not None:
+    truth.read_ids(_files(data), len(data.base), _sizes(data))
 
 
-def read(data: Data, vectors, rows) -> np.ndarray:
-  """Reads rows as float32, of length 1 for cosine."""
-  return _scaled(data, batches.read_rows(vectors, rows))
-
-
-def read_all(data: Data, vectors) -> np.ndarray:
-  """Reads all rows of an open file, see `read`."""
-  return read(data, vectors, np.arange(len(vectors)))
+def read_all(vectors) -> np.ndarray:
+  """Reads all rows of an open file, float32."""
+  return batches.read_rows(vectors, np.arange(len(vectors)))
 
 
 def blocks(data: Data):
-  """Yields the base in blocks of rows, see `read`."""
+  """Yields the base in blocks of rows."""
   parts = batches.map_blocks(lambda x: x, data.base, block_size=_BLOCK)
-  return (_scaled(data, x_ND) for _, x_ND in parts)
+  return (x_ND for _, x_ND in parts)
 
 
 def neighbours(data: Data, queries_QD, k: int) -> np.ndarray:
   """Ids `[Q, k]` of the true neighbours in the base, nearest first."""
   _, ids_QG = faiss_io.knn(queries_QD, blocks(data), k, metric=data.metric)
   return ids_QG
-
-
-def _scaled(data: Data, x_ND) -> np.ndarray:
-  if not data.is_cosine:
-    return x_ND
-  length_N1 = np.linalg.norm(x_ND, axis=1, keepdims=True)
-  if not length_N1.all():
-    row = int(np.flatnonzero(length_N1[:, 0] == 0)[0])
-    raise ValueError(
-      f"A vector of zeros has no cosine: row {row} of {len(x_ND)} read; remove "
-      "it, or set data.metric."
-    )
-  return x_ND / length_N1

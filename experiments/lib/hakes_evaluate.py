@@ -4,13 +4,12 @@ import json
 import pathlib
 
 import jax
-import numpy as np
 from absl import logging
 
-from experiments.lib import cli, hakes_data
+from experiments.lib import cli, hakes_data, truth
 from vqjax.data import files, numpy_files
 from vqjax.interop import faiss_hakes, hakes_files
-from vqjax.search import metrics, operating_points, plots
+from vqjax.search import operating_points, plots
 
 _RECALLS = (0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.99)
 
@@ -18,14 +17,14 @@ _RECALLS = (0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.99)
 def evaluate(config, data, workdir: pathlib.Path) -> bool:
   """Writes evaluation.json and operating_points.png."""
   knobs = config.evaluate
-  queries = _queries(data, workdir, knobs.k)
-  if queries is None:
+  found = _truth(data, workdir, knobs.k)
+  if found is None:
     logging.warning(
       "Nothing to measure with: set data.queries (or data.train_queries, some "
       "of which are held out) and run --stage=evaluate."
     )
     return True
-  xq_QD, true_QG = queries
+  xq_QD, name = found.xq_QD, f"knn_recall@{knobs.k}"
   num_threads = faiss_hakes.set_num_threads(knobs.num_threads)
   index = faiss_hakes.load(workdir / "index.faiss")
   sides = {
@@ -40,7 +39,7 @@ def evaluate(config, data, workdir: pathlib.Path) -> bool:
     other = _factory(data, workdir / f"{knobs.factory}.faiss", knobs.factory)
     search_fns[knobs.factory] = _search_fn(other, None, xq_QD, knobs.k)
   settings = _settings(knobs, len(sides["base"].centroids_LE))
-  recall_fn = lambda ids_QR: metrics.knn_recall_at(ids_QR, true_QG, knobs.k)
+  recall_fn = lambda ids_QR: found.recalls(ids_QR, [name])[name]
   with cli.progress(len(settings), "search", unit="settings") as done:
     count = iter(range(1, len(settings) + 1))
     series = operating_points.measure(
@@ -51,36 +50,31 @@ def evaluate(config, data, workdir: pathlib.Path) -> bool:
       num_rounds=knobs.num_rounds,
       progress=lambda: done(next(count), len(settings)),
     )
+  found.report_ties()
   _write(config, data, workdir, series, len(xq_QD), num_threads)
   return True
 
 
-def _queries(data, workdir, k: int):
-  """Queries, and ids of at least `k` true neighbours; None without any."""
-  if data.queries is None:
-    if data.train_queries is None:
-      return None
-    samples = numpy_files.load_npz(workdir / "samples.npz")
-    held_out = slice(-int(samples["num_held_out"]), None)
-    xq_QD = samples["queries"][held_out]
-    return xq_QD, hakes_data.neighbours(data, xq_QD, k)
-  xq_QD = hakes_data.read_all(data, data.queries)
-  if data.groundtruth is not None:
-    true_QG = np.asarray(data.groundtruth)[: len(xq_QD)]
-    if true_QG.shape[1] >= k and true_QG.max() < len(data.base):
-      return xq_QD, true_QG
-    logging.info(
-      "The ground truth is of another number of base vectors or neighbours."
-    )
+def _truth(data, workdir, k: int) -> truth.Truth | None:
+  """Queries and at least `k` true neighbours; None without any queries."""
+  if data.queries is not None:
+    return hakes_data.read_truth(data, k)
+  if data.train_queries is None:
+    return None
+  samples = numpy_files.load_npz(workdir / "samples.npz")
+  held_out = slice(-int(samples["num_held_out"]), None)
+  xq_QD = samples["queries"][held_out]
   logging.info("Searching the true neighbours of %d queries.", len(xq_QD))
-  return xq_QD, hakes_data.neighbours(data, xq_QD, k)
+  ids_QG = hakes_data.neighbours(data, xq_QD, min(k + 1, len(data.base)))
+  metric = "cosine" if data.is_cosine else data.metric
+  return truth.Truth(xq_QD, ids_QG, data.base, metric, num=k)
 
 
 def _factory(data, path: pathlib.Path, name: str):
   """An index of faiss's own training, kept for the next evaluation."""
   if not path.exists():
     logging.info("Training faiss %s.", name)
-    x_ND = hakes_data.read_all(data, data.base)
+    x_ND = hakes_data.read_all(data.base)
     index = faiss_hakes.fit_factory(name, x_ND, data.metric)
     faiss_hakes.save(index, path)
   return faiss_hakes.load(path)

@@ -47,7 +47,7 @@ def base(config, data, workdir: pathlib.Path) -> bool:
     "num_lists": knobs.pop("num_lists")
     or 1 << math.ceil(math.log2(math.sqrt(len(data.base)))),
   }
-  x_ND = hakes_data.read(data, data.base, _draw(len(data.base), num_max, 0))
+  x_ND = batches.read_rows(data.base, _draw(len(data.base), num_max, 0))
   logging.info("Base parameters of %d vectors: %s.", len(x_ND), _text(sizes))
   side = faiss_hakes.fit_base(x_ND, **sizes, metric=data.metric, **knobs)
   _save(workdir / "findex.bin", side, data)
@@ -63,7 +63,7 @@ def samples(config, data, workdir: pathlib.Path) -> bool:
   num = min(knobs.num_queries, len(source) - num_held)
   rows_N = _draw(len(source), num + num_held, config.seed)
   k = min(knobs.num_neighbours, len(data.base) - 1)
-  x_ND = hakes_data.read(data, source, rows_N)
+  x_ND = batches.read_rows(source, rows_N)
   logging.info(
     "%d training queries of %s, %d held out; %d neighbours of each.",
     num,
@@ -187,7 +187,7 @@ def _look_up(side, data, queries_ND, near_NG) -> hakes_learner.Samples:
   """Vectors, codes and lists of all neighbours, each once."""
   rows_U, near_NG = np.unique(near_NG, return_inverse=True)
   near_NG = near_NG.reshape(len(queries_ND), -1).astype(np.int32)
-  vectors_UD = hakes_data.read(data, data.base, rows_U)
+  vectors_UD = batches.read_rows(data.base, rows_U)
 
   @jax.jit
   def keep_fn(x_ND):
@@ -271,7 +271,7 @@ def centroids(config, data, workdir: pathlib.Path) -> bool:
   if knobs.sample:
     num = max(round(knobs.sample * len(data.base)), 1)
     rows_N = _draw(len(data.base), num, config.seed + 1)
-    x_ND = hakes_data.read(data, data.base, rows_N)
+    x_ND = batches.read_rows(data.base, rows_N)
   else:
     x_ND = numpy_files.load_npz(workdir / "samples.npz")["queries"]
   old = hakes_files.load(workdir / "findex.bin").side
@@ -302,7 +302,7 @@ def index(config, data, workdir: pathlib.Path) -> bool:
   faiss_hakes.save(built, path)
   read = faiss_hakes.load(path)
   same = jax.tree.map(np.array_equal, faiss_hakes.side_of(read), new)
-  x_QD = hakes_data.read(data, data.base, np.arange(min(20, len(data.base))))
+  x_QD = batches.read_rows(data.base, np.arange(min(20, len(data.base))))
   knobs = {"num_probes": 4, "refine_factor": 4}
   ids = [faiss_hakes.search(i, x_QD, 5, **knobs) for i in (built, read)]
   if not all(jax.tree.leaves(same)) or not np.array_equal(*ids):
@@ -313,7 +313,7 @@ def index(config, data, workdir: pathlib.Path) -> bool:
 
 def _fill(data, side, store):
   """An index of all vectors of the base, by the base side."""
-  sample_ND = hakes_data.read(data, data.base, _draw(len(data.base), 65536, 0))
+  sample_ND = batches.read_rows(data.base, _draw(len(data.base), 65536, 0))
   made = faiss_hakes.make_index(
     side, data.metric, store=store, sample_ND=sample_ND
   )

@@ -1,30 +1,25 @@
 """What a search is measured with: queries, true neighbours, baselines."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 
-from experiments.lib import cli, codecs, inputs
+from experiments.lib import cli, codecs, inputs, truth
 from vqjax.core import check_range, check_shape
 from vqjax.data import batches, codes, datasets, files
 from vqjax.interop import faiss_baselines, faiss_io
-from vqjax.search import metrics, pipeline
+from vqjax.search import pipeline
 
 _BLOCK = 16384
 _MAX_TRAIN = 200_000  # IVF-RQ trains half a minute on them, on 2 threads.
-_RANKS = (1, 10, 100)
-_OVERLAP = 10
-_NUM_CHECKED = 16  # Queries whose true neighbours are checked against
-_NUM_SAMPLED = 20_000  # so many vectors of the base.
 
 
 class Data(NamedTuple):
-  """Queries, ids of their true neighbours, and the base where it is given."""
+  """Queries, their true neighbours, and the base where it is given."""
 
   xq_QD: np.ndarray
-  true_QG: np.ndarray
+  truth: truth.Truth
   base: Any | None  # Open file of as many vectors as are searched.
   metric: str
 
@@ -36,8 +31,6 @@ def open_data(codec, config, path, num_vectors: int, is_of) -> Data:
   None where nobody knows.
   """
   dataset = _resolve(codec, config)
-  xq_QD = datasets.open_split(dataset, "queries")
-  xq_QD = batches.read_rows(xq_QD, range(len(xq_QD)))
   base = None
   if dataset.base:
     base = datasets.open_split(dataset, "base", max_vectors=num_vectors)
@@ -47,8 +40,9 @@ def open_data(codec, config, path, num_vectors: int, is_of) -> Data:
         "indexed; give the base that was encoded as --data."
       )
     inputs.check_data(path, is_of, base)
-  true_QG = _neighbours(dataset, xq_QD, base, num_vectors)
-  return Data(xq_QD, true_QG, base, dataset.metric)
+  opened, sizes = truth.of_dataset(dataset)
+  found = truth.open_truth(opened, num_vectors, base, sizes)
+  return Data(found.xq_QD, found, base, dataset.metric)
 
 
 def _resolve(codec, config) -> datasets.Dataset:
@@ -74,100 +68,11 @@ def _resolve(codec, config) -> datasets.Dataset:
   return dataset
 
 
-def _neighbours(dataset, xq_QD, base, num_vectors: int) -> np.ndarray:
-  missing = "There is no ground truth"
-  if dataset.groundtruth:
-    whole = dataclasses.replace(dataset, num_base=None)
-    ids_QG = np.asarray(datasets.open_split(whole, "groundtruth"))[: len(xq_QD)]
-    if ids_QG.max() < num_vectors:
-      if base is not None:
-        _check_neighbours(dataset, xq_QD, ids_QG, base)
-      return ids_QG
-    missing = (
-      f"{dataset.groundtruth} names vectors beyond the {num_vectors} that are "
-      "searched"
-    )
-  if base is None:
-    raise ValueError(
-      f"{missing}; give the vectors that were encoded as --data, to find the "
-      "true neighbours by exact search."
-    )
-  logging.info(
-    "%s: searching the true neighbours of %d queries.", missing, len(xq_QD)
-  )
-  num = min(_OVERLAP, num_vectors)
-  with cli.progress(num_vectors, "exact search") as done:
-    return faiss_io.knn(xq_QD, _blocks(base, done), num, dataset.metric)[1]
-
-
-def _check_neighbours(dataset, xq_QD, true_QG, base) -> None:
-  """Raises ValueError where the true neighbours cannot be those.
-
-  For some queries: the first must not be farther than any vector of a sample,
-  nor one that recall is measured with farther than the next.
-  """
-  at = batches.spread(len(xq_QD), _NUM_CHECKED)
-  xq_QD, ids_QG = xq_QD[at], true_QG[at, :_OVERLAP]
-  sample_N = batches.spread(len(base), _NUM_SAMPLED)
-  xs_ND = batches.read_rows(base, sample_N)
-  _, near_Q1 = faiss_io.knn(xq_QD, xs_ND, 1, dataset.metric)
-  ids_QR = np.hstack([ids_QG, sample_N[near_Q1]])
-  error_QR, noise_Q = _errors(xq_QD, ids_QR, base, dataset.metric)
-  last = ids_QG.shape[1]
-  less, more = np.r_[0, : last - 1], np.r_[last, 1:last]
-  wrong_QR = error_QR[:, less] > error_QR[:, more] + noise_Q[:, None]
-  if wrong_QR.any():
-    q, r = np.argwhere(wrong_QR)[0]
-    raise ValueError(
-      f"{dataset.groundtruth} must name the vectors of {dataset.base} "
-      f"nearest ({dataset.metric}) to each query of {dataset.queries}, nearest "
-      f"first, but for query {at[q]} it has row {ids_QR[q, less[r]]}, which is "
-      f"farther than row {ids_QR[q, more[r]]}; give the ground truth of these "
-      "files, or leave it out to have it found by exact search."
-    )
-
-
-def _errors(xq_QD, ids_QR, base, metric: str):
-  """What is less for nearer rows, `[Q, R]`, and how exact `[Q]` float32 has it.
-
-  A negative id stands for none, at inf.
-  """
-  x_ND = batches.read_rows(base, np.maximum(ids_QR, 0).ravel()).astype(float)
-  x_QRD, xq_Q1D = x_ND.reshape(*ids_QR.shape, -1), xq_QD[:, None].astype(float)
-  if metric == "ip":
-    error_QR = -(x_QRD * xq_Q1D).sum(axis=-1)
-  else:
-    error_QR = np.square(x_QRD - xq_Q1D).sum(axis=-1)
-  size_QR = np.square(x_QRD).sum(axis=-1) + np.square(xq_Q1D).sum(axis=-1)
-  return np.where(ids_QR < 0, np.inf, error_QR), 1e-5 * size_QR.max(axis=1)
-
-
 def _blocks(vectors, done):
   parts = batches.map_blocks(
     lambda x_ND: x_ND, vectors, block_size=_BLOCK, progress=done
   )
   return (x_ND for _, x_ND in parts)
-
-
-def recall_names(num_results: int, true_QG) -> list[str]:
-  """Returns the kinds of recall that results and neighbours allow."""
-  names = [f"1-recall@{r}" for r in _RANKS if r <= num_results]
-  if min(num_results, true_QG.shape[1]) >= _OVERLAP:
-    names.append(f"knn_recall@{_OVERLAP}")
-  return names
-
-
-def recalls(ids_QR, true_QG) -> dict[str, float]:
-  """Returns the values of `recall_names`."""
-  kinds = {
-    "1-recall": metrics.nn_recall_at,
-    "knn_recall": metrics.knn_recall_at,
-  }
-  found = {}
-  for name in recall_names(ids_QR.shape[1], true_QG):
-    kind, num = name.split("@")
-    found[name] = float(kinds[kind](ids_QR, true_QG, int(num)))
-  return found
 
 
 def baseline_names(config) -> list[str]:
@@ -186,7 +91,8 @@ def baseline_names(config) -> list[str]:
 def open_train(codec, config):
   """Opens the vectors that baselines may be trained on, and says how many."""
   if config.train:
-    dataset = datasets.own_dataset(train=config.train)
+    metric = codec.info.get("metric") or "l2"
+    dataset = datasets.own_dataset(train=config.train, metric=metric)
     held_out = 0
   else:
     dataset = codecs.resolve_data(codec, config, needs_base=False)
@@ -244,4 +150,5 @@ def search_decoded(codec, config, data: Data, found: codes.Codes, seconds):
   decode_fn(np.asarray(found[:1]).repeat(size, axis=0))  # Compiles.
   with cli.progress(num, "decode") as done, cli.timed(seconds, "search"):
     blocks = inputs.decoded(decode_fn, found, sizes, size, done)
-    return faiss_io.knn(data.xq_QD, blocks, config.k, data.metric)[1]
+    metric = truth.faiss_metric(data.metric)
+    return faiss_io.knn(data.xq_QD, blocks, config.k, metric)[1]

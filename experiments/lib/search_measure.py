@@ -7,7 +7,7 @@ import time
 import numpy as np
 from absl import logging
 
-from experiments.lib import cli, search_data
+from experiments.lib import cli
 from vqjax.interop import faiss_baselines, faiss_grid
 from vqjax.search import operating_points
 
@@ -51,7 +51,7 @@ def explore(config, record, ours: str, ranges, search_fns, data) -> None:
     record.add(points)
     return points
 
-  possible = search_data.recall_names(config.k, data.true_QG)
+  possible = data.truth.names(config.k)
   fronts = [name for name in _FRONTS if name in possible]
   grid = faiss_grid.Grid(ranges, len(fronts))
   add = lambda p: grid.add(
@@ -111,7 +111,7 @@ def _measure(config, jobs, search_fns, data) -> list[dict]:
       {
         "series": name,
         "setting": setting,
-        "recall": search_data.recalls(result.ids_QR, data.true_QG),
+        "recall": data.truth.recalls(result.ids_QR),
         "qps": round(num / seconds, 2),
         "stage_us": stages,
         "decoded_per_query": round(result.num_decoded / num, 3)

@@ -19,7 +19,7 @@ import pathlib
 import numpy as np
 
 from vqjax import shipped
-from vqjax.data import formats
+from vqjax.data import formats, unit
 
 METRICS = ("l2", "ip")
 SPLITS = ("train", "base", "queries", "groundtruth")
@@ -37,8 +37,9 @@ _MILLION = 1_000_000
 class Dataset:
   """Files of one data set; `num_*` is how many first rows of a file count.
 
-  `metric` is "l2" (squared, less is nearer) or "ip" (inner product, more is
-  nearer). Errors are reported as squared L2 times `scale`.
+  `metric` is "l2" (squared, less is nearer), "ip" (inner product, more is
+  nearer) or "cosine": then vectors are of length 1 when read. Errors are
+  reported as squared L2 times `scale`.
   """
 
   name: str
@@ -331,13 +332,16 @@ def open_split(dataset: Dataset, split: str, *, max_vectors=None, role=None):
       f"{path} must have dimension {dataset.dim} for data set {dataset.name}, "
       f"got {vectors.shape[1]}."
     )
+  elif dataset.metric == "cosine":
+    return unit.UnitVectors(vectors)
   return vectors
 
 
 def _check_groundtruth(dataset: Dataset, ids_QG, max_vectors) -> None:
   if ids_QG.dtype.kind not in "iu":
     raise ValueError(
-      f"{dataset.groundtruth} must hold integer ids, got {ids_QG.dtype}."
+      f"{dataset.groundtruth} must hold integer ids, got {ids_QG.dtype}; "
+      "write the ids as integers, as np.save(path, ids.astype(np.int32))."
     )
   if dataset.queries:
     queries_QD = open_split(dataset, "queries", max_vectors=max_vectors)

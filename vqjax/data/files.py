@@ -15,6 +15,7 @@ import secrets
 import numpy as np
 
 from vqjax import __version__
+from vqjax.data import unit
 
 NOT_COMPARED = ("command", "vqjax_version")  # Kept for people.
 _SAMPLE_ROWS = 256  # Of the data, for their checksum.
@@ -91,6 +92,7 @@ def identify(vectors) -> dict:
   """
   num, dim = vectors.shape
   rows = np.unique(np.linspace(0, num - 1, _SAMPLE_ROWS, dtype=np.int64))
+  vectors = unit.raw(vectors)  # A cosine changes no file.
   sample_ND = np.ascontiguousarray(vectors[rows], np.float32)
   return {
     "dim": dim,

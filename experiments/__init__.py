@@ -1,0 +1,3 @@
+from vqjax import cpu
+
+cpu.prepare_libraries()  # Here, since the commands import faiss.

@@ -4,6 +4,7 @@ Elsewhere nothing is known, and libraries choose for themselves.
 """
 
 import functools
+import os
 import pathlib
 
 _CPU_INFO = pathlib.Path("/proc/cpuinfo")
@@ -40,3 +41,17 @@ def blas_kernels() -> str | None:
   if "GenuineIntel" in _words() and _words() >= {"avx2", "fma"}:
     return "Haswell"
   return None
+
+
+def prepare_libraries() -> None:
+  """Tells OpenMP and OpenBLAS how to work beside XLA; before faiss is imported.
+
+  The commands and `vqjax.fit` and its like call this; importing a module does
+  not. What the user has set stays.
+
+  Threads of faiss that wait for work by spinning take the cores from XLA, which
+  our searches call alternately: up to ten times slower on busy machines.
+  """
+  os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+  if blas_kernels():
+    os.environ.setdefault("OPENBLAS_CORETYPE", blas_kernels())

@@ -22,7 +22,7 @@ from vqjax.progress import progress_bar
 
 _ASK_FOR_HELP = ("-h", "-help", "--help", "--helpshort")
 _CACHE_BYTES = 1 << 30  # Of compiled programs.
-_CHATTY = {"orbax", "etils", "tensorstore"}
+_CHATTY = {"orbax", "etils", "tensorstore", "matplotlib"}
 
 
 class Option(NamedTuple):
@@ -347,8 +347,8 @@ class _PlainFormatter(std_logging.Formatter):
 def _is_for_people(record) -> bool:
   """False for what libraries tell each other, such as orbax's progress.
 
-  Their warnings are shown, but for those of the checkpoint libraries, which
-  warn of their own defaults.
+  Their warnings are shown, but for those of the checkpoint libraries and of
+  matplotlib, which are about their own defaults and folders.
   """
   if _is_ours(record.pathname) or logging.level_debug():
     return True

@@ -74,3 +74,11 @@ def test_panels_without_values_are_left_out(drawn):
   rows = [{"step": i, "lr": 0.1} for i in (1, 2, 3)]
   (axes,) = drawn(rows)
   assert axes.get_title() == "learning rate"
+
+
+def test_errors_of_several_decades_have_a_log_scale(drawn):
+  for errors, scale in (
+    ([3.0, 2.0, 1.0], "linear"),
+    ([999.0, 7.0, 7.0], "log"),
+  ):
+    assert drawn(_rows(errors))[0].get_yscale() == scale

@@ -20,7 +20,7 @@ def _commands():
   """Commands in the pages, as (page, command, arguments)."""
   for page in PAGES:
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-    for name, rest in re.findall(r"\bvqjax ([a-z]\w*)([^\n`|#]*)", text):
+    for name, rest in re.findall(r"\bvqjax ([a-z]\w*)([^\n`|#&]*)", text):
       if "--" in rest:
         yield page.name, name, rest.split()
 

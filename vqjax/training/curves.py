@@ -21,10 +21,7 @@ def plot_curves(
 
   rows = read_rows(pathlib.Path(folder) / "metrics.jsonl")
   panels = [
-    (
-      f"MSE per vector{unit}, log scale",
-      lambda axes: _errors(axes, rows, scale),
-    ),
+    (f"MSE per vector{unit}", lambda axes: _errors(axes, rows, scale)),
     ("share of codewords used in the epoch", _positions("usage_M", rows)),
     ("entropy of the codes, bits", _positions("entropy_M", rows)),
     ("learning rate", lambda axes: _curve(axes, rows, "lr")),
@@ -57,7 +54,9 @@ def _errors(axes, rows, scale: float) -> None:
       steps[best], errors[best], "k*", markersize=10, mfc="none", label=label
     )
   if axes.lines:
-    axes.set_yscale("log")
+    shown = np.concatenate([line.get_ydata() for line in axes.lines])
+    if 0 < 10 * shown.min() < shown.max():
+      axes.set_yscale("log")
     axes.legend(fontsize=8)
 
 

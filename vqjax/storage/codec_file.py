@@ -16,8 +16,11 @@ programs once more in codec.json:
 """
 
 import datetime
+import json
 import pathlib
 from typing import Any, NamedTuple
+
+from absl import logging
 
 from vqjax import __version__
 from vqjax.codecs import registry
@@ -27,6 +30,7 @@ from vqjax.storage import tensors
 from vqjax.storage.tensors import digest as _digest
 from vqjax.storage.tensors import flatten as _flatten
 from vqjax.storage.tensors import rebuild as _rebuild
+from vqjax.training import checkpoints
 
 TENSORS_NAME = "codec.safetensors"
 HEADER_NAME = "codec.json"
@@ -111,9 +115,9 @@ def _find(path: pathlib.Path) -> pathlib.Path:
     return path / TENSORS_NAME
   if (path / "checkpoints").is_dir() or (path / "config.json").is_file():
     raise FileNotFoundError(
-      f"{path} holds no {TENSORS_NAME} yet: training has not finished. Resume "
-      "it with python -m experiments.train --config=CONFIG "
-      f"--workdir={path} --resume."
+      f"{path} holds no {TENSORS_NAME} yet, and no checkpoint to take instead: "
+      "the training has not come that far. Run its command again to go on: "
+      f"python -m experiments.train --config=CONFIG --workdir={path}."
     )
   suffixes = (".safetensors", *_RELEASED)
   found = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes)
@@ -157,12 +161,16 @@ def load_codec(path) -> LoadedCodec:
   """Loads a codec from a run folder, a .safetensors or a released .pt file.
 
   A folder may hold `codec.safetensors`, or else one such file of any name.
+  Of a training run that has not finished it is the best checkpoint.
 
   Raises:
     FileNotFoundError: Where there is no codec.
     ValueError: Where the file is no codec, damaged or changed.
   """
-  path = _find(pathlib.Path(path))
+  path = pathlib.Path(path)
+  if (unfinished := _of_unfinished(path)) is not None:
+    return unfinished
+  path = _find(path)
   if path.suffix.lower() in _RELEASED:
     name, params, info = torch_qinco.load_checkpoint(path)
     return LoadedCodec(name, params, info, fingerprint(params))
@@ -196,3 +204,32 @@ def _make_params(path: pathlib.Path, header: dict, arrays: dict):
       f"codebook_sizes are {sizes}, expected {wanted}."
     )
   return params
+
+
+def _of_unfinished(folder: pathlib.Path) -> LoadedCodec | None:
+  """The best checkpoint of a run without a codec; None where there is none."""
+  if (folder / TENSORS_NAME).exists() or not (folder / "checkpoints").is_dir():
+    return None
+  try:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    made = config["derived"]["codec"]
+    name, static, info = made["name"], made["static"], made["info"]
+    params_class = registry.get(name).Params
+  except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    return None  # Of an older version, or damaged.
+  saved = checkpoints.Checkpoints(folder / "checkpoints", read_only=True)
+  try:
+    found = saved.restore_best()
+  finally:
+    saved.close()
+  if found is None:
+    return None
+  step, state = found
+  arrays = {k: v for k, v in state["params"].items() if v is not None}
+  params = _rebuild(params_class, arrays, static)
+  logging.warning(
+    "The training in %s has not finished: taking its best checkpoint, that of "
+    "step %d.",
+    *(folder, step),
+  )
+  return LoadedCodec(name, params, info, fingerprint(params))

@@ -1,24 +1,40 @@
 """Training checkpoints: the latest two and the best one, through orbax.
 
 Saved asynchronously; a half-written checkpoint is never taken for a whole one
-(orbax renames it into place when it is complete).
+(orbax renames it into place when it is complete). Each has a checksum of its
+arrays, so that a damaged one is not taken either.
 """
 
+import json
 import pathlib
+import shutil
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
+from vqjax import devices
+
 _METRIC = "validation"
+_PREFIX = "step"
+# What orbax raises for files that are damaged or of another tree.
+_ERRORS = (
+  *(ValueError, KeyError, TypeError, AttributeError, IndexError, OSError),
+  RuntimeError,
+)
 
 
 class Checkpoints:
   """The checkpoints of one run, in `folder`, by training step."""
 
-  def __init__(self, folder: pathlib.Path, *, num_latest: int = 2):
+  def __init__(
+    self, folder: pathlib.Path, *, num_latest: int = 2, read_only: bool = False
+  ):
+    """Opens them; `read_only` beside a process that is still training."""
     keep = checkpoint_managers.AnyPreservationPolicy(
       [
         checkpoint_managers.LatestN(num_latest),
@@ -31,15 +47,19 @@ class Checkpoints:
       ]
     )
     self._folder = pathlib.Path(folder).absolute()
+    if not read_only:
+      _remove_damaged_metrics(self._folder)
     self._manager = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=keep,
         best_fn=lambda metrics: metrics[_METRIC],
         best_mode="min",
-        step_prefix="step",
-        cleanup_tmp_directories=True,
+        step_prefix=_PREFIX,
+        cleanup_tmp_directories=not read_only,
+        read_only=read_only,
       ),
+      item_handlers=ocp.StandardCheckpointHandler(),
     )
 
   def steps(self) -> list[int]:
@@ -51,8 +71,9 @@ class Checkpoints:
     if step in self._manager.all_steps():
       return
     metrics = None if validation is None else {_METRIC: validation}
+    saved = {"state": state, "checksum": checksum(state)}
     self._manager.save(
-      step, args=ocp.args.StandardSave(state), metrics=metrics, force=True
+      step, args=ocp.args.StandardSave(saved), metrics=metrics, force=True
     )
 
   def latest(self) -> int | None:
@@ -67,19 +88,100 @@ class Checkpoints:
     """Returns the state saved at `step`; `like` has its shapes and places.
 
     Raises:
-      ValueError: The checkpoint is of another model.
+      ValueError: The checkpoint is damaged or of another model.
     """
     self.wait()
-    wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    wanted = {"state": like, "checksum": jnp.uint32(0)}
+    wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
+    return self._restore(step, ocp.args.StandardRestore(wanted))
+
+  def _restore(self, step: int, args) -> Any:
     try:
-      return self._manager.restore(step, args=ocp.args.StandardRestore(wanted))
-    except (ValueError, KeyError, TypeError) as error:
+      found = self._manager.restore(step, args=args)
+      is_whole = int(found["checksum"]) == int(checksum(found["state"]))
+    except _ERRORS as error:
       raise ValueError(
-        f"The checkpoint of step {step} in {self._folder} does not fit the "
-        f"model of this configuration ({_first_line(error)}). Resume with the "
-        "configuration and the version of vqjax the run was started with, or "
-        "choose a new --workdir."
+        f"The checkpoint of step {step} in {self._folder} is damaged, or does "
+        f"not fit the model of this configuration ({_first_line(error)}). "
+        "Resume with the configuration and the version of vqjax the run was "
+        "started with, or choose a new --workdir."
       ) from error
+    if not is_whole:
+      raise ValueError(
+        f"The checkpoint of step {step} in {self._folder} is damaged: its "
+        "arrays do not have their checksum."
+      )
+    return found["state"]
+
+  def restore_tree(self, step: int) -> dict:
+    """Returns the state saved at `step` as dicts of arrays of this process.
+
+    Raises ValueError as `restore`.
+    """
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    try:
+      saved = self._manager.item_metadata(step)
+      wanted = jax.tree.map(like, getattr(saved, "tree", saved))
+    except _ERRORS as error:
+      raise ValueError(
+        f"The checkpoint of step {step} in {self._folder} is damaged: "
+        f"{_first_line(error)}."
+      ) from error
+    return self._restore(step, ocp.args.StandardRestore(wanted))
+
+  def restore_latest(self, like: Any) -> tuple[int, Any] | None:
+    """Returns step and state of the newest checkpoint that is whole.
+
+    Damaged ones after it are removed, so that they are made again. None where
+    there is no checkpoint.
+
+    Raises:
+      ValueError: None of them is whole and fits.
+    """
+    found = self._first_whole(
+      self.steps()[::-1], lambda step: self.restore(step, like)
+    )
+    for step in self.steps():
+      if found and step > found[0]:
+        self._manager.delete(step)
+    return found
+
+  def restore_best(self, like: Any = None) -> tuple[int, Any] | None:
+    """Returns step and state of the best checkpoint that is whole.
+
+    Without any validation it is the newest. `like` None gives what
+    `restore_tree` does. Raises as `restore_latest`.
+    """
+    if like is None:
+      return self._first_whole(self._ranked(), self.restore_tree)
+    return self._first_whole(
+      self._ranked(), lambda step: self.restore(step, like)
+    )
+
+  def _ranked(self) -> list[int]:
+    """Steps from the best to the worst; those without validation last."""
+    errors = {step: self._manager.metrics(step) for step in self.steps()}
+    value = lambda step: (errors[step] or {}).get(_METRIC, np.inf)
+    return sorted(self.steps()[::-1], key=value)
+
+  def _first_whole(self, steps: list[int], restore_fn):
+    first_error = None
+    for step in steps:
+      state, error = None, None
+      try:
+        state = restore_fn(step)
+      except ValueError as e:
+        error = e
+      # All processes take the same.
+      if not devices.gather(error is not None).any():
+        if first_error is not None:
+          logging.warning("%s Taking that of step %d.", first_error, step)
+        return step, state
+      first_error = first_error or error
+    if first_error is not None:
+      raise first_error
+    return None
 
   def wait(self) -> None:
     """Returns when everything is on disk."""
@@ -90,6 +192,36 @@ class Checkpoints:
     self._manager.wait_until_finished()
     self._manager.close()
     logging.debug("Checkpoints in %s: %s", self._folder, self.steps())
+
+
+def _remove_damaged_metrics(folder: pathlib.Path) -> None:
+  """Removes validation errors that cannot be read: orbax would raise."""
+  for path in folder.glob(f"{_PREFIX}_*/metrics/metrics"):
+    try:
+      float(json.loads(path.read_bytes())[_METRIC])
+    except (ValueError, KeyError, TypeError):
+      logging.warning("%s is damaged, and removed.", path)
+      if devices.is_first():
+        shutil.rmtree(path.parent)
+  devices.gather(0)  # Gone for all.
+
+
+@jax.jit
+def checksum(tree: Any) -> jax.Array:
+  """Returns a uint32 that changes with any bit of any array of the tree."""
+  total = jnp.uint32(0)
+  for leaf in jax.tree.leaves(tree):
+    total += _checksum_of(jnp.ravel(leaf))
+  return total
+
+
+def _checksum_of(x_N):
+  """Sum of the bits of the numbers, each times another odd number."""
+  bits_N = x_N.astype(jnp.uint8) if x_N.dtype == bool else x_N
+  size = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[bits_N.dtype.itemsize]
+  bits_N = jax.lax.bitcast_convert_type(bits_N, size).astype(jnp.uint32)
+  odd_N = 2 * jnp.arange(len(bits_N), dtype=jnp.uint32) + 1
+  return jnp.sum(bits_N * odd_N, dtype=jnp.uint32)
 
 
 def _first_line(error: Exception) -> str:

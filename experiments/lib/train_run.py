@@ -1,0 +1,220 @@
+"""What a training run is: its plan, its record, and whether it may go on.
+
+The same command run again goes on, or says that all is done. A run refuses
+other training vectors and other settings, except for more epochs, what is only
+reported, and another split of the same batch over devices.
+"""
+
+import os
+import pathlib
+from typing import NamedTuple
+
+import jax
+from absl import logging
+
+from experiments.lib import codecs, run_folder
+from vqjax import devices
+from vqjax.codecs import qinco_loss
+from vqjax.core import check_range
+from vqjax.data import batches, datasets, files, formats
+from vqjax.training import loop, optimisers
+
+# Settings that may differ: what files hold is compared instead of their names,
+# how many vectors are held out instead of how that was asked for.
+_FREE = (
+  *("data.name", "data.root", *(f"data.{name}" for name in datasets.SPLITS)),
+  *("data.num_train", "data.num_base", "data.num_queries"),
+  *("data.validation_size", "ivf.centroids", "derived.codec"),
+  *("train.log_every", "train.checkpoint_minutes", "train.keep_checkpoints"),
+  "train.tensorboard",
+)
+_SAYS = {  # Of names that are no flags.
+  "derived.data.train": "the checksum of the vectors in --config.data.train",
+  "derived.data.centroids": "the checksum of --config.ivf.centroids",
+  "derived.training_vectors": "the number of training vectors "
+  "(--config.data.num_train)",
+  "derived.held_out": "the number of held-out vectors "
+  "(--config.data.validation_size)",
+  "derived.vectors_per_step": "vectors per step (--config.train.batch_size x "
+  "devices x --config.train.accumulate)",
+  "derived.dtype": "the type of the products (--config.train.dtype)",
+  "train.num_epochs": "--config.train.num_epochs (more can be asked for, "
+  "--finish ends a run early)",
+}
+
+
+class Run(NamedTuple):
+  """A run as this command wants it, and what of it is there."""
+
+  record: dict  # Contents of config.json.
+  plan: loop.Plan | None  # None for codecs without steps.
+  num_rows: int
+  held_out: slice
+  summary: dict | None  # Of a run that is finished.
+  has_begun: bool
+
+
+def look(config, workdir: pathlib.Path, dataset, xt_ND, **wishes) -> Run:
+  """Compares the command with what is in the folder; changes nothing.
+
+  `wishes` are the flags `resume` and `finish`.
+
+  Raises:
+    ValueError: The folder holds another run, or there is none to finish.
+  """
+  run_folder.check_shared(workdir)
+  old = run_folder.read_config(workdir)
+  num_rows, held_out = _split(config, len(xt_ND), old)
+  plan = None
+  if config.codec == "qinco":
+    check_options(config)
+    plan = make_plan(config, num_rows, dataset.scale)
+  record = _record(config, dataset, xt_ND, plan, num_rows)
+  if old is None:
+    if wishes.get("finish"):
+      raise ValueError(f"There is no run to finish in {workdir}.")
+    return Run(record, plan, num_rows, held_out, None, False)
+  summary = run_folder.read_summary(workdir)
+  has_more = _check_same(workdir, old, record)
+  is_early = summary is not None and summary.get("is_early", False)
+  if has_more or (is_early and wishes.get("resume")):
+    summary = None
+  elif is_early:
+    logging.info(
+      "--finish has ended the run in %s early; --resume trains the rest.",
+      workdir,
+    )
+  return Run(record, plan, num_rows, held_out, summary, True)
+
+
+def begin(workdir: pathlib.Path, run: Run) -> None:
+  """Makes the folder that of the run; to be called under its lock."""
+  summary = workdir / run_folder.SUMMARY_NAME
+  # First: a run of more epochs must never look finished.
+  if devices.is_first() and summary.exists():
+    summary.unlink()
+  run_folder.write_config(workdir, run.record)
+
+
+def _split(config, num: int, old: dict | None) -> tuple[int, slice]:
+  """As `batches.split`; a run that has begun keeps what it holds out."""
+  size = config.data.validation_size
+  if old is not None and size is None:
+    size = old.get("derived", {}).get("held_out")
+    if size is None:  # Of an earlier version, which always wrote a number.
+      size = old.get("data", {}).get("validation_size")
+  return batches.split(num, size)
+
+
+def _record(config, dataset, xt_ND, plan, num_rows: int) -> dict:
+  """Contents of config.json: settings, and what follows from them and data."""
+  num_held_out = len(xt_ND) - num_rows
+  made_of = {"train": files.identify(xt_ND)}
+  if (ivf := config.get("ivf")) and ivf.centroids:
+    made_of["centroids"] = files.identify(formats.open_vectors(ivf.centroids))
+  derived = {
+    "training_vectors": num_rows,
+    "held_out": num_held_out,
+    "data": made_of,
+  }
+  if plan is not None:
+    derived |= {
+      "vectors_per_step": plan.batch_size,
+      "steps_per_epoch": plan.steps_per_epoch,
+      "dtype": codecs.product_dtype(config.train.dtype),
+      "codec": {  # With a checkpoint it is a codec.
+        "name": config.codec,
+        "static": {
+          "add_word": not config.model.is_qinco1,
+          "is_ivf": bool(ivf and (ivf.num_lists or ivf.centroids)),
+        },
+        "info": codec_info(config, dataset, num_held_out),
+      },
+    }
+  return config.to_dict() | {"derived": derived}
+
+
+def codec_info(config, dataset, num_held_out: int) -> dict:
+  """What a codec of this run says of itself; its data from any folder."""
+  data = config.data.to_dict() | {"validation_size": num_held_out}
+  paths = [name for name in datasets.SPLITS if data[name]]
+  data |= {name: os.path.abspath(data[name]) for name in paths}
+  return {
+    "encode": config.encode.to_dict(),
+    "metric": dataset.metric,
+    "scale": dataset.scale,
+    "data": {**data, "name": None} if paths else data,
+  }
+
+
+def _check_same(workdir, old: dict, new: dict) -> bool:
+  """Whether more epochs are asked for; refuses what differs otherwise."""
+  found = run_folder.differences(old, new)
+  found.take(*_FREE)
+  known = old.get("derived", {})
+  for name in ("data", "held_out"):  # Earlier versions do not say it.
+    if name not in known:
+      found.take(f"derived.{name}")
+  if "derived.vectors_per_step" not in found.names():
+    found.take("train.batch_size", "train.accumulate")
+  elif {"train.batch_size", "train.accumulate"} & found.names():
+    found.take("derived.vectors_per_step")
+  if "derived.steps_per_epoch" not in found.names():
+    found.take("train.epoch_size")
+  found.take("derived.steps_per_epoch")  # Follows from what is compared.
+  if "train.dtype" in found.names():
+    found.take("train.dtype" if "derived.dtype" not in found.names() else
+               "derived.dtype")
+  before, wanted = found.found.get("train.num_epochs", (0, 0))
+  has_more = before is not None and wanted is not None and wanted > before
+  if has_more:
+    found.take("train.num_epochs")
+  run_folder.refuse(workdir, found, _SAYS)
+  return has_more
+
+
+def check_options(config) -> None:
+  """Raises ValueError for values of the configuration that make no sense."""
+  train = config.train
+  for name in ("num_epochs", "epoch_size", "batch_size", "accumulate"):
+    check_range(f"--config.train.{name}", train[name], 1, 1 << 40)
+  for name in ("log_every", "keep_checkpoints", "cut_patience"):
+    check_range(f"--config.train.{name}", train[name], 1, 1 << 40)
+  check_range(
+    "--config.train.ramp_epochs", train.ramp_epochs, 0, train.num_epochs
+  )
+  for name, known in (
+    ("redraw", qinco_loss.REDRAWS),
+    ("schedule", optimisers.SCHEDULES),
+    ("dtype", ("auto", "float32", "bfloat16")),
+  ):
+    if train[name] not in known:
+      raise ValueError(
+        f"--config.train.{name} must be one of {', '.join(known)}; got "
+        f"{train[name]!r}."
+      )
+
+
+def make_plan(config, num_rows: int, scale: float) -> loop.Plan:
+  """Returns the lengths and intervals of the training loop."""
+  train = config.train
+  batch_size = train.batch_size * jax.device_count() * train.accumulate
+  if num_rows < batch_size:
+    raise ValueError(
+      f"A step takes {batch_size} vectors (--config.train.batch_size x devices "
+      f"x --config.train.accumulate), but there are only {num_rows} to train "
+      "on. Lower --config.train.batch_size or --config.data.validation_size."
+    )
+  is_plateau = train.schedule == "plateau"
+  return loop.Plan(
+    seed=config.seed,
+    num_epochs=train.num_epochs,
+    steps_per_epoch=max(min(train.epoch_size, num_rows) // batch_size, 1),
+    batch_size=batch_size,
+    accumulate=train.accumulate,
+    stop_patience=train.stop_patience if is_plateau else None,
+    cut_patience=train.cut_patience if is_plateau else None,
+    log_every=train.log_every,
+    checkpoint_minutes=train.checkpoint_minutes,
+    scale=scale,
+  )

@@ -7,15 +7,21 @@ r"""Trains a codec from a configuration and writes a run folder.
   python -m experiments.train --config=configs/qinco2_s.py \
       --config.data.train=my.fvecs --config.model.beam_size=8
 
-Ctrl-C or SIGTERM saves and stops; the same command with --resume goes on, to
-the same result bit for bit. Every field of the file and of configs/base.py can
+Ctrl-C or SIGTERM saves and stops. The same command run again continues from the
+last checkpoint, also after a kill, to the same result bit for bit; of a run
+that is finished it says so. Every field of the file and of configs/base.py can
 be set, as --config.train.num_epochs=10. The run folder ends with
-codec.safetensors and codec.json, which evaluate, encode and decode take.
+codec.safetensors and codec.json, which evaluate, encode and decode take; of a
+run that has not finished they take the best checkpoint. --finish ends such a
+run with it.
+
+More epochs can be asked of a run, finished or not, by a greater
+--config.train.num_epochs. Training continues from the last checkpoint with the
+learning rate that the longer schedule has there: with ramp_cosine it rises
+again from the end of the old schedule.
 """
 
 import functools
-import json
-import os
 import pathlib
 import shlex
 import time
@@ -26,7 +32,7 @@ import numpy as np
 from absl import logging
 from ml_collections import config_dict
 
-from experiments.lib import cli, codecs, ivf_lists
+from experiments.lib import cli, codecs, ivf_lists, run_folder, train_run
 from vqjax import devices
 from vqjax.codecs import pq, qinco, qinco_loss, registry, rq
 from vqjax.core import check_range
@@ -40,38 +46,71 @@ _METRICS = ["loss", "mse", "mse_loss", "preselect_loss"]
 SEARCH = ("num_candidates", "beam_size", "num_joint_candidates")
 
 
-def run(config: config_dict.ConfigDict, workdir: str, *, resume: bool = False):
-  """Trains into `workdir`; returns its summary, `None` when interrupted."""
+def run(
+  config: config_dict.ConfigDict,
+  workdir: str,
+  *,
+  resume: bool = False,
+  finish: bool = False,
+):
+  """Trains into `workdir`; returns its summary, `None` when interrupted.
+
+  A run that was begun there is continued. `resume` continues one that `finish`
+  has ended early; `finish` ends one with its best checkpoint.
+
+  Raises:
+    ValueError: The folder holds another run, or another process is at work.
+  """
   cli.keep_compiled()
   workdir = pathlib.Path(workdir)
   dataset = _resolve(config)
   xt_ND = datasets.open_split(dataset, "train")
-  num_rows, held_out = batches.split(len(xt_ND), config.data.validation_size)
-  plan = None
-  if config.codec == "qinco":
-    _check_options(config)
-    plan = _make_plan(config, num_rows, dataset.scale)
-  if _is_finished(workdir, config, plan, num_rows, resume):
-    logging.info("%s is finished already: nothing to do.", workdir)
-    return json.loads((workdir / "summary.json").read_text())
+  look = functools.partial(
+    train_run.look,
+    *(config, workdir, dataset, xt_ND),
+    resume=resume,
+    finish=finish,
+  )
+  if (summary := look().summary) is not None:
+    return _say_finished(workdir, summary)
+  with run_folder.locked(workdir):
+    this = look()  # Again: another process may have finished it.
+    if this.summary is not None:
+      return _say_finished(workdir, this.summary)
+    return _train(config, workdir, dataset, xt_ND, this, finish)
+
+
+def _say_finished(workdir, summary: dict) -> dict:
+  logging.info("%s is finished already: nothing to do.", workdir)
+  return summary
+
+
+def _train(config, workdir, dataset, xt_ND, this, finish: bool):
+  """`run`, with the folder locked."""
+  _check_words(config, this.num_rows)
+  if this.plan is not None:
+    schedule = _make_schedule(config, this.plan)
+    _check_model(config, schedule, (this.num_rows, dataset.dim))
+  train_run.begin(workdir, this)
   logging.info(
     "%s: %d training vectors, %d held out, %d dimensions.",
     dataset.name,
-    num_rows,
-    held_out.stop - held_out.start,
+    this.num_rows,
+    this.held_out.stop - this.held_out.start,
     dataset.dim,
   )
   began = time.monotonic()
-  if plan is None:
-    params, seconds = _fit_classic(config, xt_ND), 0
+  ended = {"seconds": 0}
+  if this.plan is None:
+    params = _fit_classic(config, xt_ND, this.num_rows)
   else:
-    params, seconds, xt_ND = _train_learned(
-      config, workdir, dataset, xt_ND, plan, resume
+    params, ended, xt_ND = _train_learned(
+      config, workdir, dataset, xt_ND, this, schedule, finish
     )
   if params is None:
     return None
-  seconds += time.monotonic() - began
-  return _finish(config, workdir, dataset, xt_ND, params, seconds)
+  ended["seconds"] = round(ended["seconds"] + time.monotonic() - began, 1)
+  return _finish(config, workdir, dataset, xt_ND, params, this, ended)
 
 
 def _resolve(config) -> datasets.Dataset:
@@ -80,97 +119,26 @@ def _resolve(config) -> datasets.Dataset:
   return datasets.resolve(**names)
 
 
-def _check_options(config) -> None:
-  """Raises ValueError for values of `config.train` that make no sense."""
-  train = config.train
-  for name in ("num_epochs", "epoch_size", "batch_size", "accumulate"):
-    check_range(f"train.{name}", train[name], 1, 1 << 40)
-  for name in ("log_every", "keep_checkpoints", "cut_patience"):
-    check_range(f"train.{name}", train[name], 1, 1 << 40)
-  check_range("train.ramp_epochs", train.ramp_epochs, 0, train.num_epochs)
-  for name, known in (
-    ("redraw", qinco_loss.REDRAWS),
-    ("schedule", optimisers.SCHEDULES),
-    ("dtype", ("auto", "float32", "bfloat16")),
-  ):
-    if train[name] not in known:
-      raise ValueError(
-        f"train.{name} must be one of {', '.join(known)}; got {train[name]!r}."
-      )
-
-
-def _is_finished(workdir, config, plan, num_rows: int, resume: bool) -> bool:
-  """Prepares the run folder; refuses to mix two runs."""
-  file, new = workdir / "config.json", config.to_dict()
-  # What batches and schedule follow from, beside the configuration.
-  new["derived"] = {"training_vectors": num_rows}
-  if plan is not None:
-    new["derived"] |= {
-      "vectors_per_step": plan.batch_size,
-      "steps_per_epoch": plan.steps_per_epoch,
-      "dtype": codecs.product_dtype(config.train.dtype),
-    }
-  is_finished = (workdir / "summary.json").exists()
-  has_begun = file.exists() and (
-    is_finished or (workdir / "checkpoints").exists()
+def _check_words(config, num_rows: int) -> None:
+  """Raises ValueError where the vectors cannot fill the codebooks."""
+  num = min(num_rows, config.init.max_vectors)
+  check_range(
+    "--config.model.codebook_size",
+    config.model.codebook_size,
+    *(2, num, f"{num} vectors cannot fill more codewords"),
   )
-  _check_shared(workdir, has_begun)  # Before the first process writes there.
-  if not has_begun:
-    if resume and not file.exists():
-      raise ValueError(
-        f"There is no run to resume in {workdir}: it has no config.json. Leave "
-        "--resume out to start one."
-      )
-    if devices.is_first():
-      with files.atomic_output(file, overwrite=True) as temporary:
-        pathlib.Path(temporary).write_text(json.dumps(new, indent=2))
-    devices.gather(0)  # It is there for all.
-    _check_shared(workdir, file.exists())
-    return False
-  old = json.loads(file.read_text())
-  if not resume and not (is_finished and old == new):
-    way = "Add --resume to go on with it, or choose" if old == new else "Choose"
-    raise ValueError(
-      f"{workdir} already holds a run{'' if old == new else ' of another'}"
-      f"{'' if old == new else ' configuration'}. {way} another --workdir."
-    )
-  _check_same(old, new, workdir)
-  return is_finished
 
 
-def _check_shared(workdir, is_there: bool) -> None:
-  """Raises ValueError unless all processes find the same in the folder."""
-  if len(set(devices.gather(is_there))) > 1:
-    raise ValueError(
-      f"The processes find different files in {workdir}: --workdir must be a "
-      "folder that all of them share."
-    )
-
-
-def _check_same(old: dict, new: dict, workdir, prefix: str = "") -> None:
-  """Raises ValueError where the configuration of a run was changed."""
-  for name in sorted(set(old) | set(new)):
-    a, b = old.get(name), new.get(name)
-    if isinstance(a, dict) and isinstance(b, dict):
-      _check_same(a, b, workdir, f"{prefix}{name}.")
-    elif a != b:
-      raise ValueError(
-        f"The run in {workdir} was started with {prefix}{name}={a}, now it is "
-        f"{b}. Resume with the same configuration, or choose a new --workdir."
-      )
-
-
-def _sample(config, xt_ND) -> np.ndarray:
+def _sample(config, xt_ND, num_rows: int) -> np.ndarray:
   """The training vectors that initialisation sees, `[n, D]` float32."""
-  num_rows, _ = batches.split(len(xt_ND), config.data.validation_size)
   return batches.subsample(
     xt_ND, config.init.max_vectors, config.seed, num_rows=num_rows
   )
 
 
-def _fit_classic(config, xt_ND):
+def _fit_classic(config, xt_ND, num_rows: int):
   """Fits PQ or RQ: closed form, nothing to resume."""
-  x_ND = _sample(config, xt_ND)
+  x_ND = _sample(config, xt_ND, num_rows)
   model = config.model.to_dict()
   rotation = None
   if model.pop("opq", False):
@@ -188,46 +156,51 @@ def _fit_classic(config, xt_ND):
   )
 
 
-def _train_learned(config, workdir, dataset, xt_ND, plan, resume):
-  """Trains a QINCo: the best parameters, and seconds of earlier processes.
+def _train_learned(
+  config, workdir, dataset, xt_ND, this, schedule, finish: bool
+):
+  """Trains a QINCo: the best parameters, how it ended, and the vectors.
 
-  And the vectors, an IVF model's with their list. The parameters are None when
-  the run was interrupted.
+  Those of an IVF model come with their list. The parameters are None when the
+  run was interrupted.
   """
-  num_rows, held_out = batches.split(len(xt_ND), config.data.validation_size)
-  schedule = _make_schedule(config, plan)
-  _check_model(config, schedule, (num_rows, dataset.dim))
+  num_rows, held_out, plan = this.num_rows, this.held_out, this.plan
   centroids_LD, xt_ND = ivf_lists.prepare(config, workdir, xt_ND, num_rows)
   xv_ND = batches.read_rows(xt_ND, np.arange(held_out.start, held_out.stop))
   make_state = functools.partial(_make_state, config, schedule, centroids_LD)
+  start = lambda: make_state(jnp.asarray(_sample(config, xt_ND, num_rows)))
   abstract = jax.eval_shape(
     make_state, jax.ShapeDtypeStruct((num_rows, xt_ND.shape[1]), jnp.float32)
   )
-  state = None
-  if not (workdir / "checkpoints").exists():
-    state = make_state(jnp.asarray(_sample(config, xt_ND)))
+  # Before there are checkpoints, so that a start that fails leaves none.
+  state = None if (workdir / "checkpoints").exists() else start()
   checkpoints = checkpoints_lib.Checkpoints(
     workdir / "checkpoints", num_latest=config.train.keep_checkpoints
   )
-  step = checkpoints.latest() if resume else None
-  if step is not None:
-    state = checkpoints.restore(step, devices.abstract(abstract))
-    logging.info("Going on from step %d of %d.", step, plan.total_steps)
-  elif state is None:  # Killed before the first checkpoint.
-    state = make_state(jnp.asarray(_sample(config, xt_ND)))
-  learner, tx = _make_learner(config, xv_ND, schedule)
-  reader = batches.BatchReader(
-    xt_ND,
-    config.seed,
-    plan.batch_size,
-    num_rows,
-    jax.process_index(),
-    jax.process_count(),
-  )
-  writer = writers.Writer(
-    workdir, first_step=step or 0, tensorboard=config.train.tensorboard
-  )
+  step, writer = 0, None
   try:
+    if finish:
+      like = devices.abstract(abstract)
+      best = _best(workdir, checkpoints, like, writers.seconds(workdir))
+      best[1]["is_early"] = best[1]["last_step"] < plan.total_steps
+      return (*best, xt_ND)
+    found = checkpoints.restore_latest(devices.abstract(abstract))
+    if found is not None:
+      step, state = found
+      logging.info("Going on from step %d of %d.", step, plan.total_steps)
+    state = start() if state is None else state  # Killed before the first.
+    learner, tx = _make_learner(config, xv_ND, schedule)
+    reader = batches.BatchReader(
+      xt_ND,
+      config.seed,
+      plan.batch_size,
+      num_rows,
+      jax.process_index(),
+      jax.process_count(),
+    )
+    writer = writers.Writer(
+      workdir, first_step=step, tensorboard=config.train.tensorboard
+    )
     outcome = loop.train(
       learner,
       tx,
@@ -242,43 +215,34 @@ def _train_learned(config, workdir, dataset, xt_ND, plan, resume):
       curves.plot_curves(workdir, scale=dataset.scale, unit=_unit(dataset))
     if not outcome.is_done:
       logging.warning(
-        "Stopped at step %d of %d. To go on, run the same command with "
-        "--resume.",
+        "Stopped at step %d of %d. To go on, run the same command again.",
         int(outcome.state.step),
         plan.total_steps,
       )
-      return None, writer.seconds, xt_ND
-    best = checkpoints.best()
-    logging.info("The best validation error is that of step %d.", best)
-    params = checkpoints.restore(best, outcome.state).params
-    return devices.local(params), writer.seconds, xt_ND
+      return None, {}, xt_ND
+    best = _best(workdir, checkpoints, outcome.state, writer.seconds)
+    return (*best, xt_ND)
   finally:
-    writer.close()
+    if writer is not None:
+      writer.close()
     checkpoints.close()
 
 
-def _make_plan(config, num_rows: int, scale: float) -> loop.Plan:
-  train = config.train
-  batch_size = train.batch_size * jax.device_count() * train.accumulate
-  if num_rows < batch_size:
+def _best(workdir, checkpoints, like, seconds: float):
+  """Parameters of the best checkpoint, and how the run ended.
+
+  `seconds` are those of earlier processes.
+  """
+  last, found = checkpoints.latest(), checkpoints.restore_best(like)
+  if found is None:
     raise ValueError(
-      f"A step takes {batch_size} vectors (train.batch_size x devices x "
-      f"train.accumulate), but there are only {num_rows} to train on. Lower "
-      "--config.train.batch_size or --config.data.validation_size."
+      f"The run in {workdir} has no checkpoint yet to finish it with; run the "
+      "same command without --finish."
     )
-  is_plateau = train.schedule == "plateau"
-  return loop.Plan(
-    seed=config.seed,
-    num_epochs=train.num_epochs,
-    steps_per_epoch=max(min(train.epoch_size, num_rows) // batch_size, 1),
-    batch_size=batch_size,
-    accumulate=train.accumulate,
-    stop_patience=train.stop_patience if is_plateau else None,
-    cut_patience=train.cut_patience if is_plateau else None,
-    log_every=train.log_every,
-    checkpoint_minutes=train.checkpoint_minutes,
-    scale=scale,
-  )
+  step, state = found
+  logging.info("The best validation error is that of step %d.", step)
+  ended = {"step": step, "last_step": last, "seconds": seconds}
+  return devices.local(state.params), ended
 
 
 def _make_schedule(config, plan):
@@ -384,9 +348,9 @@ def _unit(dataset) -> str:
   return "" if dataset.scale == 1 else f" (x {dataset.scale:g})"
 
 
-def _finish(config, workdir, dataset, xt_ND, params, seconds):
+def _finish(config, workdir, dataset, xt_ND, params, this, ended: dict):
   """Writes the portable codec and the summary, and says what to do next."""
-  _, held_out = batches.split(len(xt_ND), config.data.validation_size)
+  held_out, seconds = this.held_out, ended["seconds"]
   is_ivf = getattr(params, "is_ivf", False)
   assign = ivf_lists.split if is_ivf else "auto"  # The lists are known.
   module = registry.get(config.codec)
@@ -402,37 +366,39 @@ def _finish(config, workdir, dataset, xt_ND, params, seconds):
   xv_ND = batches.read_rows(xt_ND, np.arange(held_out.start, held_out.stop))
   with cli.progress(len(devices.share(len(xv_ND))), "validate") as done:
     validation = codecs.mean_of_rows(errors, xv_ND, block_size, done)
-  info = {
-    "encode": knobs,
-    "metric": dataset.metric,
-    "scale": dataset.scale,
-    "data": _data_record(config, held_out.stop - held_out.start),
-    "training": {"seconds": round(seconds, 1), "validation_mse": validation},
-  }
+  num_held_out = held_out.stop - held_out.start
+  training = {"seconds": seconds, "validation_mse": validation}
+  info = train_run.codec_info(config, dataset, num_held_out)
+  info["training"] = training | {"num_held_out": num_held_out}
   summary = {
     "codec": str(workdir / "codec.safetensors"),
     "validation_mse": validation,
     "scale": dataset.scale,
     "encode": knobs,
-    "seconds": round(seconds, 1),
+    "num_held_out": num_held_out,
+    **ended,
   }
   if not devices.is_first():
     return summary
   codec_file.save_codec(
     workdir, config.codec, params, info=info, overwrite=True
   )
-  with files.atomic_output(workdir / "summary.json", overwrite=True) as file:
-    pathlib.Path(file).write_text(json.dumps(summary, indent=2))
+  files.write_json(workdir / run_folder.SUMMARY_NAME, summary, overwrite=True)
   logging.info(
-    "Done in %.0f s. Validation MSE%s, encoded with %s: %.4f\n"
+    "Done in %.0f s. MSE%s of the %d held-out vectors, encoded with %s: %s\n"
     "Written to %s: %s\nNext:\n"
     "  python -m experiments.evaluate --codec=%s%s%s",
     seconds,
     _unit(dataset),
+    num_held_out,
     ", ".join(f"{k}={v}" for k, v in knobs.items()) or "the only search",
-    validation * dataset.scale,
+    cli.number(validation * dataset.scale),
     workdir,
-    ", ".join(sorted(p.name for p in workdir.iterdir())),
+    ", ".join(
+      sorted(
+        p.name for p in workdir.iterdir() if p.name != run_folder.LOCK_NAME
+      )
+    ),
     shlex.quote(str(workdir)),
     "" if dataset.base else " --split=validation",
     _to_search(workdir, dataset) if codec.is_ivf else "",
@@ -462,19 +428,22 @@ def _to_search(workdir, dataset) -> str:
   )
 
 
-def _data_record(config, num_held_out: int) -> dict:
-  """`config.data`, so that it can be found from any folder."""
-  data = config.data.to_dict() | {"validation_size": num_held_out}
-  paths = [name for name in datasets.SPLITS if data[name]]
-  data |= {name: os.path.abspath(data[name]) for name in paths}
-  return {**data, "name": None} if paths else data
-
-
 if __name__ == "__main__":
   cli.run_config(
     run,
-    {"resume": cli.Option(bool, False, "Go on with the run in --workdir.")},
+    {
+      "resume": cli.Option(
+        bool,
+        False,
+        "Also go on with a run that --finish has ended early. Any other run "
+        "goes on without it.",
+      ),
+      "finish": cli.Option(
+        bool,
+        False,
+        "End the run in --workdir: its best checkpoint becomes the codec.",
+      ),
+    },
     "Configuration, e.g. configs/qinco2_s.py[:smoke|:bigann1M].",
-    how_to_go_on="To go on, add --resume to the same command.",
     multihost=True,
   )

@@ -102,7 +102,7 @@ def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path):
     for process in running:
       process.send_signal(signal.SIGKILL)
   assert not (tmp_path / "summary.json").exists()
-  with _two(*command, "--resume") as running:
+  with _two(*command) as running:
     assert "Going on from step" in _finish(running)[0]
   _assert_same_run(whole, tmp_path)
 
@@ -117,7 +117,7 @@ def test_a_signal_to_one_stops_both_at_the_same_step(whole, tmp_path):
   steps = [text.split("Stopped at step ")[1].split()[0] for text in texts]
   assert steps[0] == steps[1]
   assert int(steps[0]) < STEPS
-  with _two(*command, "--resume") as running:
+  with _two(*command) as running:
     assert f"Going on from step {steps[0]} of" in _finish(running)[0]
   _assert_same_run(whole, tmp_path)
 

@@ -495,6 +495,11 @@ def timed(seconds: dict, name: str):
   seconds[name] = time.perf_counter() - began
 
 
+def number(value: float) -> str:
+  """Returns a figure with four decimals, a small one with four digits."""
+  return f"{value:.4f}" if value == 0 or abs(value) >= 0.1 else f"{value:.4g}"
+
+
 def table(header: list[str], rows: list[list]) -> str:
   """Returns columns aligned for a terminal; numbers to the right."""
   text = [[str(cell) for cell in row] for row in (header, *rows)]

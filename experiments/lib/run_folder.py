@@ -9,7 +9,6 @@ Paths are no part of a run: files are known by what is in them, and may move.
 """
 
 import contextlib
-import dataclasses
 import datetime
 import json
 import os
@@ -28,22 +27,6 @@ CONFIG_NAME, SUMMARY_NAME = "config.json", "summary.json"
 LOCK_NAME = "run.lock"
 _BEAT, _DEAD = 15.0, 120.0  # Seconds: a sign of life, and without any.
 _WATCH = 1.0  # Seconds between looks at the lock of another host.
-
-
-@dataclasses.dataclass(frozen=True)
-class Differences:
-  """Settings that a run in the folder has otherwise: name to both values."""
-
-  found: dict
-
-  def take(self, *names: str) -> dict:
-    """Removes and returns those with these names, or below them."""
-    taken = {
-      name: self.found.pop(name)
-      for name in list(self.found)
-      if any(name == n or name.startswith(f"{n}.") for n in names)
-    }
-    return taken
 
 
 def read_json(path: pathlib.Path, how_to_go_on: str) -> dict:
@@ -88,17 +71,22 @@ def read_summary(workdir: pathlib.Path) -> dict | None:
     return None
 
 
-def differences(old: dict, new: dict) -> Differences:
-  """Compares two configurations, by dotted names; lists are like tuples."""
+def differences(old: dict, new: dict) -> dict:
+  """Returns what differs of two configurations: dotted name to both values."""
   a, b = _flat(old), _flat(json.loads(json.dumps(new)))
   names = dict.fromkeys([*b, *a])
-  return Differences(
-    {
-      name: (a.get(name), b.get(name))
-      for name in names
-      if a.get(name) != b.get(name)
-    }
-  )
+  return {
+    name: (a.get(name), b.get(name))
+    for name in names
+    if a.get(name) != b.get(name)
+  }
+
+
+def take(found: dict, *names: str) -> None:
+  """Removes differences of these names, or below them: they are allowed."""
+  for name in list(found):
+    if any(name == n or name.startswith(f"{n}.") for n in names):
+      del found[name]
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:
@@ -111,7 +99,7 @@ def _flat(tree: dict, prefix: str = "") -> dict:
   return out
 
 
-def refuse(workdir, found: Differences, says: dict[str, str]) -> None:
+def refuse(workdir, found: dict, says: dict[str, str]) -> None:
   """Raises ValueError if settings differ, by the flag that sets them.
 
   Args:
@@ -119,10 +107,10 @@ def refuse(workdir, found: Differences, says: dict[str, str]) -> None:
     found: What differs still.
     says: What to say of names that are no flags.
   """
-  if not found.found:
+  if not found:
     return
   texts = []
-  for name, (old, new) in list(found.found.items())[:3]:
+  for name, (old, new) in list(found.items())[:3]:
     known = [text for key, text in says.items() if name.startswith(key)]
     text = known[0] if known else f"--config.{name}"
     texts.append(f"{text} was {old}, but is {new} in this command")

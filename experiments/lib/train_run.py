@@ -5,6 +5,7 @@ other training vectors and other settings, except for more epochs, what is only
 reported, and another split of the same batch over devices.
 """
 
+import functools
 import os
 import pathlib
 from typing import NamedTuple
@@ -150,25 +151,27 @@ def codec_info(config, dataset, num_held_out: int) -> dict:
 def _check_same(workdir, old: dict, new: dict) -> bool:
   """Whether more epochs are asked for; refuses what differs otherwise."""
   found = run_folder.differences(old, new)
-  found.take(*_FREE)
+  take = functools.partial(run_folder.take, found)
+  take(*_FREE)
   known = old.get("derived", {})
   for name in ("data", "held_out"):  # Earlier versions do not say it.
     if name not in known:
-      found.take(f"derived.{name}")
-  if "derived.vectors_per_step" not in found.names():
-    found.take("train.batch_size", "train.accumulate")
-  elif {"train.batch_size", "train.accumulate"} & found.names():
-    found.take("derived.vectors_per_step")
-  if "derived.steps_per_epoch" not in found.names():
-    found.take("train.epoch_size")
-  found.take("derived.steps_per_epoch")  # Follows from what is compared.
-  if "train.dtype" in found.names():
-    found.take("train.dtype" if "derived.dtype" not in found.names() else
-               "derived.dtype")
-  before, wanted = found.found.get("train.num_epochs", (0, 0))
-  has_more = before is not None and wanted is not None and wanted > before
+      take(f"derived.{name}")
+  if "derived.vectors_per_step" not in found:
+    take("train.batch_size", "train.accumulate")
+  elif "train.batch_size" in found or "train.accumulate" in found:
+    take("derived.vectors_per_step")
+  if "derived.steps_per_epoch" not in found:
+    take("train.epoch_size")
+  take("derived.steps_per_epoch")  # It follows from what is compared.
+  if "derived.dtype" not in found:
+    take("train.dtype")
+  elif "train.dtype" in found:
+    take("derived.dtype")
+  before, wanted = found.get("train.num_epochs", (1, 1))
+  has_more = wanted > before
   if has_more:
-    found.take("train.num_epochs")
+    take("train.num_epochs")
   run_folder.refuse(workdir, found, _SAYS)
   return has_more
 

@@ -34,7 +34,7 @@ class Writer:
     if not first_step:
       kept = []
     # Of training so far, over all processes that worked on the run.
-    self.seconds = max([row.get("seconds", 0) for row in kept], default=0)
+    self.seconds = _seconds(kept)
     if is_first:
       with files.atomic_output(self._path, overwrite=True) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -62,6 +62,15 @@ class Writer:
     self._file.close()
     if self._tensorboard is not None:
       self._tensorboard.close()
+
+
+def seconds(folder: pathlib.Path) -> float:
+  """Returns how long the run in a folder has been trained, in all."""
+  return _seconds(read_rows(pathlib.Path(folder) / "metrics.jsonl"))
+
+
+def _seconds(rows: list[dict]) -> float:
+  return max([row.get("seconds", 0) for row in rows], default=0)
 
 
 def _rounded(value):

@@ -18,7 +18,7 @@ from absl import logging
 from experiments.lib import cli, codecs, inputs
 from vqjax.codecs import packing
 from vqjax.core import check_range
-from vqjax.data import codes, files, formats
+from vqjax.data import codes, files, formats, rows
 
 OPTIONS = {
   "codec": cli.CODEC_OPTION,
@@ -71,7 +71,7 @@ def run(config, workdir=None) -> dict:
 
 def _open(path: str, sizes) -> codes.Codes:
   """Opens codes of any kind; packed bytes without a description by `sizes`."""
-  if os.path.isdir(path) or path.endswith(".npy"):
+  if os.path.isdir(path) or path.lower().endswith(".npy"):
     return codes.open_codes(path)
   meta, total = files.read_description(path, codes.KIND), os.path.getsize(path)
   sizes = meta.get("codebook_sizes", sizes)
@@ -84,7 +84,7 @@ def _open(path: str, sizes) -> codes.Codes:
     )
   shape = (total // row_bytes, row_bytes)
   codes.check_described(path, meta, (shape[0], len(sizes)))
-  packed = np.memmap(path, np.uint8, "r", shape=shape)
+  packed = rows.mapped(np.memmap(path, np.uint8, "r", shape=shape), path)
   unpack_fn = functools.partial(packing.unpack, sizes=sizes)
   return codes.Codes([packed], meta, sizes=sizes, unpack_fn=unpack_fn)
 

@@ -190,7 +190,7 @@ def test_names_refused(tmp_path):
 def test_messages_name_what_is_near(tmp_path):
   formats.write_vectors(tmp_path / "x.fvecs", some_vectors())
   for name in ("x.npy", "x", "x.FVECS", "x.csv"):
-    with pytest.raises(FileNotFoundError, match=f"{name}; there is x.fvecs"):
+    with pytest.raises(FileNotFoundError, match=f"{name}; there is x.fvecs[.]"):
       formats.open_vectors(tmp_path / name)
   with pytest.raises(ValueError, match="is a folder; .* such as x.fvecs"):
     formats.open_vectors(tmp_path)

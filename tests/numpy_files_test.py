@@ -69,7 +69,9 @@ def test_npz_is_read(tmp_path, save):
   _check(formats.open_vectors(f"{path}#base", max_vectors=30), x, 30)
   _check(formats.open_vectors(f"{path}#queries"), x[:9])
   for part in ("", "#nope"):
-    with pytest.raises(ValueError, match="'base', 'queries'.*x.NPZ#name"):
+    with pytest.raises(
+      ValueError, match="2 arrays, .*'base', 'queries'.*x.NPZ#name"
+    ):
       formats.open_vectors(f"{path}{part}")
   with open(path, "wb") as f:
     save(f, x)

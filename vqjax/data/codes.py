@@ -303,7 +303,7 @@ def open_codes(path) -> Codes:
     ValueError: Shards are missing or of another run, or the file is no codes.
       Where a shard is damaged, reading raises it.
   """
-  path = pathlib.Path(path)
+  path = files.user_path(path)
   if path.is_dir():
     return _open_folder(path)
   if not path.exists():

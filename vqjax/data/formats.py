@@ -120,7 +120,8 @@ def _near(path: pathlib.Path) -> list[str]:
   """Files of vectors that a name without a file may have meant."""
   suffixes = [*SUFFIXES, *map(str.upper, SUFFIXES)]
   names = [path.stem + s for s in suffixes] + [path.name + s for s in suffixes]
-  return [n for n in names if path.name and path.with_name(n).is_file()]
+  names = dict.fromkeys(names if path.name else [])
+  return [name for name in names if path.with_name(name).is_file()]
 
 
 def _check_size(path, what: str, wanted: int) -> None:

@@ -47,7 +47,6 @@ def open_npz(path: pathlib.Path, part: str | None) -> rows.Rows:
     _check_memory(name, member.file_size)
     with archive.open(member) as f:
       array = np.lib.format.read_array(f, allow_pickle=False)
-      f.read(1)  # At the end the checksum is compared.
   if dtype == _RAW_BFLOAT16:
     return _bfloat16_rows(array.view(_stored(dtype)), name)
   return rows.Rows(array.__getitem__, shape, dtype, name)
@@ -86,10 +85,10 @@ def _member(archive, part: str | None, path) -> zipfile.ZipInfo:
   if part is None and len(members) == 1:
     return next(iter(members.values()))
   if part not in members:
-    wanted = "more or less than one array" if part is None else f"no {part!r}"
+    missing = "" if part is None else f"no array {part!r}, but "
     raise _Refused(
-      f"{path} has {wanted}, it has {sorted(members)[:20]}; choose one with "
-      f"{path.name}#name."
+      f"{path} has {missing}{len(members)} arrays, {sorted(members)[:20]}; "
+      f"choose one with {path.name}#name."
     )
   return members[part]
 

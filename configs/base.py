@@ -53,7 +53,7 @@ def make_data(arg: str) -> config_dict.ConfigDict:
     num_train=config_dict.placeholder(int),  # First rows of a file.
     num_base=config_dict.placeholder(int),
     num_queries=config_dict.placeholder(int),
-    metric=config_dict.placeholder(str),  # "l2" or "ip".
+    metric=config_dict.placeholder(str),  # "l2", "ip" or "cosine".
     scale=config_dict.placeholder(float),  # Of reported errors.
     # Last training vectors, held out. None: a tenth, at most 3,000 (of more
     # than 300,000 vectors a hundredth, at most 10,000).

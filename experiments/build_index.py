@@ -21,6 +21,7 @@ The index is made in memory: M + 9 bytes for each vector of 8-bit codes, up to
 twice that while it grows.
 """
 
+import os
 import re
 import shlex
 from collections.abc import Callable
@@ -82,24 +83,31 @@ class _Source(NamedTuple):
   num_rows: int
   blocks: Callable  # range of rows -> iterator of codes_NM, in order.
   data: dict | None  # What tells the vectors from others.
+  made_by: dict  # What tells the codes from others of the same vectors.
 
 
 def run(config, workdir=None) -> dict:
   """Writes the index; returns what was written."""
   del workdir
   cli.require(config, "output")
-  for path in (config.output, files.description_path(config.output)):
-    files.check_output(path, overwrite=config.overwrite)
-  if config.merge:
-    index, info = _merge(config)
-  else:
-    index, info = _build(config)
-  info = faiss_ivf.save(index, config.output, info, overwrite=config.overwrite)
+  files.check_output(config.output, config.overwrite, described=True)
+  prepared = _prepare_merge(config) if config.merge else _prepare(config)
+  info, num_bytes, make_fn = prepared
+  made = files.find_made(config.output, info, config.overwrite)
+  if made:
+    logging.info("%s is made already.", config.output)
+    return _report(config, made)
+  files.check_output(
+    config.output, config.overwrite, num_bytes=num_bytes, described=True
+  )
+  info = faiss_ivf.save(
+    make_fn(), config.output, info, overwrite=config.overwrite
+  )
   return _report(config, info)
 
 
-def _build(config):
-  """Returns the filled index and its description."""
+def _prepare(config):
+  """Returns the description of an index, its bytes, and what builds it."""
   cli.require(config, "codec")
   if bool(config.codes) == bool(config.data):
     raise ValueError("Give either --codes or --data, what the index is of.")
@@ -109,6 +117,24 @@ def _build(config):
     _open_codes(config, codec) if config.codes else _encode(config, codec)
   )
   rows = _parse_rows(config.rows, source.num_rows)
+  info = {
+    "codec": codec.name,
+    "codec_fingerprint": codec.fingerprint,
+    "decoders_fingerprint": codec_file.fingerprint(words),
+    "data": source.data,
+    "num_rows": source.num_rows,
+    "rows": [[rows.start, rows.stop]],
+    "metric": config.metric,
+    "coarse": _coarse(config, codec),
+    **source.made_by,
+  }
+  # Codes, norms and ids; centroids and a graph of them take more.
+  num_bytes = len(rows) * (len(words.codebooks_MKD) + 9)
+  return info, num_bytes, lambda: _fill(config, codec, words, source, rows)
+
+
+def _fill(config, codec, words, source: _Source, rows: range):
+  """Returns the filled index."""
   index = _empty_index(config, codec, words)
   with cli.progress(len(rows), "add") as done:
     first = rows.start
@@ -119,14 +145,12 @@ def _build(config):
       done(first - rows.start, len(rows))
   with cli.progress(2 * len(rows), "norms") as done:
     faiss_ivf.fit_norms(index, progress=done)
-  return index, {
-    "codec": codec.name,
-    "codec_fingerprint": codec.fingerprint,
-    "decoders_fingerprint": codec_file.fingerprint(words),
-    "data": source.data,
-    "num_rows": source.num_rows,
-    "rows": [[rows.start, rows.stop]],
-  }
+  return index
+
+
+def _coarse(config, codec) -> str:
+  num_lists = len(codecs.centroids_of(codec))
+  return config.coarse or ("flat" if num_lists < _MANY_LISTS else "hnsw")
 
 
 def _words(config, codec) -> additive.AdditiveParams:
@@ -154,7 +178,11 @@ def _open_codes(config, codec) -> _Source:
   inputs.refuse_search(config, _OF_SEARCH)
   found = inputs.of_codec(config, codec)
   blocks = lambda rows: inputs.blocks(found, codec.codebook_sizes, _BLOCK, rows)
-  return _Source(len(found), blocks, found.meta.get("data"))
+  checksum = found.meta.get("sha256")
+  if not checksum and os.path.isfile(config.codes):
+    checksum = files.sha256(config.codes)
+  made_by = {"encode": found.meta.get("encode"), "codes_sha256": checksum}
+  return _Source(len(found), blocks, found.meta.get("data"), made_by)
 
 
 def _encode(config, codec) -> _Source:
@@ -162,7 +190,8 @@ def _encode(config, codec) -> _Source:
   dataset = codecs.resolve_data(codec, config, base=config.data)
   x_ND = datasets.open_split(dataset, "base")
   encoder = encoders.make_encoder(codec, config, x_ND)
-  return _Source(len(x_ND), encoder.blocks, files.identify(x_ND))
+  data, made_by = files.identify(x_ND), {"encode": encoder.knobs}
+  return _Source(len(x_ND), encoder.blocks, data, made_by)
 
 
 def _parse_rows(text: str | None, num_rows: int) -> range:
@@ -182,20 +211,19 @@ def _empty_index(config, codec, words: additive.AdditiveParams):
   """Returns the index to fill; parts of the same codes get equal ones."""
   centroids_LD = codecs.centroids_of(codec)
   num_lists = len(centroids_LD)
-  coarse = config.coarse or ("flat" if num_lists < _MANY_LISTS else "hnsw")
   codebooks_MKD = np.asarray(words.codebooks_MKD)
   with cli.progress(num_lists, "lists", unit="list") as done:
     return faiss_ivf.make_index(
       centroids_LD,
       codebooks_MKD,
-      coarse=coarse,
+      coarse=_coarse(config, codec),
       metric=config.metric,
       progress=done,
     )
 
 
-def _merge(config):
-  """Merges index files; returns the index and its description."""
+def _prepare_merge(config):
+  """The description of merged files, their bytes, and what merges them."""
   others = ("codes", "data", "decoders", "rows", "coarse", "metric")
   for name in (*others, *_OF_SEARCH):
     if config[name] != OPTIONS[name].default:
@@ -208,8 +236,11 @@ def _merge(config):
       yield faiss_ivf.load(path).index
       done(number, len(paths))
 
-  with cli.progress(len(paths), "merge", unit="part") as done:
-    return faiss_ivf.merge(load(done)), info
+  def merge():
+    with cli.progress(len(paths), "merge", unit="part") as done:
+      return faiss_ivf.merge(load(done))
+
+  return info, sum(map(os.path.getsize, paths)), merge
 
 
 def _join_descriptions(paths) -> dict:

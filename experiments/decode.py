@@ -73,7 +73,7 @@ def _open(path: str, sizes) -> codes.Codes:
   """Opens codes of any kind; packed bytes without a description by `sizes`."""
   if os.path.isdir(path) or path.lower().endswith(".npy"):
     return codes.open_codes(path)
-  meta, total = files.read_description(path, codes.KIND), os.path.getsize(path)
+  meta, total = codes.read_description(path), os.path.getsize(path)
   sizes = meta.get("codebook_sizes", sizes)
   row_bytes = packing.num_bytes(sizes)
   if not total or total % row_bytes:
@@ -86,7 +86,13 @@ def _open(path: str, sizes) -> codes.Codes:
   codes.check_described(path, meta, (shape[0], len(sizes)))
   packed = rows.mapped(np.memmap(path, np.uint8, "r", shape=shape), path)
   unpack_fn = functools.partial(packing.unpack, sizes=sizes)
-  return codes.Codes([packed], meta, sizes=sizes, unpack_fn=unpack_fn)
+  return codes.Codes(
+    [packed],
+    meta,
+    sizes=sizes,
+    unpack_fn=unpack_fn,
+    check_fn=lambda part: files.check_file(path, meta),
+  )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ r"""Turns a file of vectors into codes.
 Codes are int32 `[N, M]` in a .npy file; for an IVF model the list number comes
 first. --raw packs every code into the bits it needs, rows padded to whole
 bytes, without a header: exactly N*M bytes for 8-bit codes. What made them is
-written beside them, in codes.npy.json. Memory does not grow with the file.
+written beside them, in codes.npy.json. Memory does not grow with the file. The
+same command run again says that they are made already.
 
 A released codec is encoded by the joint rule (C pairs over all hypotheses),
 where a trial on the first vectors shows it to be as good as the published one
@@ -96,6 +97,8 @@ def run(config, workdir=None) -> dict:
   after = _after(config, codec, num_shards)
   if num_shards:
     _write_shards(config, meta, mine, encoder, after)
+  elif files.find_made(config.output, meta, config.overwrite):
+    logging.info("%s is made already.\nNext:\n  %s", config.output, after)
   else:
     _write_file(config, meta, encoder, after)
   return {"output": config.output, "shape": tuple(meta["shape"])}
@@ -143,6 +146,7 @@ def _check_output(config, num_shards: int) -> None:
       )
     if output.exists() and not output.is_dir():
       raise ValueError(f"--output={output} must be a folder for the shards.")
+    files.check_folder(output)
     return
   if output.is_dir():
     raise ValueError(
@@ -154,8 +158,7 @@ def _check_output(config, num_shards: int) -> None:
       "--output must end in .npy, and in anything else with --raw; got "
       f"{output}."
     )
-  for path in (output, files.description_path(output)):
-    files.check_output(path, overwrite=config.overwrite)
+  files.check_output(output, config.overwrite, described=True)
 
 
 def _settings(codec, knobs: dict, assign: str) -> dict:
@@ -218,29 +221,25 @@ def _write_file(config, meta, encoder, after: str) -> None:
   with cli.progress(len(rows), "encode") as done:
     meter = _Meter(done)
     blocks = encoder.blocks(rows, meter)
-    if config.raw:
-      _write_raw(config, meta["codebook_sizes"], blocks)
-    else:
-      formats.write_vectors(
-        config.output, blocks, dtype=np.int32, overwrite=config.overwrite
-      )
-  beside = files.description_path(config.output)
-  files.write_json(beside, meta, overwrite=config.overwrite)
+    with files.atomic_output(
+      config.output, config.overwrite, description=meta
+    ) as temporary:
+      if config.raw:
+        _write_raw(temporary, meta["codebook_sizes"], blocks)
+      else:
+        formats.write_vectors(temporary, blocks, dtype=np.int32)
   logging.info(
     "%s: %d codes per vector in %s, what made them in %s.\nNext:\n  %s",
     meter,
     meta["shape"][1],
     config.output,
-    beside,
+    files.description_path(config.output),
     after,
   )
 
 
-def _write_raw(config, sizes, blocks) -> None:
-  with (
-    files.atomic_output(config.output, config.overwrite) as path,
-    open(path, "wb") as file,
-  ):
+def _write_raw(path, sizes, blocks) -> None:
+  with open(path, "wb") as file:
     for codes_NM in blocks:
       file.write(packing.pack(codes_NM, sizes).tobytes())
 

@@ -143,14 +143,14 @@ def test_many_processes_may_claim_a_folder_at_once(tmp_path):
 
 def test_who_claims_second_replaces_nothing(tmp_path, monkeypatch):
   theirs, path = _manifest(fingerprint="xyz"), tmp_path / "manifest.json"
-  replace = os.replace
+  link = os.link
 
-  def replace_after_them(source, target):
+  def link_after_them(source, target):
     path.write_text(json.dumps(theirs))
-    replace(source, target)
+    link(source, target)
 
   # Between the look whether there is a manifest and the end of writing ours.
-  monkeypatch.setattr(os, "replace", replace_after_them)
+  monkeypatch.setattr(os, "link", link_after_them)
   with pytest.raises(ValueError, match="fingerprint is xyz, now it is abc"):
     codes.claim(tmp_path, _manifest())
   assert codes.load_manifest(tmp_path) == theirs

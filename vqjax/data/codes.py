@@ -6,8 +6,8 @@ A folder of shards is filled by any number of processes, in any order:
   codes-00003-of-00016.npy   codes of rows 3*N//16 to 4*N//16, uint8
   codes-00003-of-00016.json  its checksum; with it the shard is finished
 
-A killed process may leave a .codes-* or .manifest-* behind, which counts for
-nothing.
+A killed process may leave a hidden .codes-*.tmp-* behind, which counts for
+nothing; a later one removes it.
 
 In a shard each code takes the whole bytes that its codebook needs, low byte
 first. For 256 words that is the code itself, uint8 `[n, M]`, a quarter of
@@ -15,8 +15,8 @@ int32. With a million lists in front a row takes 3 + M bytes, where one type
 for all columns would take 4 + 4M. Packed bits would be smaller only below 8
 bits; whole bytes can be read by any program.
 
-A file of codes has the same description beside it, in `codes.npy.json`; one
-without was made elsewhere.
+A file of codes has the same description beside it, in `codes.npy.json`, with
+its bytes and its checksum; one without was made elsewhere.
 """
 
 import contextlib
@@ -24,15 +24,13 @@ import functools
 import hashlib
 import json
 import math
-import os
 import pathlib
-import secrets
 
 import numpy as np
 
 from vqjax import __version__
 from vqjax.core import check_range
-from vqjax.data import files, formats
+from vqjax.data import files, formats, json_files
 
 MANIFEST_NAME = "manifest.json"
 KIND = ("vqjax codes", 1)  # Of manifest and description.
@@ -102,9 +100,8 @@ def claim(folder, manifest: dict) -> dict:
   Raises:
     ValueError: The folder holds other codes; the message names what differs.
   """
-  path = pathlib.Path(folder) / MANIFEST_NAME
-  if not path.exists():
-    _write_first(path, manifest)
+  with contextlib.suppress(FileExistsError):  # Another process was first.
+    files.write_json(pathlib.Path(folder) / MANIFEST_NAME, manifest)
   found = load_manifest(folder)
   try:
     files.check_same(folder, found, manifest)
@@ -115,21 +112,6 @@ def claim(folder, manifest: dict) -> dict:
   return found
 
 
-def _write_first(path: pathlib.Path, manifest: dict) -> None:
-  """Writes the manifest, unless another process is first."""
-  mine = path.with_name(f".{path.stem}-{secrets.token_hex(4)}.json")
-  files.write_json(mine, manifest)
-  try:
-    os.link(mine, path)  # Unlike a renaming, never replaces a file.
-  except FileExistsError:
-    return
-  except OSError:  # A file system without links.
-    with contextlib.suppress(FileExistsError):
-      files.write_json(path, manifest)
-  finally:
-    mine.unlink()
-
-
 def load_manifest(folder) -> dict:
   """Returns the manifest of a folder of shards."""
   path = pathlib.Path(folder) / MANIFEST_NAME
@@ -137,10 +119,53 @@ def load_manifest(folder) -> dict:
     raise FileNotFoundError(
       f"{folder} is no folder of codes: it has no {MANIFEST_NAME}."
     )
-  manifest = files.parse_description(path, KIND)
+  manifest = parse_description(path)
   if not manifest.get("num_shards"):
     raise ValueError(f"{path} describes a single file, not a folder of shards.")
+  fields = {"num_shards": int, "row_bytes": int}
+  json_files.check_fields(path, manifest, fields)
+  num, row_bytes = (
+    manifest["shape"][0],
+    len(_kept_bytes(manifest["codebook_sizes"])),
+  )
+  if manifest["row_bytes"] != row_bytes or manifest["num_shards"] > num:
+    raise ValueError(
+      f"{path} is damaged: {num} codes of {row_bytes} bytes cannot be in "
+      f"{manifest['num_shards']} shards of {manifest['row_bytes']} bytes each."
+    )
   return manifest
+
+
+def parse_description(path) -> dict:
+  """Returns a manifest, or the description of a file of codes.
+
+  Raises ValueError where it is damaged, or of another kind.
+  """
+  found = files.parse_description(path, KIND)
+  fields = {"shape": [int], "codebook_sizes": [int], "encode": dict}
+  fields |= {"codec": str, "codec_fingerprint": str, "command": str}
+  json_files.check_fields(path, found, fields | {"data": dict})
+  shape, sizes = found["shape"], found["codebook_sizes"]
+  if len(shape) != 2 or shape[0] < 1 or shape[1] != len(sizes):
+    raise ValueError(
+      f"{path} is damaged: shape {shape} does not fit {len(sizes)} codebooks."
+    )
+  if not sizes or min(sizes) < 1 or max(sizes) > _MAX_ID + 1:
+    raise ValueError(f"{path} is damaged: its codebook sizes are {sizes}.")
+  return found
+
+
+def read_description(path) -> dict:
+  """Returns the description beside a file of codes, empty without one.
+
+  Raises ValueError where it is damaged, or of a file of another size.
+  """
+  beside = files.description_path(path)
+  if not beside.is_file():
+    return {}
+  found = parse_description(beside)
+  files.check_file(path, found, is_thorough=False)
+  return found
 
 
 def write_shard(folder, manifest: dict, shard: int, blocks) -> None:
@@ -207,13 +232,13 @@ def _problem(folder, manifest, shard: int, is_thorough: bool) -> str | None:
   if not path.is_file():
     return "is missing"
   try:
-    record = json.loads(path.with_suffix(".json").read_text())
-    belongs = [record["rows"], record["manifest"]]
-    wanted, checksum = record["bytes"], record["sha256"]
+    record = _read_record(path)
   except FileNotFoundError:
     return "is not finished: it has no record"
-  except (ValueError, KeyError, TypeError):
+  except ValueError:
     return "has a damaged record"
+  belongs = [record["rows"], record["manifest"]]
+  wanted, checksum = record["bytes"], record["sha256"]
   if belongs != [[rows.start, rows.stop], _digest(manifest)]:
     return _FOREIGN
   if path.stat().st_size != wanted:
@@ -227,6 +252,15 @@ def _problem(folder, manifest, shard: int, is_thorough: bool) -> str | None:
   except ValueError as error:
     return f"is damaged: {error}"
   return None
+
+
+def _read_record(path: pathlib.Path) -> dict:
+  """The record of a shard; raises ValueError where it is damaged."""
+  path = path.with_suffix(".json")
+  record = json_files.read_json(path)
+  fields = {"rows": [int], "manifest": str, "bytes": int, "sha256": str}
+  json_files.check_fields(path, record, fields)
+  return record
 
 
 class Codes:
@@ -296,7 +330,7 @@ def open_codes(path) -> Codes:
   """Opens a folder of shards, or a .npy of integers `[N, M]`, for reading.
 
   Opening is cheap: the checksum of a shard is compared when its first codes are
-  read, and ranges are as codes are read.
+  read, as is that of a file; ranges are as codes are read.
 
   Raises:
     FileNotFoundError: There is nothing.
@@ -311,15 +345,18 @@ def open_codes(path) -> Codes:
       f"There is no file or folder {path}; codes are a folder of shards or a "
       ".npy of experiments.encode."
     )
-  codes_NM, meta = (
-    formats.open_vectors(path),
-    files.read_description(path, KIND),
-  )
+  codes_NM, meta = formats.open_vectors(path), read_description(path)
   if codes_NM.dtype.kind not in "iu":
     raise TypeError(f"{path} must hold integer codes, got {codes_NM.dtype}.")
   check_described(path, meta, codes_NM.shape)
   sizes = [_MAX_ID + 1] * codes_NM.shape[1]
-  return Codes([codes_NM], meta, sizes=sizes, unpack_fn=np.asarray)
+  return Codes(
+    [codes_NM],
+    meta,
+    sizes=sizes,
+    unpack_fn=np.asarray,
+    check_fn=lambda part: files.check_file(path, meta),
+  )
 
 
 def _open_folder(folder: pathlib.Path) -> Codes:
@@ -340,8 +377,7 @@ def _open_folder(folder: pathlib.Path) -> Codes:
 
   def check(shard):
     path = path_fn(shard)
-    record = json.loads(path.with_suffix(".json").read_text())
-    if files.sha256(path) != record["sha256"]:
+    if files.sha256(path) != _read_record(path)["sha256"]:
       raise ValueError(f"{path} {_DAMAGED}. {_how_to_mend(folder)}")
 
   return Codes(parts, manifest, check_fn=check)

@@ -1,7 +1,14 @@
 """Files that leave a program: whole or not at all, and saying what they are.
 
 Every output is written under a temporary name and renamed. Beside it, in
-`NAME.json`, lies its description: shapes, the codec and the data that made it.
+`NAME.json`, lies its description: shapes, the codec and the data that made it,
+and the bytes and the checksum of the file.
+
+A file and its description appear in this order: the finished file under its
+temporary name; an earlier file is removed where it is to be replaced; the
+description; the file. So a program that is killed leaves a description without
+its file at worst, which counts as no output. A file without a description was
+made elsewhere.
 """
 
 import contextlib
@@ -10,15 +17,29 @@ import hashlib
 import json
 import os
 import pathlib
-import secrets
+import re
 
 import numpy as np
 
 from vqjax import __version__
+from vqjax.data import temporary as temporary_files
 from vqjax.data import unit
+from vqjax.data.json_files import read_json
+from vqjax.data.temporary import remove_stale
+
+try:
+  import fcntl
+except ImportError:  # Not POSIX.
+  fcntl = None
 
 NOT_COMPARED = ("command", "vqjax_version")  # Kept for people.
 _SAMPLE_ROWS = 256  # Of the data, for their checksum.
+_OURS = "vqjax "  # Begins the format of our descriptions.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_WORDS = re.compile(  # Of libraries that lose the number of the error.
+  r"No space left|StorageFull|Os \{ code: (28|122|27)\b|errno = (28|122|27)\b"
+  r"|Disk quota|File too large|requested and \d+ written"
+)
 
 
 def user_path(path) -> pathlib.Path:
@@ -27,48 +48,250 @@ def user_path(path) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def atomic_output(path, overwrite: bool = False):
+def atomic_output(
+  path, overwrite: bool = False, *, description: dict | None = None
+):
   """Yields a temporary path whose file becomes `path` when the block ends.
 
   The file appears whole or not at all: after an error the temporary file is
-  removed and an earlier `path` is untouched. Missing folders are created. A
-  symbolic link stays: what it points to is replaced.
+  removed and an earlier `path` is untouched. Missing folders are created, a
+  symbolic link is followed. Of two writers without `overwrite` one succeeds.
+
+  Args:
+    path: The file.
+    overwrite: Replaces an existing file instead of refusing.
+    description: Written beside the file, with its `bytes` and `sha256`, which
+      are added to this dict. The block may add to it too.
+
+  Raises:
+    FileExistsError: There is such a file already.
+    OSError: The disk is full.
   """
   path = user_path(path)
-  check_output(path, overwrite)
-  if path.is_symlink():
-    path = path.resolve()
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(
-    f".{path.stem}.tmp-{secrets.token_hex(4)}{path.suffix}"
-  )
-  try:
-    temporary.touch()
-    mode = temporary.stat().st_mode  # What the umask leaves.
-    temporary.unlink()
-    yield temporary
-    if temporary.stat().st_mode != mode:  # Some libraries make private files.
-      temporary.chmod(mode & 0o777)
-    with open(temporary, "rb+") as f:
+  _refuse(path, overwrite)
+  if description is not None:
+    _refuse_foreign(path, overwrite)
+  target = pathlib.Path(os.path.realpath(path))
+  _at_point("make folder", target.parent)
+  target.parent.mkdir(parents=True, exist_ok=True)
+  remove_stale(target.parent)
+  with temporary_files.beside(target) as temporary:
+    try:
+      mode = _touch(temporary)
+      _at_point("write", temporary)
+      yield temporary
+      if temporary.stat().st_mode != mode:  # Some libraries: private files.
+        temporary.chmod(mode & 0o777)
+      with open(temporary, "rb+") as f:
+        os.fsync(f.fileno())
+      if description is None:
+        _place(temporary, path, target, overwrite)
+      else:
+        _place_described(temporary, path, target, overwrite, description)
+    except Exception as error:
+      if not is_full_disk(error):
+        raise
+      raise _full(path, temporary) from error
+
+
+def _at_point(name: str, path) -> None:
+  temporary_files.at_point(name, path)
+
+
+def _place(temporary, path, target, overwrite: bool) -> None:
+  """Puts a finished file in its place, without a description of another."""
+  beside = description_path(path)
+  with _locked(target.parent) as sync:
+    if beside.is_file() and _is_ours(beside):
+      _refuse(path, overwrite)
+      _at_point("remove", beside)
+      beside.unlink(missing_ok=True)
+    _rename(temporary, target, overwrite)
+    sync()
+
+
+def _place_described(temporary, path, target, overwrite, description) -> None:
+  """Puts a finished file in its place, behind its description."""
+  description |= {
+    "bytes": temporary.stat().st_size,
+    "sha256": sha256(temporary),
+  }
+  beside = pathlib.Path(os.path.realpath(description_path(path)))
+  with (
+    temporary_files.beside(beside) as text,
+    _locked(target.parent) as sync,
+  ):
+    _at_point("describe", text)
+    with open(text, "x", encoding="utf-8") as f:
+      f.write(_to_text(description))
+      f.flush()
       os.fsync(f.fileno())
-    check_output(path, overwrite)
-    os.replace(temporary, path)
-  except OSError as e:
-    if e.errno != errno.ENOSPC:
-      raise
-    size = temporary.stat().st_size if temporary.exists() else 0
+    _refuse(path, overwrite)
+    if overwrite:
+      _at_point("remove", target)
+      target.unlink(missing_ok=True)
+    _at_point("rename", beside)
+    os.replace(text, beside)
+    sync()
+    _rename(temporary, target, overwrite)
+    sync()
+
+
+def _rename(temporary, target, overwrite: bool) -> None:
+  """Renames; without `overwrite` never onto a file that has appeared since."""
+  _at_point("rename", target)
+  if overwrite:
+    os.replace(temporary, target)
+    return
+  try:
+    os.link(temporary, target)
+  except FileExistsError:
+    _refuse(target, overwrite)
+    raise
+  except OSError:  # A file system without links.
+    _refuse(target, overwrite)
+    os.replace(temporary, target)
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path):
+  """Yields a function that writes the folder to disk; alone in it if it can.
+
+  The lock is gone with the process, however that ends.
+  """
+  try:
+    fd = os.open(folder, os.O_RDONLY)
+  except OSError:  # No folder can be opened on this system.
+    yield lambda: None
+    return
+
+  def sync():
+    with contextlib.suppress(OSError):
+      os.fsync(fd)
+
+  try:
+    if fcntl is not None:
+      with contextlib.suppress(OSError):  # Some network file systems.
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    yield sync
+  finally:
+    os.close(fd)
+
+
+def _touch(temporary: pathlib.Path) -> int:
+  """Returns the mode that the umask leaves a new file."""
+  temporary.touch(exist_ok=False)
+  mode = temporary.stat().st_mode
+  temporary.unlink()
+  return mode
+
+
+def is_full_disk(error: BaseException) -> bool:
+  """Whether a disk, or what a user may put on it, is full."""
+  is_known = isinstance(error, OSError) and error.errno in _FULL
+  return is_known or bool(_FULL_WORDS.search(str(error)))
+
+
+def _full(path: pathlib.Path, temporary: pathlib.Path) -> OSError:
+  size = temporary.stat().st_size if temporary.exists() else 0
+  return OSError(
+    errno.ENOSPC,
+    f"The disk is full: could not write {path}, stopped after {size} bytes "
+    "(removed again); free some space or choose another folder.",
+  )
+
+
+def check_output(
+  path, overwrite: bool = False, *, num_bytes: int = 0, described: bool = False
+) -> None:
+  """Raises unless a file can be written at `path`; leaves nothing behind.
+
+  It is tried in that folder, or in the nearest one that exists.
+
+  Args:
+    path: The file.
+    overwrite: Whether an existing file would be replaced.
+    num_bytes: What the file is going to take; a guess may be too small.
+    described: Whether it gets a description. An existing file with one is
+      then no error: `find_made` tells what it is.
+
+  Raises:
+    FileExistsError: There is such a file already.
+    OSError: Nothing can be written there, or not that much.
+  """
+  path = user_path(path)
+  if described:
+    _refuse_foreign(path, overwrite)
+  is_described = described and description_path(path).is_file()
+  _refuse(path, overwrite or is_described)
+  target = pathlib.Path(os.path.realpath(path))
+  check_folder(target.parent, num_bytes=num_bytes, name=path)
+
+
+def _refuse_foreign(path, overwrite: bool) -> None:
+  """Raises where what lies in the place of a description is none of ours."""
+  beside = description_path(path)
+  if not overwrite and beside.exists() and not _is_ours(beside):
+    raise FileExistsError(
+      f"{beside} exists already and describes no output of vqjax, but the "
+      f"description of {path} would go there; choose another name, or add "
+      "--overwrite."
+    )
+
+
+def _is_ours(path) -> bool:
+  """Whether a JSON file is a description that vqjax has written."""
+  try:
+    return str(read_json(path).get("format")).startswith(_OURS)
+  except (ValueError, OSError):
+    return False
+
+
+def check_folder(folder, *, num_bytes: int = 0, name=None) -> None:
+  """Raises OSError unless files can be written into `folder`.
+
+  The folder need not exist. `name` is what the message calls the output.
+  """
+  name = folder if name is None else name
+  folder = user_path(folder).absolute()
+  while not folder.exists() and folder != folder.parent:
+    folder = folder.parent
+  if not folder.is_dir():
+    raise NotADirectoryError(
+      f"{name} cannot be written: {folder} is a file, not a folder."
+    )
+  remove_stale(folder)
+  with temporary_files.beside(folder / "try") as temporary:
+    try:
+      with open(temporary, "xb") as file:
+        file.write(b"0")
+        file.flush()
+        os.fsync(file.fileno())
+    except OSError as error:
+      if is_full_disk(error):
+        raise _full(name, temporary) from error
+      raise OSError(
+        f"{name} cannot be written: {error.strerror or error} in {folder}; "
+        "choose another folder, or change its permissions."
+      ) from error
+  _check_space(folder, num_bytes, name)
+
+
+def _check_space(folder: pathlib.Path, num_bytes: int, name) -> None:
+  if not hasattr(os, "statvfs"):
+    return
+  found = os.statvfs(folder)
+  free = found.f_bavail * found.f_frsize
+  if free < num_bytes:
     raise OSError(
       errno.ENOSPC,
-      f"The disk is full: could not write {path}, stopped after {size} bytes "
-      "(removed again); free some space or choose another folder.",
-    ) from e
-  finally:
-    temporary.unlink(missing_ok=True)
+      f"{name} will take about {num_bytes / 1e6:,.1f} MB, but {folder} has "
+      f"{free / 1e6:,.1f} MB free; free some space or choose another folder.",
+    )
 
 
-def check_output(path, overwrite: bool = False) -> None:
-  """Raises unless a file may be written at `path`; nothing is written."""
-  path = user_path(path)
+def _refuse(path: pathlib.Path, overwrite: bool) -> None:
+  """Raises where there is a file already, or what is none."""
   if path.exists() and not path.is_file():
     raise ValueError(f"{path} must name a regular file to write, not a folder.")
   if path.exists() and not overwrite:
@@ -101,28 +324,116 @@ def identify(vectors) -> dict:
   }
 
 
-def check_same(where, found: dict, wanted: dict, prefix: str = "") -> None:
-  """Raises ValueError where codes differ from those wanted, and names it."""
+def differences(found: dict, wanted: dict, prefix: str = ""):
+  """Yields `(name, found, wanted)` of what differs, `a.b` of dicts in dicts."""
   for name in [*wanted, *sorted(set(found) - set(wanted))]:
     a, b = found.get(name), wanted.get(name)
     if isinstance(a, dict) and isinstance(b, dict):
-      check_same(where, a, b, f"{prefix}{name}.")
+      yield from differences(a, b, f"{prefix}{name}.")
     elif a != b and name not in NOT_COMPARED:
-      raise ValueError(
-        f"{where} holds other codes: their {prefix}{name} is {a}, now it is "
-        f"{b}."
+      yield f"{prefix}{name}", a, b
+
+
+def check_same(where, found: dict, wanted: dict) -> None:
+  """Raises ValueError where codes differ from those wanted, and names it."""
+  for name, a, b in differences(found, wanted):
+    raise ValueError(
+      f"{where} holds other codes: their {name} is {a}, now it is {b}."
+    )
+
+
+def find_made(
+  path, wanted: dict, overwrite: bool = False, *, found: dict | None = None
+) -> dict | None:
+  """Returns the description of an output that was made of `wanted` already.
+
+  None where there is no whole output, or where it is to be replaced.
+
+  Args:
+    path: The file.
+    wanted: What a new description would say, results left out.
+    overwrite: Whether an existing file is to be replaced.
+    found: What the file says of itself, where that is not beside it.
+
+  Raises:
+    FileExistsError: It was made of something else, which the message names, or
+      nobody knows of what.
+    ValueError: It is damaged.
+  """
+  path = pathlib.Path(path)
+  if overwrite or not path.is_file():
+    return None
+  if found is None:
+    if not description_path(path).is_file():
+      raise FileExistsError(
+        f"{path} exists already, without a description that says what it is "
+        "of; choose another name, or add --overwrite."
       )
+    found = read_json(description_path(path))
+    check_file(path, found)
+  wanted = json.loads(json.dumps(wanted))  # Lists for tuples.
+  known = {name: found.get(name) for name in wanted}
+  for name, a, b in differences(known, wanted):
+    raise FileExistsError(
+      f"{path} exists already and was made with {name}={a}, now it is {b}; "
+      "choose another name, or add --overwrite."
+    )
+  return found
+
+
+def is_whole(path) -> bool:
+  """Whether a file and its description are there, and fit by their bytes."""
+  beside = description_path(path)
+  if not (os.path.isfile(path) and beside.is_file()):
+    return False
+  return read_json(beside).get("bytes", os.path.getsize(path)) == (
+    os.path.getsize(path)
+  )
 
 
 def description_path(path) -> pathlib.Path:
-  """Returns where the description of a file of codes lies."""
+  """Returns where the description of a file lies."""
   return pathlib.Path(f"{os.fspath(path)}.json")
 
 
 def read_description(path, kind: tuple[str, int]) -> dict:
-  """Returns the description beside a file of codes, empty without one."""
-  path = description_path(path)
-  return parse_description(path, kind) if path.is_file() else {}
+  """Returns the description beside a file, empty without one.
+
+  Raises ValueError where it is damaged, of another kind, or of a file of
+  another size; `check_file` compares the checksum, too.
+  """
+  beside = description_path(path)
+  if not beside.is_file():
+    return {}
+  found = parse_description(beside, kind)
+  check_file(path, found, is_thorough=False)
+  return found
+
+
+def check_file(path, found: dict, *, is_thorough: bool = True) -> None:
+  """Raises ValueError where a file is not the one that `found` describes.
+
+  Old descriptions have no bytes or checksum: nothing is compared then.
+
+  Args:
+    path: The file.
+    found: Its description.
+    is_thorough: Reads the file for its checksum.
+  """
+  size, wanted = os.path.getsize(path), found.get("bytes")
+  if wanted is not None and size != wanted:
+    raise ValueError(
+      f"{path} is truncated or of another run: it has {size} bytes, its "
+      f"description {description_path(path).name} says {wanted}. Make it "
+      "again, or remove the description if the file is from elsewhere."
+    )
+  wanted = found.get("sha256")
+  if is_thorough and wanted is not None and sha256(path) != wanted:
+    raise ValueError(
+      f"{path} is damaged, or was changed after it was written: it does not "
+      f"match the checksum in its description {description_path(path).name}. "
+      "Make it again, or remove the description if the file is from elsewhere."
+    )
 
 
 def parse_description(path: pathlib.Path, kind: tuple[str, int]) -> dict:
@@ -131,11 +442,8 @@ def parse_description(path: pathlib.Path, kind: tuple[str, int]) -> dict:
   Raises ValueError where it is damaged, or of another kind.
   """
   name, version = kind
-  try:
-    found = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path} is damaged, or no JSON file: {error}.") from error
-  if not isinstance(found, dict) or found.get("format") != name:
+  found = read_json(path)
+  if found.get("format") != name:
     raise ValueError(f"{path} must have format {name!r}: it is not of vqjax.")
   if found.get("version") != version:
     raise ValueError(
@@ -149,4 +457,8 @@ def parse_description(path: pathlib.Path, kind: tuple[str, int]) -> dict:
 def write_json(path, value: dict, *, overwrite: bool = False) -> None:
   """Writes a description or record, whole or not at all."""
   with atomic_output(path, overwrite) as temporary:
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(_to_text(value), encoding="utf-8")
+
+
+def _to_text(value: dict) -> str:
+  return json.dumps(value, indent=2) + "\n"

@@ -9,7 +9,7 @@ import pathlib
 import faiss
 
 from vqjax import __version__
-from vqjax.data import files
+from vqjax.data import files, json_files
 from vqjax.interop import faiss_io
 
 
@@ -36,14 +36,8 @@ def save(
     "vqjax_version": __version__,
     "faiss_version": faiss.__version__,
   }
-  beside = files.description_path(path)
-  files.check_output(beside, overwrite)
-  with faiss_io.write_index(index, path, overwrite=overwrite) as temporary:
-    meta |= {
-      "bytes": temporary.stat().st_size,
-      "sha256": files.sha256(temporary),
-    }
-  files.write_json(beside, meta, overwrite=True)
+  with faiss_io.write_index(index, path, overwrite=overwrite, description=meta):
+    pass
   return meta
 
 
@@ -65,27 +59,13 @@ def load(
   path = pathlib.Path(path)
   if not path.is_file():
     raise FileNotFoundError(f"There is no file {path}; check the name.")
-  beside = files.description_path(path)
-  info = files.parse_description(beside, kind) if beside.is_file() else {}
+  info = files.read_description(path, kind)
   if info:
-    _check_file(path, info, is_thorough=not mmap)
+    beside = files.description_path(path)
+    json_files.check_fields(beside, info, {"bytes": int, "sha256": str})
+    files.check_file(path, info, is_thorough=not mmap)
   flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY if mmap else 0
   try:
     return faiss.read_index(str(path), flags), info
   except (RuntimeError, MemoryError) as error:
     raise ValueError(f"{path} is no index file, or is truncated.") from error
-
-
-def _check_file(path: pathlib.Path, info: dict, *, is_thorough: bool) -> None:
-  """Raises ValueError where the file is not the one described."""
-  size = path.stat().st_size
-  if size != info.get("bytes"):
-    raise ValueError(
-      f"{path} is truncated or of another run: it has {size} bytes, its "
-      f"description says {info.get('bytes')}."
-    )
-  if is_thorough and files.sha256(path) != info.get("sha256"):
-    raise ValueError(
-      f"{path} is damaged, or was changed after it was written: it does not "
-      "match the checksum in its description."
-    )

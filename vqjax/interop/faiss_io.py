@@ -307,12 +307,19 @@ def add_codes(index: faiss.Index, codes_NM: np.ndarray) -> None:
 
 
 @contextlib.contextmanager
-def write_index(index: faiss.Index, path, *, overwrite: bool = False):
+def write_index(
+  index: faiss.Index,
+  path,
+  *,
+  overwrite: bool = False,
+  description: dict | None = None,
+):
   """Yields an index file under a temporary name, to look at before it counts.
 
-  It becomes `path` when the block ends, and is gone after an error.
+  It becomes `path` when the block ends, and is gone after an error. Its
+  `description` is written as by `files.atomic_output`.
   """
-  with atomic_output(path, overwrite) as temporary:
+  with atomic_output(path, overwrite, description=description) as temporary:
     try:
       faiss.write_index(index, str(temporary))
     except RuntimeError as error:

@@ -1,0 +1,79 @@
+"""Temporary files whose names say which process writes them.
+
+So a later one knows those of killed processes, and removes them.
+"""
+
+import contextlib
+import os
+import pathlib
+import re
+import secrets
+import socket
+import time
+
+_STALE_SECONDS = 60
+_NAME = re.compile(r"\..*\.tmp-(\w+)-(\d+)-[0-9a-f]{8}(\.\w+)?")
+_mine = set()  # Temporary files that this process is writing.
+_cleaned = set()  # Folders where it has looked for those of others.
+
+
+def at_point(name: str, path) -> None:
+  """Called before each change on disk; does nothing.
+
+  A test replaces it by a function that raises, from some call on, to see what
+  a kill at this point leaves.
+  """
+  del name, path
+
+
+@contextlib.contextmanager
+def beside(target: pathlib.Path):
+  """Yields a path in the folder of `target`; its file is removed at the end."""
+  tag = f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+  path = target.with_name(f".{target.stem[:80]}.tmp-{tag}{target.suffix}")
+  _mine.add(path)
+  try:
+    yield path
+  finally:
+    at_point("remove", path)
+    path.unlink(missing_ok=True)
+    _mine.discard(path)
+
+
+def remove_stale(folder: pathlib.Path) -> None:
+  """Removes temporary files that killed processes of this host have left.
+
+  Looks once in each folder. Those of the last minute stay.
+  """
+  if folder in _cleaned or os.name != "posix":
+    return
+  _cleaned.add(folder)
+  with contextlib.suppress(OSError):
+    for path in folder.iterdir():
+      if _is_stale(path):
+        path.unlink(missing_ok=True)
+
+
+def _is_stale(path: pathlib.Path) -> bool:
+  match = _NAME.fullmatch(path.name)
+  if not match or match[1] != _host() or path in _mine or not path.is_file():
+    return False
+  if time.time() - path.stat().st_mtime < _STALE_SECONDS:
+    return False
+  if int(match[2]) == os.getpid():
+    return True  # An earlier process had the same number.
+  try:
+    os.kill(int(match[2]), 0)
+  except ProcessLookupError:
+    return True
+  except (OSError, OverflowError):
+    return False
+  return False
+
+
+def _host() -> str:
+  """Names this host, or the container: where process numbers mean the same."""
+  name = re.sub(r"\W", "_", socket.gethostname(), flags=re.ASCII)[:32]
+  with contextlib.suppress(OSError):
+    name += f"_{os.stat('/proc/self/ns/pid').st_ino:x}"
+  return name

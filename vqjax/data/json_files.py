@@ -56,6 +56,7 @@ def parse_json(text: bytes | str, path) -> dict:
     if isinstance(text, bytes):
       text = text.decode("utf-8")
     found = json.loads(text)
+    _check_depth(found)
   except UnicodeDecodeError as error:
     raise ValueError(
       f"{path} is damaged, or no JSON file: it is not text in UTF-8 at byte "
@@ -63,13 +64,11 @@ def parse_json(text: bytes | str, path) -> dict:
     ) from error
   except ValueError as error:
     raise ValueError(f"{path} is damaged, or no JSON file: {error}.") from error
-  except RecursionError:
-    found = None
-  if found is None or _is_too_deep(found):
+  except RecursionError as error:
     raise ValueError(
       f"{path} is damaged, or no JSON file of vqjax: more than {_MAX_DEPTH} "
-      "brackets in one another, or nothing."
-    )
+      "brackets in one another."
+    ) from error
   if not isinstance(found, dict):
     raise ValueError(
       f"{path} is damaged, or no JSON file of vqjax: expected an object, got "
@@ -78,15 +77,16 @@ def parse_json(text: bytes | str, path) -> dict:
   return found
 
 
-def _is_too_deep(value) -> bool:
+def _check_depth(value) -> None:
+  """Raises RecursionError where objects lie too deep in one another."""
   level = [value]
   for _ in range(_MAX_DEPTH):
-    inner = [
-      x.values() if isinstance(x, dict) else x
-      for x in level
-      if isinstance(x, dict | list)
+    level = [
+      x
+      for items in level
+      if isinstance(items, dict | list)
+      for x in (items.values() if isinstance(items, dict) else items)
     ]
-    level = [x for items in inner for x in items]
     if not level:
-      return False
-  return True
+      return
+  raise RecursionError

@@ -82,8 +82,7 @@ class _Source(NamedTuple):
 
   num_rows: int
   blocks: Callable  # range of rows -> iterator of codes_NM, in order.
-  data: dict | None  # What tells the vectors from others.
-  made_by: dict  # What tells the codes from others of the same vectors.
+  made_of: dict  # What tells the codes from others of the same codec.
 
 
 def run(config, workdir=None) -> dict:
@@ -121,12 +120,11 @@ def _prepare(config):
     "codec": codec.name,
     "codec_fingerprint": codec.fingerprint,
     "decoders_fingerprint": codec_file.fingerprint(words),
-    "data": source.data,
     "num_rows": source.num_rows,
     "rows": [[rows.start, rows.stop]],
     "metric": config.metric,
     "coarse": _coarse(config, codec),
-    **source.made_by,
+    **source.made_of,
   }
   # Codes, norms and ids; centroids and a graph of them take more.
   num_bytes = len(rows) * (len(words.codebooks_MKD) + 9)
@@ -178,11 +176,7 @@ def _open_codes(config, codec) -> _Source:
   inputs.refuse_search(config, _OF_SEARCH)
   found = inputs.of_codec(config, codec)
   blocks = lambda rows: inputs.blocks(found, codec.codebook_sizes, _BLOCK, rows)
-  checksum = found.meta.get("sha256")
-  if not checksum and os.path.isfile(config.codes):
-    checksum = files.sha256(config.codes)
-  made_by = {"encode": found.meta.get("encode"), "codes_sha256": checksum}
-  return _Source(len(found), blocks, found.meta.get("data"), made_by)
+  return _Source(len(found), blocks, inputs.describe_codes(config, found))
 
 
 def _encode(config, codec) -> _Source:
@@ -190,8 +184,8 @@ def _encode(config, codec) -> _Source:
   dataset = codecs.resolve_data(codec, config, base=config.data)
   x_ND = datasets.open_split(dataset, "base")
   encoder = encoders.make_encoder(codec, config, x_ND)
-  data, made_by = files.identify(x_ND), {"encode": encoder.knobs}
-  return _Source(len(x_ND), encoder.blocks, data, made_by)
+  made_of = {"data": files.identify(x_ND), "encode": encoder.knobs}
+  return _Source(len(x_ND), encoder.blocks, made_of)
 
 
 def _parse_rows(text: str | None, num_rows: int) -> range:

@@ -32,6 +32,7 @@ from vqjax import __version__
 from vqjax.codecs import additive
 from vqjax.data import datasets, files
 from vqjax.interop import faiss_io
+from vqjax.storage import codec_file
 
 OPTIONS = {
   "codec": cli.CODEC_OPTION,
@@ -56,6 +57,7 @@ class _Subject(NamedTuple):
   index: Any
   decode_fn: Callable
   sizes: tuple[int, ...]
+  made_of: dict  # What the description says beside the codec.
 
 
 def run(config, workdir=None) -> dict:
@@ -64,21 +66,13 @@ def run(config, workdir=None) -> dict:
   cli.require(config, "codec", "output")
   if config.codes and config.data:
     raise ValueError("Give --codes or --data, not both.")
-  beside = files.description_path(config.output)
-  for path in (config.output, beside):
-    files.check_output(path, overwrite=config.overwrite)
+  files.check_output(config.output, config.overwrite, described=True)
   codec = codecs.open_codec(config.codec)
   metric = config.metric or codec.info.get("metric", "l2")
   if metric not in faiss_io.METRICS:
     raise ValueError(f"--metric must be l2 or ip, got {metric!r}.")
   subject = _subject(config, codec, metric)
-  num, blocks = _blocks(config, codec, subject.sizes)
-  first = _fill(subject.index, num, blocks)
-  with faiss_io.write_index(
-    subject.index, config.output, overwrite=config.overwrite
-  ) as temporary:
-    index = faiss_io.read_index(temporary)
-    compared = _compare(config, subject, num, first, index)
+  num, blocks, made_of = _blocks(config, codec, subject.sizes)
   record = {
     "format": "vqjax export",
     "kind": subject.kind,
@@ -89,18 +83,32 @@ def run(config, workdir=None) -> dict:
     "codebook_sizes": list(subject.sizes),
     "codec": codec.name,
     "codec_fingerprint": codec.fingerprint,
-    "compared": compared,
+    **subject.made_of,
+    **made_of,
     "vqjax_version": __version__,
   }
-  files.write_json(beside, record, overwrite=config.overwrite)
+  made = files.find_made(config.output, record, config.overwrite)
+  if made:
+    logging.info("%s is made already.", config.output)
+    return made
+  first = _fill(subject.index, num, blocks)
+  with faiss_io.write_index(
+    subject.index,
+    config.output,
+    overwrite=config.overwrite,
+    description=record,
+  ) as temporary:
+    index = faiss_io.read_index(temporary)
+    compared = _compare(config, subject, num, first, index)
+    record["compared"] = compared
   logging.info(
     "Read back: %d %s codes decode as ours, largest difference %.2g of %.4g.\n"
     "%s with %d vectors in %s, what is in it in %s.\nNext, in Python:\n  "
     "faiss.read_index(%r)",
     *(compared["num_vectors"], "stored" if num else "random"),
     *(compared["largest_difference"], compared["largest_number"]),
-    *(record["index"], num, config.output, beside),
-    config.output,
+    *(record["index"], num, config.output),
+    *(files.description_path(config.output), config.output),
   )
   return record
 
@@ -133,6 +141,7 @@ def _subject(config, codec, metric: str) -> _Subject:
     to_faiss[codec.name](codec.tables, metric=metric),
     codecs.make_decode_fn(codec),
     codec.codebook_sizes,
+    {},
   )
 
 
@@ -154,19 +163,23 @@ def _additive(config, codec, metric: str) -> _Subject:
     faiss_io.rq_to_faiss(params, metric=metric),
     functools.partial(jax.jit(additive.decode), params),
     codec.codebook_sizes,
+    {"decoders_fingerprint": codec_file.fingerprint(params)},
   )
 
 
 def _blocks(config, codec, sizes):
-  """Number of vectors to put in, and their codes in blocks."""
+  """Number of vectors to put in, their codes in blocks, and what these are."""
   if config.codes:
     found = inputs.of_codec(config, codec)
-    return len(found), inputs.blocks(found, sizes, _BLOCK)
+    blocks = inputs.blocks(found, sizes, _BLOCK)
+    return len(found), blocks, inputs.describe_codes(config, found)
   if not config.data:
-    return 0, ()
+    return 0, (), {}
   dataset = codecs.resolve_data(codec, config, base=config.data)
   x_ND = datasets.open_split(dataset, "base")
-  return len(x_ND), encoders.make_encoder(codec, config, x_ND).blocks()
+  encoder = encoders.make_encoder(codec, config, x_ND)
+  made_of = {"data": files.identify(x_ND), "encode": encoder.knobs}
+  return len(x_ND), encoder.blocks(), made_of
 
 
 def _compare(config, subject: _Subject, num: int, first, index) -> dict:

@@ -11,8 +11,8 @@ number of a centroid and at most 16 for each vector, never the vectors
 themselves, and on accelerators up to twice 4 GiB of distances. 2^20 centroids
 of a million vectors of 32 dimensions took 1.7 GB and 22 minutes an iteration on
 two CPUs. Ctrl-C or SIGTERM saves, as does each iteration that ends a minute
-after the last save; the same command with --resume goes on, to the same
-centroids as without the stop.
+after the last save; the same command goes on from there, to the same centroids
+as without the stop. Where all is done it says so.
 
 The default start is in two levels: sqrt(K) coarse clusters of a sample, then
 k-means in each of them with a share of the K centroids in proportion to its
@@ -40,7 +40,7 @@ from experiments.lib import cli
 from vqjax import __version__, devices
 from vqjax.codecs import kmeans
 from vqjax.core import check_range
-from vqjax.data import batches, files, formats, numpy_files
+from vqjax.data import batches, files, formats, json_files, numpy_files
 from vqjax.interop import faiss_io
 from vqjax.progress import progress_bar
 
@@ -66,9 +66,11 @@ OPTIONS = {
   ),
   "seed": cli.Option(int, 0, "The same seed gives the same centroids."),
   "output": cli.Option(str, None, "File to write, .npy."),
-  "resume": cli.Option(bool, False, "Go on where the same command stopped."),
+  "resume": cli.Option(
+    bool, False, "With --overwrite: go on with what a stopped run has saved."
+  ),
   "overwrite": cli.Option(
-    bool, False, "Replace an existing output; drop what --resume would go on."
+    bool, False, "Replace an existing output; begin anew without --resume."
   ),
 }
 _MAX_CENTROIDS = 1 << 20
@@ -93,6 +95,12 @@ def run(config, workdir=None) -> dict:
   vectors = _check(config)
   meta = describe(config, vectors)
   checkpoint = checkpoint_path(config.output)
+  wanted = meta | {"num_iterations": config.num_iterations}
+  made = files.find_made(config.output, wanted, config.overwrite)
+  if made:
+    checkpoint.unlink(missing_ok=True)
+    logging.info("%s is made already.", config.output)
+    return made
   state = _find_state(config, checkpoint, meta)
   began = time.perf_counter()
   if state is None:
@@ -103,11 +111,10 @@ def run(config, workdir=None) -> dict:
   state, last = _iterate(config, vectors, state, checkpoint, meta)
   seconds = time.perf_counter() - began
   record = _record(config, meta, state, last, seconds)
-  formats.write_vectors(
-    config.output, state.words_KD, overwrite=config.overwrite
-  )
-  beside = files.description_path(config.output)
-  files.write_json(beside, record, overwrite=config.overwrite)
+  with files.atomic_output(
+    config.output, config.overwrite, description=record
+  ) as temporary:
+    formats.write_vectors(temporary, state.words_KD)
   checkpoint.unlink(missing_ok=True)
   logging.info(
     "%d centroids in %.1f s, mean squared error %.6g, in %s; what made them in "
@@ -115,7 +122,8 @@ def run(config, workdir=None) -> dict:
     "--config=configs/ivf_qinco2_s.py --config.data.train=%s "
     "--config.ivf.num_lists=%d --config.ivf.centroids=%s",
     *(len(state.words_KD), seconds, record["mean_squared_error"]),
-    *(config.output, beside, _lists_line(record["lists"])),
+    *(config.output, files.description_path(config.output)),
+    _lists_line(record["lists"]),
     *(shlex.quote(config.data), len(state.words_KD)),
     shlex.quote(config.output),
   )
@@ -132,8 +140,7 @@ def _check(config):
       )
   if not config.output.endswith(".npy"):
     raise ValueError(f"--output must end in .npy, got {config.output}.")
-  for path in (config.output, files.description_path(config.output)):
-    files.check_output(path, overwrite=config.overwrite)
+  files.check_output(config.output, config.overwrite, described=True)
   check_range("--num_iterations", config.num_iterations, 0, 100_000)
   check_range("--seed", config.seed, 0, 2**31 - 1)
   vectors = formats.open_vectors(
@@ -146,6 +153,11 @@ def _check(config):
     1,
     min(num, _MAX_CENTROIDS),
     f"{config.data} has {num} vectors to use, and each list needs one",
+  )
+  # As many once more for what a stopped run saves.
+  num_bytes = 2 * 4 * config.num_centroids * vectors.shape[1]
+  files.check_folder(
+    pathlib.Path(config.output).parent, num_bytes=num_bytes, name=config.output
   )
   return vectors
 
@@ -169,32 +181,21 @@ def describe(config, vectors) -> dict:
 
 def _find_state(config, checkpoint: pathlib.Path, meta: dict) -> State | None:
   """The state to go on from, None to begin."""
-  if not config.resume:
-    if checkpoint.exists() and not config.overwrite:
-      raise FileExistsError(
-        f"{checkpoint} is of a run that was stopped: add --resume to go on "
-        "with it, or --overwrite to begin anew."
-      )
+  if not checkpoint.exists() or (config.overwrite and not config.resume):
     return None
-  if not checkpoint.exists():
-    raise FileNotFoundError(
-      f"There is nothing to resume: no {checkpoint}. Leave --resume out."
-    )
-  try:
-    kept = numpy_files.load_npz(checkpoint)
-    words_KD, errors = kept["words_KD"], tuple(kept["errors"].tolist())
-    found = json.loads(str(kept["meta"]))
-  except (ValueError, KeyError, OSError) as error:
+  words_KD, errors, found = _load(checkpoint)
+  for name, a, b in files.differences(found, meta):
     raise ValueError(
-      f"{checkpoint} is damaged ({error}): begin anew with --overwrite."
-    ) from error
-  for name in meta:
-    if found.get(name) != meta[name]:
-      raise ValueError(
-        f"{checkpoint} is of a run with {name}={found.get(name)}, now it is "
-        f"{meta[name]}: resume with the same data and options, or begin anew "
-        "with --overwrite."
-      )
+      f"{checkpoint} is of a run that was stopped, with {name}={a}, now it is "
+      f"{b}: go on with the same data and options, or begin anew with "
+      "--overwrite."
+    )
+  wanted = (meta["num_centroids"], meta["dim"])
+  if words_KD.shape != wanted or not np.isfinite(words_KD).all():
+    raise ValueError(
+      f"{checkpoint} is damaged (its centroids are not {wanted} finite "
+      "numbers): begin anew with --overwrite."
+    )
   if len(errors) > config.num_iterations:
     raise ValueError(
       f"{checkpoint} has done {len(errors)} iterations, more than "
@@ -202,6 +203,19 @@ def _find_state(config, checkpoint: pathlib.Path, meta: dict) -> State | None:
     )
   logging.info("Going on after %d iterations.", len(errors))
   return State(words_KD, errors)
+
+
+def _load(checkpoint: pathlib.Path):
+  """Centroids, errors and description of a run that was stopped."""
+  try:
+    kept = numpy_files.load_npz(checkpoint)
+    found = json_files.parse_json(str(kept["meta"]), "its description")
+    errors = tuple(map(float, kept["errors"]))
+    return np.asarray(kept["words_KD"], np.float32), errors, found
+  except (ValueError, TypeError, KeyError, OSError) as error:
+    raise ValueError(
+      f"{checkpoint} is damaged ({error}): begin anew with --overwrite."
+    ) from error
 
 
 def _save(checkpoint: pathlib.Path, state: State, meta: dict) -> None:
@@ -380,9 +394,7 @@ def _lists_line(lists: dict) -> str:
 
 
 def _main(config) -> None:
-  go_on = "Run the same command again, with --resume where it has saved."
-  with cli.user_errors(go_on):
-    run(config)
+  run(config)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from vqjax.codecs import registry
+from vqjax.data import temporary
 from vqjax.interop import torch_qinco
 from vqjax.storage import codec_file
 from vqjax.storage.codec_file import load_codec, save_codec
@@ -232,7 +233,8 @@ def test_refuses_files_of_others(tmp_path):
       load_codec(path)
   for text, said in (
     ("{", "has a damaged header"),
-    ("[]", "must have a header of format 'vqjax codec'"),
+    ("[]", "has a damaged header: .* expected an object, got list"),
+    ("[" * 3000 + "]" * 3000, "has a damaged header: .* more than 64 brackets"),
     ('{"format": "other"}', "must have a header of format 'vqjax codec'"),
   ):
     safetensors_numpy.save_file({}, path, metadata={"vqjax": text})
@@ -280,6 +282,59 @@ def test_refuses_changed_headers(folder, change, said):
   _edit(folder, lambda header: header.update(change))
   with pytest.raises(ValueError, match=said):
     load_codec(folder)
+
+
+def test_refuses_changed_info(folder):
+  def change(header):
+    name = next(iter(header["info"]))
+    header["info"] |= {name: "other", "metric": "ip"}
+
+  _edit(folder, change)
+  with pytest.raises(ValueError, match="in its header .info. do not match"):
+    load_codec(folder)
+  # A file of before, without a digest, is taken; its neighbour must agree.
+  _edit(folder, lambda header: header.pop("info_digest"))
+  assert load_codec(folder).info["metric"] == "ip"
+  header = json.loads((folder / "codec.json").read_text())
+  header["info"]["metric"] = "l2"
+  (folder / "codec.json").write_text(json.dumps(header))
+  with pytest.raises(
+    ValueError, match="codec.json says metric=l2, but codec.s"
+  ):
+    load_codec(folder)
+
+
+def test_a_kill_while_replacing_leaves_a_codec(folder):
+  params = _params("qinco2_tiny_dim_equal")
+  found = []
+  for number in range(20):
+    with pytest.MonkeyPatch.context() as patch:
+      calls = []
+
+      def kill(name, path, calls=calls, number=number):
+        calls.append(name)
+        if len(calls) > number:
+          raise KeyboardInterrupt
+
+      patch.setattr(temporary, "at_point", kill)
+      try:
+        save_codec(folder, "qinco", params, info={}, overwrite=True)
+      except KeyboardInterrupt:
+        found.append(load_codec(folder).fingerprint)
+      else:
+        break
+  assert len(set(found)) == 2  # The old one, then the new one.
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2"])
+def test_refuses_types_that_numpy_lacks(tmp_path, dtype):
+  path = tmp_path / "x.safetensors"
+  table = {"a": {"dtype": dtype, "shape": [4], "data_offsets": [0, 4]}}
+  table["__metadata__"] = {"vqjax": "{}"}
+  text = json.dumps(table).encode()
+  path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+  with pytest.raises(ValueError, match="a type that numpy does not have .*flo"):
+    load_codec(path)
 
 
 def _resave(folder, arrays, static):

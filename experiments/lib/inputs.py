@@ -1,5 +1,7 @@
 """Codes and decoders that a command is given, compared with its codec."""
 
+import os
+
 import numpy as np
 
 from vqjax.core import check_shape
@@ -28,6 +30,18 @@ def of_codec(
       f"has {num_codes}; encode with all steps."
     )
   return found
+
+
+def describe_codes(config, found: codes.Codes) -> dict:
+  """What tells --codes from others of the same codec."""
+  checksum = found.meta.get("sha256")
+  if not checksum and os.path.isfile(config.codes):
+    checksum = files.sha256(config.codes)
+  return {
+    "data": found.meta.get("data"),
+    "encode": found.meta.get("encode"),
+    "codes_sha256": checksum,
+  }
 
 
 def check_codec(config, codec, meta: dict) -> None:

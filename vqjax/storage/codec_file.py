@@ -10,6 +10,7 @@ programs once more in codec.json:
   codec, static      name in the registry; fields that are no arrays
   dim, codebook_sizes
   fingerprint        of the parameters; checked whenever a codec is loaded
+  info_digest        of info; checked then too
   vqjax_version, created
   info               what the caller knows: encode (keyword arguments of
                      `encode`), metric, scale and unit of reports, training
@@ -24,6 +25,7 @@ from absl import logging
 
 from vqjax import __version__
 from vqjax.codecs import registry
+from vqjax.data import files
 from vqjax.data.files import atomic_output
 from vqjax.interop import torch_qinco
 from vqjax.storage import tensors
@@ -75,6 +77,7 @@ def _make_header(name: str, params, info: dict) -> dict:
     "vqjax_version": __version__,
     "created": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"),
     "info": info,
+    "info_digest": tensors.digest_info(info),
   }
 
 
@@ -94,11 +97,13 @@ def save_codec(
   header = _make_header(codec_name, params, info)
   text = tensors.to_json(header)
   arrays = _flatten(params)[0]
-  # The inner file appears first: a codec.json has its arrays beside it.
+  # The inner file appears first: a codec.json has its arrays beside it, and
+  # that of an earlier codec is gone before.
   with atomic_output(folder / HEADER_NAME, overwrite) as header_path:
     header_path.write_text(text + "\n", encoding="utf-8")
     with atomic_output(folder / TENSORS_NAME, overwrite) as tensors_path:
       tensors.write(tensors_path, arrays, text)
+      (folder / HEADER_NAME).unlink(missing_ok=True)
   return folder / TENSORS_NAME
 
 
@@ -130,7 +135,7 @@ def _find(path: pathlib.Path) -> pathlib.Path:
   return found[0]
 
 
-def _parse_header(path: pathlib.Path, text: str | None) -> dict:
+def _parse_header(path: pathlib.Path, text: bytes | str | None) -> dict:
   """Reads and checks the header of `path`."""
   header = tensors.parse_header(
     path, text, format=_FORMAT, version=_VERSION, what="codec"
@@ -148,12 +153,17 @@ def _check_json(path: pathlib.Path, header: dict) -> None:
   json_path = path.with_name(HEADER_NAME)
   if path.name != TENSORS_NAME or not json_path.is_file():
     return
-  beside = _parse_header(json_path, json_path.read_text(encoding="utf-8"))
+  beside = _parse_header(json_path, json_path.read_bytes())
   if beside["fingerprint"] != header["fingerprint"]:
     raise ValueError(
       f"{json_path} describes codec {beside['fingerprint']}, but {path.name} "
       f"beside it is codec {header['fingerprint']}; remove {HEADER_NAME} to "
       f"use {path.name}, which is complete without it."
+    )
+  for name, a, b in files.differences(beside["info"], header["info"]):
+    raise ValueError(
+      f"{json_path} says {name}={a}, but {path.name} beside it says {b}; "
+      f"remove {HEADER_NAME} to use {path.name}, which is complete without it."
     )
 
 

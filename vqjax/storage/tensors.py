@@ -3,8 +3,9 @@
 Arrays are stored under the names of their fields (`blocks.codebooks_TKD` in a
 nested one; None is left out). The header is JSON text under `vqjax` in the
 file's metadata. It says its `format` and `version`, holds the fields that are
-no arrays (`static`) and what the caller knows (`info`), and a `fingerprint` of
-arrays and static values, by which a changed file is found out.
+no arrays (`static`) and what the caller knows (`info`), a `fingerprint` of
+arrays and static values, and an `info_digest`, by which a changed file is found
+out.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ import safetensors
 from safetensors import numpy as safetensors_numpy
 
 from vqjax import __version__
+from vqjax.data import json_files
 from vqjax.data.files import atomic_output
 
 
@@ -72,6 +74,12 @@ def digest(arrays: dict, static: dict) -> str:
   return sha.hexdigest()[:16]
 
 
+def digest_info(info: dict) -> str:
+  """Returns 16 hex digits that tell any two `info` of headers apart."""
+  text = json.dumps(json.loads(to_json(info)), sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def _plain(value):
   """Turns scalars of numpy and JAX into what JSON knows."""
   if isinstance(value, np.generic | np.ndarray | jax.Array):
@@ -103,6 +111,11 @@ def read(path: pathlib.Path) -> tuple[str | None, dict]:
     raise ValueError(
       f"{path} is truncated or no safetensors file ({error})."
     ) from error
+  except (AttributeError, TypeError, KeyError) as error:
+    raise ValueError(
+      f"{path} holds numbers of a type that numpy does not have ({error}): "
+      "expected float32, float16, bfloat16, integers or booleans."
+    ) from error
 
 
 def save(
@@ -124,6 +137,7 @@ def save(
     "vqjax_version": __version__,
     "created": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"),
     "info": info,
+    "info_digest": digest_info(info),
   }
   text = to_json(header)
   with atomic_output(path, overwrite) as temporary:
@@ -156,7 +170,12 @@ def load(
 
 
 def parse_header(
-  path: pathlib.Path, text: str | None, *, format: str, version: int, what: str
+  path: pathlib.Path,
+  text: bytes | str | None,
+  *,
+  format: str,
+  version: int,
+  what: str,
 ) -> dict:
   """Reads a header and checks what all of them have; `what` is for people."""
   if text is None:
@@ -165,10 +184,10 @@ def parse_header(
       "Expected a file that vqjax has written."
     )
   try:
-    header = json.loads(text)
+    header = json_files.parse_json(text, "it")
   except ValueError as error:
-    raise ValueError(f"{path} has a damaged header ({error}).") from error
-  if not isinstance(header, dict) or header.get("format") != format:
+    raise ValueError(f"{path} has a damaged header: {error}") from error
+  if header.get("format") != format:
     raise ValueError(f"{path} must have a header of format {format!r}.")
   if header.get("version") != version:
     raise ValueError(
@@ -189,5 +208,11 @@ def check_digest(path: pathlib.Path, arrays: dict, header: dict) -> str:
     raise ValueError(
       f"{path} was changed after it was written: its parameters have "
       f"fingerprint {found}, expected {header['fingerprint']}."
+    )
+  wanted = header.get("info_digest")  # None in files of vqjax 0.1.
+  if wanted is not None and digest_info(header["info"]) != wanted:
+    raise ValueError(
+      f"{path} was changed after it was written: the options and figures in "
+      "its header (info) do not match their checksum."
     )
   return found

@@ -10,9 +10,15 @@ to vectors and the codes that `experiments.encode` made of them; without --codes
 the vectors are encoded first.
 
 They are fitted to at most 1,000,000 vectors, drawn from the whole file, and
-measured on others. Memory is twice that of the vectors in float32, and 16 MiB
-for each table of 256 x 256 rows of 128 numbers. --num_tables=0 leaves the
-pairwise decoder out.
+measured on others. Memory is twice that of the vectors in float32, and that of
+the tables.
+
+A table of the pairwise decoder has K x K rows of D numbers in float16: 16 MiB
+for 256 codewords and 128 dimensions, 48 MiB for 384. If --num_tables is unset,
+tables are added as long as each lowers the squared error of held-out vectors by
+half a percent or more, up to 2M of them and to 8 rows in all for each training
+vector; where they do not pay, there is no pairwise decoder. --num_tables=0
+leaves it out, any other number makes as many.
 """
 
 import functools
@@ -44,7 +50,10 @@ OPTIONS = {
     "3,000, or a hundredth of more than 300,000, at most 10,000.",
   ),
   "num_tables": cli.Option(
-    int, None, "Tables of the pairwise decoder; 2M if unset, 0 for none."
+    int,
+    None,
+    "Tables of the pairwise decoder, 0 for none; if unset those that pay on "
+    "held-out vectors, 2M at most.",
   ),
   **{k: v for k, v in cli.SEARCH_OPTIONS.items() if k != "num_steps"},
   "assign": cli.ASSIGN_OPTION,
@@ -52,6 +61,7 @@ OPTIONS = {
   "overwrite": cli.Option(bool, False, "Replace an existing output."),
 }
 _MOST = 1_000_000  # Vectors to fit to.
+_ROWS_PER_VECTOR = 8  # Of all tables, at most, unless asked for.
 _BLOCK = 65_536  # Vectors or codes gone through at a time.
 
 
@@ -72,13 +82,21 @@ def run(config, workdir=None) -> dict:
   del workdir
   cli.require(config, "codec", "data", "output")
   decoder_file.check_path(config.output)
-  files.check_output(config.output, overwrite=config.overwrite)
+  files.check_output(config.output, overwrite=True)
   codec = codecs.open_codec(config.codec)
-  num_tables = _check_sizes(codec, config)
+  most_tables = _check_sizes(codec, config)
   dataset = codecs.resolve_data(codec, config, base=config.data)
   vectors = datasets.open_split(dataset, "base", max_vectors=config.num_vectors)
   codes_fn = _codes_fn(config, codec, vectors)
   rows_N, num_train = _draw(len(vectors), config.num_held_out)
+  made_of = _made_of(config, codec, vectors)
+  made = files.find_made(
+    *(config.output, made_of, config.overwrite), read_fn=decoder_file.describe
+  )
+  if made:
+    logging.info("%s is made already.", config.output)
+    return made["info"]
+  num_tables = _plan(config, codec, most_tables, num_train)
   sample = _read(codec, vectors, rows_N, codes_fn)
   train, held = sample.cut(slice(num_train)), sample.cut(slice(num_train, None))
   seconds = {}
@@ -86,7 +104,9 @@ def run(config, workdir=None) -> dict:
   pairwise_params = None
   if num_tables:
     pairwise_params = _fit_pairwise(
-      codec, additive_params, train, num_tables, seconds
+      *(codec, additive_params, train, num_tables),
+      None if config.num_tables else held,
+      seconds,
     )
   decode_fns = _decode_fns(codec, config, additive_params, pairwise_params)
   rows = {name: _measure(fn, held) for name, fn in decode_fns.items()}
@@ -101,10 +121,73 @@ def run(config, workdir=None) -> dict:
     pairwise_params,
     codec_fingerprint=codec.fingerprint,
     info=info,
+    made_of=made_of,
     overwrite=config.overwrite,
   )
-  _report(config, info, rows, seconds)
+  num_made = 0 if pairwise_params is None else len(pairwise_params.pairs_R2)
+  _report(config, info, rows, seconds, _say_tables(config, codec, num_made))
   return info
+
+
+def _made_of(config, codec, vectors) -> dict:
+  """What tells these decoders from others, for the same command run again."""
+  if config.codes:
+    made_by = inputs.describe_codes(config, codes.open_codes(config.codes))
+  else:
+    made_by = {name: config[name] for name in (*codecs.RULE, "assign")}
+  return {
+    "codec_fingerprint": codec.fingerprint,
+    "num_vectors": len(vectors),
+    "vectors": files.identify(vectors),
+    "codes": made_by,
+    "num_held_out": config.num_held_out,
+    "num_tables": config.num_tables,
+  }
+
+
+def _table_bytes(codec) -> int:
+  return 2 * _code_sizes(codec)[0] ** 2 * codec.dim  # float16.
+
+
+def _plan(config, codec, most_tables: int, num_train: int) -> int:
+  """Tables to make, at most; says what they take before they are made."""
+  num, num_codes = most_tables, len(_code_sizes(codec))
+  if num and config.num_tables is None:
+    num_rows = _code_sizes(codec)[0] ** 2
+    num = min(num, _ROWS_PER_VECTOR * num_train // num_rows)
+    if num < -(-num_codes // 2):
+      num = 0
+      logging.info(
+        "No pairwise decoder: it needs %d tables of %d rows or more, too many "
+        "for %d training vectors; --num_tables=%d makes one of %.1f MB all the "
+        "same.",
+        *(-(-num_codes // 2), num_rows, num_train, most_tables),
+        most_tables * _table_bytes(codec) / 1e6,
+      )
+  if num:
+    logging.info(
+      "Pairwise decoder: %s%d tables of %.1f MB, %.1f MB in all.",
+      "" if config.num_tables else "at most ",
+      *(num, _table_bytes(codec) / 1e6, num * _table_bytes(codec) / 1e6),
+    )
+  # Where their number is not known before, as few as there can be.
+  least = num if config.num_tables else 0
+  num_bytes = 4 * num_codes * _code_sizes(codec)[0] * codec.dim
+  files.check_output(
+    config.output,
+    overwrite=True,
+    num_bytes=num_bytes + least * _table_bytes(codec),
+  )
+  return num
+
+
+def _say_tables(config, codec, num: int) -> str:
+  if config.num_tables is not None:
+    return ""
+  if not num:
+    return "There is no pairwise decoder: it does not pay.\n"
+  size = num * _table_bytes(codec) / 1e6
+  return f"{num} tables pay: {size:.1f} MB.\n"
 
 
 def _code_sizes(codec) -> tuple[int, ...]:
@@ -206,8 +289,8 @@ def _fit_additive(codec, train: _Sample, seconds) -> additive.AdditiveParams:
 
 
 def _fit_pairwise(
-  codec, additive_params, train: _Sample, num_tables: int, seconds
-) -> pairwise.PairwiseParams:
+  codec, additive_params, train: _Sample, num_tables: int, held, seconds
+) -> pairwise.PairwiseParams | None:
   with (
     cli.progress(num_tables, "pairwise", unit="table") as done,
     cli.timed(seconds, "pairwise"),
@@ -226,6 +309,7 @@ def _fit_pairwise(
       lists_N=train.lists_N,
       list_codes_LV=list_codes_LV,
       num_tables=num_tables,
+      held_out=held and (held.codes_NM, held.target_ND, held.lists_N),
       progress=done,
     )
 
@@ -266,7 +350,7 @@ def _measure(decode_fn, held: _Sample) -> tuple[float, float]:
   return total / len(held.target_ND), seconds / len(first.target_ND) * 1e6
 
 
-def _report(config, info, rows, seconds) -> None:
+def _report(config, info, rows, seconds, about_tables: str) -> None:
   """Says how good the decoders are, and how to go on."""
   logging.info(
     "Fitted to %d vectors. On %d others, squared distances in data units:\n%s",
@@ -282,8 +366,9 @@ def _report(config, info, rows, seconds) -> None:
     ),
   )
   logging.info(
-    "Written: %s\nNext:\n  python -m experiments.build_index --codec=%s "
+    "%sWritten: %s\nNext:\n  python -m experiments.build_index --codec=%s "
     "--codes=CODES-OF-THE-BASE --decoders=%s --output=index.faiss",
+    about_tables,
     *map(shlex.quote, (config.output, config.codec, config.output)),
   )
 

@@ -74,9 +74,25 @@ def run(config, workdir=None) -> dict:
 
 def _rabitq(config) -> dict:
   refiner_file.check_path(config.output)
-  files.check_output(config.output, overwrite=config.overwrite)
+  files.check_output(config.output, overwrite=True)
   index, info = faiss_ivf.load(config.index)
   vectors = inputs.of_index(config, info)
+  num_bytes = refiner_file.num_bytes(index.d)
+  result = {
+    "output": config.output,
+    "num_vectors": index.ntotal,
+    "code_bytes": num_bytes,
+  }
+  made_of = {"data": info.get("data"), "seed": config.seed}
+  wanted = made_of | {"of_index": info["sha256"]}
+  if files.find_made(
+    config.output, wanted, config.overwrite, read_fn=refiner_file.describe
+  ):
+    logging.info("%s is made already.", config.output)
+    return result
+  files.check_output(
+    config.output, overwrite=True, num_bytes=index.ntotal * num_bytes
+  )
   contents = faiss_ivf.contents(index)
   rotation_DE = residual_bits.random_rotation(index.d, config.seed)
   bits_NW, scale_N, offset_N = _describe_residuals(
@@ -89,16 +105,11 @@ def _rabitq(config) -> dict:
     config.output,
     bits,
     of_index=info["sha256"],
-    info={"data": info.get("data"), "seed": config.seed},
+    info=made_of,
     overwrite=config.overwrite,
   )
-  num_bytes = refiner_file.num_bytes(index.d)
   _log_next(config, index.ntotal, num_bytes)
-  return {
-    "output": config.output,
-    "num_vectors": index.ntotal,
-    "code_bytes": num_bytes,
-  }
+  return result
 
 
 def _describe_residuals(contents, vectors, rotation_DE):
@@ -139,12 +150,25 @@ def _scanned(contents, decode_fn, rows_n):
 
 def _fastscan(config) -> dict:
   cli.require(config, "codec")
-  files.check_output(config.output, overwrite=config.overwrite)
+  files.check_output(config.output, config.overwrite, described=True)
   loaded = codec_file.load_codec(config.codec)
   like, info = faiss_ivf.load(config.index)
   faiss_ivf.check_codec(config.index, info, loaded.fingerprint)
   num_parts = faiss_fastscan.check_parts(info["dim"], config.num_parts)
   vectors = inputs.of_index(config, info)
+  wanted = {
+    "of_index": info["sha256"],
+    "data": info.get("data"),
+    "num_parts": num_parts,
+  }
+  made = files.find_made(config.output, wanted, config.overwrite)
+  if made:
+    logging.info("%s is made already.", config.output)
+    return made
+  num_bytes = info["num_vectors"] * (num_parts // 2 + 9)  # With ids.
+  files.check_output(
+    *(config.output, config.overwrite), num_bytes=num_bytes, described=True
+  )
   contents = faiss_ivf.contents(like)
   order_N, ids_N = inputs.sort_ids(contents.ids_N, vectors)
   trained = batches.spread(len(ids_N), _MAX_TRAINED)
@@ -166,7 +190,7 @@ def _fastscan(config) -> dict:
     index,
     config.output,
     of_index=info["sha256"],
-    info={"data": info.get("data"), **_fit_weights(errors)},
+    info={**wanted, **_fit_weights(errors)},
     overwrite=config.overwrite,
   )
   _log_weights(meta)

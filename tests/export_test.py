@@ -240,6 +240,7 @@ def test_a_file_that_decodes_otherwise_never_appears(
       _run(folder, tmp_path, "rq", **given)
   assert {p.name for p in tmp_path.iterdir()} == {"codes.npy"}
   monkeypatch.undo()
-  _run(folder, tmp_path, "rq")
-  with pytest.raises(FileExistsError, match="exists already"):
-    _run(folder, tmp_path, "rq")
+  made = _run(folder, tmp_path, "rq")
+  assert _run(folder, tmp_path, "rq") == made  # It is made already.
+  with pytest.raises(FileExistsError, match="made with num_vectors=0, now it"):
+    _run(folder, tmp_path, "rq", codes=codes_file)

@@ -175,15 +175,18 @@ def test_stopped_and_resumed_equals_uninterrupted(
   assert not pathlib.Path(config.output).exists()
   with np.load(_checkpoint(config)) as file:
     assert len(file["errors"]) == num_passes
-  with pytest.raises(FileExistsError, match="add --resume to go on"):
-    ivf_centroids.run(config)
-  config.resume = True
+  config.resume = num_passes == 0  # With the flag or without.
   record = ivf_centroids.run(config)
   assert pathlib.Path(config.output).read_bytes() == (
     pathlib.Path(whole.output).read_bytes()
   )
   assert {**record, "seconds": 0} == {**want, "seconds": 0}
   assert not _checkpoint(config).exists()
+  assert ivf_centroids.run(config) == record  # It is made already.
+  with pytest.raises(
+    FileExistsError, match="was made with seed=0, now it is 1"
+  ):
+    ivf_centroids.run(_config(data, seed=1))
 
 
 def test_iterations_save(data, monkeypatch):
@@ -203,7 +206,7 @@ def test_iterations_save(data, monkeypatch):
 @pytest.mark.parametrize(
   ("values", "message"),
   [
-    (dict(seed=1), "run with seed=0, now it is 1"),
+    (dict(seed=1), "with seed=0, now it is 1"),
     (dict(num_centroids=8), "with num_centroids=9, now it is 8"),
     (dict(num_vectors=299), "with num_vectors=300, now it is 299"),
     (dict(start="random"), "with start=two-level, now it is random"),
@@ -224,17 +227,17 @@ def test_resume_refuses_another_run(values, message, data, monkeypatch):
 
 def test_resume_refuses_other_data_and_damage(data, monkeypatch):
   config = _config(data, resume=True)
-  with pytest.raises(FileNotFoundError, match="nothing to resume"):
-    ivf_centroids.run(config)
-  ivf_centroids._save(
-    _checkpoint(config), ivf_centroids.State(np.zeros((9, 6)), ()), {}
-  )
   x_ND = np.load(data)
-  meta = ivf_centroids.describe(config, x_ND + 1)
-  state = ivf_centroids.State(x_ND[:9], (1.0,))
-  ivf_centroids._save(_checkpoint(config), state, meta)
-  with pytest.raises(ValueError, match="checksum_of_sample"):
-    ivf_centroids.run(config)
+  for vectors, words_KD, said in (
+    (x_ND + 1, x_ND[:9], "checksum_of_sample"),
+    (x_ND, x_ND[:8], r"are not \(9, 6\) finite"),
+    (x_ND, x_ND[:9] * np.nan, "are not .* finite"),
+  ):
+    meta = ivf_centroids.describe(config, vectors)
+    state = ivf_centroids.State(words_KD, (1.0,))
+    ivf_centroids._save(_checkpoint(config), state, meta)
+    with pytest.raises(ValueError, match=said):
+      ivf_centroids.run(config)
   _checkpoint(config).write_bytes(b"PK not a checkpoint")
   with pytest.raises(ValueError, match="damaged .* anew with --overwrite"):
     ivf_centroids.run(config)

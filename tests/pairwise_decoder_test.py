@@ -91,8 +91,37 @@ def test_writes_the_decoders_and_their_errors(given, tmp_path):
     decoders.additive.codebooks_MKD, words.codebooks_MKD, atol=1e-5
   )
   np.testing.assert_array_equal(decoders.pairwise.pairs_R2, tables.pairs_R2)
-  with pytest.raises(FileExistsError, match="exists already"):
+  assert _run(given, tmp_path, num_tables=2)[0] == info  # Made already.
+  with pytest.raises(FileExistsError, match="with num_tables=2, now it is No"):
     _run(given, tmp_path)
+
+
+def test_tables_that_do_not_pay_are_left_out(given, tmp_path, caplog):
+  info, output = _run(given, tmp_path)
+  decoders = decoder_file.load(output)
+  mse = info["held_out_mse"]
+  if decoders.pairwise is None:
+    assert "pairwise" not in mse
+  else:
+    num = len(decoders.pairwise.pairs_R2)
+    assert mse["pairwise"] <= mse["additive"] * (1 - 0.005 * num)
+
+
+def test_few_vectors_get_no_tables(given, tmp_path, monkeypatch):
+  monkeypatch.setattr(pairwise_decoder, "_ROWS_PER_VECTOR", 0.1)
+  _, output = _run(given, tmp_path)  # 49 rows a table, 200 vectors.
+  assert decoder_file.load(output).pairwise is None
+  _, output = _run(given, tmp_path, num_tables=2, overwrite=True)
+  assert len(decoder_file.load(output).pairwise.pairs_R2) == 2
+
+
+def test_a_disk_without_room_for_the_tables_is_found_before(
+  given, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(pairwise_decoder, "_table_bytes", lambda codec: 1 << 60)
+  monkeypatch.setattr(pairwise_decoder, "_read", None)
+  with pytest.raises(OSError, match="decoders.safetensors will take about"):
+    _run(given, tmp_path, num_tables=2)
 
 
 def test_encodes_what_has_no_codes(given, tmp_path):
@@ -163,7 +192,7 @@ def test_other_codecs_without_lists(tmp_path, codec):
   np.save(tmp_path / "x.npy", x_ND)
   folder = _save(tmp_path / "codec", codec, params)
   paths = dict(codec=folder, data=str(tmp_path / "x.npy"))
-  info, output = _run(paths, tmp_path, num_held_out=20)
+  info, output = _run(paths, tmp_path, num_held_out=20, num_tables=1)
   mse = info["held_out_mse"]
   assert list(mse) == ["additive", "pairwise", codec]
   assert max(mse.values()) < (x_ND**2).sum(1).mean()

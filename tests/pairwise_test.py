@@ -242,3 +242,32 @@ def test_refuses_what_does_not_fit():
     pairwise.decode(in_lists, codes_NM)
   with pytest.raises(ValueError, match=r"codes must have shape \(None, 3\)"):
     pairwise.decode(params, codes_NM[:, :2])
+
+
+def test_tables_end_where_they_do_not_pay():
+  rng = np.random.default_rng(0)
+  k, books_MKD = 4, rng.normal(size=(4, 4, 6))
+  table_KKD = rng.normal(size=(k, k, 6))
+  codes_NM = rng.integers(0, k, (2000, 4)).astype(np.int32)
+  noise_ND = 0.3 * rng.normal(size=(2000, 6))
+  plain_ND = sum(books_MKD[m][codes_NM[:, m]] for m in range(4)) + noise_ND
+  paired_ND = plain_ND + table_KKD[codes_NM[:, 1], codes_NM[:, 2]]
+  held = slice(1500, None)
+
+  def fit(target_ND):
+    x_ND = target_ND.astype(np.float32)
+    words = additive.fit(codes_NM[:1500], x_ND[:1500], k)
+    return x_ND, pairwise.fit(
+      words,
+      codes_NM[:1500],
+      x_ND[:1500],
+      held_out=(codes_NM[held], x_ND[held], None),
+      num_tables=6,
+    )
+
+  assert fit(plain_ND)[1] is None
+  x_ND, params = fit(paired_ND)
+  # The pair that pays, and one for the words of the other two positions.
+  assert np.asarray(params.pairs_R2).tolist() == [[1, 2], [0, 3]]
+  left_ND = x_ND[held] - pairwise.decode(params, codes_NM[held])
+  assert np.mean(np.square(left_ND)) < 0.3**2 * 1.1

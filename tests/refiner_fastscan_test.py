@@ -1,5 +1,6 @@
 """The refiner command, kind fastscan, and searches with what it writes."""
 
+import os
 import pathlib
 
 import numpy as np
@@ -125,8 +126,13 @@ def test_what_does_not_fit_is_refused(files, tmp_path):
     _make(files, output, data=other)
   with pytest.raises(ValueError, match="num_parts must divide the 8"):
     _make(files, output, num_parts=3)
-  with pytest.raises(FileExistsError):
-    _make(files, files["refiner"])
+  before = os.stat(files["refiner"]).st_mtime_ns
+  made = _make(files, files["refiner"])  # It is made already.
+  assert os.stat(files["refiner"]).st_mtime_ns == before
+  with pytest.raises(
+    FileExistsError, match=f"num_parts={made['num_parts']}, n"
+  ):
+    _make(files, files["refiner"], num_parts=1)
   loaded = codec_file.load_codec(files["codec"])
   params = loaded.params.replace(
     **{

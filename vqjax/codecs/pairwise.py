@@ -148,10 +148,15 @@ def fit(
   lists_N=None,
   list_codes_LV=None,
   num_tables: int | None = None,
+  held_out=None,
+  min_gain: float = 0.005,
   num_scored: int = 100_000,
   progress=None,
-) -> PairwiseParams:
+) -> PairwiseParams | None:
   """Finds pairs and their tables for targets `[N, D]`, greedily.
+
+  With vectors held out it ends where a further table would lower their error by
+  less than `min_gain` of it, and returns None where tables do not pay at all.
 
   Args:
     additive: the additive decoder of the same codes, from `additive.fit`.
@@ -160,7 +165,10 @@ def fit(
     target_ND: what is to be decoded, in data units, as `additive.fit` had it.
     lists_N: list of each vector; None without lists.
     list_codes_LV: from `fit_list_codes`; None without lists.
-    num_tables: R; None for 2M, or all pairs where there are fewer.
+    num_tables: R; None for 2M, or all pairs where there are fewer. The most
+      there may be where vectors are held out.
+    held_out: codes, targets and lists of other vectors; None for R tables.
+    min_gain: share of their squared error that each table must take away.
     num_scored: vectors that decide between pairs. All are fitted to.
     progress: called with `(tables found, tables in all)`.
 
@@ -181,8 +189,13 @@ def fit(
   check_ids(np.asarray(all_NM), [k] * all_NM.shape[1])
   candidates = list(itertools.combinations(range(all_NM.shape[1]), 2))
   left_ND = _subtract_words(additive, all_NM[:, :m], jnp.asarray(target_ND))
+  judge = held_out and _Judge(additive, list_codes_LV, *held_out)
   pairs, tables, scales, missing = [], [], [], set(range(m))
-  for left_over in reversed(range(num_tables)):
+  is_enough = False
+  while len(pairs) < num_tables and (missing or not is_enough):
+    left_over = num_tables - len(pairs) - 1
+    if is_enough:  # The rest is there for the additive words alone.
+      left_over = min(left_over, -(-len(missing) // 2) - 1)
     errors_R = _errors(
       all_NM[:num_scored], left_ND[:num_scored], jnp.array(candidates), k
     )
@@ -194,6 +207,13 @@ def fit(
     best = np.argmin(np.where(is_allowed_R, errors_R, np.inf))
     pairs.append(candidates[best])
     table_KKD, left_ND = _fit_table(all_NM, left_ND, jnp.array(pairs[-1]), k)
+    if judge and judge.gain(table_KKD, pairs[-1]) < min_gain:
+      if not missing or len(pairs) == 1:
+        pairs.pop()
+        break
+      is_enough = True
+    if judge:
+      judge.keep()
     table_KKD = np.array(table_KKD)
     _add_words(table_KKD, pairs[-1], missing, words_MKD)
     missing.difference_update(pairs[-1])
@@ -201,6 +221,8 @@ def fit(
     tables.append((table_KKD / scales[-1]).astype(np.float16))
     if progress is not None:
       progress(len(tables), num_tables)
+  if judge and judge.total_gain() < max(len(pairs), 1) * min_gain:
+    return None
   return PairwiseParams(
     pairs_R2=jnp.array(pairs, jnp.int32),
     tables_RKKD=jnp.asarray(np.stack(tables)),
@@ -208,6 +230,39 @@ def fit(
     list_codes_LV=list_codes_LV,
     num_codes=m,
   )
+
+
+def _total(left_ND) -> float:
+  return float(np.sum(np.asarray(sq_norms(left_ND)), dtype=np.float64))
+
+
+class _Judge:
+  """The squared error of vectors held out, as tables are added."""
+
+  def __init__(self, additive, list_codes_LV, codes_NM, target_ND, lists_N):
+    m = codes_NM.shape[1]
+    self._all_NM = _join(jnp.asarray(codes_NM), lists_N, list_codes_LV)
+    self._left_ND = _subtract_words(
+      additive, self._all_NM[:, :m], jnp.asarray(target_ND)
+    )
+    self._first = self._error = _total(self._left_ND)
+
+  def gain(self, table_KKD, pair) -> float:
+    """Share of the error that a further table would take away."""
+    cells_N = _cells(self._all_NM, jnp.array(pair), table_KKD.shape[0])
+    rows_ZD = table_KKD.reshape(-1, table_KKD.shape[-1])
+    self._next_ND = self._left_ND - rows_ZD[cells_N]
+    error = _total(self._next_ND)
+    return 1 - error / self._error if self._error else 0.0
+
+  def keep(self) -> None:
+    """Adds that table."""
+    self._left_ND = self._next_ND
+    self._error = _total(self._left_ND)
+
+  def total_gain(self) -> float:
+    """Share of the error of the additive decoder that is gone."""
+    return 1 - self._error / self._first if self._first else 0.0
 
 
 def _add_words(table_KKD, pair, missing: set[int], words_MKD) -> None:

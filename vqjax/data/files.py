@@ -343,7 +343,7 @@ def check_same(where, found: dict, wanted: dict) -> None:
 
 
 def find_made(
-  path, wanted: dict, overwrite: bool = False, *, found: dict | None = None
+  path, wanted: dict, overwrite: bool = False, *, read_fn=None
 ) -> dict | None:
   """Returns the description of an output that was made of `wanted` already.
 
@@ -353,7 +353,8 @@ def find_made(
     path: The file.
     wanted: What a new description would say, results left out.
     overwrite: Whether an existing file is to be replaced.
-    found: What the file says of itself, where that is not beside it.
+    read_fn: Returns what the file at `path` says of itself, where that is not
+      beside it; raises ValueError where it is no such file.
 
   Raises:
     FileExistsError: It was made of something else, which the message names, or
@@ -363,14 +364,22 @@ def find_made(
   path = pathlib.Path(path)
   if overwrite or not path.is_file():
     return None
-  if found is None:
-    if not description_path(path).is_file():
+  if read_fn is not None:
+    try:
+      found = read_fn(path)
+    except ValueError as error:
       raise FileExistsError(
-        f"{path} exists already, without a description that says what it is "
-        "of; choose another name, or add --overwrite."
-      )
+        f"{path} exists already and is something else ({error}); choose "
+        "another name, or add --overwrite."
+      ) from error
+  elif description_path(path).is_file():
     found = read_json(description_path(path))
     check_file(path, found)
+  else:
+    raise FileExistsError(
+      f"{path} exists already, without a description that says what it is of; "
+      "choose another name, or add --overwrite."
+    )
   wanted = json.loads(json.dumps(wanted))  # Lists for tuples.
   known = {name: found.get(name) for name in wanted}
   for name, a, b in differences(known, wanted):

@@ -49,6 +49,7 @@ def save(
   *,
   codec_fingerprint: str,
   info: dict,
+  made_of: dict | None = None,
   overwrite: bool = False,
 ) -> None:
   """Writes decoders, whole or not at all.
@@ -59,6 +60,7 @@ def save(
     pairwise: tables for the same codes, or None.
     codec_fingerprint: of the codec that made the codes.
     info: what else to keep, plain JSON values.
+    made_of: data and options, for `describe`; plain JSON values.
     overwrite: replaces a file that is there instead of refusing.
 
   Raises:
@@ -78,8 +80,23 @@ def save(
     format=_FORMAT,
     version=_VERSION,
     codec_fingerprint=codec_fingerprint,
+    made_of=made_of or {},
     **sizes,
   )
+
+
+def describe(path) -> dict:
+  """Returns what a file of decoders was made of, and its `info`.
+
+  Raises ValueError where it is no such file, damaged or changed.
+  """
+  found, header = _load(path)
+  made_of = header.get("made_of")
+  return {
+    **(made_of if isinstance(made_of, dict) else {}),
+    "codec_fingerprint": found.codec_fingerprint,
+    "info": found.info,
+  }
 
 
 def check_path(path) -> None:
@@ -95,6 +112,11 @@ def load(path) -> Decoders:
     FileNotFoundError: Where there is no such file.
     ValueError: Where it is no file of decoders, damaged or changed.
   """
+  return _load(path)[0]
+
+
+def _load(path) -> tuple[Decoders, dict]:
+  """Decoders, and the header of their file."""
   header, arrays = tensors.load(
     path,
     format=_FORMAT,
@@ -115,7 +137,8 @@ def load(path) -> Decoders:
       f"it says {wanted}."
     )
   fingerprint = header["codec_fingerprint"]
-  return Decoders(additive, pairwise, header["info"], fingerprint, str(path))
+  info = header["info"]
+  return Decoders(additive, pairwise, info, fingerprint, str(path)), header
 
 
 def check_codec(decoders: Decoders, fingerprint: str) -> None:

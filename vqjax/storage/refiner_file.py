@@ -63,6 +63,25 @@ def save(
   )
 
 
+def describe(path) -> dict:
+  """Returns what a file of residual bits says of itself.
+
+  Raises ValueError where it is no such file, damaged or changed.
+  """
+  header, _ = _load(path)
+  return {**header["info"], "of_index": header.get("of_index")}
+
+
+def _load(path) -> tuple[dict, dict]:
+  return tensors.load(
+    path,
+    format=_FORMAT,
+    version=_VERSION,
+    what="file of residual bits",
+    missing="vqjax refiner --kind=rabitq makes it.",
+  )
+
+
 def load(path, index_info: dict) -> ResidualBits:
   """Loads the residual bits of the index of this description.
 
@@ -70,13 +89,7 @@ def load(path, index_info: dict) -> ResidualBits:
     FileNotFoundError: There is no such file.
     ValueError: It is no such file, damaged, changed, or of another index.
   """
-  header, arrays = tensors.load(
-    path,
-    format=_FORMAT,
-    version=_VERSION,
-    what="file of residual bits",
-    missing="vqjax refiner --kind=rabitq makes it.",
-  )
+  header, arrays = _load(path)
   if header.get("of_index") != index_info.get("sha256"):
     raise ValueError(
       f"{path} belongs to an index with checksum {header.get('of_index')}, "

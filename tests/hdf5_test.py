@@ -1,5 +1,8 @@
 import builtins
-import resource
+import errno
+import subprocess
+import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -151,13 +154,14 @@ def test_a_read_costs_what_it_reads(tmp_path):
     table = file.create_dataset("train", (num, 4), "u1", chunks=(1000, 4))
     table[num - 3 :] = 7
   vectors = formats.open_vectors(path)
-  before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  tracemalloc.start()
   got = batches.read_rows(vectors, [num - 1, 5, 70_000_000, num - 3, 2])
   assert got[:, 0].tolist() == [7, 0, 0, 7, 0]
   assert vectors[-5:].sum() == 3 * 4 * 7
   assert vectors[num - 9 :: 2].shape == (5, 4)
-  after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  assert after - before < 40_000  # KiB; a byte for each row are 97,656.
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert peak < 4_000_000  # A byte for each row would be 100,000,000.
   with pytest.raises(IndexError, match="between 0 and 99999999, got 7 to"):
     vectors[[num, 7]]
 
@@ -208,3 +212,29 @@ def test_a_table_that_ends_behind_its_file(tmp_path):
   path.write_bytes(raw)
   with pytest.raises(ValueError, match="x.h5#train cannot be read.*trunca"):
     formats.open_vectors(path)
+
+
+_FILL = """
+import resource, signal, sys
+import numpy as np
+from vqjax.data import hdf5
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1))
+x = np.zeros((1000, 20), "f4")
+try:
+  hdf5.write_table(sys.argv[1], None, [x] * 9, 20, x.dtype)
+except OSError as error:
+  print(error.errno, error.filename)
+"""
+
+
+@pytest.mark.parametrize("size", [100, 200_000])
+def test_a_full_disk_is_an_error_with_its_number(tmp_path, size):
+  path = tmp_path / "x.h5"
+  run = subprocess.run(
+    [sys.executable, "-c", _FILL, path, str(size)],
+    capture_output=True,
+    text=True,
+    check=True,  # HDF5 must not crash.
+  )
+  assert run.stdout == f"{errno.EFBIG} {path}\n"

@@ -5,6 +5,8 @@ virtual data sets would let it show any other file as vectors.
 """
 
 import contextlib
+import os
+import re
 
 import numpy as np
 
@@ -160,18 +162,29 @@ def _read(table, at) -> np.ndarray:
 def write_table(
   path, part: str | None, blocks, dim: int, dtype: np.dtype
 ) -> int:
-  """Writes blocks `[n, dim]` as data set `part` of a new file; returns `N`."""
-  num = 0
-  with _import_h5py().File(path, "w") as file:
-    table = file.create_dataset(
-      part or DEFAULT_PART,
-      (0, dim),
-      dtype,
-      maxshape=(None, dim),
-      chunks=(1024, dim),
-    )
-    for block in blocks:
-      table.resize(num + len(block), axis=0)
-      table[num:] = block
-      num += len(block)
-  return num
+  """Writes blocks `[n, dim]` as data set `part` of a new file; returns `N`.
+
+  Raises OSError with its number, such as that of a full disk.
+  """
+  try:
+    # Without a cache of chunks: HDF5 2.0 crashes where it cannot write that.
+    with _import_h5py().File(path, "w", rdcc_nbytes=0) as file:
+      table = file.create_dataset(
+        part or DEFAULT_PART,
+        (0, dim),
+        dtype,
+        maxshape=(None, dim),
+        chunks=(1024, dim),
+      )
+      num = 0
+      for block in blocks:
+        table.resize(num + len(block), axis=0)
+        table[num:] = block
+        num += len(block)
+      return num
+  except (OSError, RuntimeError) as e:
+    number = re.search(r"errno = (\d+)", str(e))
+    if number is None:
+      raise
+    number = int(number[1])
+    raise OSError(number, os.strerror(number), os.fspath(path)) from e

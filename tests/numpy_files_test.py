@@ -1,3 +1,5 @@
+import time
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -76,6 +78,26 @@ def test_npz_is_read(tmp_path, save):
   with open(path, "wb") as f:
     save(f, x)
   _check(formats.open_vectors(path), x)
+
+
+def test_npz_is_read_once_and_only_where_rows_are_asked_for(
+  tmp_path, monkeypatch
+):
+  reads, read_array = [], np.lib.format.read_array
+
+  def counted(*args, **kwargs):
+    reads.append(args)
+    time.sleep(0.05)  # The second thread asks meanwhile.
+    return read_array(*args, **kwargs)
+
+  monkeypatch.setattr(np.lib.format, "read_array", counted)
+  np.savez(tmp_path / "x.npz", _vectors())
+  vectors = formats.open_vectors(tmp_path / "x.npz")
+  assert vectors.shape == (37, 5)
+  assert not reads
+  list(batches.map_blocks(np.sin, vectors, block_size=5))
+  batches.read_rows(vectors, [3])
+  assert len(reads) == 1
 
 
 def test_npz_larger_than_memory_is_refused(tmp_path, monkeypatch):

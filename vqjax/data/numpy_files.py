@@ -1,4 +1,4 @@
-"""NumPy's own files: .npy memory-mapped, .npz read whole.
+"""NumPy's own files: .npy memory-mapped, .npz read whole when first used.
 
 Pickled content is never loaded. A .npy of raw pairs of bytes (`'<V2'`) is what
 JAX's bfloat16 becomes, as NumPy has no name for it: it is read as that, in
@@ -9,6 +9,7 @@ import contextlib
 import math
 import os
 import pathlib
+import threading
 import zipfile
 
 import numpy as np
@@ -22,7 +23,8 @@ def open_npy(path: pathlib.Path):
   """Opens a .npy of vectors `[N, D]`, in either order of storage."""
   array, dtype = _map(path, rows.check_table)
   if dtype == _RAW_BFLOAT16:
-    return _bfloat16_rows(array, str(path))
+    read = lambda at: _from_bfloat16(array[at])
+    return rows.Rows(read, array.shape, np.float32, array.name)
   return array
 
 
@@ -37,7 +39,10 @@ def open_array(path: pathlib.Path) -> rows.MappedRows:
 
 
 def open_npz(path: pathlib.Path, part: str | None) -> rows.Rows:
-  """Reads array `part` of a .npz, the only one for None, into memory."""
+  """Opens array `part` of a .npz, the only one for None.
+
+  The whole array is read into memory where its first rows are asked for.
+  """
   with _damage_in_words(path), zipfile.ZipFile(path) as archive:
     member = _member(archive, part, path)
     name = f"{path}#{member.filename.removesuffix('.npy')}"
@@ -45,11 +50,33 @@ def open_npz(path: pathlib.Path, part: str | None) -> rows.Rows:
       shape, _, dtype = _read_header(f, name, rows.check_table)
       _check_size(name, member.file_size, f.tell(), shape, dtype)
     _check_memory(name, member.file_size)
-    with archive.open(member) as f:
-      array = np.lib.format.read_array(f, allow_pickle=False)
+
+  def load():
+    with (
+      _damage_in_words(path),
+      zipfile.ZipFile(path) as archive,
+      archive.open(member) as f,
+    ):
+      return np.lib.format.read_array(f, allow_pickle=False)
+
+  load = _once(load)
   if dtype == _RAW_BFLOAT16:
-    return _bfloat16_rows(array.view(_stored(dtype)), name)
-  return rows.Rows(array.__getitem__, shape, dtype, name)
+    read = lambda at: _from_bfloat16(load().view(_stored(dtype))[at])
+    return rows.Rows(read, shape, np.float32, name)
+  return rows.Rows(lambda at: load()[at], shape, dtype, name)
+
+
+def _once(fn):
+  """Returns `fn` so that it is called once, whichever thread is first."""
+  lock, found = threading.Lock(), []
+
+  def get():
+    with lock:
+      if not found:
+        found.append(fn())
+    return found[0]
+
+  return get
 
 
 def load_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -130,12 +157,9 @@ def _stored(dtype: np.dtype) -> np.dtype:
   return np.dtype("<u2") if dtype == _RAW_BFLOAT16 else dtype
 
 
-def _bfloat16_rows(raw_ND, name: str) -> rows.Rows:
-  # A float32 of which the lower half is missing.
-  def read(at):
-    return (np.asarray(raw_ND[at]).astype(np.uint32) << 16).view(np.float32)
-
-  return rows.Rows(read, raw_ND.shape, np.float32, name)
+def _from_bfloat16(raw_ND) -> np.ndarray:
+  """Bits of bfloat16 as float32, of which they are the upper half."""
+  return (np.asarray(raw_ND).astype(np.uint32) << 16).view(np.float32)
 
 
 def _check_size(name: str, size: int, offset: int, shape, dtype) -> None:

@@ -55,8 +55,8 @@ OPTIONS = {
   "metric": cli.Option(
     str,
     "l2",
-    "l2, what experiments.search compares by; ip for faiss programs that want "
-    "inner products.",
+    "l2, ip, or cosine for codecs that were trained with it: their vectors are "
+    "of length 1 and compared by l2.",
   ),
   "rows": cli.Option(str, None, "first:stop, only these rows; a part."),
   "merge": cli.Option(
@@ -71,7 +71,7 @@ _OF_SEARCH = (*codecs.RULE, "dtype", "assign")  # Options of encoding --data.
 _MANY_LISTS = 16384  # From here on a graph finds the lists of a query sooner.
 _BLOCK = 65536  # Codes read and added at a time.
 _KEPT = (  # In a description, of the parts that are merged.
-  *("codec", "codec_fingerprint", "decoders_fingerprint"),
+  *("codec", "codec_fingerprint", "decoders_fingerprint", "is_cosine"),
   *("data", "num_rows", "rows"),
 )
 _REPORTED = ("num_vectors", "num_lists", "bytes", "rows")
@@ -111,6 +111,7 @@ def _prepare(config):
   if bool(config.codes) == bool(config.data):
     raise ValueError("Give either --codes or --data, what the index is of.")
   codec = codecs.open_codec(config.codec)
+  is_cosine = codecs.check_cosine(codec, config.metric)
   words = _words(config, codec)
   source = (
     _open_codes(config, codec) if config.codes else _encode(config, codec)
@@ -122,7 +123,8 @@ def _prepare(config):
     "decoders_fingerprint": codec_file.fingerprint(words),
     "num_rows": source.num_rows,
     "rows": [[rows.start, rows.stop]],
-    "metric": config.metric,
+    "metric": _metric(config),
+    **({"is_cosine": True} if is_cosine else {}),
     "coarse": _coarse(config, codec),
     **source.made_of,
   }
@@ -149,6 +151,11 @@ def _fill(config, codec, words, source: _Source, rows: range):
 def _coarse(config, codec) -> str:
   num_lists = len(codecs.centroids_of(codec))
   return config.coarse or ("flat" if num_lists < _MANY_LISTS else "hnsw")
+
+
+def _metric(config) -> str:
+  """What the index compares by: vectors of length 1 by l2 for the cosine."""
+  return "l2" if config.metric == "cosine" else config.metric
 
 
 def _words(config, codec) -> additive.AdditiveParams:
@@ -211,7 +218,7 @@ def _empty_index(config, codec, words: additive.AdditiveParams):
       centroids_LD,
       codebooks_MKD,
       coarse=_coarse(config, codec),
-      metric=config.metric,
+      metric=_metric(config),
       progress=done,
     )
 

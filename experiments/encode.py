@@ -50,7 +50,7 @@ from absl import logging
 from experiments.lib import cli, codecs, encoders
 from vqjax.codecs import packing
 from vqjax.core import check_range
-from vqjax.data import codes, datasets, files, formats
+from vqjax.data import codes, datasets, files, formats, unit
 from vqjax.storage import codec_file
 
 OPTIONS = {
@@ -338,6 +338,8 @@ def _verify(config) -> dict:
   if config.data:
     num = config.num_vectors or manifest["shape"][0]
     x_ND = formats.open_vectors(config.data, max_vectors=num)
+    if manifest["data"].get("is_unit"):
+      x_ND = unit.UnitVectors(x_ND)
     wanted["data"] = files.identify(x_ND)
     wanted["shape"] = [len(x_ND), manifest["shape"][1]]
   files.check_same(folder, {k: manifest[k] for k in wanted}, wanted)

@@ -15,8 +15,9 @@ any codec without lists. Codes go in as they are, the id of a vector is its row;
 --data encodes by this codec. faiss then compares queries with decoded vectors.
 
 The file counts as done when, read back, it holds these codes and decodes them
-as we do. What is in it is written beside it, in rq.faiss.json. The index is
-made in memory: the packed codes twice.
+as we do. What is in it is written beside it, in rq.faiss.json. The index of a
+codec for the cosine makes queries of length 1. It is made in memory: the packed
+codes twice.
 """
 
 import functools
@@ -41,7 +42,9 @@ OPTIONS = {
   ),
   "codes": cli.Option(str, None, "Codes to put in: folder of shards, or .npy."),
   "data": cli.Option(str, None, "Vectors to put in, instead of --codes."),
-  "metric": cli.Option(str, None, "l2 or ip; the codec's own if unset."),
+  "metric": cli.Option(
+    str, None, "l2, ip or cosine; the codec's own if unset."
+  ),
   "output": cli.Option(str, None, "Index file to write, rq.faiss."),
   "overwrite": cli.Option(bool, False, "Replace an existing output."),
 }
@@ -69,9 +72,15 @@ def run(config, workdir=None) -> dict:
   files.check_output(config.output, config.overwrite, described=True)
   codec = codecs.open_codec(config.codec)
   metric = config.metric or codec.info.get("metric", "l2")
-  if metric not in faiss_io.METRICS:
-    raise ValueError(f"--metric must be l2 or ip, got {metric!r}.")
-  subject = _subject(config, codec, metric)
+  if metric not in datasets.METRICS:
+    raise ValueError(
+      f"--metric must be one of {', '.join(datasets.METRICS)}, got {metric!r}."
+    )
+  is_cosine = codecs.check_cosine(codec, metric)
+  subject = _subject(config, codec, "ip" if metric == "cosine" else metric)
+  if is_cosine:
+    index = faiss_io.normalise_first(subject.index)
+    subject = subject._replace(index=index)
   num, blocks, made_of = _blocks(config, codec, subject.sizes)
   record = {
     "format": "vqjax export",

@@ -40,7 +40,15 @@ from experiments.lib import cli
 from vqjax import __version__, devices
 from vqjax.codecs import kmeans
 from vqjax.core import check_range
-from vqjax.data import batches, files, formats, json_files, numpy_files
+from vqjax.data import (
+  batches,
+  datasets,
+  files,
+  formats,
+  json_files,
+  numpy_files,
+  unit,
+)
 from vqjax.interop import faiss_io
 from vqjax.progress import progress_bar
 
@@ -48,6 +56,12 @@ METHODS, STARTS = ("jax", "faiss"), ("two-level", "random")
 OPTIONS = {
   "data": cli.DATA_OPTIONS["data"],
   "num_vectors": cli.Option(int, None, "Only the first so many vectors."),
+  "metric": cli.Option(
+    str,
+    "l2",
+    "cosine for --config.data.metric=cosine: vectors are made of length 1; l2 "
+    "or ip takes them as they are.",
+  ),
   "num_centroids": cli.Option(
     int, None, "K, lists; at most 1,048,576 and no more than vectors."
   ),
@@ -120,12 +134,13 @@ def run(config, workdir=None) -> dict:
     "%d centroids in %.1f s, mean squared error %.6g, in %s; what made them in "
     "%s.\n%s\nNext:\n  python -m experiments.train "
     "--config=configs/ivf_qinco2_s.py --config.data.train=%s "
-    "--config.ivf.num_lists=%d --config.ivf.centroids=%s",
+    "--config.ivf.num_lists=%d --config.ivf.centroids=%s%s",
     *(len(state.words_KD), seconds, record["mean_squared_error"]),
     *(config.output, files.description_path(config.output)),
     _lists_line(record["lists"]),
     *(shlex.quote(config.data), len(state.words_KD)),
     shlex.quote(config.output),
+    " --config.data.metric=cosine" if config.metric == "cosine" else "",
   )
   return record
 
@@ -146,6 +161,13 @@ def _check(config):
   vectors = formats.open_vectors(
     config.data, max_vectors=config.num_vectors, role="--data"
   )
+  if config.metric not in datasets.METRICS:
+    raise ValueError(
+      f"--metric must be one of {', '.join(datasets.METRICS)}, got "
+      f"{config.metric!r}."
+    )
+  if config.metric == "cosine":
+    vectors = unit.UnitVectors(vectors)
   num = len(vectors)
   check_range(
     "--num_centroids",

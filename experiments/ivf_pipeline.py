@@ -127,6 +127,7 @@ def _find_centroids(config, workdir, dataset) -> None:
   values = dict(
     data=dataset.train,
     num_vectors=num_rows,
+    metric="cosine" if dataset.metric == "cosine" else "l2",
     num_centroids=config.ivf.num_lists,
     num_iterations=config.ivf.num_iterations,
     seed=config.seed,

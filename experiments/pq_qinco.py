@@ -204,6 +204,12 @@ def _make_info(paths, parts, source, vectors) -> dict:
         "%s was made to be encoded with %s; those of %s are taken: %s.",
         *(path, part.info.get("encode"), paths[0], first.get("encode")),
       )
+  if first.get("metric") == "cosine":
+    raise ValueError(
+      f"{paths[0]} was trained for the cosine, which parts of vectors do not "
+      "have; make the vectors of length 1 yourself, before they are cut, and "
+      "train with --config.data.metric=l2 or ip."
+    )
   seconds = [part.info.get("training", {}).get("seconds", 0) for part in parts]
   info = {name: first[name] for name in ("metric", "scale") if name in first}
   info |= {"encode": first.get("encode", {})}

@@ -137,8 +137,8 @@ def test_own_dataset_refused(tmp_path):
     datasets.own_dataset(train=paths["train"], base=tmp_path / "w.npy")
   with pytest.raises(FileNotFoundError, match="nope.npy"):
     datasets.own_dataset(train=tmp_path / "nope.npy")
-  with pytest.raises(ValueError, match="metric .*got 'cosine'"):
-    datasets.own_dataset(train=paths["train"], metric="cosine")
+  with pytest.raises(ValueError, match="metric .*got 'hamming'"):
+    datasets.own_dataset(train=paths["train"], metric="hamming")
   with pytest.raises(ValueError, match="at least one of train"):
     datasets.own_dataset(groundtruth=paths["groundtruth"])
   formats.write_vectors(tmp_path / "many.npy", np.ones((9, 6)))
@@ -157,8 +157,8 @@ def test_unknown_names(tmp_path):
     datasets.get_dataset("sift1m")
   with pytest.raises(ValueError, match="No data"):
     datasets.resolve()
-  with pytest.raises(ValueError, match="metric .*got 'cosine'"):
-    datasets.resolve("sample_sift", metric="cosine")
+  with pytest.raises(ValueError, match="metric .*got 'hamming'"):
+    datasets.resolve("sample_sift", metric="hamming")
   with pytest.raises(ValueError, match="split .*got 'test'"):
     datasets.open_split(datasets.get_dataset("sample_sift"), "test")
 

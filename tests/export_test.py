@@ -211,7 +211,11 @@ def test_foreign_codes_are_refused(folder, tmp_path):
 @pytest.mark.parametrize(
   ("values", "error", "message"),
   [
-    (dict(metric="cosine"), ValueError, "l2 or ip, got 'cosine'"),
+    (
+      dict(metric="cosine"),
+      ValueError,
+      "cosine needs a codec of vectors of length 1, but this one",
+    ),
     (dict(codes="a", data="b"), ValueError, "--codes or --data, not both"),
     (dict(output=None), ValueError, "--output is needed"),
   ],

@@ -39,7 +39,7 @@ def _check(folder, x_ND, xq_QD, ids_QG, metric="l2", num_vectors=N, **limits):
 
 
 @pytest.mark.parametrize("offset", [0.0, 300.0])
-@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("metric", datasets.METRICS)
 def test_the_ground_truth_is_taken_as_it_is(metric, offset, tmp_path):
   x_ND, xq_QD = _vectors(offset)
   ids_QG = _neighbours(xq_QD, x_ND, metric)

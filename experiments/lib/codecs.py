@@ -267,6 +267,20 @@ def resolve_data(
   return dataset
 
 
+def check_cosine(codec: Codec, metric: str) -> bool:
+  """Whether the codec is of vectors of length 1, which it was trained on.
+
+  Raises ValueError where the metric asked for is cosine and it is not.
+  """
+  own = codec.info.get("metric") or "l2"
+  if metric == "cosine" and own != "cosine":
+    raise ValueError(
+      f"--metric=cosine needs a codec of vectors of length 1, but this one was "
+      f"trained for {own}; train with --config.data.metric=cosine."
+    )
+  return own == "cosine"
+
+
 def has_knob(codec: Codec, name: str) -> bool:
   """Whether the codec's `encode` has an option of that name."""
   return name in inspect.signature(codec.module.encode).parameters

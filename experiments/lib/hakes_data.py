@@ -8,7 +8,6 @@ from experiments.lib import truth
 from vqjax.data import batches, datasets, unit
 from vqjax.interop import faiss_io, hakes_files
 
-METRICS = ("l2", "ip", "cosine")
 _BLOCK = 16_384
 
 
@@ -42,8 +41,10 @@ def open_data(config) -> Data:
   if not data.base:
     named = datasets.get_dataset(data.name, data.root)
   metric = data.metric or named.metric
-  if metric not in METRICS:
-    raise ValueError(f"data.metric must be one of {METRICS}, got {metric!r}.")
+  if metric not in datasets.METRICS:
+    raise ValueError(
+      f"data.metric must be one of {datasets.METRICS}, got {metric!r}."
+    )
 
   def open_file(path, dim=data.dim, dtype="<f4", limit=None):
     rows = path and hakes_files.open_rows(path, dim, dtype, max_vectors=limit)

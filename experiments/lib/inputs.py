@@ -75,7 +75,8 @@ def of_index(config, info: dict):
   For commands that keep more of the vectors beside the index. Raises ValueError
   if they are others.
   """
-  dataset = datasets.own_dataset(base=config.data)
+  metric = "cosine" if info.get("is_cosine") else "l2"
+  dataset = datasets.own_dataset(base=config.data, metric=metric)
   num_rows = info.get("num_rows")
   vectors = datasets.open_split(dataset, "base", max_vectors=num_rows)
   check_shape("--data", vectors, (num_rows, info["dim"]))

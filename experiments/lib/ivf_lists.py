@@ -17,7 +17,7 @@ from absl import logging
 from experiments.lib import cli, codecs
 from vqjax import devices
 from vqjax.core import check_range
-from vqjax.data import batches, files, formats, numpy_files
+from vqjax.data import batches, files, formats, numpy_files, unit
 from vqjax.interop import faiss_io
 
 _PER_LIST = 256  # Vectors that k-means looks at, for each list.
@@ -105,6 +105,7 @@ def _centroids(config, xt_ND, num_rows: int):
         f"ivf.num_lists is {ivf.num_lists}; set --config.ivf.num_lists=0 to "
         "take what the file has."
       )
+    _check_unit(ivf.centroids, centroids_LD, xt_ND)
     source = {"file": _identify(centroids_LD)}
     return source, lambda: np.asarray(centroids_LD, np.float32)
   check_range("ivf.num_lists", ivf.num_lists, 2, num_rows, "training vectors")
@@ -112,6 +113,16 @@ def _centroids(config, xt_ND, num_rows: int):
   knobs = dict(num_iterations=ivf.num_iterations, seed=config.seed)
   source = {"num_lists": ivf.num_lists, "num_rows": num_rows, **knobs}
   return source, lambda: _fit(xt_ND, ivf.num_lists, num_rows, knobs)
+
+
+def _check_unit(path, centroids_LD, xt_ND) -> None:
+  """Raises ValueError where they cannot be means of vectors of length 1."""
+  norm = float(np.linalg.norm(centroids_LD, axis=1).max())
+  if isinstance(xt_ND, unit.UnitVectors) and norm > 1.001:
+    raise ValueError(
+      f"{path} has a centroid of length {norm:.4g}, but for the cosine vectors "
+      "are of length 1; make it with ivf_centroids --metric=cosine."
+    )
 
 
 def _check_memory(config, num_rows: int) -> None:

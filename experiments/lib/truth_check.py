@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vqjax.data import batches, unit
-
-METRICS = ("l2", "ip", "cosine")
+from vqjax.data.datasets import METRICS
 
 _NUM_QUERIES = 64  # That are compared with
 _NUM_SAMPLED = 20_000  # so many rows of the base,

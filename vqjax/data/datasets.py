@@ -21,7 +21,7 @@ import numpy as np
 from vqjax import shipped
 from vqjax.data import formats, unit
 
-METRICS = ("l2", "ip")
+METRICS = ("l2", "ip", "cosine")
 SPLITS = ("train", "base", "queries", "groundtruth")
 OWN = "own"  # Name of files of the user's own.
 _ROLES = {

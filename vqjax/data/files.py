@@ -315,12 +315,13 @@ def identify(vectors) -> dict:
   """
   num, dim = vectors.shape
   rows = np.unique(np.linspace(0, num - 1, _SAMPLE_ROWS, dtype=np.int64))
-  vectors = unit.raw(vectors)  # A cosine changes no file.
+  is_unit, vectors = isinstance(vectors, unit.UnitVectors), unit.raw(vectors)
   sample_ND = np.ascontiguousarray(vectors[rows], np.float32)
   return {
     "dim": dim,
     "dtype": np.dtype(vectors.dtype).name,
     "checksum_of_sample": hashlib.sha256(sample_ND).hexdigest()[:16],
+    **({"is_unit": True} if is_unit else {}),  # The same file, normalised.
   }
 
 

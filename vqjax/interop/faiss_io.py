@@ -274,6 +274,18 @@ def rq_to_faiss(
   return index
 
 
+def normalise_first(index: faiss.Index) -> faiss.IndexPreTransform:
+  """The index, behind a step that makes vectors and queries of length 1."""
+  if not isinstance(index, faiss.IndexPreTransform):
+    inner, index = index, faiss.IndexPreTransform(index)
+    inner.this.disown()
+    index.own_fields = True
+  turn = faiss.NormalizationTransform(index.d, 2.0)
+  index.prepend_transform(turn)
+  turn.this.disown()
+  return index
+
+
 def to_codec(index: faiss.Index, num_codes: int, num_bits: int) -> FaissCodec:
   """Wraps a trained index whose codes have `num_codes` equal positions."""
   dim = index.d

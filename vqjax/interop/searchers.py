@@ -78,6 +78,7 @@ def open_searcher(
       distances_fn=inner_products_to if is_ip else faiss_io.distances_to,
       refiner=refiner and _open_refiner(refiner, meta, contents),
       metric=meta["metric"],
+      is_cosine=loaded.info.get("metric") == "cosine",
     )
   )
 

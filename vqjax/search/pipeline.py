@@ -29,6 +29,7 @@ import numpy as np
 
 from vqjax import devices
 from vqjax.core import check_range
+from vqjax.data import unit
 from vqjax.data.formats import check_vectors
 from vqjax.search import ivf
 from vqjax.search.refiners import Refiner, round_up, weighted
@@ -61,6 +62,7 @@ class Parts(NamedTuple):
   # For "ip" all distances are -2 times inner products: what is left of squared
   # distances without the norms.
   metric: str = "l2"
+  is_cosine: bool = False  # Vectors are of length 1; queries are made so.
 
 
 class Result(NamedTuple):
@@ -145,6 +147,8 @@ class Searcher:
     queries_QD = np.atleast_2d(np.asarray(queries_QD, np.float32))
     check_vectors(queries_QD, dim=self.dim, name="queries")
     check_range("the number of queries", len(queries_QD), 1, 2**31 - 1)
+    if self.parts.is_cosine:
+      queries_QD = unit.normalise(queries_QD, name="queries")
     nprobe = min(16, len(self._tiles_L)) if nprobe is None else nprobe
     if num_refined is None:
       num_refined = self._default_refined(k, num_pairwise, num_network)

@@ -100,43 +100,48 @@ def _choose_part(file) -> str:
 
 def _find(h5py, file, path, part: str):
   """The data set of this name; raises where the way to it leaves the file."""
+  where, choose = f"{path}#{part}", f"choose one with {path.name}#name"
   at, names, num_links = file, part.split("/"), 0
   while names:
     name = names.pop(0)
     if name in ("", "."):
       continue
-    link = None
-    if isinstance(at, h5py.Group):
-      try:
-        link = at.get(name, getlink=True)
-      except TypeError:  # Of a user's own kind.
-        link = h5py.ExternalLink("?", name)
-      except Exception:
-        link = _ask(f"{path}#{part}", lambda at=at, name=name: at[name])
+    link = _link(h5py, where, at, name)
     if link is None:
       raise ValueError(
-        f"{path} has no data set {part!r}, it has {_tables(file)}; choose one "
-        f"with {path.name}#name."
+        f"{path} has no data set {part!r}, it has {_tables(file)}; {choose}."
       )
-    if isinstance(link, h5py.ExternalLink):
-      raise ValueError(
-        f"{path}#{part} is a link to another file, {link.filename!r}, which "
-        "is not followed; open that file itself."
-      )
-    if isinstance(link, h5py.SoftLink):
-      num_links += 1
-      if num_links > _MOST_LINKS:
-        raise ValueError(f"{path}#{part} is a link that leads in a circle.")
-      at = file if link.path.startswith("/") else at
-      names = link.path.split("/") + names
-    else:
-      at = _ask(f"{path}#{part}", lambda at=at, name=name: at[name])
+    if not isinstance(link, h5py.SoftLink):
+      at = _ask(where, lambda at=at, name=name: at[name])
+      continue
+    num_links += 1
+    if num_links > _MOST_LINKS:
+      raise ValueError(f"{where} is a link that leads in a circle.")
+    at = file if link.path.startswith("/") else at
+    names = link.path.split("/") + names
   if not isinstance(at, h5py.Dataset):
     raise ValueError(
-      f"{path}#{part} is no data set; the file has {_tables(file)}: choose one "
-      f"with {path.name}#name."
+      f"{where} is no data set; the file has {_tables(file)}: {choose}."
     )
   return at
+
+
+def _link(h5py, where: str, at, name: str):
+  """What `name` is in `at`: None, a soft link, or a part of the file itself."""
+  if not isinstance(at, h5py.Group):
+    return None
+  try:
+    link = at.get(name, getlink=True)
+  except TypeError:  # Of a user's own kind.
+    link = h5py.ExternalLink("?", name)
+  except Exception:  # The group is damaged, which opening says.
+    return _ask(where, lambda: at[name])
+  if isinstance(link, h5py.ExternalLink):
+    raise ValueError(
+      f"{where} is a link to another file, {link.filename!r}, which is not "
+      "followed; open that file itself."
+    )
+  return link
 
 
 def _offset(h5py, table) -> int | None:

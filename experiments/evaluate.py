@@ -140,7 +140,8 @@ def _open_base(codec, config, dataset):
     )
   xt_ND = datasets.open_split(dataset, "train")
   _, held_out = batches.split(len(xt_ND), _validation_size(codec))
-  return xt_ND[held_out][: config.num_vectors]
+  rows = np.arange(held_out.start, held_out.stop)[: config.num_vectors]
+  return batches.read_rows(xt_ND, rows)
 
 
 def _open_train(codec, config):

@@ -228,7 +228,9 @@ def test_encode_refuses_vectors_of_another_kind(run_dir, tmp_path):
   bad_ND = np.zeros((9, 128), np.float32)
   bad_ND[5, 3] = np.nan
   np.save(data, bad_ND)
-  with pytest.raises(ValueError, match="5"):
+  with pytest.raises(
+    ValueError, match=r"x.npy \(vectors to encode\) .* in row 5;"
+  ):
     encode.run(config)
   pathlib.Path(data).write_bytes(pathlib.Path(data).read_bytes()[:-100])
   with pytest.raises(ValueError, match="bytes"):
@@ -415,7 +417,9 @@ def test_train_refuses_nan(tmp_path):
   np.save(tmp_path / "x.npy", x_ND)
   config = qinco2_s.get_config("smoke")
   config.data.update(train=str(tmp_path / "x.npy"))
-  with pytest.raises(ValueError, match="400"):
+  with pytest.raises(
+    ValueError, match=r"x.npy \(training vectors\) .* in row 400;"
+  ):
     train.run(config, tmp_path / "run")
 
 

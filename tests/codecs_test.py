@@ -332,6 +332,21 @@ def test_7_codes_are_int32_in_range(row):
 
 
 @_over()
+def test_7_types_stay_where_the_program_has_64_bits(row):
+  x_ND = _vectors()
+  module = registry.get(row.codec)
+  encode_fn = jax.jit(lambda p, x_ND: module.encode(p, x_ND, **dict(row.knobs)))
+  # Strict promotion is too much for a choice with weights of JAX itself.
+  with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+    params = row.make_fn() if row.is_fitted else _params(row)
+    codes_NM = encode_fn(params, x_ND)
+    xhat_ND = jax.jit(module.decode)(params, codes_NM)
+  floats = {x.dtype for x in jax.tree.leaves(params) if x.dtype.kind == "f"}
+  assert floats == {np.dtype(np.float32)}
+  assert (codes_NM.dtype, xhat_ND.dtype) == (np.int32, np.float32)
+
+
+@_over()
 def test_8_save_and_restore_is_bit_equal(row, tmp_path):
   params = _params(row)
   codec_file.save_codec(tmp_path, row.codec, params, info={})

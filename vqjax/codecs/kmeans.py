@@ -229,7 +229,7 @@ def _fit(
     state = step.words_KD, step.counts_K, num_refilled
     return state, step.objectives[0]
 
-  state = words_KD, jnp.zeros(num_words), jnp.zeros((), jnp.int32)
+  state = words_KD, jnp.zeros(num_words, jnp.float32), jnp.zeros((), jnp.int32)
   state, objectives = lax.scan(body, state, length=num_iterations)
   words_KD, counts_K, num_refilled = state
   return KMeans(words_KD, counts_K, objectives, num_refilled)
@@ -279,7 +279,10 @@ def _nearest(x_ND, words_KD, half_K, size: int):
   number_K = jnp.arange(len(words_KD), dtype=jnp.int32)
   (ids_N, half_N), _ = scan_blocks(
     compare,
-    (jnp.zeros(len(x_ND), jnp.int32), jnp.full(len(x_ND), jnp.inf)),
+    (
+      jnp.zeros(len(x_ND), jnp.int32),
+      jnp.full(len(x_ND), jnp.inf, jnp.float32),
+    ),
     (number_K, words_KD, half_K),
     block_size=size,
   )

@@ -329,7 +329,7 @@ def _sums(cells_N: Array, left_ND: Array, num_cells: int):
   )
   return (
     add_fn(left_ND),
-    add_fn(jnp.ones(len(cells_N))),
+    add_fn(jnp.ones(len(cells_N), jnp.float32)),
     add_fn(sq_norms(left_ND)),
   )
 

@@ -100,7 +100,7 @@ def init(
   ).codebooks_MKD
   if noise and not is_qinco1:
     spread_M1D = jnp.std(words_MKD, axis=1, keepdims=True)
-    draw_MKD = jax.random.normal(noise_key, words_MKD.shape)
+    draw_MKD = jax.random.normal(noise_key, words_MKD.shape, jnp.float32)
     words_MKD = words_MKD + noise * spread_M1D * draw_MKD
   if first_KD is None:
     first_KD, words_MKD = words_MKD[0], words_MKD[1:]
@@ -182,7 +182,7 @@ def empty_stats(params: QincoParams) -> WordStats:
   """Returns the `WordStats` before the first step."""
   t, k, d = params.codebooks_TKD.shape
   m = t if params.is_ivf else t + 1
-  zeros_MD = jnp.zeros((m, d))
+  zeros_MD = jnp.zeros((m, d), jnp.float32)
   return WordStats(
     jnp.zeros((m, k), jnp.int32),
     zeros_MD,
@@ -256,7 +256,7 @@ def _split_words(params, key, used_MK, noise, min_share):
     parent_key, logits_MK[:, None], axis=-1, shape=used_MK.shape
   )
   shape = used_MK.shape + params.mean_D.shape
-  draw_MKD = noise * jax.random.normal(noise_key, shape)
+  draw_MKD = noise * jax.random.normal(noise_key, shape, jnp.float32)
 
   def refill(words_KD, is_dead_K, parents_K, draw_KD):
     copy_KD = words_KD[parents_K] + draw_KD * jnp.std(
@@ -290,7 +290,7 @@ def _draw_words(params, key, stats, noise):
   )
   shape = stats.used_MK.shape + stats.mean_MD.shape[1:]
   unit_MKD = jax.random.uniform(
-    word_key, shape, minval=-(3**0.5), maxval=3**0.5
+    word_key, shape, jnp.float32, minval=-(3**0.5), maxval=3**0.5
   )
   drawn_MKD = mean_M1D + std_M1D * unit_MKD
   t = params.codebooks_TKD.shape[0]
@@ -303,7 +303,7 @@ def _draw_words(params, key, stats, noise):
     first_KD = jnp.where(is_dead_MK1[0], drawn_MKD[0], params.first_KD)
     params = params.replace(first_KD=first_KD)
   if params.preselect_TKD is not None:
-    draw_TKD = jax.random.normal(preselect_key, drawn_TKD.shape)
+    draw_TKD = jax.random.normal(preselect_key, drawn_TKD.shape, jnp.float32)
     near_TKD = drawn_TKD + 0.25 * noise * std_M1D[-t:] * draw_TKD
     params = params.replace(
       preselect_TKD=jnp.where(is_dead_TK1, near_TKD, params.preselect_TKD)
@@ -388,7 +388,7 @@ def _gain(add_word: bool, has_projection: bool) -> int:
 def _scale(xt_ND, is_qinco1):
   """Mean and scale of the data: QINCo1 maps it to [-1, 1]."""
   if is_qinco1:
-    return jnp.zeros(xt_ND.shape[1]), jnp.max(jnp.abs(xt_ND))
+    return jnp.zeros(xt_ND.shape[1], jnp.float32), jnp.max(jnp.abs(xt_ND))
   return _moments(xt_ND)
 
 
@@ -413,7 +413,9 @@ def _init_networks(key, sizes, *, zero_output):
 
   def kaiming(key, *shape):
     bound = (6 / shape[-2]) ** 0.5
-    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+    return jax.random.uniform(
+      key, shape, jnp.float32, minval=-bound, maxval=bound
+    )
 
   low_rank = {}
   if u:
@@ -421,20 +423,20 @@ def _init_networks(key, sizes, *, zero_output):
     low_rank = dict(
       word_TEU=kaiming(word_key, t, e, u),
       state_TDU=kaiming(state_key, t, d, u),
-      mix_TUE=jnp.zeros((t, u, e)),
+      mix_TUE=jnp.zeros((t, u, e), jnp.float32),
       bias_TE=None,
     )
   full = dict(
-    word_TEU=jnp.zeros((t, e, e)),
-    state_TDU=jnp.zeros((t, d, e)),
+    word_TEU=jnp.zeros((t, e, e), jnp.float32),
+    state_TDU=jnp.zeros((t, d, e), jnp.float32),
     mix_TUE=None,
-    bias_TE=jnp.zeros((t, e)),
+    bias_TE=jnp.zeros((t, e), jnp.float32),
   )
   out_TED = kaiming(out_key, t, e, d) * (not zero_output)
   return dict(
     in_TDE=None if e == d else kaiming(in_key, t, d, e),
     up_TJEH=kaiming(up_key, t, j, e, h),
-    down_TJHE=jnp.zeros((t, j, h, e)),
+    down_TJHE=jnp.zeros((t, j, h, e), jnp.float32),
     out_TED=None if e == d else out_TED,
     **(low_rank or full),
   )

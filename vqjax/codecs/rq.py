@@ -173,9 +173,9 @@ def _start(x_ND: Array, beam_size: int) -> beam_lib.Beam:
   """One empty hypothesis in a beam that has its final width already."""
   beam = beam_lib.start(x_ND)
   n, d = x_ND.shape
-  empty_NF = jnp.full((n, beam_size - 1), jnp.inf)
+  empty_NF = jnp.full((n, beam_size - 1), jnp.inf, jnp.float32)
   return beam_lib.Beam(
-    xhat_NFD=jnp.zeros((n, beam_size, d)),
+    xhat_NFD=jnp.zeros((n, beam_size, d), jnp.float32),
     error_NF=jnp.concatenate([beam.error_NF, empty_NF], axis=1),
   )
 

@@ -387,3 +387,21 @@ def test_check_vectors():
     formats.check_vectors(x[0])
   with pytest.raises(ValueError, match="numbers, got <U1"):
     formats.check_vectors(np.array([["a"]]))
+
+
+def test_arithmetic_with_mapped_rows_is_plain(tmp_path):
+  x = some_vectors()
+  formats.write_vectors(tmp_path / "x.fvecs", x)
+  got = formats.open_vectors(tmp_path / "x.fvecs")
+  for value, want in (
+    (got.max(), x.max()),
+    (np.max(got[:9]), x[:9].max()),
+    (got.mean(), x.mean()),
+    (got[3, 2], x[3, 2]),
+  ):
+    assert isinstance(value, np.generic)
+    assert value == want
+  for value in (got + 1, got.sum(axis=0), np.sqrt(np.abs(got)), got[[3, 1]]):
+    assert type(value) is np.ndarray
+  assert got[3].name.endswith("x.fvecs")
+  assert got[5:, :2][4:].first_row == 9

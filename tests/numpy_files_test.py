@@ -59,7 +59,9 @@ def test_bfloat16_is_read_as_float32(tmp_path, order):
 
 def test_other_raw_types_are_refused(tmp_path):
   np.save(tmp_path / "x.npy", np.ones((3, 2), ml_dtypes.float8_e4m3fn))
-  with pytest.raises(ValueError, match=r"x.npy must hold .* got \|V1"):
+  with pytest.raises(
+    ValueError, match=r"x.npy must hold .* got \|V1: save x.astype"
+  ):
     formats.open_vectors(tmp_path / "x.npy")
 
 

@@ -28,6 +28,11 @@ class MappedRows(np.memmap):
     for name in ("name", "first_row", "_file_bytes"):
       setattr(self, name, getattr(parent, name, getattr(MappedRows, name)))
 
+  def __array_wrap__(self, array, context=None, return_scalar=False):
+    """Makes results of arithmetic plain arrays, or numbers."""
+    array = np.asarray(array)
+    return array[()] if return_scalar else array
+
   def __getitem__(self, rows):
     """Picks rows: mapped where they are a slice, else in memory."""
     if self._mmap is not None and self._mmap.size() < self._file_bytes:
@@ -38,8 +43,9 @@ class MappedRows(np.memmap):
     found = super().__getitem__(rows)
     if not isinstance(found, MappedRows):
       return found
-    if isinstance(rows, slice):
-      found.first_row += rows.indices(len(self))[0]
+    first = rows[0] if isinstance(rows, tuple) and rows else rows
+    if isinstance(first, slice):
+      found.first_row += first.indices(len(self))[0]
     return found.view(np.ndarray) if found._mmap is None else found
 
 
@@ -123,6 +129,7 @@ def check_table(name: str, shape, dtype) -> None:
       "O": "Python objects are never loaded; save np.stack(rows) instead.",
       "b": "save x.astype(np.uint8).",
       "c": "save real and imaginary parts side by side.",
+      "V": "save x.astype(np.float32).",
     }.get(dtype.kind, "save them as such.")
     if dtype.names:
       advice = f"save one of its fields {', '.join(dtype.names[:9])}."

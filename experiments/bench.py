@@ -61,7 +61,8 @@ OPTIONS = {
   "config": cli.Option(
     str,
     None,
-    f"Configurations, with commas; {bench_subjects.PRESETS} if unset.",
+    "Names or files of configurations, with commas; "
+    f"{bench_subjects.PRESETS} if unset.",
   ),
   **cli.DATA_OPTIONS,
   "dim": cli.Option(int, 128, "Dimensions of the vectors, without --data."),

@@ -36,6 +36,7 @@ from vqjax.data import datasets, files
 from vqjax.interop import faiss_ivf
 from vqjax.storage import codec_file
 
+REQUIRED = ("output",)
 OPTIONS = {
   "codec": cli.CODEC_OPTION,
   "codes": cli.Option(str, None, "Codes: folder of shards, or .npy."),
@@ -88,7 +89,7 @@ class _Source(NamedTuple):
 def run(config, workdir=None) -> dict:
   """Writes the index; returns what was written."""
   del workdir
-  cli.require(config, "output")
+  cli.require(config, *REQUIRED)
   files.check_output(config.output, config.overwrite, described=True)
   prepared = _prepare_merge(config) if config.merge else _prepare(config)
   info, num_bytes, make_fn = prepared
@@ -322,4 +323,4 @@ def _decoders_flag(config, info: dict) -> str:
 
 
 if __name__ == "__main__":
-  cli.main(run, OPTIONS, __doc__)
+  cli.main(run, OPTIONS, __doc__, required=REQUIRED)

@@ -20,6 +20,7 @@ from vqjax.codecs import packing
 from vqjax.core import check_range
 from vqjax.data import codes, files, formats, rows
 
+REQUIRED = ("codec", "codes", "output")
 OPTIONS = {
   "codec": cli.CODEC_OPTION,
   "codes": cli.Option(
@@ -37,7 +38,7 @@ OPTIONS = {
 def run(config, workdir=None) -> dict:
   """Writes the decoded vectors; returns what was written."""
   del workdir
-  cli.require(config, "codec", "codes", "output")
+  cli.require(config, *REQUIRED)
   files.check_output(config.output, overwrite=config.overwrite)
   codec = codecs.open_codec(config.codec)
   sizes = codec.codebook_sizes
@@ -96,4 +97,4 @@ def _open(path: str, sizes) -> codes.Codes:
 
 
 if __name__ == "__main__":
-  cli.main(run, OPTIONS, __doc__)
+  cli.main(run, OPTIONS, __doc__, required=REQUIRED)

@@ -53,6 +53,7 @@ from vqjax.core import check_range
 from vqjax.data import codes, datasets, files, formats, unit
 from vqjax.storage import codec_file
 
+REQUIRED = ("codec", "data", "output")
 OPTIONS = {
   "codec": cli.CODEC_OPTION,
   "data": cli.DATA_OPTIONS["data"],
@@ -76,7 +77,7 @@ def run(config, workdir=None) -> dict:
   del workdir
   if config.verify:
     return _verify(config)
-  cli.require(config, "codec", "data", "output")
+  cli.require(config, *REQUIRED)
   num_shards, mine = _share(config)
   _check_output(config, num_shards)
   codec = codecs.open_codec(config.codec)
@@ -363,4 +364,4 @@ def _verify(config) -> dict:
 
 
 if __name__ == "__main__":
-  cli.main(run, OPTIONS, __doc__, multihost=True)
+  cli.main(run, OPTIONS, __doc__, required=REQUIRED, multihost=True)

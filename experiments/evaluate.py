@@ -32,6 +32,7 @@ from vqjax.interop import faiss_io
 _NAMES = [f"1-recall@{r}" for r in truth.RANKS]
 _BASELINE_BLOCK = 16384
 
+REQUIRED = ("codec",)
 OPTIONS = {
   "codec": cli.CODEC_OPTION,
   **cli.DATA_OPTIONS,
@@ -70,7 +71,7 @@ class Search(NamedTuple):
 def run(config, workdir=None) -> dict:
   """Returns `{"codec", "rows": [...]}`; logs the table."""
   del workdir
-  cli.require(config, "codec")
+  cli.require(config, *REQUIRED)
   names = [name.strip().upper() for name in config.baselines.split(",") if name]
   unknown = set(names) - set(faiss_io.ADDITIVE)
   if unknown:
@@ -311,4 +312,4 @@ def _log_table(result) -> None:
 
 
 if __name__ == "__main__":
-  cli.main(run, OPTIONS, __doc__, multihost=True)
+  cli.main(run, OPTIONS, __doc__, required=REQUIRED, multihost=True)

@@ -35,6 +35,7 @@ from vqjax.data import datasets, files
 from vqjax.interop import faiss_io
 from vqjax.storage import codec_file
 
+REQUIRED = ("codec", "output")
 OPTIONS = {
   "codec": cli.CODEC_OPTION,
   "decoders": cli.Option(
@@ -66,7 +67,7 @@ class _Subject(NamedTuple):
 def run(config, workdir=None) -> dict:
   """Writes the index; returns what is written beside it."""
   del workdir
-  cli.require(config, "codec", "output")
+  cli.require(config, *REQUIRED)
   if config.codes and config.data:
     raise ValueError("Give --codes or --data, not both.")
   files.check_output(config.output, config.overwrite, described=True)
@@ -227,4 +228,4 @@ def _compare(config, subject: _Subject, num: int, first, index) -> dict:
 
 
 if __name__ == "__main__":
-  cli.main(run, OPTIONS, __doc__)
+  cli.main(run, OPTIONS, __doc__, required=REQUIRED)

@@ -104,5 +104,5 @@ if __name__ == "__main__":
   cli.run_config(
     run,
     {"stage": cli.Option(str, None, stage_help)},
-    "Configuration, configs/hakes.py[:smoke|:published|...].",
+    "Name or file of a configuration: hakes[:smoke|:published], ./mine.py.",
   )

@@ -53,6 +53,7 @@ from vqjax.interop import faiss_io
 from vqjax.progress import progress_bar
 
 METHODS, STARTS = ("jax", "faiss"), ("two-level", "random")
+REQUIRED = ("data", "num_centroids", "output")
 OPTIONS = {
   "data": cli.DATA_OPTIONS["data"],
   "num_vectors": cli.Option(int, None, "Only the first so many vectors."),
@@ -147,7 +148,7 @@ def run(config, workdir=None) -> dict:
 
 def _check(config):
   """Opens the vectors; raises before any work where something is wrong."""
-  cli.require(config, "data", "num_centroids", "output")
+  cli.require(config, *REQUIRED)
   for name, known in (("method", METHODS), ("start", STARTS)):
     if config[name] not in known:
       raise ValueError(
@@ -420,4 +421,4 @@ def _main(config) -> None:
 
 
 if __name__ == "__main__":
-  cli.main(_main, OPTIONS, __doc__)
+  cli.main(_main, OPTIONS, __doc__, required=REQUIRED)

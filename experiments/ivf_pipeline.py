@@ -280,5 +280,5 @@ def _run(command, **values):
 
 if __name__ == "__main__":
   cli.run_config(
-    run, OPTIONS, "Configuration, configs/ivf_qinco2_s.py[:smoke]."
+    run, OPTIONS, "Name or file of a configuration: ivf_qinco2_s[:smoke]."
   )

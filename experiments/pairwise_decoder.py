@@ -36,6 +36,7 @@ from vqjax.core import check_range
 from vqjax.data import batches, codes, datasets, files
 from vqjax.storage import decoder_file
 
+REQUIRED = ("codec", "data", "output")
 OPTIONS = {
   "codec": cli.CODEC_OPTION,
   "data": cli.DATA_OPTIONS["data"],
@@ -80,7 +81,7 @@ class _Sample(NamedTuple):
 def run(config, workdir=None) -> dict:
   """Writes the decoders; returns their errors on held-out vectors."""
   del workdir
-  cli.require(config, "codec", "data", "output")
+  cli.require(config, *REQUIRED)
   decoder_file.check_path(config.output)
   files.check_output(config.output, overwrite=True)
   codec = codecs.open_codec(config.codec)
@@ -374,4 +375,4 @@ def _report(config, info, rows, seconds, about_tables: str) -> None:
 
 
 if __name__ == "__main__":
-  cli.main(run, OPTIONS, __doc__)
+  cli.main(run, OPTIONS, __doc__, required=REQUIRED)

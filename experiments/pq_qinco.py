@@ -39,6 +39,7 @@ from vqjax.codecs import pq_qinco
 from vqjax.data import batches, datasets, files, formats
 from vqjax.storage import codec_file
 
+REQUIRED = ("output",)
 OPTIONS = {
   "prepare": cli.Option(bool, False, "Cut --data into parts."),
   "recombine": cli.Option(bool, False, "Make one codec of the parts'."),
@@ -69,7 +70,7 @@ _BELONGS = {  # Options that only one of the two has.
 def run(config, workdir=None) -> dict:
   """Prepares or recombines; returns what is written down about it."""
   del workdir
-  cli.require(config, "output")
+  cli.require(config, *REQUIRED)
   if config.prepare == config.recombine:
     raise ValueError("Give either --prepare or --recombine; see --help.")
   mode, other = "prepare", "recombine"
@@ -266,4 +267,4 @@ def _log_recombined(folder, parts, info: dict) -> None:
 
 
 if __name__ == "__main__":
-  cli.main(run, OPTIONS, __doc__)
+  cli.main(run, OPTIONS, __doc__, required=REQUIRED)

@@ -32,6 +32,7 @@ from vqjax.interop import faiss_fastscan, faiss_ivf, faiss_lists, searchers
 from vqjax.search import refiners, residual_bits
 from vqjax.storage import codec_file, refiner_file
 
+REQUIRED = ("kind", "index", "data", "output")
 OPTIONS = {
   "kind": cli.Option(
     str, None, "rabitq, for more recall, or fastscan, for more speed."
@@ -62,7 +63,7 @@ _DECODE_ROWS = 512
 def run(config, workdir=None) -> dict:
   """Writes the refiner; returns what was written."""
   del workdir
-  cli.require(config, "kind", "index", "data", "output")
+  cli.require(config, *REQUIRED)
   if config.kind not in refiners.KINDS:
     raise ValueError(
       f"--kind must be one of {', '.join(refiners.KINDS)}; got {config.kind!r}."
@@ -256,4 +257,4 @@ def _log_next(config, num_vectors: int, num_bytes: int) -> None:
 
 
 if __name__ == "__main__":
-  cli.main(run, OPTIONS, __doc__)
+  cli.main(run, OPTIONS, __doc__, required=REQUIRED)

@@ -58,9 +58,10 @@ from vqjax.interop import (
   searchers,
 )
 
+REQUIRED = ("codec", "output")
 OPTIONS = {
   "codec": cli.CODEC_OPTION,
-  "index": cli.Option(str, None, "Index of experiments.build_index."),
+  "index": cli.Option(str, None, "Index of build_index."),
   "decoders": cli.Option(
     str, None, "Decoders of pairwise_decoder, for --num_pairwise."
   ),
@@ -135,7 +136,7 @@ _LEAST_RECALL = 0.02  # Below it a ground truth that nobody checked is doubted.
 def run(config, workdir=None) -> dict:
   """Returns what it wrote: `{"header", "latency", "points"}`."""
   del workdir
-  cli.require(config, "codec", "output")
+  cli.require(config, *REQUIRED)
   check_range("--rounds", config.rounds, 1, 1000)
   if config.decode_all:
     return _run_decoded(config)
@@ -409,5 +410,6 @@ if __name__ == "__main__":
     run,
     OPTIONS,
     __doc__,
+    required=REQUIRED,
     how_to_go_on="To go on, add --resume to the same command.",
   )

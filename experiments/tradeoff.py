@@ -23,6 +23,7 @@ from vqjax.core import check_range
 from vqjax.data import batches, datasets, files
 from vqjax.search import plots
 
+REQUIRED = ("codec", "output")
 OPTIONS = {
   "codec": cli.CODEC_OPTION,
   **cli.DATA_OPTIONS,
@@ -44,7 +45,7 @@ OPTIONS = {
 def run(config, workdir=None) -> dict:
   """Returns `{"rows": [...]}`, one row per pair of sizes."""
   del workdir
-  cli.require(config, "codec", "output")
+  cli.require(config, *REQUIRED)
   picture = pathlib.Path(config.output)
   figures = picture.with_suffix(".json")
   if picture.suffix not in (".png", ".svg", ".pdf"):
@@ -224,4 +225,4 @@ def _sizes_text(row) -> str:
 
 
 if __name__ == "__main__":
-  cli.main(run, OPTIONS, __doc__)
+  cli.main(run, OPTIONS, __doc__, required=REQUIRED)

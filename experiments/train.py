@@ -444,6 +444,6 @@ if __name__ == "__main__":
         "End the run in --workdir: its best checkpoint becomes the codec.",
       ),
     },
-    "Configuration, e.g. configs/qinco2_s.py[:smoke|:bigann1M].",
+    "Name or file of a configuration: qinco2_s[:smoke|:bigann1M], ./mine.py.",
     multihost=True,
   )

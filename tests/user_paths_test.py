@@ -8,7 +8,9 @@ from absl import flags
 from ml_collections import config_dict
 
 from experiments.lib import cli
-from vqjax.data import files
+from vqjax.data import codes, files
+from vqjax.interop import faiss_hakes, hakes_files, torch_qinco
+from vqjax.storage import codec_file, decoder_file
 
 
 @pytest.fixture
@@ -65,3 +67,24 @@ def test_a_link_stays_and_its_target_is_replaced(tmp_path, is_there):
   assert link.is_symlink()
   assert np.load(target).tolist() == [1, 1, 1]
   assert os.listdir(target.parent) == ["b.npy"]
+
+
+@pytest.mark.parametrize(
+  "load_fn",
+  [
+    codec_file.load_codec,
+    decoder_file.load,
+    hakes_files.load,
+    faiss_hakes.load,
+    codes.open_codes,
+    torch_qinco.load_checkpoint,
+  ],
+)
+def test_what_programs_load_begins_at_home(home, load_fn):
+  suffix = {
+    codec_file.load_codec: "",
+    torch_qinco.load_checkpoint: ".pt",
+  }.get(load_fn, ".safetensors")
+  with pytest.raises((FileNotFoundError, ValueError)) as error:
+    load_fn(f"~/missing{suffix}")
+  assert f"{home}/missing" in str(error.value)

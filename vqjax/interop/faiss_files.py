@@ -4,8 +4,6 @@ The description says what the file is of, and its checksum. Each is written
 whole or not at all.
 """
 
-import pathlib
-
 import faiss
 
 from vqjax import __version__
@@ -56,7 +54,7 @@ def load(
     FileNotFoundError: There is no index file.
     ValueError: One of them is damaged, or the description of another kind.
   """
-  path = pathlib.Path(path)
+  path = files.user_path(path)
   if not path.is_file():
     raise FileNotFoundError(f"There is no file {path}; check the name.")
   info = files.read_description(path, kind)

@@ -7,7 +7,6 @@ of the side that searches. faiss reads and searches the file without vqjax, but
 vectors are to be added by `add`, which takes the base side for it.
 """
 
-import pathlib
 from collections.abc import Iterable
 
 import faiss
@@ -15,6 +14,7 @@ import numpy as np
 
 from vqjax.codecs.hakes import HakesSide, check_side
 from vqjax.core import check_range, check_shape
+from vqjax.data import files
 from vqjax.interop import faiss_io
 from vqjax.interop.faiss_io import METRICS
 
@@ -228,7 +228,7 @@ def load(path) -> faiss.Index:
   Raises:
     ValueError: It is no index of this kind.
   """
-  path = pathlib.Path(path)
+  path = files.user_path(path)
   if not path.is_file():
     raise FileNotFoundError(f"There is no file {path}; check the name.")
   try:

@@ -92,7 +92,7 @@ def load(path) -> HakesFile:
   Raises:
     ValueError: The file is truncated, damaged or something else.
   """
-  path = pathlib.Path(path)
+  path = files.user_path(path)
   if not path.is_file():
     raise FileNotFoundError(f"There is no file {path}; check the name.")
   reader = _Reader(path)

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from vqjax.data import files
+
 _STORAGES = {
   "FloatStorage": "f4",
   "DoubleStorage": "f8",
@@ -272,7 +274,7 @@ def open_archive(path):
 
   `Refused` inside the block leaves it as a ValueError that names the file.
   """
-  path = pathlib.Path(path)
+  path = files.user_path(path)
   if not path.is_file():
     raise FileNotFoundError(
       f"There is no file {path}; expected a checkpoint of torch.save, .pt."

@@ -93,7 +93,7 @@ def save_codec(
     info: what else to keep, plain JSON values; see the file's docstring.
     overwrite: replaces a codec that is there instead of refusing.
   """
-  folder = pathlib.Path(folder)
+  folder = files.user_path(folder)
   header = _make_header(codec_name, params, info)
   text = tensors.to_json(header)
   arrays = _flatten(params)[0]
@@ -177,7 +177,7 @@ def load_codec(path) -> LoadedCodec:
     FileNotFoundError: Where there is no codec.
     ValueError: Where the file is no codec, damaged or changed.
   """
-  path = pathlib.Path(path)
+  path = files.user_path(path)
   if (unfinished := _of_unfinished(path)) is not None:
     return unfinished
   path = _find(path)

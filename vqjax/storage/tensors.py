@@ -22,7 +22,7 @@ import safetensors
 from safetensors import numpy as safetensors_numpy
 
 from vqjax import __version__
-from vqjax.data import json_files
+from vqjax.data import files, json_files
 from vqjax.data.files import atomic_output
 
 
@@ -160,7 +160,7 @@ def load(
     FileNotFoundError: There is no such file.
     ValueError: It is of another kind, damaged or changed.
   """
-  path = pathlib.Path(path)
+  path = files.user_path(path)
   if not path.is_file():
     raise FileNotFoundError(f"There is no file {path}; {missing}")
   text, arrays = read(path)

@@ -324,3 +324,47 @@ def test_killed_and_run_again_equals_uninterrupted(tmp_path):
   commands.run(*command_fn(part))
   learned = [(f / "learned.bin").read_bytes() for f in (whole, part)]
   assert learned[0] == learned[1]
+
+
+@pytest.mark.parametrize(
+  ("name", "change", "match"),
+  [
+    (
+      "groundtruth",
+      lambda ids: ids + 1,
+      "gt.npy must .*counted from 1: subtra",
+    ),
+    ("groundtruth", lambda ids: ids[:, ::-1], "gt.npy must .*reverse each row"),
+    (
+      "train_neighbours",
+      lambda ids: ids + 1,
+      "tn.npy must .*counted from 1: s",
+    ),
+    (
+      "train_neighbours",
+      lambda ids: ids[::-1],
+      "tn.npy must .*no metric in any",
+    ),
+  ],
+)
+def test_wrong_neighbours_are_refused_before_any_work(
+  name, change, match, tmp_path
+):
+  base_ND, xq_QD = _base(900), _queries(40)
+  ids_QG = (-(xq_QD @ base_ND.T)).argsort(axis=1)[:, :20]
+  if name == "train_neighbours":  # An approximate search has missed one.
+    ids_QG[:5] = np.roll(ids_QG[:5], -1, axis=1)
+  ids_QG = ids_QG[:, :18]
+  short = {"groundtruth": "gt", "train_neighbours": "tn"}
+  paths = {"base": base_ND, "queries": xq_QD, "train_queries": xq_QD}
+  config = config_file.get_config("smoke")
+  for key, values in {**paths, name: np.ascontiguousarray(ids_QG)}.items():
+    path = tmp_path / f"{short.get(key, key)}.npy"
+    np.save(path, values)
+    config.data[key] = str(path)
+  config.data.metric = "ip"
+  hakes_data.open_data(config)
+  np.save(tmp_path / f"{short[name]}.npy", np.ascontiguousarray(change(ids_QG)))
+  with pytest.raises(ValueError, match=match):
+    hakes.run(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()

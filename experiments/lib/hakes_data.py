@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.lib import truth
+from experiments.lib import truth, truth_check
 from vqjax.data import batches, datasets, unit
 from vqjax.interop import faiss_io, hakes_files
 
@@ -22,7 +22,7 @@ class Data(NamedTuple):
   groundtruth: Any
   metric: str
   is_cosine: bool
-  paths: dict[str, str]  # Of base, queries and ground truth.
+  paths: dict[str, str]  # Of these files, for messages.
   whole: Any  # All rows of the base, where `base` are its first; else None.
 
   @property
@@ -55,6 +55,8 @@ def open_data(config) -> Data:
     "base": data.base or named.base,
     "queries": data.queries or named.queries,
     "groundtruth": data.groundtruth or named.groundtruth,
+    "train_queries": data.train_queries,
+    "train_neighbours": data.train_neighbours,
   }
   opened = Data(
     name=data.base or data.name,
@@ -113,8 +115,27 @@ def _check(data: Data) -> None:
       )
     if ids.dtype.kind not in "iu":
       raise ValueError(f"data.{name} must hold ids, got {ids.dtype}.")
+  if data.train_neighbours is not None:
+    _check_training(data)
   if data.groundtruth is not None:
     truth.read_ids(_files(data), len(data.base), _sizes(data))
+
+
+def _check_training(data: Data) -> None:
+  """Raises ValueError where the training neighbours are not of these files.
+
+  They may be those of an approximate search.
+  """
+  files = _files(data)
+  names = data.paths | {
+    "queries": data.paths["train_queries"],
+    "groundtruth": data.paths["train_neighbours"],
+  }
+  files = files._replace(
+    queries=data.train_queries, groundtruth=data.train_neighbours, names=names
+  )
+  ids_QG = truth_check.read_ids(files)
+  truth_check.check(files, ids_QG, [len(data.base)], slack=0.5)
 
 
 def read_all(vectors) -> np.ndarray:

@@ -285,7 +285,7 @@ def test_reading_stops_at_a_damaged_shard(folder):
   )
   message = (
     "codes-00002-of-00004.npy is damaged: it does not match its checksum. "
-    f"python -m experiments.encode --verify --output={folder} says how"
+    f"vqjax encode --verify --output={folder} says how"
   )
   for _ in range(2):  # It stays damaged.
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -15,7 +15,7 @@ from vqjax.codecs import qinco, qinco_loss
 from vqjax.data import batches, datasets, formats
 from vqjax.storage import codec_file
 
-PRESETS = "configs/qinco2_xs.py,configs/qinco2_s.py"
+PRESETS = "qinco2_xs,qinco2_s"
 _PUBLISHED_BEAM = 32  # B of arXiv 2501.03078, beside A = 16.
 _MIN_DRAWN = 1 << 16  # Vectors; more rows than that come round again.
 # Weights that are zero in an untrained network.

@@ -269,7 +269,8 @@ def _parse_flags(argv, doc: str, options: dict, required):
       reason = reason.args[0]  # str() of a KeyError would escape it.
     sys.exit(
       f"A --config option does not fit the configuration: {reason}. Its file "
-      "in configs/ and configs/base.py list the fields and their types."
+      f"and {shipped.root() / 'configs/base.py'} list the fields and their "
+      "types."
     )
   if len(rest) > 1:
     hint = " Flags begin with --." if rest[1].split("=")[0] in options else ""

@@ -343,7 +343,7 @@ def open_codes(path) -> Codes:
   if not path.exists():
     raise FileNotFoundError(
       f"There is no file or folder {path}; codes are a folder of shards or a "
-      ".npy of experiments.encode."
+      ".npy of vqjax encode."
     )
   codes_NM, meta = formats.open_vectors(path), read_description(path)
   if codes_NM.dtype.kind not in "iu":
@@ -385,7 +385,7 @@ def _open_folder(folder: pathlib.Path) -> Codes:
 
 def _how_to_mend(folder) -> str:
   return (
-    f"python -m experiments.encode --verify --output={folder} says how to make "
+    f"vqjax encode --verify --output={folder} says how to make "
     "what is not whole."
   )
 

@@ -32,8 +32,8 @@ def open_searcher(
 
   Args:
     codec: Run folder, codec.safetensors or released checkpoint.
-    index: File of `experiments.build_index`.
-    decoders: File of `experiments.pairwise_decoder`, for the pairwise stage.
+    index: File of `vqjax build_index`.
+    decoders: File of `vqjax pairwise_decoder`, for the pairwise stage.
     refiner: File of `vqjax refiner`, of either kind.
     dtype: Type of the products of the scan and of the network, "float32" or
       "bfloat16"; sums are float32.

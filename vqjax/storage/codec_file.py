@@ -122,7 +122,7 @@ def _find(path: pathlib.Path) -> pathlib.Path:
     raise FileNotFoundError(
       f"{path} holds no {TENSORS_NAME} yet, and no checkpoint to take instead: "
       "the training has not come that far. Run its command again to go on: "
-      f"python -m experiments.train --config=CONFIG --workdir={path}."
+      f"vqjax train --config=CONFIG --workdir={path}."
     )
   suffixes = (".safetensors", *_RELEASED)
   found = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes)

@@ -122,8 +122,7 @@ def _load(path) -> tuple[Decoders, dict]:
     format=_FORMAT,
     version=_VERSION,
     what="file of decoders",
-    missing="python -m experiments.pairwise_decoder makes the decoders of a "
-    "codec.",
+    missing="vqjax pairwise_decoder makes the decoders of a codec.",
   )
   additive, pairwise = _rebuild(path, arrays, dict(header["static"]))
   try:
@@ -147,7 +146,7 @@ def check_codec(decoders: Decoders, fingerprint: str) -> None:
     raise ValueError(
       f"{decoders.path} decodes codes of codec {decoders.codec_fingerprint}, "
       f"but this is codec {fingerprint}; make its own by python -m "
-      "experiments.pairwise_decoder."
+      "vqjax pairwise_decoder."
     )
 
 

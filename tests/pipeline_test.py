@@ -194,6 +194,8 @@ def test_what_does_not_fit_is_refused(case):
     search(np.zeros((0, 5)), 3)
   with pytest.raises(ValueError, match="queries.*row 1"):
     search(np.array([[0.0] * 5, [0, 0, np.nan, 0, 0]]), 3)
+  with pytest.raises(ValueError, match="queries .* 16777217 in row 1"):
+    search(np.array([[0] * 5, [0, 0, (1 << 24) + 1, 0, 0]]), 3)
   with pytest.raises(ValueError, match="nprobe must lie between 1 and 6"):
     search(case.xq_QD, 3, nprobe=7)
   with pytest.raises(ValueError, match="k must lie between 1 and 90, got 91"):

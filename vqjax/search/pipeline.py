@@ -30,7 +30,7 @@ import numpy as np
 from vqjax import devices
 from vqjax.core import check_range
 from vqjax.data import unit
-from vqjax.data.formats import check_vectors
+from vqjax.data.formats import check_vectors, to_float32
 from vqjax.search import ivf
 from vqjax.search.refiners import Refiner, round_up, weighted
 
@@ -144,7 +144,8 @@ class Searcher:
     Raises:
       ValueError: A number or a dimension does not fit.
     """
-    queries_QD = np.atleast_2d(np.asarray(queries_QD, np.float32))
+    queries_QD = np.atleast_2d(np.asarray(queries_QD))
+    queries_QD = to_float32(queries_QD, name="queries")
     check_vectors(queries_QD, dim=self.dim, name="queries")
     check_range("the number of queries", len(queries_QD), 1, 2**31 - 1)
     if self.parts.is_cosine:

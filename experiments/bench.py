@@ -46,7 +46,8 @@ from experiments.lib import (
   encoders,
 )
 from experiments.lib.bench_arithmetic import Work, decode_work, encode_work
-from vqjax.codecs import kmeans, qinco
+from vqjax.codecs import kmeans
+from vqjax.codecs.rule import SearchRule
 from vqjax.core import check_range
 from vqjax.data import batches
 from vqjax.interop import faiss_io
@@ -68,7 +69,7 @@ OPTIONS = {
   "dim": cli.Option(int, 128, "Dimensions of the vectors, without --data."),
   "tasks": cli.Option(str, ",".join(TASKS), "Which of these to measure."),
   "dtype": cli.Option(str, "float32", "Any of float32,bfloat16."),
-  **{name: cli.SEARCH_OPTIONS[name] for name in codecs.RULE},
+  **{name: cli.SEARCH_OPTIONS[name] for name in codecs.SIZES},
   "kmeans_vectors": cli.Option(int, 60_000, "Vectors of k-means."),
   "kmeans_words": cli.Option(int, 1024, "Words of k-means."),
   "torch": cli.Option(bool, False, "Also the same network in PyTorch."),
@@ -134,10 +135,8 @@ def _check(config) -> tuple[list[str], list[str]]:
 def _check_searches(config, subjects) -> None:
   """Raises ValueError where a size of the search does not fit a codec."""
   for subject in subjects:
-    for knobs in bench_subjects.searches(subject, config):
-      if subject.codec.name == "qinco":
-        rule = bench_subjects.rule(knobs)
-        qinco.check_search(subject.codec.tables, **rule)
+    for rule in bench_subjects.searches(subject, config):
+      subject.codec.spec.check_rule(subject.codec.params, rule)
 
 
 def _results(config, tasks, dtypes, subjects):
@@ -163,16 +162,15 @@ def _about(subject, task: str, dtype: str, sizes: dict) -> dict:
 
 
 def _encode(config, subject, dtype, peak):
-  for knobs in bench_subjects.searches(subject, config, dtype):
-    sizes = bench_subjects.sizes(subject.codec, knobs)
+  for rule in bench_subjects.searches(subject, config, dtype):
+    sizes = bench_subjects.sizes(subject.codec, rule)
     about = _about(subject, "encode", dtype, sizes)
     # Fitted to others, where there are any, than those whose error is told.
     others_ND = bench_subjects.rows(subject, 3 * _MSE_ROWS)[_MSE_ROWS:]
-    codec = encoders.with_scout(subject.codec, knobs, others_ND)
-    work, rule = None, bench_subjects.rule(knobs)
+    codec, work = encoders.with_ranker(subject.codec, rule, others_ND), None
     if codec.name == "qinco":
-      work = encode_work(codec.tables, **rule)
-    encode_fn, block = codecs.make_encode_fn(codec, knobs)
+      work = encode_work(codec.tables, rule)
+    encode_fn, block = codecs.make_encode_fn(codec, rule)
     contenders = {
       "vqjax": bench_timing.contender(
         _encoder(subject, encode_fn, _codes), [block], work
@@ -224,7 +222,7 @@ def _measure(config, contenders, peak) -> list[dict]:
 
 def _decode(config, subject, dtype, peak):
   codec = subject.codec
-  about = _about(subject, "decode", dtype, bench_subjects.sizes(codec, {}))
+  about = _about(subject, "decode", dtype, bench_subjects.sizes(codec))
   codebooks = codec.codebook_sizes
   block = codecs.decode_rows()
   codes_NM = np.random.default_rng(0).integers(
@@ -245,7 +243,7 @@ def _decode(config, subject, dtype, peak):
   decode_fn = codecs.make_decode_fn(codec, dtype)
   contenders = {"vqjax": contender(decode_fn, block // 4, block)}
   # The search makes no difference to decoding.
-  rule = {"num_candidates": 0, "beam_size": 1}
+  rule = SearchRule(num_candidates=0, beam_size=1)
   for name, program in _torch(config, subject, dtype, rule).items():
     with _left_out(name):  # PyTorch may like smaller ones.
       contenders[name] = contender(
@@ -254,16 +252,19 @@ def _decode(config, subject, dtype, peak):
   yield from (about | row for row in _measure(config, contenders, peak))
 
 
-def _torch(config, subject, dtype, rule: dict) -> dict:
+def _torch(config, subject, dtype, rule: SearchRule) -> dict:
   """PyTorch's encode and decode by name; none where not wanted."""
-  rule = dict(rule)
-  rule.pop("num_finalists", None)
-  is_joint = rule.pop("num_joint_candidates", 0)  # Ours alone.
+  is_joint = rule.num_joint_candidates  # Ours alone.
   if not config.torch or subject.codec.name != "qinco" or is_joint:
     return {}
   from experiments.lib import torch_baseline
 
-  return torch_baseline.programs(subject.params, dtype=dtype, **rule)
+  return torch_baseline.programs(
+    subject.codec.params,
+    dtype=dtype,
+    num_candidates=rule.num_candidates,
+    beam_size=rule.beam_size,
+  )
 
 
 @contextlib.contextmanager
@@ -279,11 +280,11 @@ def _train(config, subject, dtype, peak):
   if subject.config is None:
     logging.info("A training step is measured with --config; left out.")
     return
-  rule = bench_subjects.rule(subject.config.model)
+  rule = bench_subjects.training_rule(subject.config, dtype)
   sizes = bench_subjects.sizes(subject.codec, rule)
   about = _about(subject, "train", dtype, sizes)
   step, *parts = bench_timing.measure(
-    bench_training.contenders(subject, rule, dtype),
+    bench_training.contenders(subject, rule),
     peak,
     repeats=config.repeats,
   )

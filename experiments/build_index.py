@@ -68,7 +68,12 @@ OPTIONS = {
   "output": cli.Option(str, None, "Index file to write, index.faiss."),
   "overwrite": cli.Option(bool, False, "Replace an existing output."),
 }
-_OF_SEARCH = (*codecs.RULE, "dtype", "assign")  # Options of encoding --data.
+_OF_SEARCH = (
+  "rule",
+  *codecs.SIZES,
+  "dtype",
+  "assign",
+)  # Options of encoding --data.
 _MANY_LISTS = 16384  # From here on a graph finds the lists of a query sooner.
 _BLOCK = 65536  # Codes read and added at a time.
 _KEPT = (  # In a description, of the parts that are merged.
@@ -150,7 +155,7 @@ def _fill(config, codec, words, source: _Source, rows: range):
 
 
 def _coarse(config, codec) -> str:
-  num_lists = len(codecs.centroids_of(codec))
+  num_lists = len(codec.centroids)
   return config.coarse or ("flat" if num_lists < _MANY_LISTS else "hnsw")
 
 
@@ -192,7 +197,12 @@ def _encode(config, codec) -> _Source:
   dataset = codecs.resolve_data(codec, config, base=config.data)
   x_ND = datasets.open_split(dataset, "base")
   encoder = encoders.make_encoder(codec, config, x_ND)
-  made_of = {"data": files.identify(x_ND), "encode": encoder.knobs}
+  made_of = {
+    "data": files.identify(x_ND),
+    "encode": encoders.settings(
+      codec, encoder.rule, config.get("assign", "auto")
+    ),
+  }
   return _Source(len(x_ND), encoder.blocks, made_of)
 
 
@@ -211,7 +221,7 @@ def _parse_rows(text: str | None, num_rows: int) -> range:
 
 def _empty_index(config, codec, words: additive.AdditiveParams):
   """Returns the index to fill; parts of the same codes get equal ones."""
-  centroids_LD = codecs.centroids_of(codec)
+  centroids_LD = codec.centroids
   num_lists = len(centroids_LD)
   codebooks_MKD = np.asarray(words.codebooks_MKD)
   with cli.progress(num_lists, "lists", unit="list") as done:

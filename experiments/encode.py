@@ -11,12 +11,11 @@ bytes, without a header: exactly N*M bytes for 8-bit codes. What made them is
 written beside them, in codes.npy.json. Memory does not grow with the file. The
 same command run again says that they are made already.
 
-A released codec is encoded by the joint rule (C pairs over all hypotheses),
-where a trial on the first vectors shows it to be as good as the published one
-(A words of each) and there are 4,096 vectors or more; --num_candidates=A asks
-for the published rule. Deep networks (QINCo2-M, L) get a scout in the same way
-where there are 65,536 vectors or more: it chooses those candidates that are
-worth the whole network (--num_finalists; docs/performance.md).
+Vectors are encoded by the rule that is stored with the codec. A released codec
+has the published one (A candidates of each of B hypotheses); --rule=joint asks
+for the C best over all hypotheses instead, which is several times faster at
+about the same error. --num_ranked=F adds a cheap ranker, which is fitted to 512
+of the vectors and pays for deep networks (QINCo2-M, L; docs/performance.md).
 
 Large files go into a folder of shards, by one process or by many which need
 nothing but the same command; shards are counted from 0:
@@ -37,7 +36,6 @@ exit code 1 then. With --codec and --data it also compares those.
 """
 
 import functools
-import inspect
 import pathlib
 import re
 import shlex
@@ -91,8 +89,8 @@ def run(config, workdir=None) -> dict:
     codec=codec.name,
     fingerprint=codec.fingerprint,
     codebook_sizes=encoder.codebook_sizes,
-    encode=_settings(codec, encoder.knobs, config.assign),
-    command=_command(config, encoder.knobs),
+    encode=encoders.settings(codec, encoder.rule, config.assign),
+    command=_command(config, encoder.rule.to_dict(codec.spec.knobs)),
     num_shards=num_shards,
   )
   after = _after(config, codec, num_shards)
@@ -162,19 +160,6 @@ def _check_output(config, num_shards: int) -> None:
   files.check_output(output, config.overwrite, described=True)
 
 
-def _settings(codec, knobs: dict, assign: str) -> dict:
-  """All options of the search, those left at their defaults too."""
-  known = inspect.signature(codec.module.encode).parameters.values()
-  defaults = {p.name: p.default for p in known if p.kind is p.KEYWORD_ONLY}
-  # The steps are in the shape of the codes; blocks and no scout change none.
-  for name in ("num_steps", "block_size", "num_finalists"):
-    defaults.pop(name, None)
-  graph = {"assign": "hnsw"} if codecs.takes_graph(codec, assign) else {}
-  if not knobs.get("num_finalists"):
-    knobs = {k: v for k, v in knobs.items() if k != "num_finalists"}
-  return defaults | knobs | graph
-
-
 def _command(config, knobs: dict) -> str:
   """What was asked for, but for where the codes go."""
   default = cli.get_config(OPTIONS)
@@ -183,10 +168,11 @@ def _command(config, knobs: dict) -> str:
     for name, value in config.items()
     if name not in _WHERE and value != default.get(name)
   }
-  # What was chosen here; another device might choose another.
+  asked.pop("rule", None)  # The sizes say it.
+  # What a later version or another device might choose otherwise.
   is_joint = bool(knobs.get("num_joint_candidates"))
   rule = "num_joint_candidates" if is_joint else "num_candidates"
-  chosen = ("beam_size", rule, "num_finalists", "dtype")
+  chosen = ("beam_size", rule, "num_ranked", "dtype")
   asked.update({name: knobs[name] for name in chosen if name in knobs})
   words = [f"--{name}={value}" for name, value in asked.items()]
   return shlex.join(["python", "-m", "experiments.encode", *words])

@@ -11,7 +11,7 @@ MSE is the squared error per vector: the sum over dimensions, the mean over
 vectors. 1-recall@R is the share of queries whose true nearest neighbour is
 among the first R found. Bytes are those of the code without a list number.
 Without --data the data are those of the training. A released codec is measured
-by its own rule (A and B), where `encode` may take the joint one. With
+by its own rule (A and B) unless --rule or a size says otherwise. With
 --multihost every process encodes, decodes and searches its share of the base.
 """
 
@@ -95,11 +95,10 @@ def run(config, workdir=None) -> dict:
     groundtruth=config.groundtruth,
   )
   xt_ND = _open_train(codec, config) if names else None
-  knobs = codecs.search_knobs(codec, config)
-  encoders.check_scout(codec, knobs)
+  rule = codecs.search_rule(codec, config)
   xb_ND = _open_base(codec, config, dataset)
   search = Search(xb_ND, _open_truth(config, dataset, xb_ND), dataset.metric)
-  rows = [_measure(codec, knobs, config.num_steps, search)]
+  rows = [_measure(codec, rule, search)]
   for name in names:
     rows.append(_measure_baseline(name, codec, config.num_steps, xt_ND, search))
   result = {
@@ -168,13 +167,13 @@ def _open_truth(config, dataset, xb_ND) -> truth.Truth | None:
   return truth.open_truth(opened, len(xb_ND), xb_ND, sizes, num=1)
 
 
-def _measure(codec, knobs, num_steps, search) -> dict:
+def _measure(codec, rule, search) -> dict:
   """Figures of the codec itself; every process encodes its share."""
   seconds = {}
   xb_ND, mine = search.xb_ND, devices.share(len(search.xb_ND))
-  codec = encoders.with_scout(codec, knobs, xb_ND)
-  encode_fn, block_size = codecs.make_encode_fn(codec, knobs, num_steps)
-  decode_fn = codecs.make_decode_fn(codec, knobs.get("dtype", "float32"))
+  codec = encoders.with_ranker(codec, rule, xb_ND)
+  encode_fn, block_size = codecs.make_encode_fn(codec, rule)
+  decode_fn = codecs.make_decode_fn(codec, rule.dtype)
   num = len(mine)
   if len(xb_ND) < jax.process_count():
     raise ValueError(
@@ -187,6 +186,7 @@ def _measure(codec, knobs, num_steps, search) -> dict:
       encode_fn, xb_ND, block_size=block_size, rows=mine, progress=done
     )
     codes_NM = np.concatenate([codes for _, codes in blocks])
+  knobs = rule.to_dict(codec.spec.knobs)
   is_joint = bool(knobs.get("num_joint_candidates"))
   sizes = codec.codebook_sizes[: codes_NM.shape[1]]
   return {
@@ -289,7 +289,7 @@ def _log_table(result) -> None:
         ("A", "num_candidates"),
         ("B", "beam_size"),
         ("C", "num_joint_candidates"),
-        ("F", "num_finalists"),
+        ("F", "num_ranked"),
       )
       if row.get(name)
     ]
@@ -297,7 +297,7 @@ def _log_table(result) -> None:
       [
         " ".join([row["name"], *search]),
         f"{row['bytes']:g}",
-        cli.number(row["mse"] * scale),
+        f"{row['mse'] * scale:.4f}",
       ]
       + [f"{row[name]:.3f}" for name in recalls]
       + [f"{row['encode_us']:.1f}", f"{row['decode_us']:.2f}"]

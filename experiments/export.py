@@ -188,7 +188,12 @@ def _blocks(config, codec, sizes):
   dataset = codecs.resolve_data(codec, config, base=config.data)
   x_ND = datasets.open_split(dataset, "base")
   encoder = encoders.make_encoder(codec, config, x_ND)
-  made_of = {"data": files.identify(x_ND), "encode": encoder.knobs}
+  made_of = {
+    "data": files.identify(x_ND),
+    "encode": encoders.settings(
+      codec, encoder.rule, config.get("assign", "auto")
+    ),
+  }
   return len(x_ND), encoder.blocks(), made_of
 
 

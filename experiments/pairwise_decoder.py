@@ -135,7 +135,7 @@ def _made_of(config, codec, vectors) -> dict:
   if config.codes:
     made_by = inputs.describe_codes(config, codes.open_codes(config.codes))
   else:
-    made_by = {name: config[name] for name in (*codecs.RULE, "assign")}
+    made_by = {name: config[name] for name in ("rule", *codecs.SIZES, "assign")}
   return {
     "codec_fingerprint": codec.fingerprint,
     "num_vectors": len(vectors),
@@ -207,7 +207,7 @@ def _check_sizes(codec, config) -> int:
   additive.check_unknowns(len(sizes), sizes[0])
   if config.num_tables == 0:
     return 0
-  num_lists = len(codecs.centroids_of(codec)) if codec.is_ivf else 0
+  num_lists = len(codec.centroids) if codec.is_ivf else 0
   return pairwise.check_sizes(
     sizes[0], len(sizes), num_lists, config.num_tables
   )
@@ -216,7 +216,7 @@ def _check_sizes(codec, config) -> int:
 def _codes_fn(config, codec, vectors):
   """Returns `(rows_N, x_ND) -> codes_NM`, read from a file or encoded."""
   if config.codes:
-    inputs.refuse_search(config, (*codecs.RULE, "assign"))
+    inputs.refuse_search(config, ("rule", *codecs.SIZES, "assign"))
     found = inputs.of_codec(config, codec, vectors)
     return lambda rows_N, _: _read_codes(found, rows_N)
   return lambda _, x_ND: _encode(codec, config, x_ND)
@@ -240,7 +240,7 @@ def _read(codec, vectors, rows_N, codes_fn) -> _Sample:
   if not codec.is_ivf:
     return _Sample(x_ND, codes_NM, None)
   lists_N, codes_NM = inputs.split(codec, codes_NM)
-  centroids_LD = codecs.centroids_of(codec)
+  centroids_LD = codec.centroids
   for start in range(0, len(x_ND), _BLOCK):
     block = slice(start, start + _BLOCK)
     x_ND[block] -= centroids_LD[lists_N[block]]
@@ -298,7 +298,7 @@ def _fit_pairwise(
   ):
     list_codes_LV = None
     if train.lists_N is not None:
-      centroids_LD = codecs.centroids_of(codec)
+      centroids_LD = codec.centroids
       sizes_L = np.bincount(train.lists_N, minlength=len(centroids_LD))
       list_codes_LV = pairwise.fit_list_codes(
         jax.random.key(0), centroids_LD, sizes_L, _code_sizes(codec)[0]
@@ -317,7 +317,7 @@ def _fit_pairwise(
 
 def _decode_fns(codec, config, additive_params, pairwise_params) -> dict:
   """Decoders `(codes_NM, lists_N) -> x_ND` by name, centroids subtracted."""
-  centroids_LD = codecs.centroids_of(codec)
+  centroids_LD = codec.centroids
   network_fn = codecs.make_decode_fn(codec, codecs.product_dtype(config.dtype))
   additive_fn = jax.jit(additive.decode)
 

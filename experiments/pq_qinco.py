@@ -29,12 +29,12 @@ import os
 import pathlib
 import shlex
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
 from experiments.lib import cli, codecs, pq_parts
+from vqjax.codec import Codec
 from vqjax.codecs import pq_qinco
 from vqjax.data import batches, datasets, files, formats
 from vqjax.storage import codec_file
@@ -224,14 +224,13 @@ def _make_info(paths, parts, source, vectors) -> dict:
 
 def _held_out_mse(params, info: dict, vectors) -> float:
   """Squared error per vector, of the held-out rows."""
-  data, tables = info["data"], jax.jit(pq_qinco.prepare)(params)
-  codec = codecs.Codec("pq_qinco", pq_qinco, tables, info, "")
+  data, codec = info["data"], Codec("pq_qinco", params, info)
   formats.check_vectors(
     vectors[:1], dim=pq_qinco.dim(params), name=data["train"]
   )
   rest = [data["validation_size"]] if "validation_size" in data else []
   _, held_out = batches.split(min(data["num_train"], len(vectors)), *rest)
-  encode_fn, block_size = codecs.make_encode_fn(codec, info["encode"])
+  encode_fn, block_size = codecs.make_encode_fn(codec, codec.rule)
   decode_fn = codecs.make_decode_fn(codec)
 
   def errors(x_ND):
@@ -252,11 +251,10 @@ def _log_recombined(folder, parts, info: dict) -> None:
   quality, split = "not measured: --data is not known", ""
   if "data" in info:
     mse, split = info["training"]["validation_mse"], " --split=validation"
-    quality = cli.number(mse * scale)
+    quality = f"{mse * scale:.4f}"
     of_parts = [p.info.get("training", {}).get("validation_mse") for p in parts]
     if None not in of_parts:
-      total = cli.number(sum(of_parts) * scale)
-      quality += f"; those of the parts add up to {total}"
+      quality += f"; those of the parts add up to {sum(of_parts) * scale:.4f}"
   logging.info(
     "One codec of %d parts in %s: %s, %s. Its validation MSE: %s.\nNext:\n"
     "  python -m experiments.evaluate --codec=%s%s\n"

@@ -5,7 +5,7 @@ r"""Measures error against time of encoding, to choose --beam_size and C.
 Encodes the same vectors by the published rule (A words of each hypothesis go
 through the network) and by the joint one (the best C of all pairs), at growing
 beam sizes, and draws both curves; where the network is deep enough also that of
-the joint rule with a scout, which lets F of the C through. A JSON file of the
+the joint rule with a ranker, which lets F of the C through. A JSON file of the
 figures lies beside the picture. Without --data the vectors are those of the
 codec's own base.
 """
@@ -19,11 +19,14 @@ import numpy as np
 from absl import logging
 
 from experiments.lib import cli, codecs, encoders
+from vqjax.codecs import qinco_ranker
+from vqjax.codecs.rule import SearchRule
 from vqjax.core import check_range
 from vqjax.data import batches, datasets, files
 from vqjax.search import plots
 
 REQUIRED = ("codec", "output")
+_DEEP = 4  # Residual blocks from which on a ranker saves more than it costs.
 OPTIONS = {
   "codec": cli.CODEC_OPTION,
   **cli.DATA_OPTIONS,
@@ -66,12 +69,12 @@ def run(config, workdir=None) -> dict:
   x_ND, others_ND = _read(config, dataset)
   rows = []
   sizes = _sizes(config, codec)
-  for knobs in sizes:
-    knobs["dtype"] = codecs.product_dtype(config.dtype)
-  scouted = [encoders.with_scout(codec, k, others_ND) for k in sizes]
+  dtype = codecs.product_dtype(config.dtype)
+  rules = [SearchRule(**sizes, dtype=dtype) for sizes in sizes]
+  ready = [encoders.with_ranker(codec, rule, others_ND) for rule in rules]
   with cli.progress(len(sizes), "encode", unit="size") as done:
-    for ready, knobs in zip(scouted, sizes, strict=True):
-      rows.append(_measure(ready, x_ND, knobs, config, dataset.scale))
+    for codec, rule in zip(ready, rules, strict=True):
+      rows.append(_measure(codec, x_ND, rule, config, dataset.scale))
       done(len(rows), len(sizes))
   rows.sort(key=lambda row: (row["rule"], row["encode_us"]))
   logging.info("%s", _table(rows))
@@ -92,7 +95,7 @@ def run(config, workdir=None) -> dict:
 
 
 def _read(config, dataset) -> tuple[np.ndarray, np.ndarray]:
-  """The vectors to encode, and others to fit scouts to, if there are any."""
+  """The vectors to encode, and others to fit rankers to, if there are any."""
   some_ND = datasets.open_split(
     dataset,
     "base",
@@ -125,15 +128,24 @@ def _sizes(config, codec) -> list[dict]:
     for factor in _numbers(config, "joint_factors")
     if factor <= num_words
   ]
-  scouted = [
-    rule
+  ranked = [
+    dict(
+      num_candidates=1,
+      beam_size=b,
+      num_joint_candidates=min(16 * b // 3, b * num_words),
+      num_ranked=b,
+    )
     for b in beams
-    for rule in encoders.scout_rules(
-      codec,
-      dict(num_candidates=1, beam_size=b, num_joint_candidates=8 * b // 3),
-    )[:1]
+    if _is_deep(codec) and num_words <= qinco_ranker.MAX_WORDS
   ]
-  return published + joint + scouted
+  return published + joint + ranked
+
+
+def _is_deep(codec) -> bool:
+  """Whether a ranker costs less than what it saves of the network."""
+  tables = codec.tables
+  is_one = codec.name == "qinco"  # And not one for each part.
+  return is_one and 1 + tables.up_TJEH.shape[1] >= _DEEP
 
 
 def _numbers(config, name: str) -> list[int]:
@@ -146,9 +158,9 @@ def _numbers(config, name: str) -> list[int]:
   return [int(part) for part in parts]
 
 
-def _measure(codec, x_ND, knobs, config, scale) -> dict:
-  """Encodes all vectors with `knobs`, some times over."""
-  encode_fn, num_rows = codecs.make_encode_fn(codec, knobs)
+def _measure(codec, x_ND, rule, config, scale) -> dict:
+  """Encodes all vectors by a rule, some times over."""
+  encode_fn, num_rows = codecs.make_encode_fn(codec, rule)
   num_rows = min(num_rows, len(x_ND))
   jax.block_until_ready(encode_fn(x_ND[:num_rows]))  # Compiles.
   times = []
@@ -157,17 +169,17 @@ def _measure(codec, x_ND, knobs, config, scale) -> dict:
     blocks = batches.map_blocks(encode_fn, x_ND, block_size=num_rows)
     codes_NM = np.concatenate([codes_NM for _, codes_NM in blocks])
     times.append(time.perf_counter() - began)
-  decode_fn = codecs.make_decode_fn(codec, knobs["dtype"])
+  decode_fn = codecs.make_decode_fn(codec, rule.dtype)
   decoded_ND = np.asarray(decode_fn(codes_NM))
   error_N = np.sum((x_ND - decoded_ND) ** 2, axis=1, dtype=np.float64)
-  a, b, c, f = (knobs.get(name) for name in codecs.RULE)
+  a, b, c, f = (getattr(rule, name) for name in codecs.SIZES)
   return {
-    "rule": "scout" if f else "joint" if c else "published",
+    "rule": "ranker" if f else "joint" if c else "published",
     "B": b,
     "A": None if c else a,
     "C": c or None,
-    "F": f,
-    "evaluations": f or c or a * b,
+    "F": f or None,
+    "evaluations": rule.num_evaluated,
     "mse": float(error_N.mean()) * scale,
     "encode_us": float(np.median(times)) / len(x_ND) * 1e6,
   }
@@ -185,7 +197,7 @@ def _table(rows) -> str:
         row["F"] or "",
         row["evaluations"],
       ]
-      + [cli.number(row["mse"]), f"{row['encode_us']:.0f}"]
+      + [f"{row['mse']:.4f}", f"{row['encode_us']:.0f}"]
       for row in rows
     ],
   )

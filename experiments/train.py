@@ -34,7 +34,9 @@ from ml_collections import config_dict
 
 from experiments.lib import cli, codecs, ivf_lists, run_folder, train_run
 from vqjax import devices
-from vqjax.codecs import pq, qinco, qinco_loss, registry, rq
+from vqjax.codec import Codec
+from vqjax.codecs import pq, qinco, qinco_loss, rq, runner
+from vqjax.codecs.rule import SearchRule
 from vqjax.core import check_range
 from vqjax.data import batches, datasets, files
 from vqjax.interop import faiss_io
@@ -291,9 +293,9 @@ def _check_model(config, schedule, shape) -> None:
 def check_search(config, params) -> None:
   """Raises ValueError unless the searches of the config fit the model."""
   for name in ("model", "encode"):
-    sizes = [config[name][knob] for knob in SEARCH]
+    rule = SearchRule(**{knob: config[name][knob] for knob in SEARCH})
     try:
-      qinco.check_search(params, *sizes)
+      qinco.check_rule(params, rule)
     except ValueError as error:
       raise ValueError(f"In config.{name}: {error}") from error
 
@@ -314,8 +316,7 @@ def _make_learner(config, xv_ND, schedule):
 
   def validate(params):
     tables = prepare_fn(devices.local(params))
-    codec = codecs.Codec("qinco", qinco, tables, {}, "")
-    num_rows = codecs.block_rows(codec, knobs) * jax.local_device_count()
+    num_rows = runner.encode_block(qinco.CODEC, tables, SearchRule(**knobs))
     return codecs.mean_of_rows(
       functools.partial(errors_fn, tables), xv_ND, num_rows
     )
@@ -353,10 +354,11 @@ def _finish(config, workdir, dataset, xt_ND, params, this, ended: dict):
   held_out, seconds = this.held_out, ended["seconds"]
   is_ivf = getattr(params, "is_ivf", False)
   assign = ivf_lists.split if is_ivf else "auto"  # The lists are known.
-  module = registry.get(config.codec)
-  codec = codecs.Codec(config.codec, module, module.prepare(params), {}, "")
   knobs = config.encode.to_dict()
-  encode_fn, block_size = codecs.make_encode_fn(codec, knobs, assign=assign)
+  codec = Codec(config.codec, params, {"encode": knobs})
+  encode_fn, block_size = codecs.make_encode_fn(
+    codec, codec.rule, assign=assign
+  )
   decode_fn = codecs.make_decode_fn(codec)
 
   def errors(rows):

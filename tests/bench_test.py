@@ -21,7 +21,9 @@ from experiments.lib import (
   cli,
   codecs,
 )
-from vqjax.codecs import qinco, qinco_scout
+from vqjax.codec import Codec
+from vqjax.codecs import qinco, qinco_ranker
+from vqjax.codecs.rule import SearchRule
 from vqjax.interop import faiss_io
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -60,7 +62,7 @@ def test_work_is_what_the_traced_program_multiplies(case, sizes):
   tables = jax.eval_shape(qinco.prepare, params)
   x_ND = qinco_cases.vectors(NUM)
   traced = jax.make_jaxpr(partial(qinco.encode, **knobs))(tables, x_ND)
-  work = bench_arithmetic.encode_work(tables, **knobs)
+  work = bench_arithmetic.encode_work(tables, SearchRule(**knobs))
   assert NUM * work.total == _multiply_adds(traced.jaxpr)
   codes_NM = np.zeros((NUM, len(qinco.codebook_sizes(tables))), np.int32)
   traced = jax.make_jaxpr(qinco.decode)(tables, codes_NM)
@@ -71,15 +73,15 @@ def test_work_is_what_the_traced_program_multiplies(case, sizes):
 
 @pytest.mark.parametrize("case", ["qinco2", "qinco2_same_dim", "ivf"])
 @pytest.mark.parametrize("sizes", [(2, 4, 14, 9), (2, 4, 14, 4), (2, 4, 9, 9)])
-def test_work_with_a_scout_is_what_the_traced_program_multiplies(case, sizes):
+def test_work_with_a_ranker_is_what_the_traced_program_multiplies(case, sizes):
   params = qinco_cases.make_params(**qinco_cases.CASES[case])
-  knobs = dict(zip(codecs.RULE, sizes, strict=True))
+  knobs = dict(zip(codecs.SIZES, sizes, strict=True))
   x_ND = qinco_cases.vectors(NUM)
-  tables = qinco_scout.fit(
+  tables = qinco_ranker.fit(
     qinco.prepare(params), x_ND, beam_size=4, num_joint_candidates=14, rank=3
   )
   traced = jax.make_jaxpr(partial(qinco.encode, **knobs))(tables, x_ND)
-  work = bench_arithmetic.encode_work(tables, **knobs)
+  work = bench_arithmetic.encode_work(tables, SearchRule(**knobs))
   assert NUM * work.total == _multiply_adds(traced.jaxpr)
 
 
@@ -89,7 +91,7 @@ def test_work_of_the_network_of_s():
     dim=128, num_networks=7, num_words=256, network_dim=128, hidden_dim=256
   )
   tables = jax.eval_shape(qinco.prepare, params)
-  work = bench_arithmetic.encode_work(tables, num_candidates=16, beam_size=32)
+  work = bench_arithmetic.encode_work(tables, SearchRule())
   assert work.network == 7 * 512 * (256 * 128 + 2 * 128 * 256)
   rest = 7 * 32 * (128 * 128 + 128 * 256 + 256 * 128) + 256 * 128
   assert work.total - work.network == rest
@@ -190,22 +192,25 @@ def test_every_result_is_a_line_to_compare(tmp_path, in_a_hurry):
   assert len(output.read_text().splitlines()) == 9  # Added, not replaced.
 
 
-def _subject(name="qinco", **encode):
-  tables = qinco.prepare(qinco_cases.make_params())
-  codec = codecs.Codec(name, qinco, tables, {"encode": encode}, "")
-  return bench_subjects.Subject("x", codec, None, qinco_cases.vectors(4))
+def _subject(**encode):
+  codec = Codec(
+    "qinco", qinco_cases.make_params(num_words=64), {"encode": encode}
+  )
+  return bench_subjects.Subject("x", codec, qinco_cases.vectors(4))
 
 
 def test_searches_are_the_published_rule_and_the_own_one():
   own = dict(num_candidates=3, beam_size=48, num_joint_candidates=96)
   got = bench_subjects.searches(_subject(**own), _config(), "bfloat16")
   published = dict(num_candidates=3, beam_size=32, num_joint_candidates=0)
-  assert got == [{**knobs, "dtype": "bfloat16"} for knobs in (published, own)]
+  assert got == [
+    SearchRule(**knobs, dtype="bfloat16") for knobs in (published, own)
+  ]
   (got,) = bench_subjects.searches(_subject(**own), _config(beam_size=4))
-  assert got == {**own, "beam_size": 4, "dtype": "float32"}
+  assert got == SearchRule(**{**own, "beam_size": 4})
   del own["num_joint_candidates"]
   (got,) = bench_subjects.searches(_subject(**own), _config())
-  assert got == {**own, "dtype": "float32"}
+  assert got == SearchRule(**own)
 
 
 def test_the_table_tells_searches_apart():
@@ -217,8 +222,8 @@ def test_the_table_tells_searches_apart():
 
 
 def test_a_search_that_does_not_fit_is_refused():
-  config = _config(num_candidates=2, beam_size=8)
-  with pytest.raises(ValueError, match="beam_size .* between 1 and 7, got 8"):
+  config = _config(num_candidates=2, beam_size=65)
+  with pytest.raises(ValueError, match="beam_size .* between 1 and 64, got 65"):
     bench._check_searches(config, [_subject()])
 
 

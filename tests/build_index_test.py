@@ -51,7 +51,7 @@ def _make(folder, num_lists, seed=0, metric="l2"):
   )
   write_json(folder / "codes.npy.json", meta)
   lists_N = codes_NM[:, 0] if is_ivf else np.zeros(NUM, np.int32)
-  target_ND = x_ND - codecs.centroids_of(codec)[lists_N]
+  target_ND = x_ND - codec.centroids[lists_N]
   words = additive.fit(codes_NM[:, is_ivf:], target_ND, K)
   decoder_file.save(
     folder / "decoders.safetensors",
@@ -124,7 +124,7 @@ def test_the_index_holds_the_codes(coarse, files, tmp_path):
   np.testing.assert_array_equal(got_NM, codes_NM[found.ids_N])
   codec = codecs.open_codec(files["codec"])
   np.testing.assert_array_equal(found.codebooks_MKD, _words(files))
-  np.testing.assert_array_equal(found.centroids_LD, codecs.centroids_of(codec))
+  np.testing.assert_array_equal(found.centroids_LD, codec.centroids)
   assert info["codec_fingerprint"] == codec.fingerprint
   assert info["rows"] == [[0, NUM]]
   assert info["coarse"] == (coarse or "flat")
@@ -153,7 +153,7 @@ def test_plain_faiss_ranks_by_the_additive_decoder(files, tmp_path):
   codec, codes_NM = codecs.open_codec(files["codec"]), np.load(files["codes"])
   words = _words(files)
   lists_N = codes_NM[:, 0] if codes_NM.shape[1] > M else np.zeros(NUM, int)
-  x_ND = codecs.centroids_of(codec)[lists_N]
+  x_ND = codec.centroids[lists_N]
   r_ND = sum(words[m][code_N] for m, code_N in enumerate(codes_NM[:, -M:].T))
   norm_N = np.sum(np.square(r_ND, dtype=float), axis=1)
   distances_QR, ids_QR = index.search(np.load(_data(files))[:9], NUM)
@@ -186,7 +186,7 @@ def test_an_additive_codec_brings_its_own_codewords(name, tmp_path, said):
   info = _run(path, given).info
   words = additive.AdditiveParams(_read_words(path))
   assert info["decoders_fingerprint"] == codec_file.fingerprint(words)
-  x_ND = np.asarray(codec.module.decode(codec.tables, codes_NM))
+  x_ND = np.asarray(codec.spec.decode(codec.tables, codes_NM))
   index = faiss.read_index(str(path))
   index.make_direct_map()
   np.testing.assert_allclose(index.reconstruct_n(0, NUM), x_ND, atol=1e-5)
@@ -219,9 +219,7 @@ def _data(files):
 def test_vectors_are_encoded_on_the_way(files, tmp_path):
   got = _run(tmp_path / "a", files | {"codes": None}, data=_data(files))
   codec = codecs.open_codec(files["codec"])
-  codes_NM = codec.module.encode(
-    codec.tables, np.load(_data(files)), **codec.info["encode"]
-  )
+  codes_NM = codec.encode(_data(files))
   np.save(tmp_path / "codes.npy", codes_NM)
   given = files | {"codes": str(tmp_path / "codes.npy")}
   _assert_same(got, _run(tmp_path / "b", given))

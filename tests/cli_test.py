@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from absl import flags
 
-from configs import qinco2_s
 from experiments.lib import cli, process
 from tests import commands
 from vqjax import core, devices
@@ -235,28 +234,3 @@ def test_config_takes_a_name(args):
   assert found == ["train", f"--config={ROOT}/configs/pq.py:smoke", "--resume"]
   with pytest.raises(flags.Error, match="no configuration 'pqq': did you"):
     cli._find_configs(["train", "--config=pqq"])
-
-
-def test_a_setting_can_be_unset():
-  args = ["train", "--config=x", "--config.data.num_train=None", "--a=None"]
-  rest, names = cli._take_unset(args)
-  assert rest == ["train", "--config=x", "--a=None"]
-  config = qinco2_s.get_config("smoke")
-  assert config.data.num_train == 1200
-  cli._unset(config, [*names, "model.low_rank"])
-  assert config.data.num_train is None
-  with pytest.raises(flags.Error, match="--config.train.batch_size needs a v"):
-    cli._unset(config, ["train.batch_size"])
-
-
-@pytest.mark.parametrize(
-  ("value", "text"),
-  [
-    (16.18, "16.1800"),
-    (0.0, "0.0000"),
-    (3.4612e-9, "3.461e-09"),
-    (0.0001234567, "0.0001235"),
-  ],
-)
-def test_small_figures_keep_their_digits(value, text):
-  assert cli.number(value) == text

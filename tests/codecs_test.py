@@ -4,7 +4,6 @@ To add a codec add a row to `ROWS`.
 """
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -15,7 +14,8 @@ import numpy as np
 import pytest
 
 from tests import qinco_cases
-from vqjax.codecs import pq, pq_qinco, registry, rq
+from vqjax.codecs import pq, pq_qinco, registry, rq, runner
+from vqjax.codecs.rule import SearchRule
 from vqjax.storage import codec_file
 
 KEY = jax.random.key(0)
@@ -156,12 +156,18 @@ def _params(row):
   return row.make_fn()
 
 
+def _rule(row, knobs=None) -> SearchRule:
+  """The search of a row."""
+  knobs = dict(row.knobs if knobs is None else knobs)
+  return registry.get(row.codec).rule.replace(**knobs)
+
+
 @cache
 def _encode(row, knobs=None):
   """Jitted `(params, x_ND) -> codes_NM`, a NumPy array."""
-  knobs = dict(row.knobs if knobs is None else knobs)
-  module = registry.get(row.codec)
-  jitted = jax.jit(lambda params, x_ND: module.encode(params, x_ND, **knobs))
+  rule = _rule(row, knobs)
+  encode = registry.get(row.codec).encode
+  jitted = jax.jit(lambda params, x_ND: encode(params, x_ND, None, rule))
   return lambda params, x_ND: np.asarray(jitted(params, x_ND))
 
 
@@ -199,17 +205,52 @@ def test_1_blocks_do_not_change_codes(row, block_size):
   _assert_same(row, params, x_ND, np.concatenate(parts), want_NM)
 
 
-@_over(
-  lambda row: (
-    "block_size" in inspect.signature(registry.get(row.codec).encode).parameters
+@_over()
+@pytest.mark.parametrize("block_size", [None, 1, 7])
+def test_1_the_runner_has_the_same_codes_for_all_sizes_of_blocks(
+  row, block_size
+):
+  spec, params, x_ND = registry.get(row.codec), _params(row), _vectors()
+  tables, told = spec.prepare(params), []
+  blocks = runner.encode(
+    spec,
+    tables,
+    x_ND,
+    _rule(row),
+    block_size=block_size,
+    progress=lambda *rows: told.append(rows),
   )
-)
-@pytest.mark.parametrize("block_size", [1, 7, NUM_VECTORS])
-def test_1_block_size_does_not_change_codes(row, block_size):
-  params, x_ND = _params(row), _vectors()
-  knobs = {**dict(row.knobs), "block_size": block_size}
-  codes_NM = _encode(row, _knobs(**knobs))(params, x_ND)
-  _assert_same(row, params, x_ND, codes_NM, _encode(row)(params, x_ND))
+  codes_NM = np.concatenate(list(blocks))
+  want_NM = _encode(row)(params, x_ND)
+  _assert_same(row, params, x_ND, codes_NM, want_NM)
+  assert told[-1] == (NUM_VECTORS, NUM_VECTORS)
+  decoded = runner.decode(spec, tables, want_NM, block_size=block_size)
+  np.testing.assert_allclose(
+    np.concatenate(list(decoded)),
+    _decode(row)(params, want_NM),
+    rtol=1e-5,
+    atol=1e-5,
+  )
+
+
+@_over()
+def test_the_runner_names_the_row_of_a_code_out_of_range(row):
+  spec, params = registry.get(row.codec), _params(row)
+  codes_NM = np.array(_encode(row)(params, _vectors()))
+  codes_NM[5, 0] = spec.codebook_sizes(params)[0]
+  with pytest.raises(ValueError, match="row 5"):
+    list(runner.decode(spec, spec.prepare(params), codes_NM))
+
+
+@_over()
+def test_a_record_declares_the_knobs_of_its_search(row):
+  spec, params = registry.get(row.codec), _params(row)
+  assert spec.name == row.codec
+  assert set(dict(row.knobs)) <= set(spec.knobs)
+  assert isinstance(params, spec.Params)
+  spec.check_rule(params, _rule(row))
+  with pytest.raises(ValueError, match="num_steps|got 99"):
+    spec.check_rule(params, _rule(row).replace(num_steps=99))
 
 
 @_over()
@@ -239,7 +280,7 @@ def test_2_no_rows_have_no_codes(row):
 def test_3_jit_changes_nothing(row):
   params, x_ND, module = _params(row), _vectors(), registry.get(row.codec)
   jitted_NM = _encode(row)(params, x_ND)
-  codes_NM = module.encode(params, jnp.asarray(x_ND), **dict(row.knobs))
+  codes_NM = module.encode(params, jnp.asarray(x_ND), None, _rule(row))
   _assert_same(row, params, x_ND, jitted_NM, codes_NM)
   np.testing.assert_allclose(
     _decode(row)(params, codes_NM),
@@ -368,7 +409,7 @@ def test_encode_is_traced_once(row):
   @jax.jit
   def encode_fn(params, x_ND):
     traces.append(1)
-    return module.encode(params, x_ND, **dict(row.knobs))
+    return module.encode(params, x_ND, None, _rule(row))
 
   for seed in range(3):
     encode_fn(params, _vectors(seed=seed))
@@ -379,20 +420,12 @@ def test_encode_is_traced_once(row):
 def test_a_wrong_dimension_is_refused(row):
   params, module = _params(row), registry.get(row.codec)
   with pytest.raises(ValueError, match=rf"\(None, {D}\), got \(23, {D - 1}\)"):
-    module.encode(params, _vectors()[:, 1:], **dict(row.knobs))
+    module.encode(params, _vectors()[:, 1:], None, _rule(row))
   with pytest.raises(TypeError, match="codes must be integers, got float32"):
     module.decode(params, jnp.zeros((3, 4)))
-
-
-@_over()
-def test_the_registry_knows_the_name_of_parameters(row):
-  assert registry.name_of(_params(row)) == row.codec
-  assert registry.get(row.codec).Params is type(_params(row))
 
 
 def test_an_unknown_codec_is_refused():
   with pytest.raises(ValueError, match="pq, rq, qinco, pq_qinco; got 'vq'"):
     registry.get("vq")
-  with pytest.raises(TypeError, match="pq, rq, .* got dict"):
-    registry.name_of({})
   assert set(registry.names()) == {"pq", "rq", "qinco", "pq_qinco"}

@@ -79,8 +79,8 @@ def test_evaluate_finds_what_cosines_find(made, has_truth):
   assert codec.info["metric"] == "cosine"
   unit_ND = x_ND / np.linalg.norm(x_ND.astype(float), axis=1, keepdims=True)
   unit_ND = unit_ND.astype(np.float32)
-  codes_NM = codec.module.encode(codec.tables, unit_ND, beam_size=5)
-  xhat_ND = np.asarray(codec.module.decode(codec.tables, codes_NM), float)
+  codes_NM = codec.encode(x_ND, beam_size=5)
+  xhat_ND = np.asarray(codec.spec.decode(codec.tables, codes_NM), float)
   assert row["mse"] == pytest.approx(
     np.square(unit_ND - xhat_ND).sum(axis=1).mean(), rel=1e-4
   )

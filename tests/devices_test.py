@@ -33,7 +33,7 @@ def make_figures(folder: str) -> None:
   config.train.redraw = "published"  # Needs the moments of the whole batch.
   train.run(config, folder / "run")
   codec = codecs.open_codec(str(GOLDEN / "ivf_qinco2_tiny.pt"))
-  encode_fn, _ = codecs.make_encode_fn(codec, {"beam_size": 4})
+  encode_fn, _ = codecs.make_encode_fn(codec, codec.rule.replace(beam_size=4))
   x_ND = np.load(GOLDEN / "ivf_qinco2_tiny.npz")["x"][:29]
   codes_NM = encode_fn(x_ND)
   xhat_ND = codecs.make_decode_fn(codec)(codes_NM)

@@ -61,10 +61,10 @@ def num_blocks(monkeypatch):
   """Counts the blocks that go through encoders, of 7 vectors at most."""
   made, counts = codecs.make_encode_fn, {"blocks": 0}
 
-  def make_encode_fn(codec, knobs, num_steps, **options):
-    key = repr((codec.fingerprint, num_steps, knobs, options))
+  def make_encode_fn(codec, rule, **options):
+    key = repr((codec.fingerprint, rule, options))
     if key not in _ENCODERS:
-      _ENCODERS[key], _ = made(codec, knobs, num_steps, **options)
+      _ENCODERS[key], _ = made(codec, rule, **options)
 
     def counted_fn(x_ND):
       counts["blocks"] += 1

@@ -80,7 +80,7 @@ def test_faiss_ranks_as_exact_search_over_decoded(
   index = faiss.read_index(str(path))
   assert index.ntotal == 90
   codec = codecs.open_codec(str(folder / name))
-  xhat_ND = np.asarray(codec.module.decode(codec.tables, codes_NM), float)
+  xhat_ND = np.asarray(codec.spec.decode(codec.tables, codes_NM), float)
   np.testing.assert_allclose(index.reconstruct_n(0, 90), xhat_ND, atol=1e-4)
   queries_QD = np.random.default_rng(2).normal(size=(7, 8)).astype(np.float32)
   found_QR, ids_QR = index.search(queries_QD, 20)
@@ -125,7 +125,7 @@ def test_many_blocks_and_no_vectors(folder, tmp_path, monkeypatch):
   codec = codecs.open_codec(str(folder / "rq"))
   np.testing.assert_allclose(
     faiss.read_index(str(path)).reconstruct_n(0, 90),
-    codec.module.decode(codec.tables, codes_NM),
+    codec.spec.decode(codec.tables, codes_NM),
     atol=1e-4,
   )
   record, path = _run(folder, tmp_path, "rq", overwrite=True)

@@ -120,9 +120,9 @@ def _concatenated(params, t, k, xhat):
   return e + step + (0 if bias is None else bias)
 
 
-def scout_word(params, scout, t, k, xhat):
-  """What a scout takes word k of the t-th step for; normalised units."""
-  at = lambda name: np.asarray(getattr(scout, name), np.float64)[t]
+def ranker_word(params, ranker, t, k, xhat):
+  """What a ranker takes word k of the t-th step for; normalised units."""
+  at = lambda name: np.asarray(getattr(ranker, name), np.float64)[t]
   up = _weight(params, "up_TJEH", t)[0]
   hidden = np.maximum(_concatenated(params, t, k, xhat) @ up, 0)
   added = at("words_TKU")[k] + xhat @ at("state_TDU")
@@ -159,12 +159,12 @@ def _preselect(residuals, book, num_candidates, num_joint):
   return pairs
 
 
-def _finalists(params, scout, t, z, kept, pairs, num):
-  """Those of the pairs whose words leave least, as the scout sees them."""
+def _ranked(params, ranker, t, z, kept, pairs, num):
+  """Those of the pairs whose words leave least, as the ranker sees them."""
   errors = []
   for f, k in pairs:
     xhat = kept[f][2]
-    left = z - xhat - scout_word(params, scout, t, k, xhat)
+    left = z - xhat - ranker_word(params, ranker, t, k, xhat)
     errors.append((float((left**2).sum()), f, k))
   return [(f, k) for _, f, k in _keep(errors, num)]
 
@@ -175,8 +175,8 @@ def _qinco_beam(
   num_candidates,
   beam_size,
   num_joint,
-  scout=None,
-  num_finalists=0,
+  ranker=None,
+  num_ranked=0,
 ):
   """Hypotheses `(error, code, xhat)` of a normalised vector, best first.
 
@@ -203,11 +203,11 @@ def _qinco_beam(
       residuals = [z - xhat for _, _, xhat in kept]
       book = _weight(params, "preselect_TKD", t)
       pairs = _preselect(residuals, book, one, joint)
-    finalists = num_finalists
+    ranked = num_ranked
     if is_last and t > 0:
-      finalists = max((finalists + 7) // 8, min(finalists, 8))
-    if scout is not None and finalists < len(pairs):
-      pairs = _finalists(params, scout, t, z, kept, pairs, finalists)
+      ranked = max((ranked + 7) // 8, min(ranked, 8))
+    if ranker is not None and ranked < len(pairs):
+      pairs = _ranked(params, ranker, t, z, kept, pairs, ranked)
     grown = []
     for f, k in pairs:
       _, code, xhat = kept[f]
@@ -223,16 +223,16 @@ def qinco_encode(
   num_candidates,
   beam_size,
   num_joint_candidates=0,
-  scout=None,
-  num_finalists=0,
+  ranker=None,
+  num_ranked=0,
 ):
   """Codes of vectors in data units, one candidate after the other.
 
   `num_candidates` = 0 sends every word through the network. Ties go to the
   lower slot: hypothesis by hypothesis, in each by rank in the pre-selection;
   under the joint rule by rank among all pairs. The last step, which keeps one
-  hypothesis, looks at a quarter of the joint candidates, at least 16. A scout
-  lets `num_finalists` of the joint
+  hypothesis, looks at a quarter of the joint candidates, at least 16. A ranker
+  lets `num_ranked` of the joint
   candidates through, in such a last step an eighth of them, at least 8.
   """
   std = float(params.std)
@@ -241,8 +241,8 @@ def qinco_encode(
     z = (row - _weight(params, "mean_D")) / std
     kept = _qinco_beam(
       *(params, z, num_candidates, beam_size, num_joint_candidates),
-      scout=scout,
-      num_finalists=num_finalists,
+      ranker=ranker,
+      num_ranked=num_ranked,
     )
     codes.append(kept[0][1])
   return np.array(codes, np.int32)

@@ -10,7 +10,7 @@ import pytest
 from experiments import encode, pairwise_decoder
 from experiments.lib import cli, codecs
 from tests import commands, qinco_cases
-from vqjax.codecs import additive, pairwise, registry
+from vqjax.codecs import additive, pairwise, pq, pq_qinco
 from vqjax.data import codes
 from vqjax.storage import codec_file, decoder_file, tensors
 
@@ -49,7 +49,7 @@ def _reference(given, num_tables):
   """Decoders and errors, from all rows at once."""
   codec = codecs.open_codec(given["codec"])
   x_ND, codes_NM = np.load(given["data"]), np.load(given["codes"])
-  centroids_LD = codecs.centroids_of(codec)
+  centroids_LD = codec.centroids
   lists_N, own_NM = codes_NM[:, 0], codes_NM[:, 1:]
   target_ND = x_ND - centroids_LD[lists_N]
   rows_N, num_train = pairwise_decoder._draw(NUM, 100)
@@ -66,7 +66,7 @@ def _reference(given, num_tables):
     ),
     num_tables=num_tables,
   )
-  network_ND = np.asarray(jax.jit(codec.module.decode)(codec.tables, codes_NM))
+  network_ND = np.asarray(jax.jit(codec.spec.decode)(codec.tables, codes_NM))
   left = {
     "centroid of the list": target_ND,
     "additive": target_ND - additive.decode(words, own_NM),
@@ -183,12 +183,10 @@ def test_held_out_vectors_are_fitted_to_by_none(monkeypatch):
 def test_other_codecs_without_lists(tmp_path, codec):
   x_ND = qinco_cases.vectors(120)
   if codec == "pq":
-    module = registry.get("pq")
-    params = module.fit(jax.random.key(0), x_ND, num_codes=2, codebook_size=4)
+    params = pq.fit(jax.random.key(0), x_ND, num_codes=2, codebook_size=4)
   else:
-    module = registry.get("pq_qinco")
     block = qinco_cases.make_params(dim=3, num_networks=1, num_words=4)
-    params = module.recombine([block, block], jnp.eye(6))
+    params = pq_qinco.recombine([block, block], jnp.eye(6))
   np.save(tmp_path / "x.npy", x_ND)
   folder = _save(tmp_path / "codec", codec, params)
   paths = dict(codec=folder, data=str(tmp_path / "x.npy"))

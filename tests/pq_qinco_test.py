@@ -157,11 +157,3 @@ def test_refuses_blocks_that_differ(fields, said):
 def test_refuses_no_blocks():
   with pytest.raises(ValueError, match="at least one block, got none"):
     pq_qinco.recombine([])
-
-
-def test_blocks_share_the_budget_of_decoding():
-  tables = pq_qinco.prepare(pq_qinco.recombine(_blocks()))
-  one = qinco.prepare(_blocks()[0])
-  rows = pq_qinco.decode_block(tables, budget_bytes=P << 20)
-  assert rows == qinco.decode_block(one, budget_bytes=1 << 20)
-  assert rows > 64

@@ -64,20 +64,6 @@ def test_a_rotation_is_undone_by_a_rotation():
   )
 
 
-@pytest.mark.parametrize("rotation", [None, _rotation()])
-def test_lookup_sums_to_the_squared_distance(rotation):
-  x_ND = _vectors()
-  params = _fit(x_ND, rotation=rotation)
-  codes_NM = np.asarray(pq.encode(params, x_ND[:20]))
-  table_QMK = pq.lookup(params, x_ND[100:110])
-  got = [
-    [sum(float(t[m, k]) for m, k in enumerate(code)) for code in codes_NM]
-    for t in np.asarray(table_QMK)
-  ]
-  want = oracles.sq_distances(x_ND[100:110], pq.decode(params, codes_NM))
-  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
-
-
 def test_more_words_lower_the_error():
   x_ND = _vectors()
   errors = []

@@ -171,31 +171,6 @@ def test_wrong_shapes_are_refused():
     qinco.decode(params, jnp.zeros((2, 4)))
 
 
-def test_decode_block_fits_the_budget():
-  tables = qinco.prepare(make_params(**CASES["qinco2"]))
-  widths = [tables.base_TKE.shape[2], tables.base_up_TKH.shape[2]]
-  row_bytes = 4 * (sum(widths) + qinco.dim(tables))
-  for budget in (1, 64 * row_bytes, 1000 * row_bytes):
-    rows = qinco.decode_block(tables, budget_bytes=budget)
-    assert rows % 64 == 0
-    assert rows == 64 or rows * row_bytes <= budget < (rows + 64) * row_bytes
-
-
-def test_encode_block_fits_the_budget():
-  tables = qinco.prepare(make_params())
-  knobs = dict(num_candidates=3, beam_size=4)
-  small = qinco.encode_block(tables, budget_bytes=1 << 16, **knobs)
-  large = qinco.encode_block(tables, budget_bytes=1 << 20, **knobs)
-  assert small % 8 == 0
-  assert 8 <= small < large
-  wide = qinco.encode_block(
-    tables, budget_bytes=1 << 20, num_candidates=0, beam_size=4
-  )
-  assert wide < large
-  deep = qinco.prepare(make_params(num_blocks=200))
-  assert qinco.encode_block(deep, budget_bytes=1 << 20, **knobs) > large
-
-
 @pytest.mark.parametrize("size", ["s", "m", "l"])
 def test_presets_have_the_published_sizes(size):
   width = dict(

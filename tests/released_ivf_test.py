@@ -169,7 +169,7 @@ def _additive(files):
   words = [
     np.asarray(book)[at] for book, at in zip(books_MKD, codes_NM.T, strict=True)
   ]
-  return codecs.centroids_of(codec)[lists_N] + sum(words)
+  return codec.centroids[lists_N] + sum(words)
 
 
 def test_the_recall_of_a_search_of_everything(files, tmp_path):
@@ -213,7 +213,7 @@ def test_the_recall_of_a_search_of_everything(files, tmp_path):
 def test_released_centroids_start_a_training(tmp_path):
   """A .npy of centroids in data units, as the released programs write it."""
   released = codecs.open_codec(str(GOLDEN / "v1_ivf_qinco.pt"))
-  centroids_LD = codecs.centroids_of(released)
+  centroids_LD = released.centroids
   np.save(tmp_path / "centroids.npy", centroids_LD)
   x_ND = np.load(GOLDEN / "v1_ivf_qinco.npz")["x"]
   np.save(tmp_path / "x.npy", x_ND)
@@ -225,9 +225,7 @@ def test_released_centroids_start_a_training(tmp_path):
   config.train.update(num_epochs=1, batch_size=32)
   train.run(config, str(tmp_path / "run"))
   codec = codecs.open_codec(str(tmp_path / "run"))
-  np.testing.assert_allclose(
-    codecs.centroids_of(codec), centroids_LD, atol=1e-4
-  )
+  np.testing.assert_allclose(codec.centroids, centroids_LD, atol=1e-4)
   values = {"codec": str(tmp_path / "run"), "data": str(tmp_path / "x.npy")}
   _run(encode, **values, output=str(tmp_path / "codes.npy"))
   np.testing.assert_array_equal(

@@ -96,20 +96,6 @@ def test_all_steps_share_one_compiled_program(monkeypatch):
   assert counts[0] == counts[1] > 0
 
 
-def test_lookup_gives_inner_products_with_the_decoded():
-  x_ND = _vectors()
-  params = rq.fit(KEY, x_ND, num_codes=3, codebook_size=8)
-  codes_NM = np.asarray(rq.encode(params, x_ND[:20]))
-  table_QMK = np.asarray(rq.lookup(params, x_ND[100:110]))
-  got = [
-    [sum(float(t[m, k]) for m, k in enumerate(code)) for code in codes_NM]
-    for t in table_QMK
-  ]
-  xhat = np.asarray(rq.decode(params, codes_NM), np.float64)
-  want = np.asarray(x_ND[100:110], np.float64) @ xhat.T
-  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
-
-
 def test_sizes():
   params = rq.RQParams(_vectors(24).reshape(3, 8, 6))
   assert rq.codebook_sizes(params) == (8, 8, 8)

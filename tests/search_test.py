@@ -35,7 +35,7 @@ def _make(folder, is_ivf):
   sizes = codec.codebook_sizes
   codes_NM = rng.integers(0, sizes, (2 * NUM, len(sizes))).astype(np.int32)
   codes_NM = rng.permutation(np.unique(codes_NM, axis=0))[:NUM]  # No ties.
-  x_ND = np.asarray(codec.module.decode(codec.tables, codes_NM))
+  x_ND = np.asarray(codec.spec.decode(codec.tables, codes_NM))
   xq_QD = x_ND[:40] + 0.2 * rng.normal(size=(40, D)).astype(np.float32)
   np.save(folder / "x.npy", x_ND)
   np.save(folder / "xq.npy", xq_QD)
@@ -52,7 +52,7 @@ def _make(folder, is_ivf):
   )
   write_json(folder / "codes.npy.json", meta)
   lists_N = codes_NM[:, 0] if is_ivf else np.zeros(NUM, np.int32)
-  target_ND = x_ND - codecs.centroids_of(codec)[lists_N]
+  target_ND = x_ND - codec.centroids[lists_N]
   words = additive.fit(codes_NM[:, is_ivf:], target_ND, K)
   tables = pairwise.fit(words, codes_NM[:, 1:], target_ND) if is_ivf else None
   decoder_file.save(

@@ -4,13 +4,13 @@ import functools
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import encode, tradeoff
-from experiments.lib import cli, codecs, encoders
+from experiments.lib import cli, encoders
 from tests import qinco_cases
+from vqjax.codec import Codec
 from vqjax.codecs import qinco
 from vqjax.data import formats
 from vqjax.interop import faiss_ivf
@@ -24,42 +24,15 @@ def _codec(preselect_fn):
   params = qinco_cases.make_params(num_words=16, dim=6)
   params = params.replace(out_TED=0 * params.out_TED)
   params = params.replace(preselect_TKD=preselect_fn(params.codebooks_TKD))
-  tables = jax.jit(qinco.prepare)(params)
-  return params, codecs.Codec("qinco", qinco, tables, {}, "")
+  return params, Codec("qinco", params)
 
 
 def _vectors(num=320):
   return np.random.default_rng(0).normal(size=(num, 6)).astype(np.float32)
 
 
-def test_the_joint_rule_is_taken_where_it_is_as_good():
-  _, codec = _codec(lambda words_TKD: words_TKD)
-  knobs = encoders.try_joint_rule(codec, PUBLISHED, _vectors(), num_vectors=32)
-  assert knobs == {**PUBLISHED, "num_joint_candidates": 16}
-
-
-def test_the_joint_rule_is_refused_where_it_is_worse():
-  _, codec = _codec(lambda words_TKD: 3 * jnp.flip(words_TKD, axis=1))
-  knobs = encoders.try_joint_rule(codec, PUBLISHED, _vectors(), num_vectors=32)
-  assert knobs == PUBLISHED
-
-
-@pytest.mark.parametrize(
-  ("knobs", "num"),
-  [
-    (PUBLISHED, 255),  # Too few vectors for a trial.
-    (dict(PUBLISHED, num_joint_candidates=9), 320),
-    (dict(num_candidates=0, beam_size=8), 320),
-  ],
-)
-def test_nothing_is_tried_where_it_cannot_help(knobs, num):
-  _, codec = _codec(lambda words_TKD: words_TKD)
-  got = encoders.try_joint_rule(codec, knobs, _vectors(num), num_vectors=32)
-  assert got == knobs
-
-
 @pytest.mark.parametrize(("assign", "num_graphs"), [("hnsw", 1), ("blocks", 0)])
-def test_trials_share_one_graph_of_the_centroids(
+def test_an_encoder_makes_one_graph_of_the_centroids(
   assign, num_graphs, monkeypatch
 ):
   made, make_coarse = [], faiss_ivf.make_coarse
@@ -68,16 +41,13 @@ def test_trials_share_one_graph_of_the_centroids(
     "make_coarse",
     lambda *args, **knobs: made.append(args) or make_coarse(*args, **knobs),
   )
-  monkeypatch.setattr(codecs, "_MANY_LISTS", 1)  # Then auto is the graph.
   params = qinco_cases.make_params(num_words=16, dim=6, num_lists=20)
-  tables = jax.jit(qinco.prepare)(params)
-  codec = codecs.Codec("qinco", qinco, tables, {"encode": PUBLISHED}, "")
-  x_ND = _vectors(8 * 512)
+  codec = Codec("qinco", params, {"encode": PUBLISHED})
+  x_ND = _vectors(50)
   encoder = encoders.make_encoder(codec, {"assign": assign}, x_ND)
   assert len(made) == num_graphs
   codes_NM = next(encoder.blocks(range(50)))
-  encode_fn = functools.partial(qinco.encode, **encoder.knobs)
-  want_NM = jax.jit(encode_fn)(params, x_ND[:50])
+  want_NM = qinco.encode_by(params, x_ND, None, encoder.rule)
   assert (codes_NM == want_NM).mean() > 0.9  # A graph may miss the nearest.
 
 
@@ -124,17 +94,22 @@ def test_tradeoff_refuses_a_codec_without_preselection(tmp_path):
 @pytest.mark.parametrize(
   ("asked", "candidates"),
   [
-    ({}, 16),
-    (dict(num_joint_candidates=0), 0),
-    (dict(num_candidates=10), 0),
+    ({}, 0),
+    (dict(rule="published"), 0),
+    (dict(rule="joint"), 32),
+    (dict(rule="joint", num_candidates=10), 0),
+    (dict(rule="joint", num_joint_candidates=20), 20),
     (dict(num_joint_candidates=9), 9),
   ],
 )
-def test_encode_tries_only_what_was_left_open(tmp_path, asked, candidates):
+def test_a_codec_is_encoded_by_its_own_rule_unless_asked(
+  tmp_path, asked, candidates, caplog
+):
+  caplog.set_level("INFO", "absl")
   params, _ = _codec(lambda words_TKD: words_TKD)
   info = {"encode": PUBLISHED}
   codec_file.save_codec(tmp_path / "codec", "qinco", params, info=info)
-  formats.write_vectors(tmp_path / "x.fvecs", _vectors(4100), dtype=np.float32)
+  formats.write_vectors(tmp_path / "x.fvecs", _vectors(100), dtype=np.float32)
   config = cli.get_config(encode.OPTIONS)
   config.update(
     codec=str(tmp_path / "codec"), data=str(tmp_path / "x.fvecs"),
@@ -143,6 +118,8 @@ def test_encode_tries_only_what_was_left_open(tmp_path, asked, candidates):
   encode.run(config)
   about = json.loads((tmp_path / "codes.npy.json").read_text())
   assert about["encode"]["num_joint_candidates"] == candidates
+  is_told = "--rule=joint (B=12 C=32) sends 2.5 times fewer" in caplog.text
+  assert is_told == (not asked)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +147,7 @@ def test_tradeoff_refuses_before_any_work(tmp_path, values, message):
 
 
 @pytest.mark.slow
-def test_tradeoff_measures_the_scout_of_a_deep_network(tmp_path):
+def test_tradeoff_measures_the_ranker_of_a_deep_network(tmp_path):
   params = qinco_cases.make_params(num_words=16, dim=6, num_blocks=4)
   codec_file.save_codec(tmp_path / "codec", "qinco", params, info={})
   formats.write_vectors(tmp_path / "x.fvecs", _vectors(), dtype=np.float32)
@@ -179,7 +156,7 @@ def test_tradeoff_measures_the_scout_of_a_deep_network(tmp_path):
     num_vectors=200, num_candidates="2", beam_sizes="6", joint_factors="2",
     output=str(tmp_path / "tradeoff.png"),
   )  # fmt: skip
-  scout, *others = tradeoff.run(config)["rows"][::-1]
+  ranker, *others = tradeoff.run(config)["rows"][::-1]
   assert {row["rule"] for row in others} == {"published", "joint"}
-  sizes = [scout[name] for name in ("rule", "B", "C", "F", "evaluations")]
-  assert sizes == ["scout", 6, 32, 6, 6]
+  sizes = [ranker[name] for name in ("rule", "B", "C", "F", "evaluations")]
+  assert sizes == ["ranker", 6, 32, 6, 6]

@@ -5,16 +5,17 @@ per vector, with the letters of `vqjax.core` and L residual blocks:
 
   candidate   H E + (L - 1) 2 E H + E D       the last only where E differs
   hypothesis  D E + D H + K D                 K D only with pre-selection
-  with scout  H U of a candidate, 2 D U of a hypothesis
+  with ranker  H U of a candidate, 2 D U of a hypothesis
   first step  K D
 
-Candidates are the network, with a scout the finalists among them; the rest is
+Candidates are the network, with a ranker those that it keeps; the rest is
 what surrounds it.
 """
 
 from typing import NamedTuple
 
 from vqjax.codecs import qinco, qinco_search
+from vqjax.codecs.rule import SearchRule
 
 
 class Work(NamedTuple):
@@ -24,45 +25,36 @@ class Work(NamedTuple):
   total: int
 
 
-def encode_work(
-  tables: qinco.QincoTables,
-  *,
-  num_candidates: int,
-  beam_size: int,
-  num_joint_candidates: int = 0,
-  num_finalists: int = 0,
-) -> Work:
+def encode_work(tables: qinco.QincoTables, rule: SearchRule) -> Work:
   """Returns the multiply-adds of `qinco.encode`."""
   num_networks, num_words, _ = tables.base_TKE.shape
   per_candidate, per_state = _per_evaluation(tables)
   selection = num_words * qinco.dim(tables)
-  each, joint = num_candidates or num_words, num_joint_candidates
-  # Hypotheses, candidates and finalists of each step.
-  steps = [(beam_size, joint or beam_size * each, num_finalists)] * num_networks
+  each, joint = rule.num_candidates or num_words, rule.num_joint_candidates
+  beam_size, num_ranked = rule.beam_size, rule.num_ranked
+  # Hypotheses, candidates and ranked ones of each step.
+  steps = [(beam_size, joint or beam_size * each, num_ranked)] * num_networks
   if joint:
-    steps[-1] = (
-      beam_size,
-      qinco_search.last_candidates(joint),
-      qinco_search.last_finalists(num_finalists),
-    )
+    last = qinco_search.last_rule(rule)
+    steps[-1] = beam_size, last.num_joint_candidates, last.num_ranked
   if tables.is_ivf:  # One hypothesis, with words for the whole beam.
     widest = min(joint or max(each, beam_size), num_words)
-    steps[0] = 1, widest, num_finalists
+    steps[0] = 1, widest, num_ranked
   network, rest = 0, tables.first_KD.size
-  for hypotheses, candidates, finalists in steps:
+  for hypotheses, candidates, ranked in steps:
     takes_all = not joint and candidates == hypotheses * num_words
     rest += 0 if takes_all else hypotheses * selection
     rest += hypotheses * per_state
-    if 0 < finalists < candidates:
-      rest += _scouting(tables, hypotheses, candidates)
-      candidates = finalists
+    if 0 < ranked < candidates:
+      rest += _ranking_work(tables, hypotheses, candidates)
+      candidates = ranked
     network += candidates * per_candidate
   return Work(network, network + rest)
 
 
-def _scouting(tables, hypotheses: int, candidates: int) -> int:
-  """Multiply-adds of a scout in one step."""
-  _, h, u = tables.scout.hidden_THU.shape
+def _ranking_work(tables, hypotheses: int, candidates: int) -> int:
+  """Multiply-adds of a ranker in one step."""
+  _, h, u = tables.ranker.hidden_THU.shape
   return candidates * h * u + hypotheses * 2 * qinco.dim(tables) * u
 
 

@@ -11,9 +11,10 @@ from absl import logging
 
 from experiments.lib import codecs
 from vqjax import shipped
-from vqjax.codecs import qinco, qinco_loss
+from vqjax.codec import Codec
+from vqjax.codecs import qinco_loss
+from vqjax.codecs.rule import LETTERS, SearchRule
 from vqjax.data import batches, datasets, formats
-from vqjax.storage import codec_file
 
 PRESETS = "qinco2_xs,qinco2_s"
 _PUBLISHED_BEAM = 32  # B of arXiv 2501.03078, beside A = 16.
@@ -26,8 +27,7 @@ class Subject(NamedTuple):
   """A codec with vectors to give it, in memory or in a file."""
 
   name: str
-  codec: codecs.Codec
-  params: Any
+  codec: Codec
   x_ND: Any
   config: Any = None  # Where the weights are drawn.
 
@@ -38,8 +38,7 @@ def load(config) -> list[Subject]:
     codec = codecs.open_codec(config.codec)
     dataset = codecs.resolve_data(codec, config, base=config.data)
     x_ND = datasets.open_split(dataset, "base")
-    params = codec_file.load_codec(config.codec).params
-    return [Subject(config.codec, codec, params, x_ND)]
+    return [Subject(config.codec, codec, x_ND)]
   files = (config.config or PRESETS).split(",")
   settings = {file: _load_config(file) for file in files}
   if config.data:
@@ -55,31 +54,34 @@ def rows(subject: Subject, num: int) -> np.ndarray:
   return batches.read_rows(subject.x_ND, np.arange(num) % len(subject.x_ND))
 
 
-def searches(subject: Subject, config, dtype: str = "float32") -> list[dict]:
-  """Returns options of `encode`: the published rule and the codec's own.
+def searches(
+  subject: Subject, config, dtype: str = "float32"
+) -> list[SearchRule]:
+  """Returns the published rule and the codec's own.
 
-  Those that the user asks for take the place of both, but for a scout, which
+  Those that the user asks for take the place of both, but for a ranker, which
   is measured beside them.
   """
-  find = functools.partial(codecs.search_knobs, subject.codec)
-  asked = {name: config[name] for name in codecs.RULE}
+  find = functools.partial(codecs.search_rule, subject.codec)
+  asked = {name: config[name] for name in codecs.SIZES}
   wanted = find({**asked, "dtype": dtype})
   own = find({"dtype": dtype})
-  is_scouted = bool(wanted.get("num_finalists"))
+  has_ranker = bool(wanted.num_ranked)
   is_asked = any(value is not None for value in asked.values())
-  if not own.get("num_joint_candidates") or is_asked and not is_scouted:
+  if not own.num_joint_candidates or is_asked and not has_ranker:
     return [wanted]
-  beam_size = min(own["beam_size"], _PUBLISHED_BEAM)
-  published = {**own, "beam_size": beam_size, "num_joint_candidates": 0}
-  return [published, own, *([wanted] if is_scouted else [])]
+  beam_size = min(own.beam_size, _PUBLISHED_BEAM)
+  published = own.replace(beam_size=beam_size, num_joint_candidates=0)
+  return [published, own, *([wanted] if has_ranker else [])]
 
 
-def rule(knobs: dict) -> dict:
-  """Returns A, B, C and F alone of the options of `encode`."""
-  return {name: knobs[name] for name in codecs.RULE if name in knobs}
+def training_rule(config, dtype: str) -> SearchRule:
+  """Returns the search of a configuration's training step."""
+  names = [name for name in codecs.SIZES if name in config.model]
+  return SearchRule(**{name: config.model[name] for name in names}, dtype=dtype)
 
 
-def sizes(codec: codecs.Codec, knobs: dict) -> dict:
+def sizes(codec: Codec, rule: SearchRule | None = None) -> dict:
   """Returns the letters of the papers, and how many of each."""
   tables = codec.tables
   codebooks = codec.codebook_sizes
@@ -87,8 +89,9 @@ def sizes(codec: codecs.Codec, knobs: dict) -> dict:
   if codec.name == "qinco":
     _, found["H"], found["E"] = tables.first_down_THE.shape
     found["L"] = 1 + tables.up_TJEH.shape[1]
-  letters = dict(zip(codecs.RULE, "ABCF", strict=True))
-  found |= {letters[name]: size for name, size in rule(knobs).items() if size}
+  if rule is not None:
+    sizes = rule.to_dict([n for n in codecs.SIZES if n in codec.spec.knobs])
+    found |= {LETTERS[name]: size for name, size in sizes.items() if size}
   if "C" in found:  # Takes the place of A.
     found.pop("A", None)
   return found
@@ -110,8 +113,8 @@ def _draw(file: str, config, x_ND) -> Subject:
   """A codec with residual k-means as words and a network drawn at random."""
   name = pathlib.Path(file.partition(":")[0]).stem
   logging.info("Drawing the weights of %s.", name)
-  subject = Subject(name, None, None, x_ND, config)
-  model = {k: v for k, v in config.model.items() if k not in codecs.RULE}
+  subject = Subject(name, None, x_ND, config)
+  model = {k: v for k, v in config.model.items() if k not in codecs.SIZES}
   sample_ND = rows(subject, max(8192, 2 * model["codebook_size"]))
   if config.ivf.num_lists:
     centroids_LD = rows(subject, config.ivf.num_lists)
@@ -128,6 +131,4 @@ def _draw(file: str, config, x_ND) -> Subject:
       drawn[field] = jnp.asarray(0.1 / leaf.shape[-2] ** 0.5 * draw)
   params = params.replace(**drawn)
   info = {"encode": config.encode.to_dict()}
-  tables = jax.jit(qinco.prepare)(params)
-  codec = codecs.Codec("qinco", qinco, tables, info, "")
-  return subject._replace(codec=codec, params=params)
+  return subject._replace(codec=Codec("qinco", params, info))

@@ -11,25 +11,28 @@ from experiments.lib.bench_arithmetic import Work, decode_work, encode_work
 from experiments.lib.bench_timing import Contender, seconds
 from vqjax import devices
 from vqjax.codecs import qinco, qinco_loss
+from vqjax.codecs.rule import SearchRule
 from vqjax.training import loop, optimisers
 
 
-def contenders(subject, rule: dict, dtype: str) -> dict[str, Contender]:
+def contenders(subject, rule: SearchRule) -> dict[str, Contender]:
   """Returns the step, its encode alone and its gradient alone."""
   settings, tables = subject.config.train, subject.codec.tables
   num = settings.batch_size * settings.accumulate * jax.device_count()
   x_ND = devices.shard(bench_subjects.rows(subject, num))
-  encode_fn = jax.jit(functools.partial(qinco.encode, dtype=dtype, **rule))
-  gradient_fn = jax.jit(jax.grad(functools.partial(_decode_loss, dtype)))
+  encode_fn = jax.jit(
+    lambda tables, x_ND: qinco.encode_by(tables, x_ND, None, rule)
+  )
+  gradient_fn = jax.jit(jax.grad(functools.partial(_decode_loss, rule.dtype)))
   codes_NM = encode_fn(tables, x_ND)
-  encode, decode = encode_work(tables, **rule), decode_work(tables)
+  encode, decode = encode_work(tables, rule), decode_work(tables)
   both_ways = Work(3 * decode.network, 3 * decode.total)
   whole = Work(*map(sum, zip(encode, both_ways, strict=True)))
   fns = {
-    "step": (_make_step(subject, rule, dtype, x_ND), whole),
+    "step": (_make_step(subject, rule, x_ND), whole),
     "its encode": (lambda: encode_fn(tables, x_ND), encode),
     "its gradient": (
-      lambda: gradient_fn(subject.params, x_ND, codes_NM),
+      lambda: gradient_fn(subject.codec.params, x_ND, codes_NM),
       both_ways,
     ),
   }
@@ -39,10 +42,10 @@ def contenders(subject, rule: dict, dtype: str) -> dict[str, Contender]:
   }
 
 
-def _make_step(subject, rule: dict, dtype: str, x_ND):
+def _make_step(subject, rule: SearchRule, x_ND):
   """Returns a function that takes a step of the training loop each time."""
-  settings, params = subject.config.train, subject.params
-  loss_fn = functools.partial(qinco_loss.loss, dtype=dtype, **rule)
+  settings, params = subject.config.train, subject.codec.params
+  loss_fn = functools.partial(qinco_loss.loss, **rule.to_dict(qinco_loss.KNOBS))
   learner = loop.Learner(
     loss_fn=loss_fn,
     join_stats_fn=qinco_loss.join_stats,

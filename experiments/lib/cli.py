@@ -6,7 +6,6 @@ import functools
 import logging as std_logging
 import os
 import pathlib
-import re
 import signal
 import sys
 import textwrap
@@ -41,6 +40,11 @@ DATA_OPTIONS = {
   ),
 }
 SEARCH_OPTIONS = {
+  "rule": Option(
+    str,
+    None,
+    "joint (C) or published (A, B); the rule stored with the codec if unset.",
+  ),
   "beam_size": Option(
     int, None, "B, hypotheses kept; the codec's own if unset."
   ),
@@ -55,13 +59,11 @@ SEARCH_OPTIONS = {
     "C, pairs of hypothesis and word that go through the network, "
     "instead of A for each hypothesis; 0: by A.",
   ),
-  "num_finalists": Option(
+  "num_ranked": Option(
     int,
     None,
-    "F, of the C joint candidates those that a scout, fitted to 512 of the "
-    "vectors, lets through the whole network; 0: all. Where it, A and C are "
-    "unset, encoding 65,536 vectors or more by a deep network tries one and "
-    "takes it where it costs at most 0.2 % of MSE.",
+    "F, joint candidates that a cheap ranker, fitted to 512 of the vectors, "
+    "lets through the whole network; 0: all C.",
   ),
   "num_steps": Option(
     int, None, "Code positions to use, list number not counted; all if unset."
@@ -257,11 +259,7 @@ def _parse_flags(argv, doc: str, options: dict, required):
     sys.exit(0)
   is_config = "config" in required
   try:
-    if is_config:
-      argv, unset = _take_unset(_find_configs(argv))
-    rest = flags.FLAGS(argv)
-    if is_config and flags.FLAGS["config"].value is not None:
-      _unset(flags.FLAGS.config, unset)
+    rest = flags.FLAGS(_find_configs(argv) if is_config else argv)
   except (flags.Error, FileNotFoundError) as error:
     text = str(error).replace(" ?", "?")  # absl's "Did you mean: config ?"
     sys.exit(f"{text}{'' if text[-1] in '.?' else '.'} See --help.")
@@ -286,23 +284,6 @@ def _parse_flags(argv, doc: str, options: dict, required):
       f"{', '.join(shipped.config_names())}; see --help."
     )
   return rest
-
-
-def _take_unset(argv: list[str]) -> tuple[list[str], list[str]]:
-  """Takes arguments like --config.data.num_train=None out: which are unset."""
-  unset = [re.fullmatch(r"--?config\.(.+)=(?i:none)", arg) for arg in argv]
-  rest = [arg for arg, is_none in zip(argv, unset, strict=True) if not is_none]
-  return rest, [match[1] for match in unset if match]
-
-
-def _unset(config, names: list[str]) -> None:
-  """Sets values to None where they may be: in `data`, or None by default."""
-  for name in names:
-    *path, last = name.split(".")
-    group = functools.reduce(lambda group, part: group[part], path, config)
-    if path[:1] != ["data"] and group[last] is not None:
-      raise flags.Error(f"--config.{name} needs a value, got None.")
-    group[last] = None
 
 
 def _find_configs(argv: list[str]) -> list[str]:

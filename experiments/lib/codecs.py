@@ -1,62 +1,24 @@
-"""Codecs from files at work: options of their search, encode, decode, data."""
-
-import functools
-import inspect
-from typing import Any, NamedTuple
+"""Codecs of commands: opened from --codec, with the options of the search."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+import vqjax
 from experiments.lib import cli
 from vqjax import cpu, devices
-from vqjax.codecs import registry
-from vqjax.codecs.distances import nearest
+from vqjax.codec import Codec
+from vqjax.codecs import runner
+from vqjax.codecs.rule import LETTERS, SearchRule
 from vqjax.data import batches, datasets
-from vqjax.interop import faiss_ivf
-from vqjax.storage import codec_file
 
-_BLOCK = 4096  # Vectors at once, for codecs without a network.
-_CPU_BUDGET, _DEVICE_BUDGET = 16 << 20, 4 << 30  # Bytes, of one block.
-_CPU_DECODE_BUDGET = 7 << 19  # The same, decoding: what the caches like.
-_MANY_LISTS = 65536  # From here on a graph finds the list sooner, on CPUs.
-ASSIGN = ("auto", "blocks", "hnsw")  # Ways from vectors to lists.
-# A, B, C of the papers and of the joint rule, F of its scout.
-RULE = ("num_candidates", "beam_size", "num_joint_candidates", "num_finalists")
-
-
-class Codec(NamedTuple):
-  """A codec from a file, ready to encode and decode."""
-
-  name: str
-  module: Any
-  tables: Any
-  info: dict
-  fingerprint: str
-
-  @property
-  def dim(self) -> int:
-    """Dimensions of the vectors."""
-    return self.module.dim(self.tables)
-
-  @property
-  def is_ivf(self) -> bool:
-    """Whether the first code is the number of a list."""
-    return getattr(self.tables, "is_ivf", False)
-
-  @property
-  def codebook_sizes(self) -> tuple[int, ...]:
-    """Words at each position of a code; lists first where there are any."""
-    return self.module.codebook_sizes(self.tables)
+RULES = ("joint", "published")
+SIZES = tuple(LETTERS)  # A, B, C and F.
 
 
 def open_codec(path: str) -> Codec:
   """Loads a run folder, a codec.safetensors or a released .pt file."""
   cli.keep_compiled()
-  loaded = codec_file.load_codec(path)
-  module = registry.get(loaded.name)
-  tables = jax.jit(module.prepare)(loaded.params)
-  return Codec(loaded.name, module, tables, loaded.info, loaded.fingerprint)
+  return vqjax.load(path)
 
 
 def product_dtype(name: str) -> str:
@@ -78,134 +40,92 @@ def ranking_dtype(name: str) -> str:
   return product_dtype(name)
 
 
-def search_knobs(codec: Codec, config) -> dict:
-  """Returns the codec's encode options with those the user changed.
+def search_rule(codec: Codec, config) -> SearchRule:
+  """Returns the codec's own rule with the options that the user gave.
 
-  Asking for candidates per hypothesis alone switches the joint rule off.
+  --rule changes the kind of rule, sizes come after it. Asking for candidates
+  per hypothesis (A) alone asks for the published rule.
+
+  Raises:
+    ValueError: An option means nothing to this codec, or does not fit it.
   """
-  knobs = dict(codec.info.get("encode", {}))
-  asked = {name: config[name] for name in RULE if config.get(name) is not None}
+  names = (*SIZES, "num_steps")
+  asked = {name: config[name] for name in names if config.get(name) is not None}
+  rule = _of_kind(codec, config.get("rule"))
   if "num_candidates" in asked and "num_joint_candidates" not in asked:
-    knobs.pop("num_joint_candidates", None)
-  knobs.update(asked)
-  unknown = [name for name in asked if not has_knob(codec, name)]
+    rule = rule.replace(num_joint_candidates=0)
+  unknown = [name for name in asked if name not in codec.spec.knobs]
   if unknown:
     raise ValueError(
       f"--{unknown[0]} means nothing to a {codec.name} codec; leave it out."
     )
-  if has_knob(codec, "dtype"):
-    knobs["dtype"] = product_dtype(config.get("dtype", "auto"))
-  return knobs
+  rule = rule.replace(**asked)
+  if codec.spec.has_network:
+    rule = rule.replace(dtype=product_dtype(config.get("dtype") or "auto"))
+  codec.spec.check_rule(codec.params, rule)
+  return rule
 
 
-def make_encode_fn(
-  codec: Codec,
-  knobs: dict,
-  num_steps: int | None = None,
-  *,
-  assign="auto",
-):
+def _of_kind(codec: Codec, kind: str | None) -> SearchRule:
+  """The codec's own rule as a joint or a published one; None for its own."""
+  if kind is None:
+    return codec.rule
+  if kind not in RULES:
+    raise ValueError(f"--rule must be {' or '.join(RULES)}; got {kind!r}.")
+  if "num_joint_candidates" not in codec.spec.knobs:
+    raise ValueError(
+      f"--rule means nothing to a {codec.name} codec; leave it out."
+    )
+  if kind == "joint":
+    return codec.rule.joint(codec.codebook_sizes[-1])
+  return codec.rule.published()
+
+
+def saving(codec: Codec, rule: SearchRule) -> str | None:
+  """Says what --rule=joint would save; None where it would save nothing."""
+  knobs = codec.spec.knobs
+  is_joint = rule.num_joint_candidates or not rule.num_candidates
+  if "num_joint_candidates" not in knobs or is_joint:
+    return None
+  joint = rule.joint(codec.codebook_sizes[-1])
+  factor = rule.num_evaluated / joint.num_evaluated
+  if factor <= 1:
+    return None
+  return (
+    f"Encoding by {rule.describe(knobs)}, the rule of the codec. --rule=joint "
+    f"({joint.describe(knobs)}) sends {factor:.1f} times fewer candidates "
+    "through the network, at about the same error."
+  )
+
+
+def make_encode_fn(codec: Codec, rule: SearchRule, *, assign="auto"):
   """Returns `x_ND -> codes_NM` and how many vectors to give it.
 
-  It runs on all devices of this process. `assign` is how an IVF model finds
-  lists: one of `ASSIGN`, or a function that makes of rows the vectors `[N, D]`
-  and lists `[N]`, as `make_graph_fn` returns.
+  `assign` is how an IVF model finds lists: by name, or a function that makes
+  of rows the vectors `[N, D]` and lists `[N]`.
   """
   if isinstance(assign, str):
     assign = make_graph_fn(codec, assign)
-  encode = functools.partial(codec.module.encode, num_steps=num_steps, **knobs)
-  num_rows = block_rows(codec, knobs) * jax.local_device_count()
-  tables = devices.local(codec.tables)
-  if assign is None:
-    return functools.partial(devices.data_parallel(encode), tables), num_rows
-  encode_fn = devices.data_parallel(lambda tables, rows: encode(tables, *rows))
-  return lambda rows: encode_fn(tables, assign(rows)), num_rows
-
-
-def centroids_of(codec: Codec) -> np.ndarray:
-  """Centroids of the lists, float32 `[L, D]` in data units.
-
-  A codec without lists has one, whose centroid is zero.
-  """
-  if not codec.is_ivf:
-    return np.zeros((1, codec.dim), np.float32)
-  tables = codec.tables
-  return np.asarray(tables.first_KD * tables.std + tables.mean_D[None])
-
-
-def takes_graph(codec: Codec, assign: str) -> bool:
-  """Whether the lists of vectors are found by a graph of the centroids."""
-  return codec.is_ivf and _takes_graph(assign, codec.codebook_sizes[0])
-
-
-def _takes_graph(how: str, num_lists: int) -> bool:
-  if how not in ASSIGN:
-    raise ValueError(f"assign must be one of {', '.join(ASSIGN)}; got {how!r}.")
-  is_many = jax.default_backend() == "cpu" and num_lists >= _MANY_LISTS
-  return how == "hnsw" or (how == "auto" and is_many)
+  encode_fn = runner.make_encode_fn(codec.spec, codec.tables, rule, assign)
+  return encode_fn, runner.encode_block(codec.spec, codec.tables, rule)
 
 
 def make_graph_fn(codec: Codec, assign: str = "auto"):
-  """Returns `x_ND -> (x_ND, lists_N)`; None where encoding compares all.
-
-  The lists are found by a graph. That of a million centroids takes minutes:
-  make it once.
-  """
-  if not takes_graph(codec, assign):
+  """`Codec.make_assign_fn` behind a progress line."""
+  if not codec.takes_graph(assign):
     return None
-  assign_fn, _ = make_assign_fn(centroids_of(codec), "hnsw")
-  return lambda x_ND: (x_ND, assign_fn(x_ND))
-
-
-def make_assign_fn(centroids_LD, how: str = "auto"):
-  """Returns `x_ND -> lists_N`, int32, and how many vectors to give it.
-
-  `blocks` compares each vector with all centroids `[L, D]`; `hnsw` walks a
-  graph of them, which may miss the nearest. `auto` is the graph where there
-  are many lists, on CPUs.
-  """
-  if _takes_graph(how, len(centroids_LD)):
-    with cli.progress(len(centroids_LD), "graph", unit="list") as done:
-      coarse = faiss_ivf.make_coarse(centroids_LD, "hnsw", progress=done)
-    return functools.partial(faiss_ivf.assign_lists, coarse), _BLOCK
-  assign_fn = devices.data_parallel(
-    lambda centroids_LD, x_ND: nearest(x_ND, centroids_LD)
-  )
-  centroids_LD = devices.local(jnp.asarray(centroids_LD))
-  num_rows = _BLOCK * jax.local_device_count()
-  return functools.partial(assign_fn, centroids_LD), num_rows
+  with cli.progress(codec.codebook_sizes[0], "graph", unit="list") as done:
+    return codec.make_assign_fn(assign, done)
 
 
 def make_decode_fn(codec: Codec, dtype: str = "float32"):
-  """Returns `codes_NM -> x_ND`, on all devices of this process.
-
-  It takes any number of codes, best `decode_rows`. `dtype` is the type of a
-  network's products; other codecs have none.
-  """
-  decode_fn = codec.module.decode
-  if "dtype" in inspect.signature(decode_fn).parameters:
-    decode_fn = functools.partial(decode_fn, dtype=dtype)
-  decode_fn = devices.data_parallel(decode_fn)
-  decode_fn = functools.partial(decode_fn, devices.local(codec.tables))
-  return batches.in_blocks(decode_fn, _decode_block(codec))
+  """Returns `codes_NM -> x_ND` for any number of codes."""
+  return runner.make_decode_fn(codec.spec, codec.tables, dtype=dtype)
 
 
 def decode_rows() -> int:
-  """Returns how many codes to decode in one call, which cuts them up."""
-  is_cpu = jax.default_backend() == "cpu"
-  return (16384 if is_cpu else 65536) * jax.local_device_count()
-
-
-def _decode_block(codec: Codec) -> int:
-  """Returns how many codes go through the decoder at once."""
-  if jax.default_backend() != "cpu":
-    return decode_rows()
-  rows = _BLOCK
-  if hasattr(codec.module, "decode_block"):
-    rows = codec.module.decode_block(
-      codec.tables, budget_bytes=_CPU_DECODE_BUDGET
-    )
-  return rows * jax.local_device_count()
+  """Returns how many codes to decode between signs of progress."""
+  return 8 * runner.decode_block()
 
 
 def mean_of_rows(fn, vectors, block_size: int, progress=None) -> float:
@@ -221,17 +141,6 @@ def mean_of_rows(fn, vectors, block_size: int, progress=None) -> float:
   parts = [np.zeros(0, np.float32), *(value_N for _, value_N in blocks)]
   value_N = devices.gather_rows(np.concatenate(parts), len(vectors))
   return float(np.mean(value_N, dtype=float))
-
-
-def block_rows(codec: Codec, knobs: dict) -> int:
-  """Returns how many vectors go through the encoder at once."""
-  if not hasattr(codec.module, "encode_block"):
-    return _BLOCK
-  is_cpu = jax.default_backend() == "cpu"
-  budget = _CPU_BUDGET if is_cpu else _DEVICE_BUDGET
-  sizes = {name: knobs[name] for name in RULE if name in knobs}
-  rows = codec.module.encode_block(codec.tables, budget_bytes=budget, **sizes)
-  return min(rows, 65536)
 
 
 def resolve_data(
@@ -279,8 +188,3 @@ def check_cosine(codec: Codec, metric: str) -> bool:
       f"trained for {own}; train with --config.data.metric=cosine."
     )
   return own == "cosine"
-
-
-def has_knob(codec: Codec, name: str) -> bool:
-  """Whether the codec's `encode` has an option of that name."""
-  return name in inspect.signature(codec.module.encode).parameters

@@ -128,11 +128,6 @@ def decode(params: AdditiveParams, codes_NM: Array) -> Array:
   return rq.decode(rq.RQParams(params.codebooks_MKD), codes_NM)
 
 
-def lookup(params: AdditiveParams, queries_QD: Array) -> Array:
-  """Inner products of queries and words: `[Q, M, K]`; see `rq.lookup`."""
-  return rq.lookup(rq.RQParams(params.codebooks_MKD), queries_QD)
-
-
 def check_unknowns(num_codes: int, codebook_size: int) -> None:
   """Raises ValueError where there are too many words to solve for."""
   if num_codes * codebook_size > MAX_UNKNOWNS:

@@ -13,7 +13,8 @@ from flax import struct
 from jax import lax
 
 from vqjax.codecs import kmeans
-from vqjax.codecs.distances import nearest, sq_distances
+from vqjax.codecs.codec import CodecSpec
+from vqjax.codecs.distances import nearest
 from vqjax.core import Array, check_codes, check_shape
 
 
@@ -23,9 +24,6 @@ class PQParams:
 
   codebooks_MKS: Array
   rotation_DD: Array | None = None  # Orthonormal; None for none.
-
-
-Params = PQParams
 
 
 def dim(params: PQParams) -> int:
@@ -100,15 +98,20 @@ def encode(
   """
   check_shape("x", x_ND, (None, dim(params)))
   m, _, s = params.codebooks_MKS.shape
+  _check_steps(params, num_steps)
+  x_ND = _rotate(x_ND.astype(jnp.float32), params.rotation_DD)
+  x_MNS = x_ND.reshape(-1, m, s).swapaxes(0, 1)
+  slice_fn = lambda args: nearest(*args, block_size=block_size)
+  return lax.map(slice_fn, (x_MNS, params.codebooks_MKS)).T
+
+
+def _check_steps(params: PQParams, num_steps: int | None) -> None:
+  m = params.codebooks_MKS.shape[0]
   if num_steps not in (None, m):
     raise ValueError(
       f"num_steps must be None or {m} for a product quantiser, whose codes "
       f"have no usable prefix; got {num_steps}."
     )
-  x_ND = _rotate(x_ND.astype(jnp.float32), params.rotation_DD)
-  x_MNS = x_ND.reshape(-1, m, s).swapaxes(0, 1)
-  slice_fn = lambda args: nearest(*args, block_size=block_size)
-  return lax.map(slice_fn, (x_MNS, params.codebooks_MKS)).T
 
 
 def decode(params: PQParams, codes_NM: Array) -> Array:
@@ -124,20 +127,23 @@ def decode(params: PQParams, codes_NM: Array) -> Array:
   return _rotate(x_ND, params.rotation_DD.T)
 
 
-def lookup(params: PQParams, queries_QD: Array) -> Array:
-  """Squared distances of query slices to words, `[Q, M, K]`, data units.
-
-  The sum of the entries that a code names is the squared distance between the
-  query and the decoded vector.
-  """
-  check_shape("queries", queries_QD, (None, dim(params)))
-  m, _, s = params.codebooks_MKS.shape
-  x_QD = _rotate(queries_QD.astype(jnp.float32), params.rotation_DD)
-  x_MQS = x_QD.reshape(-1, m, s).swapaxes(0, 1)
-  return jax.vmap(sq_distances)(x_MQS, params.codebooks_MKS).swapaxes(0, 1)
-
-
 def _rotate(x_ND: Array, rotation_DD: Array | None) -> Array:
   if rotation_DD is None:
     return x_ND
   return jnp.matmul(x_ND, rotation_DD, precision="highest")
+
+
+CODEC = CodecSpec(
+  name="pq",
+  Params=PQParams,
+  prepare=prepare,
+  dim=dim,
+  codebook_sizes=codebook_sizes,
+  encode=lambda params, x_ND, lists_N, rule: encode(
+    params, x_ND, num_steps=rule.num_steps
+  ),
+  decode=decode,
+  knobs=("num_steps",),
+  check_rule=lambda params, rule: _check_steps(params, rule.num_steps),
+  fit=fit,
+)

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from vqjax.codecs import qinco
+from vqjax.codecs.codec import CodecSpec
 from vqjax.codecs.qinco import QincoParams, QincoTables
+from vqjax.codecs.rule import SearchRule
 from vqjax.core import Array, check_shape
 
 
@@ -36,9 +38,6 @@ class PqQincoTables:
 
   rotation_DD: Array | None
   blocks: QincoTables
-
-
-Params = PqQincoParams
 
 
 def _one_block(params: PqQincoParams | PqQincoTables):
@@ -153,36 +152,24 @@ def encode(
       codes.
     dtype: Type of the network's products.
   """
-  tables = _tables(params)
-  per_block = None if num_steps is None else _per_block(tables, num_steps)
-  one_fn = lambda block, x_NS: qinco.encode(
-    block,
-    x_NS,
+  rule = SearchRule(
     num_candidates=num_candidates,
     beam_size=beam_size,
     num_joint_candidates=num_joint_candidates,
-    num_steps=per_block,
+    num_steps=num_steps,
     dtype=dtype,
   )
+  return _encode_by(params, x_ND, None, rule)
+
+
+def _encode_by(params, x_ND: Array, lists_N: None, rule: SearchRule) -> Array:
+  """`encode` by a rule that is made already."""
+  tables = _tables(params)
+  rule = _block_rule(tables, rule)
+  one_fn = lambda block, x_NS: qinco.encode_by(block, x_NS, lists_N, rule)
   codes_PNM = jax.vmap(one_fn)(tables.blocks, split(x_ND, tables))
   p, n, m = codes_PNM.shape
   return codes_PNM.swapaxes(0, 1).reshape(n, p * m)
-
-
-def encode_block(tables: PqQincoTables, *, budget_bytes: int, **sizes) -> int:
-  """Returns how many vectors `encode` can take at once, see `qinco`."""
-  return qinco.encode_block(
-    _one_block(tables),
-    budget_bytes=budget_bytes // num_blocks(tables),
-    **sizes,
-  )
-
-
-def decode_block(tables: PqQincoTables, *, budget_bytes: int) -> int:
-  """Returns how many codes `decode` can take at once, see `qinco`."""
-  return qinco.decode_block(
-    _one_block(tables), budget_bytes=budget_bytes // num_blocks(tables)
-  )
 
 
 def decode(
@@ -215,3 +202,28 @@ def _per_block(tables: PqQincoTables, num_codes: int) -> int:
       f"multiple of {p}; got {num_codes}."
     )
   return num_codes // p
+
+
+def _block_rule(tables, rule: SearchRule) -> SearchRule:
+  """The search in one block."""
+  if rule.num_steps is None:
+    return rule
+  return rule.replace(num_steps=_per_block(tables, rule.num_steps))
+
+
+def _check_rule(params, rule: SearchRule) -> None:
+  """Raises ValueError unless the sizes of a search fit the blocks."""
+  qinco.check_rule(_one_block(params), _block_rule(params, rule))
+
+
+CODEC = CodecSpec(
+  name="pq_qinco",
+  Params=PqQincoParams,
+  prepare=prepare,
+  dim=dim,
+  codebook_sizes=codebook_sizes,
+  encode=_encode_by,
+  decode=decode,
+  knobs=tuple(name for name in qinco.CODEC.knobs if name != "num_ranked"),
+  check_rule=_check_rule,
+)

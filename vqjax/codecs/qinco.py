@@ -33,8 +33,11 @@ from flax import struct
 from jax import lax
 
 from vqjax.codecs import beam as beam_lib
-from vqjax.codecs import qinco_network, qinco_search
-from vqjax.core import Array, check_codes, check_range, check_shape
+from vqjax.codecs import qinco_search
+from vqjax.codecs import rule as rule_lib
+from vqjax.codecs.codec import CodecSpec
+from vqjax.codecs.rule import SearchRule
+from vqjax.core import Array, check_codes, check_shape
 
 
 @struct.dataclass
@@ -80,11 +83,8 @@ class QincoTables:
   up_TJEH: Array  # Blocks from the second on.
   down_TJHE: Array
   out_TED: Array | None
-  scout: qinco_network.Scout | None = None  # See `qinco_scout.fit`.
+  ranker: qinco_search.Ranker | None = None  # See `qinco_ranker.fit`.
   is_ivf: bool = struct.field(pytree_node=False, default=False)
-
-
-Params = QincoParams
 
 
 def dim(params: QincoParams | QincoTables) -> int:
@@ -143,7 +143,7 @@ def encode(
   num_candidates: int = 16,
   beam_size: int = 32,
   num_joint_candidates: int = 0,
-  num_finalists: int = 0,
+  num_ranked: int = 0,
   num_steps: int | None = None,
   dtype: str = "float32",
 ) -> Array:
@@ -158,42 +158,46 @@ def encode(
     beam_size: B, hypotheses kept.
     num_joint_candidates: C, pairs of hypothesis and word that go through the
       network; 0 for the published rule with A.
-    num_finalists: How many of the joint candidates a scout lets through the
-      whole network (`qinco_scout.fit`); 0 for all of them.
+    num_ranked: How many of the joint candidates a ranker lets through the
+      whole network (`qinco_ranker.fit`); 0 for all of them.
     num_steps: Code positions to fill, the list number not counted; None for
       all. A prefix is the code of a lower rate.
     dtype: Type of the products of the network and of those that pre-select its
       words; sums, and the errors that put hypotheses in order, are float32.
 
   Raises:
-    ValueError: Where a size breaks a rule of `check_search`, or finalists are
-      asked for without a scout.
+    ValueError: Where a size breaks a rule of `check_rule`, or a ranker is asked
+      for where there is none.
   """
-  tables = prepare(params) if isinstance(params, QincoParams) else params
-  check_shape("x", x_ND, (None, dim(tables)))
-  check_lists(tables, x_ND, lists_N)
-  check_search(
-    tables,
-    num_candidates,
-    beam_size,
-    num_joint_candidates,
-    num_steps,
-    num_finalists,
-  )
-  if num_finalists and tables.scout is None:
-    raise ValueError(
-      f"num_finalists={num_finalists} needs a scout that chooses them: give "
-      "tables of `qinco_scout.fit`."
-    )
-  return qinco_search.encode_normalised(
-    _prefix(tables, num_steps),
-    normalise(tables, x_ND),
-    lists_N,
+  rule = SearchRule(
     num_candidates=num_candidates,
     beam_size=beam_size,
     num_joint_candidates=num_joint_candidates,
-    num_finalists=num_finalists,
+    num_ranked=num_ranked,
+    num_steps=num_steps,
     dtype=dtype,
+  )
+  return encode_by(params, x_ND, lists_N, rule)
+
+
+def encode_by(
+  params: QincoParams | QincoTables,
+  x_ND: Array,
+  lists_N: Array | None,
+  rule: SearchRule,
+) -> Array:
+  """`encode` by a rule that is made already."""
+  tables = prepare(params) if isinstance(params, QincoParams) else params
+  check_shape("x", x_ND, (None, dim(tables)))
+  check_lists(tables, x_ND, lists_N)
+  check_rule(tables, rule)
+  if rule.num_ranked and tables.ranker is None:
+    raise ValueError(
+      f"num_ranked={rule.num_ranked} needs a ranker that chooses them: give "
+      "tables of `qinco_ranker.fit`."
+    )
+  return qinco_search.encode_normalised(
+    _prefix(tables, rule.num_steps), normalise(tables, x_ND), lists_N, rule=rule
   )
 
 
@@ -203,12 +207,12 @@ def decode(
   """Vectors `[N, D]` in data units of codes `[N, <= M]`."""
   tables = prepare(params) if isinstance(params, QincoParams) else params
   check_codes(codes_NM, len(codebook_sizes(tables)))
-  stacked = qinco_network.per_step(tables)
+  stacked = qinco_search.per_step(tables)
 
   def body(xhat_ND, step):
     t, ids_N = step
     weights = beam_lib.at_step(stacked, t)
-    words_ND = qinco_network.words_at(weights, ids_N, xhat_ND, dtype)
+    words_ND = qinco_search.words_at(weights, ids_N, xhat_ND, dtype)
     return xhat_ND + words_ND, None
 
   start_ND = tables.first_KD[codes_NM[:, 0]]
@@ -231,101 +235,20 @@ def check_lists(params, x_ND: Array, lists_N: Array | None) -> None:
   check_shape("lists", lists_N, x_ND.shape[:1])
 
 
-def check_search(
-  params: QincoParams | QincoTables,
-  num_candidates: int,
-  beam_size: int,
-  num_joint_candidates: int = 0,
-  num_steps: int | None = None,
-  num_finalists: int = 0,
-) -> None:
-  """Raises ValueError unless the sizes of a search make sense together."""
-  num_words = codebook_sizes(params)[-1]
-  num_codes = len(codebook_sizes(params)) - params.is_ivf
-  check_range(
-    "beam_size",
-    beam_size,
-    1,
-    num_words,
-    "the first step of the search offers no more hypotheses than it has words",
+def check_rule(params: QincoParams | QincoTables, rule: SearchRule) -> None:
+  """Raises ValueError unless the sizes of a search fit the codec."""
+  sizes = codebook_sizes(params)
+  rule_lib.check(
+    rule,
+    num_words=sizes[-1],
+    num_codes=len(sizes) - params.is_ivf,
+    can_preselect=params.preselect_TKD is not None,
   )
-  check_range(
-    "num_candidates",
-    num_candidates,
-    0,
-    num_words,
-    "a step has no more words to offer; 0 takes them all",
-  )
-  if num_steps is not None:
-    check_range("num_steps", num_steps, 1, num_codes, "code positions")
-  if num_joint_candidates:
-    check_range(
-      "num_joint_candidates",
-      num_joint_candidates,
-      beam_size,
-      beam_size * num_words,
-      "beam_size hypotheses must be found among them, "
-      "and there are beam_size * codebook_size pairs",
-    )
-  if num_finalists:
-    if not num_joint_candidates:
-      raise ValueError(
-        f"num_finalists={num_finalists} are chosen among the candidates of the "
-        "joint rule: set num_joint_candidates too."
-      )
-    check_range(
-      "num_finalists",
-      num_finalists,
-      beam_size,
-      num_joint_candidates,
-      "they are chosen among num_joint_candidates, and beam_size hypotheses "
-      "among them",
-    )
-  if params.preselect_TKD is None and (num_candidates or num_joint_candidates):
-    raise ValueError(
-      "This codec has no pre-selection codebooks (QINCo1): every word goes "
-      "through the network; set num_candidates=0 and num_joint_candidates=0."
-    )
 
 
-def encode_block(
-  tables: QincoTables,
-  *,
-  num_candidates: int = 16,
-  beam_size: int = 32,
-  num_joint_candidates: int = 0,
-  num_finalists: int = 0,
-  budget_bytes: int,
-) -> int:
-  """Returns how many vectors `encode` can take at once within a budget.
-
-  Counts the arrays of a step that live together. They may take as much again
-  as the weights of the step: every block reads those anew, so that a large
-  network wants large blocks. A multiple of 8, at least 8.
-  """
-  num_words, e = tables.base_TKE.shape[1:]
-  per_hypothesis = num_candidates or num_words
-  num_candidates = num_joint_candidates or beam_size * per_hypothesis
-  h, d = tables.base_up_TKH.shape[2], dim(tables)
-  per_network = 2 * e + 2 * h + d
-  at_once = (num_finalists or num_candidates) * per_network
-  if num_finalists:
-    at_once = max(at_once, num_candidates * (h + d))
-  floats = 2 * beam_size * (num_words + d) + at_once
-  weights = (tables.first_down_THE, tables.up_TJEH, tables.down_TJHE)
-  num_networks = tables.base_TKE.shape[0]
-  budget_bytes += sum(4 * w.size for w in weights) // max(num_networks, 1)
-  return max(budget_bytes // (4 * floats) // 8, 1) * 8
-
-
-def decode_block(tables: QincoTables, *, budget_bytes: int) -> int:
-  """Returns how many codes `decode` can take at once within a budget.
-
-  Counts one array of each width of the network; a multiple of 64, at least
-  64.
-  """
-  e, h = tables.base_TKE.shape[2], tables.base_up_TKH.shape[2]
-  return max(budget_bytes // (4 * (dim(tables) + e + h)) // 64, 1) * 64
+def centroids(params: QincoParams | QincoTables) -> Array:
+  """Centroids of the lists of an IVF model: `[L, D]` in data units."""
+  return params.first_KD * params.std + params.mean_D[None]
 
 
 def _prefix(tables: QincoTables, num_steps: int | None) -> QincoTables:
@@ -334,6 +257,21 @@ def _prefix(tables: QincoTables, num_steps: int | None) -> QincoTables:
     return tables
   num_networks = num_steps - 1 + tables.is_ivf
   cut = jax.tree.map(
-    lambda leaf: leaf[:num_networks], qinco_network.per_step(tables)
+    lambda leaf: leaf[:num_networks], qinco_search.per_step(tables)
   )
   return tables.replace(**cut)
+
+
+CODEC = CodecSpec(
+  name="qinco",
+  Params=QincoParams,
+  prepare=prepare,
+  dim=dim,
+  codebook_sizes=codebook_sizes,
+  encode=encode_by,
+  decode=decode,
+  knobs=tuple(vars(SearchRule())),
+  check_rule=check_rule,
+  is_ivf=lambda params: params.is_ivf,
+  centroids=centroids,
+)

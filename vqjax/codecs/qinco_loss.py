@@ -12,11 +12,14 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from vqjax.codecs import qinco, qinco_network, qinco_search, rq
+from vqjax.codecs import qinco, qinco_search, rq
 from vqjax.codecs.distances import nearest
 from vqjax.codecs.qinco import QincoParams
+from vqjax.codecs.rule import SearchRule
 from vqjax.core import Array, check_range, check_shape
 
+# Fields of a search rule that training has.
+KNOBS = ("num_candidates", "beam_size", "num_joint_candidates", "dtype")
 REDRAWS = ("split", "published", "none")
 _MOMENTUM = 0.1  # Of the running moments of a step's target.
 # Steps written out in the gradient, and their weights and tables, in floats.
@@ -153,10 +156,12 @@ def loss(
     lax.stop_gradient(tables),
     z_ND,
     lists_N,
-    num_candidates=num_candidates,
-    beam_size=beam_size,
-    num_joint_candidates=num_joint_candidates,
-    dtype=dtype,
+    rule=SearchRule(
+      num_candidates=num_candidates,
+      beam_size=beam_size,
+      num_joint_candidates=num_joint_candidates,
+      dtype=dtype,
+    ),
   )
   errors_M, preselect_T, moments = decode_losses(tables, z_ND, codes_NM, dtype)
   num_words = params.codebooks_TKD.shape[1]
@@ -346,11 +351,11 @@ def decode_losses(tables, z_ND, codes_NM, dtype):
     if weights["preselect_TKD"] is not None:
       plain_ND = weights["preselect_TKD"][ids_N]
       preselect = jnp.mean((plain_ND - target_ND) ** 2)
-    xhat_ND = xhat_ND + qinco_network.words_at(weights, ids_N, xhat_ND, dtype)
+    xhat_ND = xhat_ND + qinco_search.words_at(weights, ids_N, xhat_ND, dtype)
     return xhat_ND, (mse(xhat_ND), preselect, moments_of(target_ND))
 
   xhat_ND = tables.first_KD[codes_NM[:, 0]]
-  stacked = qinco_network.per_step(tables)
+  stacked = qinco_search.per_step(tables)
   _, (errors_T, preselect_T, moments_TD) = lax.scan(
     body, xhat_ND, (stacked, codes_NM[:, 1:].T), unroll=_num_unrolled(stacked)
   )

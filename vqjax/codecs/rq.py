@@ -16,7 +16,9 @@ from jax import lax
 
 from vqjax.codecs import beam as beam_lib
 from vqjax.codecs import kmeans
+from vqjax.codecs.codec import CodecSpec
 from vqjax.codecs.distances import nearest, scan_blocks, sq_norms
+from vqjax.codecs.rule import SearchRule
 from vqjax.core import Array, check_codes, check_range, check_shape
 
 
@@ -25,9 +27,6 @@ class RQParams:
   """Word k of step m is `codebooks_MKD[m, k]`, in data units."""
 
   codebooks_MKD: Array
-
-
-Params = RQParams
 
 
 def dim(params: RQParams) -> int:
@@ -111,17 +110,22 @@ def encode(
     block_size: Rows coded at a time; memory is `block_size * beam_size * K`
       numbers. None takes all rows at once.
   """
-  m = params.codebooks_MKD.shape[0]
   check_shape("x", x_ND, (None, dim(params)))
-  check_range("beam_size", beam_size, 1, 4096)
-  if num_steps is not None:
-    check_range("num_steps", num_steps, 1, m, "code positions")
+  check_rule(params, SearchRule(beam_size=beam_size, num_steps=num_steps))
   codebooks_MKD = params.codebooks_MKD[:num_steps]
   encode_fn = _encode_greedy if beam_size == 1 else _encode_beam
   body = lambda _, x_ND: (None, encode_fn(codebooks_MKD, x_ND, beam_size))
   size = block_size if block_size is not None else max(1, x_ND.shape[0])
   x_ND = x_ND.astype(jnp.float32)
   return scan_blocks(body, None, x_ND, block_size=size)[1]
+
+
+def check_rule(params: RQParams, rule: SearchRule) -> None:
+  """Raises ValueError unless the sizes of a search fit the codec."""
+  check_range("beam_size", rule.beam_size, 1, 4096)
+  if rule.num_steps is not None:
+    m = params.codebooks_MKD.shape[0]
+    check_range("num_steps", rule.num_steps, 1, m, "code positions")
 
 
 def decode(params: RQParams, codes_NM: Array) -> Array:
@@ -135,20 +139,6 @@ def decode(params: RQParams, codes_NM: Array) -> Array:
 
   start_ND = jnp.zeros((codes_NM.shape[0], dim(params)), jnp.float32)
   return lax.scan(body, start_ND, (codebooks_MKD, codes_NM.T))[0]
-
-
-def lookup(params: RQParams, queries_QD: Array) -> Array:
-  """Inner products of queries and words: `[Q, M, K]`.
-
-  The sum of the entries that a code names is the inner product of the query
-  and the decoded vector. For the squared distance take twice that sum from
-  the squared norms of the two; the norm of the decoded vector is no sum over
-  steps and must be kept beside the code.
-  """
-  check_shape("queries", queries_QD, (None, dim(params)))
-  return jnp.einsum(
-    "qd,mkd->qmk", queries_QD, params.codebooks_MKD, precision="highest"
-  )
 
 
 def _encode_greedy(codebooks_MKD: Array, x_ND: Array, _) -> Array:
@@ -224,3 +214,20 @@ def _grow(words_KD, x_ND, beam, *, block_size):
     return None, grown
 
   return scan_blocks(body, None, (x_ND, beam), block_size=block_size)[1]
+
+
+CODEC = CodecSpec(
+  name="rq",
+  Params=RQParams,
+  prepare=prepare,
+  dim=dim,
+  codebook_sizes=codebook_sizes,
+  encode=lambda params, x_ND, lists_N, rule: encode(
+    params, x_ND, beam_size=rule.beam_size, num_steps=rule.num_steps
+  ),
+  decode=decode,
+  knobs=("beam_size", "num_steps"),
+  rule=SearchRule(beam_size=1),
+  check_rule=check_rule,
+  fit=fit,
+)

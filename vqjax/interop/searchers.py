@@ -7,14 +7,13 @@
 batches of any size without compiling anew for each.
 """
 
-import inspect
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vqjax.codecs import pairwise, registry
+from vqjax.codecs import pairwise, registry, runner
 from vqjax.interop import faiss_fastscan, faiss_io, faiss_ivf
 from vqjax.search import ivf, pipeline, refiners
 from vqjax.storage import codec_file, decoder_file, refiner_file
@@ -150,15 +149,13 @@ def make_decode_fn(loaded: codec_file.LoadedCodec, dtype: str):
   A codec without lists takes no notice of them, one without a network none of
   the `dtype`.
   """
-  decode_fn = registry.get(loaded.name).decode
-  if "dtype" in inspect.signature(decode_fn).parameters:
-    decode_fn = partial(decode_fn, dtype=dtype)
-  module = registry.get(loaded.name)
-  tables = jax.jit(module.prepare)(loaded.params)
+  spec = registry.get(loaded.name)
+  decode_fn = runner.decoder(spec, dtype)
+  tables = jax.jit(spec.prepare)(loaded.params)
 
   @jax.jit
   def decode(tables, codes_NM, lists_N):
-    if getattr(tables, "is_ivf", False):
+    if spec.is_ivf(tables):
       codes_NM = jnp.column_stack([lists_N, codes_NM])
     return decode_fn(tables, codes_NM)
 

@@ -1,10 +1,9 @@
-"""A scout for QINCo's encoder: half a network that says which words are good.
+"""A cheap learned ranker that pre-selects candidates for QINCo's encoder.
 
-Pre-selection by plain words is cheap and rough, the network exact and dear.
-Between them stands what the first hidden layer makes of a word and a
-hypothesis, which tables give for the price of a lookup. A linear map of it,
-fitted to the whole network by least squares, tells it well enough to drop most
-of the words that pre-selection offers:
+Pre-selection codewords are cheap and rough, the network is exact and expensive.
+The first hidden layer of a codeword and a hypothesis costs a lookup in tables.
+A linear map of it, fitted to the whole network by least squares, predicts the
+network's codeword well enough to drop most candidates:
 
   f_t(c_k, xhat)  ~  s_k + P (v_k + xhat Q + relu(h_t(k, xhat)) W)
 
@@ -14,12 +13,12 @@ regression). The error that a word would leave is then
 
   |r - s_k - P a|^2  =  |r - s_k|^2 + a . (a - 2 P' (r - s_k)),   P'P = 1
 
-where r is what is left of the vector and a what stands in brackets: the first
-term has put the words in order before, the second is `qinco_search._judge`. `G`
-counts what is known of a word and a hypothesis: relu(h), xhat, and which word.
+where r is the residual and a is what stands in brackets: pre-selection has the
+first term, `qinco_search._rank` adds the second. `G` counts the features of a
+codeword and a hypothesis: relu(h), xhat, and which codeword it is.
 
-The deeper the network, the more it saves (docs/performance.md). Codes are
-decoded as ever: a scout is of the encoder alone, and of no file.
+The deeper the network, the more it saves (docs/performance.md). Decoding does
+not need it.
 """
 
 from functools import partial
@@ -30,8 +29,9 @@ import numpy as np
 from jax import lax
 
 from vqjax.codecs import beam as beam_lib
-from vqjax.codecs import qinco, qinco_network, qinco_search
+from vqjax.codecs import qinco, qinco_search
 from vqjax.codecs.distances import nearest
+from vqjax.codecs.rule import SearchRule
 from vqjax.core import check_range, check_shape
 
 MAX_WORDS = 1024  # The normal equations have a row for each.
@@ -51,14 +51,14 @@ def fit(
   block_size: int = 16,
   progress=None,
 ) -> qinco.QincoTables:
-  """Returns tables with a scout for vectors like these.
+  """Returns tables with a ranker for vectors like these.
 
   Args:
     tables: From `qinco.prepare`, with pre-selection.
     x_ND: Vectors in data units; a few hundred will do.
     lists_N: Lists of the vectors, of an IVF model; None for the nearest.
-    beam_size: B, of the search that is to be scouted.
-    num_joint_candidates: C, words a step and vector; the scout learns from
+    beam_size: B, of the search that is to be ranked.
+    num_joint_candidates: C, words a step and vector; the ranker learns from
       those that such a search sends through the network.
     rank: Columns of P; None for 48, at most D.
     dtype: Type of the network's products, as for `qinco.encode`.
@@ -66,7 +66,7 @@ def fit(
     progress: Is told of the vectors done, and of all.
 
   Raises:
-    ValueError: Where a size breaks a rule of `qinco.check_search`, the codec
+    ValueError: Where a size breaks a rule of `qinco.check_rule`, the codec
       has no pre-selection or too many words.
   """
   check_shape("x", x_ND, (None, qinco.dim(tables)))
@@ -76,13 +76,10 @@ def fit(
     rank = min(_RANK, qinco.dim(tables))
   check_range("rank", rank, 1, qinco.dim(tables))
   qinco.check_lists(tables, x_ND, lists_N)
-  _check_search(tables, beam_size, num_joint_candidates)
+  rule = _make_rule(tables, beam_size, num_joint_candidates, dtype)
   if lists_N is None and tables.is_ivf:
     lists_N = nearest(qinco.normalise(tables, x_ND), tables.first_KD)
-  sums_fn = partial(
-    _sums, beam_size=beam_size, num_joint=num_joint_candidates, dtype=dtype
-  )
-  sums_fn, totals = jax.jit(sums_fn), None
+  sums_fn, totals = jax.jit(partial(_sums, rule=rule)), None
   for start in range(0, len(x_ND), block_size):
     part = slice(start, start + block_size)
     z_ND = qinco.normalise(tables, jnp.asarray(x_ND[part]))
@@ -93,43 +90,38 @@ def fit(
     if progress:
       progress(min(start + block_size, len(x_ND)), len(x_ND))
   fitted = [_solve(*step, rank) for step in zip(*totals, strict=True)]
-  return tables.replace(scout=_make_scout(tables, fitted))
+  return tables.replace(ranker=_make_ranker(tables, fitted))
 
 
-def _check_search(tables, beam_size: int, num_joint: int) -> None:
-  """Raises ValueError where a search cannot be scouted."""
+def _make_rule(tables, beam_size, num_joint, dtype) -> SearchRule:
+  """The search without a ranker; raises ValueError where it can have none."""
   check_range("networks", tables.base_TKE.shape[0], 1, 1 << 20)
   num_words = tables.base_TKE.shape[1]
-  check_range("codebook_size", num_words, 2, MAX_WORDS, "of a scout")
+  check_range("codebook_size", num_words, 2, MAX_WORDS, "of a ranker")
   check_range("num_joint_candidates", num_joint, 1, 1 << 20)
-  qinco.check_search(tables, 1, beam_size, num_joint)
-
-
-def _sums(tables, z_ND, lists_N, *, beam_size, num_joint, dtype):
-  """Normal equations of every step: `[T, G, G]` and `[T, G, D]`."""
-  propose = partial(
-    qinco_search.propose,
+  rule = SearchRule(
     num_candidates=0,
-    num_joint=num_joint,
-    num_finalists=0,
+    beam_size=beam_size,
+    num_joint_candidates=num_joint,
     dtype=dtype,
   )
+  qinco.check_rule(tables, rule)
+  return rule
+
+
+def _sums(tables, z_ND, lists_N, *, rule: SearchRule):
+  """Normal equations of every step: `[T, G, G]` and `[T, G, D]`."""
+  advance = partial(beam_lib.advance, beam_size=rule.beam_size)
 
   def step(beam, weights):
-    found = propose(weights, z_ND, beam)
-    next_beam, _ = beam_lib.advance(
-      lambda *_: found, weights, z_ND, beam, beam_size=beam_size
-    )
-    return next_beam, _normal_equations(weights, beam, found, dtype)
+    found = qinco_search.propose(weights, z_ND, beam, rule=rule)
+    next_beam, _ = advance(lambda *_: found, weights, z_ND, beam)
+    return next_beam, _normal_equations(weights, beam, found, rule.dtype)
 
-  steps = qinco_network.per_step(tables)
+  steps = qinco_search.per_step(tables)
   beam = qinco_search.start(tables, z_ND, lists_N)
   if not tables.is_ivf:
-    beam, _ = beam_lib.advance(
-      qinco_search.propose_plain,
-      *(tables.first_KD, z_ND, beam),
-      beam_size=beam_size,
-    )
+    beam, _ = advance(qinco_search.propose_plain, tables.first_KD, z_ND, beam)
     return lax.scan(step, beam, steps)[1]
   # The one hypothesis at the centroid, then the beam.
   beam, first = step(beam, jax.tree.map(lambda leaf: leaf[0], steps))
@@ -140,12 +132,10 @@ def _sums(tables, z_ND, lists_N, *, beam_size, num_joint, dtype):
 
 
 def _normal_equations(weights, beam, found, dtype):
-  """Of the candidates of a step: what is known of them, and is to be told."""
+  """Products of features and targets of the candidates of one step."""
   n, c = found.ids_NC.shape
   at = lambda x_NFD: beam_lib.rows(x_NFD, found.parents_NC)
-  state_NFH = qinco_network.matmul(
-    beam.xhat_NFD, weights["state_up_TDH"], dtype
-  )
+  state_NFH = qinco_search.matmul(beam.xhat_NFD, weights["state_up_TDH"], dtype)
   hidden_NCH = qinco_search.first_hidden(
     weights, state_NFH, found.parents_NC, found.ids_NC
   )
@@ -173,7 +163,7 @@ def _solve(known_GG, told_GD, rank):
   return map_GD @ basis_DU, basis_DU
 
 
-def _make_scout(tables, fitted) -> qinco_network.Scout:
+def _make_ranker(tables, fitted) -> qinco_search.Ranker:
   map_TGU, basis_TDU = (
     jnp.asarray(np.stack(leaves), jnp.float32)
     for leaves in zip(*fitted, strict=True)
@@ -181,6 +171,6 @@ def _make_scout(tables, fitted) -> qinco_network.Scout:
   h, d = tables.base_up_TKH.shape[2], qinco.dim(tables)
   hidden_THU, state_TDU, words_TKU = jnp.split(map_TGU, [h, h + d], axis=1)
   plain_TKU = jnp.matmul(tables.preselect_TKD, basis_TDU, precision="highest")
-  return qinco_network.Scout(
+  return qinco_search.Ranker(
     basis_TDU, plain_TKU, words_TKU, state_TDU, hidden_THU
   )

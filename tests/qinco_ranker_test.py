@@ -1,4 +1,4 @@
-"""The scout of QINCo's encoder: what it learns, and what it lets through."""
+"""The ranker of QINCo's encoder: what it learns, and what it lets through."""
 
 import functools
 
@@ -9,9 +9,9 @@ import pytest
 
 from tests import oracles
 from tests.qinco_cases import make_params, vectors
-from vqjax.codecs import qinco, qinco_scout
+from vqjax.codecs import qinco, qinco_ranker
 
-SCOUTED = {
+RANKED = {
   "qinco2": dict(),
   "same_dim": dict(network_dim=6),
   "three_blocks": dict(num_blocks=3),
@@ -34,7 +34,7 @@ def _mse(tables, x_ND, **knobs):
 
 
 @pytest.mark.parametrize(
-  ("case", "finalists"),
+  ("case", "ranked"),
   [
     ("qinco2", 9),
     ("low_rank", 9),
@@ -49,10 +49,10 @@ def _mse(tables, x_ND, **knobs):
     ],
   ],
 )
-def test_encode_matches_the_plain_search(case, finalists):
-  params = make_params(**SCOUTED[case], num_words=12)
-  tables = qinco_scout.fit(qinco.prepare(params), vectors(40), **SIZES, rank=3)
-  knobs = dict(**SIZES, num_finalists=finalists)
+def test_encode_matches_the_plain_search(case, ranked):
+  params = make_params(**RANKED[case], num_words=12)
+  tables = qinco_ranker.fit(qinco.prepare(params), vectors(40), **SIZES, rank=3)
+  knobs = dict(**SIZES, num_ranked=ranked)
   np.testing.assert_array_equal(
     _encode(tables, vectors(), **knobs),
     oracles.qinco_encode(
@@ -60,7 +60,7 @@ def test_encode_matches_the_plain_search(case, finalists):
       vectors(),
       num_candidates=0,
       **knobs,
-      scout=tables.scout,
+      ranker=tables.ranker,
     ),
   )
 
@@ -69,26 +69,26 @@ def test_encode_matches_the_plain_search(case, finalists):
 def test_one_block_is_told_exactly(case):
   """A single block is linear in its hidden layer: nothing is lost."""
   params = make_params(**case, num_blocks=1, num_words=12, hidden_dim=9)
-  tables = qinco_scout.fit(
+  tables = qinco_ranker.fit(
     qinco.prepare(params), vectors(2000), **SIZES, rank=6
   )
   xhat = np.random.default_rng(5).normal(size=6)
   for k in range(12):
     np.testing.assert_allclose(
-      oracles.scout_word(params, tables.scout, 1, k, xhat),
+      oracles.ranker_word(params, tables.ranker, 1, k, xhat),
       oracles.qinco_word(params, 1, k, xhat),
       atol=0.02,  # The ridge, on 28,000 words.
     )
-  scouted = _mse(tables, vectors(300), **SIZES, num_finalists=4)
-  assert scouted == pytest.approx(_mse(tables, vectors(300), **SIZES), rel=2e-3)
+  ranked = _mse(tables, vectors(300), **SIZES, num_ranked=4)
+  assert ranked == pytest.approx(_mse(tables, vectors(300), **SIZES), rel=2e-3)
 
 
 def test_no_plane_is_nearer_than_the_basis():
   """The word told best in U directions: better than along any others."""
   params = make_params(num_words=12)
   tables, x_ND = qinco.prepare(params), vectors(200)
-  whole = qinco_scout.fit(tables, x_ND, **SIZES, rank=6).scout
-  part = qinco_scout.fit(tables, x_ND, **SIZES, rank=2).scout
+  whole = qinco_ranker.fit(tables, x_ND, **SIZES, rank=6).ranker
+  part = qinco_ranker.fit(tables, x_ND, **SIZES, rank=2).ranker
   identity_TUU = np.einsum("tdu,tdv->tuv", part.basis_TDU, part.basis_TDU)
   np.testing.assert_allclose(identity_TUU, [np.eye(2)] * 3, atol=1e-5)
   np.testing.assert_allclose(
@@ -96,8 +96,8 @@ def test_no_plane_is_nearer_than_the_basis():
   )
   xhats = np.random.default_rng(6).normal(size=(50, 6))
 
-  def error(scout):
-    told = [oracles.scout_word(params, scout, 0, 3, xhat) for xhat in xhats]
+  def error(ranker):
+    told = [oracles.ranker_word(params, ranker, 0, 3, xhat) for xhat in xhats]
     true = [oracles.qinco_word(params, 0, 3, xhat) for xhat in xhats]
     return np.mean((np.array(told) - true) ** 2)
 
@@ -111,16 +111,16 @@ def test_no_plane_is_nearer_than_the_basis():
   assert error(whole) < error(part) < error(least)
 
 
-def test_a_scout_beats_as_many_words_without_one():
+def test_a_ranker_beats_as_many_words_without_one():
   params = make_params(num_words=32, dim=8, hidden_dim=32, network_dim=8)
   x_ND = vectors(600, dim=8)
   sizes = dict(beam_size=6, num_joint_candidates=48)
-  tables = qinco_scout.fit(qinco.prepare(params), x_ND[:300], **sizes)
+  tables = qinco_ranker.fit(qinco.prepare(params), x_ND[:300], **sizes)
   rest_ND = x_ND[300:]
   few = _mse(tables, rest_ND, beam_size=6, num_joint_candidates=8)
-  scouted = _mse(tables, rest_ND, **sizes, num_finalists=8)
+  ranked = _mse(tables, rest_ND, **sizes, num_ranked=8)
   many = _mse(tables, rest_ND, **sizes)
-  assert many <= scouted < (few + 2 * many) / 3
+  assert many <= ranked < (few + 2 * many) / 3
 
 
 def test_blocks_and_lists_make_no_difference():
@@ -131,21 +131,21 @@ def test_blocks_and_lists_make_no_difference():
   lists_N = oracles.nearest(z_ND, params.first_KD)
   sizes = dict(beam_size=4, num_joint_candidates=14)
   calls = []
-  whole = qinco_scout.fit(
+  whole = qinco_ranker.fit(
     tables, x_ND, **sizes, block_size=64, progress=lambda *n: calls.append(n)
   )
   assert calls == [(30, 30)]
-  parts = qinco_scout.fit(tables, x_ND, lists_N, **sizes, block_size=8)
-  told = lambda scout: [
-    oracles.scout_word(params, scout, 2, k, np.ones(6)) for k in range(7)
+  parts = qinco_ranker.fit(tables, x_ND, lists_N, **sizes, block_size=8)
+  told = lambda ranker: [
+    oracles.ranker_word(params, ranker, 2, k, np.ones(6)) for k in range(7)
   ]
-  np.testing.assert_allclose(told(whole.scout), told(parts.scout), atol=1e-3)
+  np.testing.assert_allclose(told(whole.ranker), told(parts.ranker), atol=1e-3)
 
 
-def test_a_scout_of_a_prefix():
+def test_a_ranker_of_a_prefix():
   params = make_params(num_words=12)
-  tables = qinco_scout.fit(qinco.prepare(params), vectors(40), **SIZES)
-  knobs = dict(**SIZES, num_finalists=5)
+  tables = qinco_ranker.fit(qinco.prepare(params), vectors(40), **SIZES)
+  knobs = dict(**SIZES, num_ranked=5)
   codes_NM = _encode(tables, vectors(), **knobs, num_steps=2)
   assert codes_NM.shape == (20, 2)
   shorter = params.replace(
@@ -157,11 +157,11 @@ def test_a_scout_of_a_prefix():
       )
     }
   )  # fmt: skip
-  scout = jax.tree.map(lambda leaf: leaf[:1], tables.scout)
+  ranker = jax.tree.map(lambda leaf: leaf[:1], tables.ranker)
   np.testing.assert_array_equal(
     codes_NM,
     oracles.qinco_encode(
-      shorter, vectors(), num_candidates=0, **knobs, scout=scout
+      shorter, vectors(), num_candidates=0, **knobs, ranker=ranker
     ),
   )
 
@@ -169,10 +169,10 @@ def test_a_scout_of_a_prefix():
 @pytest.mark.parametrize(
   ("knobs", "message"),
   [
-    (dict(SIZES, num_finalists=5), "needs a scout that chooses them"),
-    (dict(SIZES, num_finalists=3), "must lie between 4 and 14, got 3"),
-    (dict(SIZES, num_finalists=15), "must lie between 4 and 14, got 15"),
-    (dict(beam_size=4, num_finalists=5), "set num_joint_candidates too"),
+    (dict(SIZES, num_ranked=5), "needs a ranker that chooses them"),
+    (dict(SIZES, num_ranked=3), "must lie between 4 and 14, got 3"),
+    (dict(SIZES, num_ranked=15), "must lie between 4 and 14, got 15"),
+    (dict(beam_size=4, num_ranked=5), "set num_joint_candidates too"),
   ],
 )
 def test_encode_refuses(knobs, message):
@@ -199,4 +199,4 @@ def test_fit_refuses(params, sizes, message):
   sizes = dict(SIZES) | sizes
   x_ND = vectors(sizes.pop("num", 20), dim=sizes.pop("dim", 6))
   with pytest.raises(ValueError, match=message):
-    qinco_scout.fit(qinco.prepare(params), jnp.asarray(x_ND), **sizes)
+    qinco_ranker.fit(qinco.prepare(params), jnp.asarray(x_ND), **sizes)

@@ -1,0 +1,398 @@
+"""A codec opened from any source, run over arrays or files of any size.
+
+  codec = vqjax.load("runs/qinco2_s")
+  codes = codec.encode(x)
+  xhat = codec.decode(codes)
+
+Vectors are an array, a memory map, anything that becomes an array, or the path
+of a file of vectors; results are numpy arrays.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vqjax.codecs import registry, runner
+from vqjax.codecs import rule as rule_lib
+from vqjax.codecs.codec import CodecSpec
+from vqjax.codecs.rule import SearchRule
+from vqjax.core import check_range, check_shape
+from vqjax.data import batches, formats
+from vqjax.data import codes as codes_lib
+from vqjax.interop import faiss_assign, faiss_io
+from vqjax.progress import progress_bar
+from vqjax.search import metrics
+from vqjax.storage import codec_file
+
+_BLOCK = 16384  # Vectors decoded and searched at once.
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Codec:
+  """A trained codec: parameters, and the settings that are stored with them.
+
+  `ready` are tables that know more than those of `prepare`, as a ranker.
+  """
+
+  name: str  # In `vqjax.codecs.registry`.
+  params: Any
+  info: dict = dataclasses.field(default_factory=dict)
+  ready: Any = None
+  fingerprint: str | None = None  # Of the parameters; found where left out.
+
+  def __post_init__(self):
+    """Finds the fingerprint, 16 hex digits."""
+    if self.fingerprint is None:
+      found = codec_file.fingerprint(self.params)
+      object.__setattr__(self, "fingerprint", found)
+
+  @property
+  def spec(self) -> CodecSpec:
+    """The functions of this kind of codec."""
+    return registry.get(self.name)
+
+  @functools.cached_property
+  def _prepared(self):
+    return jax.jit(self.spec.prepare)(self.params)
+
+  @property
+  def tables(self):
+    """What encode and decode need, made once."""
+    return self._prepared if self.ready is None else self.ready
+
+  @functools.cached_property
+  def rule(self) -> SearchRule:
+    """The search that is stored with the codec."""
+    return rule_lib.from_dict(self.info.get("encode", {}), self.spec.rule)
+
+  @property
+  def dim(self) -> int:
+    """Dimensions of the vectors."""
+    return self.spec.dim(self.params)
+
+  @property
+  def is_ivf(self) -> bool:
+    """Whether the first code is the number of a list."""
+    return self.spec.is_ivf(self.params)
+
+  @property
+  def codebook_sizes(self) -> tuple[int, ...]:
+    """Codewords at each position of a code; lists first if there are any."""
+    return self.spec.codebook_sizes(self.params)
+
+  @property
+  def num_codes(self) -> int:
+    """Code positions, the list number not counted."""
+    return len(self.codebook_sizes) - self.is_ivf
+
+  @property
+  def num_bytes(self) -> float:
+    """Bytes of a code, in bits packed; an index keeps the list number."""
+    sizes = self.codebook_sizes[self.is_ivf :]
+    return sum(int(size - 1).bit_length() for size in sizes) / 8
+
+  @property
+  def centroids(self) -> np.ndarray:
+    """Centroids of the lists, float32 `[L, D]` in data units.
+
+    A codec without lists has one, whose centroid is zero.
+    """
+    if not self.is_ivf:
+      return np.zeros((1, self.dim), np.float32)
+    return np.asarray(self.spec.centroids(self.params))
+
+  def with_tables(self, tables) -> "Codec":
+    """Returns the codec with these tables."""
+    return dataclasses.replace(self, ready=tables)
+
+  def takes_graph(self, assign: str = "auto") -> bool:
+    """Whether the lists of vectors are found by a graph of the centroids."""
+    return self.is_ivf and faiss_assign.takes_graph(
+      assign, self.codebook_sizes[0]
+    )
+
+  def make_assign_fn(
+    self, assign: str = "auto", progress: Callable | None = None
+  ) -> Callable | None:
+    """Returns `x_ND -> (x_ND, lists_N)`; None where encoding compares all.
+
+    A graph of a million centroids takes minutes: make it once.
+    """
+    if not self.takes_graph(assign):
+      return None
+    assign_fn, _ = faiss_assign.make_assign_fn(
+      self.centroids, "hnsw", progress=progress
+    )
+    return lambda x_ND: (x_ND, assign_fn(x_ND))
+
+  def encode(
+    self,
+    x,
+    *,
+    assign: str = "auto",
+    block_size: int | None = None,
+    progress: bool = False,
+    **settings,
+  ) -> np.ndarray:
+    """Finds codes `[N, M]`, unsigned, of the smallest type that fits.
+
+    Args:
+      x: Vectors `[N, D]`: an array, a memory map, or a path.
+      assign: How an IVF model finds the list of a vector: "blocks", "hnsw" or
+        "auto", see `vqjax.interop.faiss_assign`.
+      block_size: Vectors at once; it changes no codes.
+      progress: Shows a progress line.
+      **settings: Fields of `vqjax.codecs.rule.SearchRule` that take the place
+        of those stored with the codec, as `beam_size=64`.
+
+    Raises:
+      ValueError: Vectors are not finite or of another dimension, or a setting
+        does not fit.
+    """
+    vectors = open_array(x, self.dim)
+    rule = self.rule.replace(**self.check_settings(settings))
+    assign_fn = self.make_assign_fn(assign)
+    sizes = self.codebook_sizes
+    if rule.num_steps is not None:
+      sizes = sizes[: rule.num_steps + self.is_ivf]
+    dtype = smallest_type(sizes)
+    codes_NM = np.empty((len(vectors), len(sizes)), dtype)
+    if not len(vectors):
+      return codes_NM
+    row = 0
+    with _line(len(vectors), "encode", progress) as done:
+      for block_NM in runner.encode(
+        self.spec,
+        self.tables,
+        vectors,
+        rule,
+        assign_fn=assign_fn,
+        block_size=block_size,
+        progress=done,
+      ):
+        codes_NM[row : row + len(block_NM)] = block_NM
+        row += len(block_NM)
+    return codes_NM
+
+  def decode(
+    self,
+    codes,
+    *,
+    dtype: str = "float32",
+    block_size: int | None = None,
+    progress: bool = False,
+  ) -> np.ndarray:
+    """Returns the vectors of codes `[N, M]`: float32 `[N, D]`.
+
+    Args:
+      codes: Integers, an array or the path of a .npy file or a folder of
+        shards. If a prefix of a code is a code, fewer columns are allowed.
+      dtype: Type of the factors of a network's products.
+      block_size: Codes at once; it changes no vectors.
+      progress: Shows a progress line.
+
+    Raises:
+      TypeError: Codes are no integers.
+      ValueError: A code is not below the size of its codebook.
+    """
+    if isinstance(codes, str | os.PathLike):
+      codes = codes_lib.open_codes(codes)
+    elif not isinstance(codes, codes_lib.Codes):
+      codes = np.asarray(codes)
+      if codes.dtype.kind not in "iu":
+        raise TypeError(f"codes must be integers, got {codes.dtype}.")
+    sizes = self.codebook_sizes
+    if len(codes.shape) != 2 or not 1 <= codes.shape[1] <= len(sizes):
+      raise ValueError(
+        f"codes must have shape (N, 1 to {len(sizes)}), got {codes.shape}."
+      )
+    x_ND, row = np.empty((len(codes), self.dim), np.float32), 0
+    with _line(len(codes), "decode", progress) as done:
+      for block_ND in runner.decode(
+        self.spec,
+        self.tables,
+        codes,
+        dtype=dtype,
+        block_size=block_size,
+        progress=done,
+      ):
+        x_ND[row : row + len(block_ND)] = block_ND
+        row += len(block_ND)
+    return x_ND
+
+  def evaluate(
+    self,
+    base,
+    *,
+    queries=None,
+    true_ids=None,
+    metric: str | None = None,
+    ranks: tuple[int, ...] = (1, 10, 100),
+    progress: bool = False,
+    **settings,
+  ) -> dict:
+    """Measures error, time, and the recall of exact search in decoded vectors.
+
+    Args:
+      base: Vectors `[N, D]`, an array, a memory map or a path.
+      queries: `[Q, D]`, of the same kind, for the recall.
+      true_ids: Ids `[Q, G]` of their true neighbours, nearest first; found by
+        exact search in the base where left out.
+      metric: "l2" or "ip"; None for that of the codec.
+      ranks: R of each 1-recall@R, the share of queries whose nearest neighbour
+        is among the first R found.
+      progress: Shows progress lines.
+      **settings: As for `encode`.
+
+    Returns:
+      `mse`, the squared error per vector, summed over dimensions; `1-recall@R`
+      with queries; `encode_us` and `decode_us`, microseconds per vector.
+    """
+    vectors, metric = open_array(base, self.dim, "base"), metric or self.metric
+    check_range("vectors of the base", len(vectors), 1, 1 << 40)
+    rule = self.rule.replace(**self.check_settings(settings))
+    first = runner.encode_block(self.spec, self.tables, rule)
+    self.encode(vectors[:first], **settings)  # Compiles.
+    began = time.perf_counter()
+    codes_NM = self.encode(vectors, progress=progress, **settings)
+    found = {"encode_us": (time.perf_counter() - began) / len(vectors) * 1e6}
+    errors = _Errors(self, vectors, codes_NM, rule.dtype)
+    recalls = {}
+    if queries is None:
+      for _ in errors:
+        pass
+    else:
+      queries_QD = np.asarray(open_array(queries, self.dim, "queries"))
+      if true_ids is None:
+        blocks = batches.map_blocks(
+          lambda x_ND: x_ND, vectors, block_size=_BLOCK
+        )
+        blocks = (x_ND for _, x_ND in blocks)
+        true_ids = faiss_io.knn(queries_QD, blocks, 1, metric)[1]
+      num = min(max(ranks), len(vectors))
+      ids_QR = faiss_io.knn(queries_QD, iter(errors), num, metric)[1]
+      recalls = {
+        f"1-recall@{r}": metrics.nn_recall_at(ids_QR, true_ids, min(r, num))
+        for r in ranks
+      }
+    return {
+      "mse": errors.total / len(vectors),
+      **recalls,
+      **found,
+      "decode_us": errors.seconds / len(vectors) * 1e6,
+    }
+
+  @property
+  def metric(self) -> str:
+    """Metric of the data that the codec was trained on; "l2" if not known."""
+    return self.info.get("metric") or "l2"
+
+  def save(self, path, *, overwrite: bool = False) -> pathlib.Path:
+    """Writes codec.safetensors and codec.json into a folder; returns the file.
+
+    Raises:
+      FileExistsError: There is a codec already, and not `overwrite`.
+    """
+    return codec_file.save_codec(
+      path, self.name, self.params, info=self.info, overwrite=overwrite
+    )
+
+  def check_settings(self, settings: dict) -> dict:
+    """Returns the settings; raises ValueError unless the codec has them all."""
+    knobs = self.spec.knobs
+    for name in settings:
+      if name not in knobs:
+        raise ValueError(
+          f"{name} means nothing to a {self.name} codec; it has "
+          f"{', '.join(knobs)}."
+        )
+    return settings
+
+
+class _Errors:
+  """Decoded blocks, whose squared errors and seconds are summed on the way."""
+
+  def __init__(self, codec, vectors, codes_NM, dtype):
+    self._decode_fn = runner.make_decode_fn(
+      codec.spec, codec.tables, dtype=dtype
+    )
+    self._vectors, self._codes_NM = vectors, codes_NM
+    self._size = min(_BLOCK, len(codes_NM))
+    self._decode(0)  # Compiles.
+    self.total, self.seconds = 0.0, 0.0
+
+  def _decode(self, start: int):
+    codes_NM = self._codes_NM[start : start + self._size].astype(np.int32)
+    missing = self._size - len(codes_NM)
+    padded_NM = np.pad(codes_NM, ((0, missing), (0, 0)), "edge")
+    return np.asarray(self._decode_fn(padded_NM))[: len(codes_NM)]
+
+  def __iter__(self):
+    for start in range(0, len(self._codes_NM), self._size):
+      began = time.perf_counter()
+      xhat_ND = self._decode(start)
+      self.seconds += time.perf_counter() - began
+      rows = range(start, start + len(xhat_ND))
+      x_ND = batches.read_rows(self._vectors, rows)
+      self.total += float(np.sum((x_ND - xhat_ND) ** 2, dtype=np.float64))
+      yield xhat_ND
+
+
+def load(path) -> Codec:
+  """Opens a run folder, a .safetensors or a released .pt checkpoint.
+
+  Raises:
+    FileNotFoundError: There is no codec.
+    ValueError: The file is no codec, damaged or changed.
+  """
+  found = codec_file.load_codec(path)
+  return Codec(
+    found.name, found.params, found.info, fingerprint=found.fingerprint
+  )
+
+
+def open_array(x, dim: int | None = None, name: str = "x"):
+  """Returns vectors `[N, D]` of an array, a memory map or a path, unread.
+
+  Raises:
+    TypeError: They are no numbers.
+    ValueError: They have another shape.
+  """
+  if isinstance(x, str | os.PathLike):
+    name, x = str(x), formats.open_vectors(x)
+  elif type(x).__module__.partition(".")[0] != "vqjax":  # No open file.
+    x = np.asarray(x)
+  check_shape(name, x, (None, dim))
+  kinds = jnp.integer, jnp.floating
+  if not any(jnp.issubdtype(x.dtype, kind) for kind in kinds):
+    raise TypeError(f"{name} must hold real numbers, got {x.dtype}.")
+  return x
+
+
+def smallest_type(sizes) -> np.dtype:
+  """Returns the smallest unsigned type for codes below these sizes."""
+  return np.min_scalar_type(max(sizes) - 1)
+
+
+class _line:
+  """A progress line as a callback `(done, total)`, or None."""
+
+  def __init__(self, total: int, what: str, is_shown: bool):
+    self._bar = progress_bar(total, what) if is_shown else None
+
+  def __enter__(self):
+    if self._bar is None:
+      return None
+    return lambda done, _: self._bar.update(done - self._bar.n)
+
+  def __exit__(self, *_):
+    if self._bar is not None:
+      self._bar.close()

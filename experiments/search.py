@@ -166,6 +166,12 @@ def run(config, workdir=None) -> dict:
   )
   if names and data.base is None:
     raise ValueError("--baselines need --data, the vectors to fill them with.")
+  if (info["metric"], data.metric) == ("l2", "ip"):
+    logging.warning(
+      "%s compares by l2, but recall is of inner products, the metric of the "
+      "codec: build it with --metric=ip, unless vectors are of length 1.",
+      config.index,
+    )
   train = search_data.open_train(codec, config) if names else None
   header = _header(config, codec, info, data, train, num_threads)
   record = search_record.Record(config.output, header, resume=config.resume)

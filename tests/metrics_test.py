@@ -46,3 +46,44 @@ def test_wrong_arguments_are_refused():
     metrics.nn_recall_at(FOUND, TRUE * 1.0, 1)
   with pytest.raises(ValueError, match="at least one query"):
     metrics.nn_recall_at(FOUND[:0], TRUE[:0], 1)
+
+
+def _with_errors(error_QN, found, true):
+  pick = lambda ids: np.where(
+    ids < 0, np.inf, np.take_along_axis(error_QN, np.maximum(ids, 0), axis=1)
+  )
+  return metrics.Errors(pick(found), pick(true))
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 9])
+def test_ties_match_the_best_of_all_true_lists(k):
+  """Each list of k nearest is one truth; the overlap is that of the best."""
+  rng = np.random.default_rng(k)
+  error_QN = rng.integers(0, 4, (60, 12)).astype(float)  # Many are equal.
+  found = np.stack([rng.permutation(12)[:9] for _ in range(60)])
+  found[::5, 4:] = -1
+  true = error_QN.argsort(axis=1, kind="stable")[:, :9]
+  want = []
+  for error_N, found_R in zip(error_QN, found, strict=True):
+    here = {i for i in found_R[:k].tolist() if i >= 0}
+    # Of equal ones those that were found come first.
+    order = sorted(range(12), key=lambda i: (error_N[i], i not in here))
+    want.append(len(here & set(order[:k])) / k)
+  errors = _with_errors(error_QN, found, true)
+  got = metrics.knn_recall_at(found, true, k, errors)
+  assert got == pytest.approx(np.mean(want))
+  nearest = (errors.found_QR[:, :k] == error_QN.min(axis=1)[:, None]).any(
+    axis=1
+  )
+  assert metrics.nn_recall_at(found, true, k, errors) == nearest.mean()
+
+
+def test_queries_without_a_neighbour_are_left_out():
+  true = np.vstack([TRUE, np.full((3, 2), -1)])
+  found = np.vstack([FOUND, FOUND[:3]])
+  assert metrics.nn_recall_at(found, true, 2) == 2 / 4
+  assert metrics.knn_recall_at(found, true, 2) == 4 / 8
+  errors = _with_errors(np.ones((7, 10)), found, true)
+  assert metrics.nn_recall_at(found, true, 2, errors) == 3 / 4  # All as near.
+  with pytest.raises(ValueError, match="name a neighbour of a query, got -1"):
+    metrics.nn_recall_at(found[4:], true[4:], 1)

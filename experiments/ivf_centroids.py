@@ -295,8 +295,9 @@ def _make_assign_fn(method: str, words_KD):
 
     def assign(x_ND):
       with alone:
-        distances_N1, ids_N1 = faiss_io.knn(x_ND, words_KD, 1)
-      return ids_N1[:, 0], distances_N1[:, 0]
+        _, ids_N1 = faiss_io.knn(x_ND, words_KD, 1)
+      ids_N = ids_N1[:, 0]
+      return ids_N, np.sum((x_ND - words_KD[ids_N]) ** 2, axis=1)
 
     return assign
   is_cpu = jax.default_backend() == "cpu"

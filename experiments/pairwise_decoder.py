@@ -21,7 +21,6 @@ vector; where they do not pay, there is no pairwise decoder. --num_tables=0
 leaves it out, any other number makes as many.
 """
 
-import functools
 import shlex
 import time
 from typing import NamedTuple
@@ -32,6 +31,7 @@ from absl import logging
 
 from experiments.lib import cli, codecs, encoders, inputs
 from vqjax.codecs import additive, pairwise
+from vqjax.codecs.distances import centre_of
 from vqjax.core import check_range
 from vqjax.data import batches, codes, datasets, files
 from vqjax.storage import decoder_file
@@ -286,7 +286,11 @@ def _fit_additive(codec, train: _Sample, seconds) -> additive.AdditiveParams:
     cli.progress(num, "additive") as done,
     cli.timed(seconds, "additive"),
   ):
-    return additive.fit_blocks(blocks(done), _code_sizes(codec)[0])
+    return additive.fit_blocks(
+      blocks(done),
+      _code_sizes(codec)[0],
+      centre_D=centre_of(train.target_ND),
+    )
 
 
 def _fit_pairwise(
@@ -332,7 +336,10 @@ def _decode_fns(codec, config, additive_params, pairwise_params) -> dict:
     fns["centroid of the list"] = lambda *_: np.zeros((1, 1), np.float32)
   fns["additive"] = lambda codes_NM, _: additive_fn(additive_params, codes_NM)
   if pairwise_params is not None:
-    fns["pairwise"] = functools.partial(pairwise.decode, pairwise_params)
+    centre_D, _ = additive.split_centre(additive_params)
+    fns["pairwise"] = lambda *rows: (
+      pairwise.decode(pairwise_params, *rows) + centre_D[None]
+    )
   return fns | {codec.name: network}
 
 

@@ -130,7 +130,9 @@ def _describe_residuals(contents, vectors, rotation_DE):
       rows_n = order_N[block]
       x_nD = batches.read_rows(vectors, ids_N[block])
       found = residual_bits.describe(
-        x_nD, *_scanned(contents, decode_fn, rows_n), rotation_DE
+        x_nD - contents.centre_D,
+        *_scanned(contents, decode_fn, rows_n),
+        rotation_DE,
       )
       for whole, part in zip(out, found, strict=True):
         whole[rows_n] = np.asarray(part)
@@ -139,9 +141,12 @@ def _describe_residuals(contents, vectors, rotation_DE):
 
 
 def _scanned(contents, decode_fn, rows_n):
-  """Vectors of rows as the scan knows them, and what it takes for |xhat|^2."""
+  """Vectors of rows as the scan knows them, and what it takes for |xhat|^2.
+
+  Less the centre that the scan subtracts.
+  """
   lists_n = np.searchsorted(contents.starts, rows_n, "right") - 1
-  centroids_nD = contents.centroids_LD[lists_n]
+  centroids_nD = contents.centroids_LD[lists_n] - contents.centre_D
   xhat_nD = centroids_nD + decode_fn(contents.codes_NM[rows_n])
   scanned_n = np.square(centroids_nD).sum(axis=1)
   scanned_n += contents.low_L[lists_n]

@@ -25,6 +25,7 @@ from flax import struct
 from jax import lax
 
 from vqjax.codecs import pq, rq
+from vqjax.codecs.distances import centre_of
 from vqjax.core import Array, check_codes, check_range, check_shape
 from vqjax.data.codes import check_ids
 
@@ -90,13 +91,23 @@ def fit(
     (codes_NM[i : i + block_size], target_ND[i : i + block_size])
     for i in starts
   )
-  return fit_blocks(blocks, codebook_size, ridge=ridge)
+  return fit_blocks(
+    blocks, codebook_size, ridge=ridge, centre_D=centre_of(target_ND)
+  )
 
 
 def fit_blocks(
-  blocks: Iterable, codebook_size: int, *, ridge: float = 1.0
+  blocks: Iterable,
+  codebook_size: int,
+  *,
+  ridge: float = 1.0,
+  centre_D: Array | None = None,
 ) -> AdditiveParams:
-  """`fit` of blocks `(codes_NM, target_ND)` that need not exist all at once."""
+  """`fit` of blocks `(codes_NM, target_ND)` that need not exist all at once.
+
+  `centre_D` is that of the targets, None for zeros. It is fitted apart, so that
+  the ridge does not pull it and sums do not cancel.
+  """
   check_range("codebook_size", codebook_size, 1, MAX_UNKNOWNS)
   if not ridge > 0:
     raise ValueError(f"ridge must be positive, got {ridge}.")
@@ -107,15 +118,35 @@ def fit_blocks(
       m, k, d = codes_NM.shape[1], codebook_size, target_ND.shape[1]
       check_unknowns(m, k)
       pairs_MKMK, sums_MKD = np.zeros((m, k, m, k)), np.zeros((m, k, d))
+      centre_D = np.zeros(d) if centre_D is None else np.asarray(centre_D)
+      centre_D = centre_D.astype(np.float32)
     check_shape("codes", codes_NM, (None, m))
     check_shape("target", target_ND, (len(codes_NM), d))
     check_ids(codes_NM, [k] * m, first_row)
     _count_pairs(pairs_MKMK, codes_NM)
-    sums_MKD += _word_sums(jnp.asarray(codes_NM.T), target_ND, codebook_size)
+    sums_MKD += _word_sums(
+      jnp.asarray(codes_NM.T), target_ND, centre_D, codebook_size
+    )
     first_row += len(codes_NM)
   if not first_row:
     raise ValueError("Fitting words needs at least 1 vector, got 0.")
-  return AdditiveParams(jnp.asarray(_solve(pairs_MKMK, sums_MKD, ridge)))
+  words_MKD = _solve(pairs_MKMK, sums_MKD, ridge)
+  words_MKD[0] += centre_D
+  return AdditiveParams(jnp.asarray(words_MKD))
+
+
+def split_centre(params: AdditiveParams) -> tuple[Array, AdditiveParams]:
+  """Takes the centre `[D]` of what is decoded out of the words.
+
+  It is zero unless that lies far from the origin (`distances.centre_of`). A sum
+  of the words that are returned, plus the centre, is the same vector; products
+  with these words are smaller, and so exacter.
+  """
+  words_MKD = jnp.asarray(params.codebooks_MKD)
+  is_far = jnp.any(centre_of(words_MKD.sum(axis=0)) != 0)
+  mean_MD = words_MKD[:, 0] + jnp.mean(words_MKD - words_MKD[:, :1], axis=1)
+  mean_MD = jnp.where(is_far, mean_MD, 0)
+  return mean_MD.sum(axis=0), AdditiveParams(words_MKD - mean_MD[:, None])
 
 
 def decode(params: AdditiveParams, codes_NM: Array) -> Array:
@@ -150,9 +181,11 @@ def _count_pairs(pairs_MKMK: np.ndarray, codes_NM: np.ndarray) -> None:
 
 
 @partial(jax.jit, static_argnames="codebook_size")
-def _word_sums(codes_MN: Array, target_ND: Array, codebook_size: int) -> Array:
-  """Sums of the targets that have a word, `[M, K, D]`."""
-  target_ND = target_ND.astype(jnp.float32)
+def _word_sums(
+  codes_MN: Array, target_ND: Array, centre_D: Array, codebook_size: int
+) -> Array:
+  """Sums of the targets less the centre that have a word, `[M, K, D]`."""
+  target_ND = target_ND.astype(jnp.float32) - centre_D[None]
   add_fn = lambda ids_N: jax.ops.segment_sum(
     target_ND, ids_N, num_segments=codebook_size
   )

@@ -2,6 +2,11 @@
 
 Distances are in squared data units and computed from float32 products at full
 precision: the default of JAX may be TF32 or bfloat16 on accelerators.
+
+They are expanded, `|x|^2 - 2 <x, y> + |y|^2`, which cancels where the vectors
+lie far from the origin: at 10,000 the terms of distances near 1 are rounded to
+steps of 8 and more. So a centre that depends on the words alone is subtracted
+from both sides first (`centre_of`).
 """
 
 from collections.abc import Callable
@@ -13,16 +18,39 @@ from jax import lax
 
 from vqjax.core import Array, check_shape
 
+_CENTRE_ROWS = 64  # Enough to say where all lie, to within their spread.
+_FAR = 16.0  # Squared distance from the origin, in squared spreads.
+
 
 def sq_norms(x_D: Array) -> Array:
   """Squared L2 norms over the last axis: `[..., D]` to `[...]`."""
   return jnp.sum(x_D**2, axis=-1)
 
 
+def centre_of(y_KD):
+  """Point `[D]` to subtract from `y_KD`, and from what is compared with it.
+
+  The mean of a sample of the rows where these lie far from the origin, measured
+  by their spread; otherwise zero, so that the products of integers stay exact.
+  A numpy array gives a numpy array.
+  """
+  k = y_KD.shape[0]
+  sample_KD = y_KD[:: -(-k // _CENTRE_ROWS) or 1][:_CENTRE_ROWS]
+  sample_KD = sample_KD.astype("float32")
+  first_1D = sample_KD[:1]
+  # In two passes: a float32 sum of large numbers would be off the mean.
+  mean_1D = first_1D + (sample_KD - first_1D).mean(axis=0, keepdims=True)
+  spread = ((sample_KD - mean_1D) ** 2).sum(axis=1).mean()
+  is_far = (mean_1D**2).sum() > _FAR * spread
+  return mean_1D[0] * is_far.astype("float32")
+
+
 def sq_distances(x_ND: Array, y_KD: Array) -> Array:
   """Squared L2 distances between all pairs: `[N, K]`, never negative."""
   check_shape("x", x_ND, (None, None))
   check_shape("y", y_KD, (None, x_ND.shape[1]))
+  centre_1D = centre_of(y_KD)[None]
+  x_ND, y_KD = x_ND - centre_1D, y_KD - centre_1D
   dot_NK = jnp.matmul(x_ND, y_KD.T, precision="highest")
   # Cancellation can leave -1e-7 between equal rows; clip it.
   return jnp.maximum(
@@ -40,14 +68,45 @@ def nearest(
   """
   check_shape("x", x_ND, (None, None))
   check_shape("y", y_KD, (None, x_ND.shape[1]))
-  half_K = sq_norms(y_KD) / 2
   if block_size is None:
     block_size = min(4096, max((1 << 26) // y_KD.shape[0], 8))
-
-  def body(_, x_ND):
-    return None, least(half_scores(x_ND, y_KD, half_K))[0]
-
+  nearest_fn = make_nearest_fn(y_KD)
+  body = lambda _, x_ND: (None, nearest_fn(x_ND))
   return scan_blocks(body, None, x_ND, block_size=block_size)[1]
+
+
+def make_nearest_fn(
+  y_KD: Array, num_at_once: int | None = None
+) -> Callable[[Array], Array]:
+  """Returns `x_ND -> ids_N`, int32: the nearest rows, ties to the lower one.
+
+  `x_ND` is compared with `num_at_once` rows of `y_KD` at a time, all for None.
+  """
+  k = y_KD.shape[0]
+  centre_1D = centre_of(y_KD)[None]
+  half_K = sq_norms(y_KD - centre_1D) / 2
+  if (num_at_once or k) >= k:
+    centred_KD = y_KD - centre_1D
+    return lambda x_ND: least(
+      half_scores(x_ND - centre_1D, centred_KD, half_K)
+    )[0]
+
+  def nearest_fn(x_ND):
+    x_ND = x_ND - centre_1D
+
+    def compare(best, block):
+      number_k, y_kD, half_k = block
+      # Centred here, block by block: no second copy of many words.
+      ids_N, half_N = least(half_scores(x_ND, y_kD - centre_1D, half_k))
+      ids_N = jnp.where(half_N < best[1], number_k[0] + ids_N, best[0])
+      return (ids_N, jnp.minimum(half_N, best[1])), None
+
+    n = x_ND.shape[0]
+    start = jnp.zeros(n, jnp.int32), jnp.full(n, jnp.inf, jnp.float32)
+    rows = jnp.arange(k, dtype=jnp.int32), y_KD, half_K
+    return scan_blocks(compare, start, rows, block_size=num_at_once)[0][0]
+
+  return nearest_fn
 
 
 def half_scores(x_ND: Array, y_KD: Array, half_K: Array) -> Array:

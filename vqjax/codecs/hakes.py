@@ -22,7 +22,13 @@ from flax import struct
 from jax import lax
 
 from vqjax.codecs import kmeans, pq
-from vqjax.codecs.distances import half_scores, least, scan_blocks, sq_norms
+from vqjax.codecs.distances import (
+  centre_of,
+  half_scores,
+  least,
+  scan_blocks,
+  sq_norms,
+)
 from vqjax.core import Array, check_range, check_shape
 
 METRICS = ("ip", "l2")
@@ -105,8 +111,12 @@ def list_scores(side: HakesSide, x_NE: Array, metric: str) -> Array:
   For "l2" half of minus the squared distance, up to a constant of the vector.
   """
   check_metric(metric)
-  half_L = sq_norms(side.centroids_LE) / 2 * (metric == "l2")
-  return -half_scores(x_NE, side.centroids_LE, half_L)
+  if metric == "ip":
+    none_L = jnp.zeros(len(side.centroids_LE), jnp.float32)
+    return -half_scores(x_NE, side.centroids_LE, none_L)
+  centre_1E = lax.stop_gradient(centre_of(side.centroids_LE))[None]
+  near_LE = side.centroids_LE - centre_1E
+  return -half_scores(x_NE - centre_1E, near_LE, sq_norms(near_LE) / 2)
 
 
 def assign(side: HakesSide, x_ND: Array, metric: str) -> Array:

@@ -1,7 +1,9 @@
 """Lloyd's k-means with weights, in bounded memory.
 
 The objective is the weighted sum of squared distances to the nearest word, in
-squared data units. It never grows from one iteration to the next.
+squared data units. It never grows from one iteration to the next. Distances are
+compared, and means are taken, after the subtraction of a centre (see
+`distances.centre_of`); errors are sums of squared differences.
 
 A word that no vector chose is refilled: the e-th such word moves to the vector
 with the e-th largest weighted squared distance to its word. Nothing is drawn,
@@ -21,7 +23,12 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from vqjax.codecs.distances import half_scores, least, scan_blocks, sq_norms
+from vqjax.codecs.distances import (
+  centre_of,
+  make_nearest_fn,
+  scan_blocks,
+  sq_norms,
+)
 from vqjax.core import Array, add_exactly, check_range, check_shape
 from vqjax.data import batches
 
@@ -117,14 +124,16 @@ def lloyd_step(
   x_ND: Array, weights_N: Array, words_KD: Array, *, block_size: int = 4096
 ) -> KMeans:
   """One assignment to `words_KD` and one update, as a report of length 1."""
-  half_K = sq_norms(words_KD) / 2
+  nearest_fn = make_nearest_fn(words_KD)
   num_words = words_KD.shape[0]
+  centre_1D = centre_of(words_KD)[None]
 
   def body(carry, block):
     sums_KD, counts_2K = carry
     x_ND, weights_N = block
-    ids_N, error_N = _nearest(x_ND, words_KD, half_K, num_words)
-    more_KD, more_K = _sums(ids_N, x_ND, weights_N, num_words)
+    ids_N = nearest_fn(x_ND)
+    error_N = sq_norms(x_ND - words_KD[ids_N])
+    more_KD, more_K = _sums(ids_N, x_ND - centre_1D, weights_N, num_words)
     counts_2K = add_exactly(counts_2K, more_K)
     return (sums_KD + more_KD, counts_2K), error_N * weights_N
 
@@ -135,7 +144,8 @@ def lloyd_step(
   counts_K = counts_2K.sum(axis=0)
   is_empty_K = counts_K == 0
   safe_K = jnp.where(is_empty_K, 1, counts_K)
-  means_KD = jnp.where(is_empty_K[:, None], words_KD, sums_KD / safe_K[:, None])
+  means_KD = sums_KD / safe_K[:, None] + centre_1D
+  means_KD = jnp.where(is_empty_K[:, None], words_KD, means_KD)
   return KMeans(
     words_KD=_refill(means_KD, is_empty_K, x_ND, error_N),
     counts_K=counts_K,
@@ -162,9 +172,13 @@ def assign(
   """
   check_shape("x", x_ND, (None, None))
   check_shape("words", words_KD, (None, x_ND.shape[1]))
-  half_K = sq_norms(words_KD) / 2
-  size = num_at_once or len(words_KD)
-  body = lambda _, x_ND: (None, _nearest(x_ND, words_KD, half_K, size))
+  words_KD = jnp.asarray(words_KD)
+  nearest_fn = make_nearest_fn(words_KD, num_at_once)
+
+  def body(_, x_ND):
+    ids_N = nearest_fn(x_ND)
+    return None, (ids_N, sq_norms(x_ND - words_KD[ids_N]))
+
   return scan_blocks(body, None, x_ND, block_size=block_size)[1]
 
 
@@ -262,31 +276,6 @@ def _sums(ids_N, x_ND, weights_N, num_words):
     cpu=partial(sums_by_scatter, num_words=num_words),
     default=partial(sums_by_product, num_words=num_words),
   )
-
-
-def _nearest(x_ND, words_KD, half_K, size: int):
-  """Nearest words and squared distances; `half_K` as in `half_scores`.
-
-  In blocks of `size` words.
-  """
-
-  def compare(best, block):
-    number_k, words_kD, half_k = block
-    ids_N, half_N = least(half_scores(x_ND, words_kD, half_k))
-    ids_N = jnp.where(half_N < best[1], number_k[0] + ids_N, best[0])
-    return (ids_N, jnp.minimum(half_N, best[1])), None
-
-  number_K = jnp.arange(len(words_KD), dtype=jnp.int32)
-  (ids_N, half_N), _ = scan_blocks(
-    compare,
-    (
-      jnp.zeros(len(x_ND), jnp.int32),
-      jnp.full(len(x_ND), jnp.inf, jnp.float32),
-    ),
-    (number_K, words_KD, half_K),
-    block_size=size,
-  )
-  return ids_N, jnp.maximum(sq_norms(x_ND) + 2 * half_N, 0)
 
 
 def _refill(words_KD, is_empty_K, x_ND, error_N):

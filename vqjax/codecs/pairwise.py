@@ -4,7 +4,9 @@ A table has a row for every pair of words of two code positions, and so holds
 what the one means in the presence of the other. Codes in lists have, beside
 their own positions, a few for the list: the codes of its centroid under a
 residual quantiser. Like the additive decoder this one stands for what the
-centroid leaves, or for the vector where there are no lists.
+centroid leaves, or for the vector where there are no lists. Where the additive
+decoder has a centre (`additive.split_centre`), tables are without it: their
+float16 would round what is far from the origin.
 
   V  codes of a list      R  tables, and the pairs of positions they are for
 
@@ -175,7 +177,8 @@ def fit(
   Raises:
     ValueError: Where shapes or sizes do not fit, or codes are out of range.
   """
-  words_MKD = np.asarray(additive.codebooks_MKD)
+  _, words = additive_lib.split_centre(additive)
+  words_MKD = np.asarray(words.codebooks_MKD)
   m, k, d = words_MKD.shape
   num_lists = 0 if list_codes_LV is None else len(list_codes_LV)
   num_tables = check_sizes(k, m, num_lists, num_tables)
@@ -285,8 +288,8 @@ def decode(
     params: Tables.
     codes_NM: integers `[N, M]`, list numbers not among them.
     lists_N: list of each vector; only looked at where there are lists.
-    centroids_LD: of the lists, to be added: the sum is then the vector, and
-      else what the centroid leaves.
+    centroids_LD: of the lists, to be added, or the centre without lists: the
+      sum is then the vector, and else what these leave.
   """
   r, k, _, d = params.tables_RKKD.shape
   check_codes(codes_NM, params.num_codes)

@@ -2,7 +2,8 @@
 
 With a rotation it is optimised product quantisation (OPQ): vectors are rotated
 before they are cut, decoded vectors are rotated back. Errors are in squared
-data units either way.
+data units either way. Vectors far from the origin are rotated about their
+centre (`distances.centre_of`), as a rotation rounds in steps of their length.
 
 References: Jegou et al., TPAMI 2011 (PQ); Ge et al., TPAMI 2014 (OPQ).
 """
@@ -14,7 +15,7 @@ from jax import lax
 
 from vqjax.codecs import kmeans
 from vqjax.codecs.codec import CodecSpec
-from vqjax.codecs.distances import nearest
+from vqjax.codecs.distances import centre_of, nearest
 from vqjax.core import Array, check_codes, check_shape
 
 
@@ -69,7 +70,10 @@ def fit(
   if rotation is not None:
     check_shape("rotation", rotation, (d, d))
     rotation = jnp.asarray(rotation, jnp.float32)
-  x_ND = _rotate(jnp.asarray(x_ND, jnp.float32), rotation)
+  x_ND = jnp.asarray(x_ND, jnp.float32)
+  if rotation is not None:
+    centre_1D = centre_of(x_ND)[None]
+    x_ND = _rotate(x_ND - centre_1D, rotation)
   x_NMS = x_ND.reshape(n, num_codes, -1)
   codebooks = [
     kmeans.fit(
@@ -82,7 +86,11 @@ def fit(
     )
     for m in range(num_codes)
   ]
-  return PQParams(jnp.stack(codebooks), rotation)
+  codebooks_MKS = jnp.stack(codebooks)
+  if rotation is not None:
+    centre_MS = _rotate(centre_1D, rotation).reshape(num_codes, -1)
+    codebooks_MKS = codebooks_MKS + centre_MS[:, None]
+  return PQParams(codebooks_MKS, rotation)
 
 
 def encode(
@@ -99,10 +107,11 @@ def encode(
   check_shape("x", x_ND, (None, dim(params)))
   m, _, s = params.codebooks_MKS.shape
   _check_steps(params, num_steps)
-  x_ND = _rotate(x_ND.astype(jnp.float32), params.rotation_DD)
+  words_MKS, centre_1D = _near_words(params)
+  x_ND = _turned(params, x_ND, centre_1D)
   x_MNS = x_ND.reshape(-1, m, s).swapaxes(0, 1)
   slice_fn = lambda args: nearest(*args, block_size=block_size)
-  return lax.map(slice_fn, (x_MNS, params.codebooks_MKS)).T
+  return lax.map(slice_fn, (x_MNS, words_MKS)).T
 
 
 def _check_steps(params: PQParams, num_steps: int | None) -> None:
@@ -120,16 +129,37 @@ def decode(params: PQParams, codes_NM: Array) -> Array:
   check_codes(codes_NM, m)
   check_shape("codes", codes_NM, (None, m))
   pick = jax.vmap(lambda book_KS, code_N: book_KS[code_N])
-  x_MNS = pick(params.codebooks_MKS, codes_NM.T)
+  words_MKS, centre_1D = _near_words(params)
+  x_MNS = pick(words_MKS, codes_NM.T)
   x_ND = x_MNS.swapaxes(0, 1).reshape(codes_NM.shape[0], dim(params))
   if params.rotation_DD is None:
     return x_ND
-  return _rotate(x_ND, params.rotation_DD.T)
+  return _rotate(x_ND, params.rotation_DD.T) + centre_1D
 
 
-def _rotate(x_ND: Array, rotation_DD: Array | None) -> Array:
+def _near_words(params: PQParams) -> tuple[Array, Array | None]:
+  """Words less the centre of all, and that centre before the rotation.
+
+  Without a rotation the words as they are: each slice has a centre of its own.
+  """
+  words_MKS, rotation_DD = params.codebooks_MKS, params.rotation_DD
   if rotation_DD is None:
+    return words_MKS, None
+  m, k, s = words_MKS.shape
+  centre_D = centre_of(words_MKS.swapaxes(0, 1).reshape(k, m * s))
+  centre_1D = _rotate(centre_D[None], rotation_DD.T)
+  return words_MKS - centre_D.reshape(m, 1, s), centre_1D
+
+
+def _turned(params: PQParams, x_ND: Array, centre_1D: Array | None) -> Array:
+  """Vectors as `_near_words` has the words."""
+  x_ND = x_ND.astype(jnp.float32)
+  if params.rotation_DD is None:
     return x_ND
+  return _rotate(x_ND - centre_1D, params.rotation_DD)
+
+
+def _rotate(x_ND: Array, rotation_DD: Array) -> Array:
   return jnp.matmul(x_ND, rotation_DD, precision="highest")
 
 

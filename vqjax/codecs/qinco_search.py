@@ -17,7 +17,7 @@ from flax import struct
 from jax import lax
 
 from vqjax.codecs import beam as beam_lib
-from vqjax.codecs.distances import nearest, sq_norms
+from vqjax.codecs.distances import nearest, sq_distances, sq_norms
 from vqjax.codecs.rule import SearchRule
 from vqjax.core import Array
 
@@ -210,11 +210,7 @@ def propose_plain(words_KD, x_ND, beam):
   """Candidates of the first step: every codeword, for one hypothesis."""
   n, k = x_ND.shape[0], words_KD.shape[0]
   ids_NK = jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32), (n, k))
-  error_NK = (
-    jnp.sum(x_ND**2, axis=-1, keepdims=True)
-    - 2 * jnp.matmul(x_ND, words_KD.T, precision="highest")
-    + sq_norms(words_KD)[None]
-  )
+  error_NK = sq_distances(x_ND, words_KD)
   words_fn = lambda slots_NF: words_KD[slots_NF]
   return beam_lib.Candidates(jnp.zeros_like(ids_NK), ids_NK, error_NK, words_fn)
 

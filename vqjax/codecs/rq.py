@@ -17,7 +17,7 @@ from jax import lax
 from vqjax.codecs import beam as beam_lib
 from vqjax.codecs import kmeans
 from vqjax.codecs.codec import CodecSpec
-from vqjax.codecs.distances import nearest, scan_blocks, sq_norms
+from vqjax.codecs.distances import centre_of, nearest, scan_blocks, sq_norms
 from vqjax.codecs.rule import SearchRule
 from vqjax.core import Array, check_codes, check_range, check_shape
 
@@ -172,11 +172,14 @@ def _start(x_ND: Array, beam_size: int) -> beam_lib.Beam:
 
 def _propose(words_KD: Array, x_ND: Array, beam: beam_lib.Beam):
   """Offers every word to every hypothesis, see `beam.py`."""
-  residual_NFD = x_ND[:, None] - beam.xhat_NFD
+  # Nothing but a codebook far from the origin has a centre; see `distances`.
+  centre_D = centre_of(words_KD)
+  residual_NFD = x_ND[:, None] - beam.xhat_NFD - centre_D[None, None]
+  near_KD = words_KD - centre_D[None]
   n, f, d = residual_NFD.shape
   k = words_KD.shape[0]
   dot_NFK = jnp.matmul(
-    residual_NFD.reshape(n * f, d), words_KD.T, precision="highest"
+    residual_NFD.reshape(n * f, d), near_KD.T, precision="highest"
   ).reshape(n, f, k)
   # The residual's norm is computed anew: carried along, its rounding errors
   # would add up over the steps.
@@ -184,7 +187,7 @@ def _propose(words_KD: Array, x_ND: Array, beam: beam_lib.Beam):
     jnp.isinf(beam.error_NF), jnp.inf, sq_norms(residual_NFD)
   )
   error_NFK = error_NF[..., None] + (
-    sq_norms(words_KD)[None, None] - 2 * dot_NFK
+    sq_norms(near_KD)[None, None] - 2 * dot_NFK
   )
   slots_C = jnp.arange(f * k, dtype=jnp.int32)
   spread = lambda x_C: jnp.broadcast_to(x_C[None], (n, f * k))

@@ -13,6 +13,7 @@ import faiss
 import numpy as np
 
 from vqjax.codecs.additive import AdditiveParams
+from vqjax.codecs.distances import centre_of
 from vqjax.codecs.pq import PQParams
 from vqjax.codecs.rq import RQParams
 from vqjax.core import check_range, check_shape
@@ -29,7 +30,10 @@ faiss.cvar.distance_compute_blas_threshold = min(
 
 
 class FaissCodec(NamedTuple):
-  """A faiss index used as a codec."""
+  """A faiss index used as a codec.
+
+  The index is of vectors less a centre, which encode and decode take care of.
+  """
 
   index: faiss.Index
   encode: Callable[[np.ndarray], np.ndarray]  # x_ND to codes_NM, int32.
@@ -43,6 +47,9 @@ def knn(
   metric: str = "l2",
 ) -> tuple[np.ndarray, np.ndarray]:
   """Exact search: distances `[Q, k]` float32 and ids `[Q, k]` int64.
+
+  Squared distances are taken of vectors less the centre of the queries, where
+  these lie far from the origin (`distances.centre_of`).
 
   Args:
     queries_QD: Queries, of any numeric type.
@@ -59,6 +66,8 @@ def knn(
   check_range("k", k, 1, 2**31 - 1)
   queries_QD = float_rows("queries", queries_QD)
   is_ip = metric == "ip"
+  centre_D = None if is_ip else far_centre(queries_QD)
+  queries_QD = less(queries_QD, centre_D)
   heap = faiss.ResultHeap(len(queries_QD), k, keep_max=is_ip)
   num_seen = 0
   for block in [base] if hasattr(base, "shape") else base:
@@ -66,6 +75,7 @@ def knn(
     if not len(block_ND):
       continue
     num_here = min(k, len(block_ND))
+    block_ND = less(block_ND, centre_D)
     found = faiss.knn(queries_QD, block_ND, num_here, metric=metric_type)
     heap.add_result(found[0], found[1] + num_seen)
     num_seen += len(block_ND)
@@ -130,6 +140,7 @@ def fit_kmeans(
   if start_KD is not None:
     check_shape("start", start_KD, (num_words, d))
     start_KD = float_rows("start", start_KD)
+  centre_D = far_centre(x_ND)
   kmeans = faiss.Kmeans(
     d,
     num_words,
@@ -138,8 +149,12 @@ def fit_kmeans(
     min_points_per_centroid=1,
     max_points_per_centroid=-(-n // num_words),
   )
-  kmeans.train(x_ND, init_centroids=start_KD)
-  return kmeans.centroids
+  if start_KD is not None:
+    start_KD = less(start_KD, centre_D)
+  kmeans.train(less(x_ND, centre_D), init_centroids=start_KD)
+  if centre_D is None:
+    return kmeans.centroids
+  return kmeans.centroids + centre_D
 
 
 def thread_pool() -> concurrent.futures.ThreadPoolExecutor:
@@ -181,7 +196,7 @@ def train_opq(
   _check_training(len(x_ND), d, num_codes, num_bits, has_slices=True)
   opq, slices = _new_opq(d, num_codes, num_bits)
   opq.niter, opq.max_train_points = num_iterations, max_vectors
-  opq.train(x_ND)
+  opq.train(less(x_ND, far_centre(x_ND)))
   del slices  # Was borrowed by `opq` until here.
   return faiss.vector_to_array(opq.A).reshape(d, d).T.copy()
 
@@ -210,6 +225,8 @@ def fit_additive(
     raise ValueError(f"name must be one of {ADDITIVE}, got {name!r}.")
   x_ND = float_rows("x", x_ND)
   n, d = x_ND.shape
+  centre_D = far_centre(x_ND)
+  x_ND = less(x_ND, centre_D)
   has_slices = name in ("PQ", "OPQ")
   _check_training(n, d, num_codes, num_bits, has_slices=has_slices)
   if has_slices:
@@ -229,7 +246,7 @@ def fit_additive(
     del slices
   else:
     index.train(x_ND)
-  return to_codec(index, num_codes, num_bits)
+  return to_codec(index, num_codes, num_bits, centre_D=centre_D)
 
 
 def pq_to_faiss(params: PQParams, *, metric: str = "l2") -> faiss.Index:
@@ -286,8 +303,17 @@ def normalise_first(index: faiss.Index) -> faiss.IndexPreTransform:
   return index
 
 
-def to_codec(index: faiss.Index, num_codes: int, num_bits: int) -> FaissCodec:
-  """Wraps a trained index whose codes have `num_codes` equal positions."""
+def to_codec(
+  index: faiss.Index,
+  num_codes: int,
+  num_bits: int,
+  *,
+  centre_D: np.ndarray | None = None,
+) -> FaissCodec:
+  """Wraps a trained index whose codes have `num_codes` equal positions.
+
+  It codes what is left of vectors after the subtraction of `centre_D`.
+  """
   dim = index.d
   code_size = (num_codes * num_bits + 7) // 8
   if index.sa_code_size() != code_size:
@@ -297,13 +323,14 @@ def to_codec(index: faiss.Index, num_codes: int, num_bits: int) -> FaissCodec:
     )
 
   def encode(x_ND):
-    packed = index.sa_encode(float_rows("x", x_ND, dim))
+    packed = index.sa_encode(less(float_rows("x", x_ND, dim), centre_D))
     return faiss.unpack_bitstrings(packed, num_codes, num_bits).astype(np.int32)
 
   def decode(codes_NM):
     check_shape("codes", codes_NM, (None, num_codes))
     packed = faiss.pack_bitstrings(np.asarray(codes_NM, np.int32), num_bits)
-    return index.sa_decode(packed)
+    x_ND = index.sa_decode(packed)
+    return x_ND if centre_D is None else x_ND + centre_D
 
   return FaissCodec(index, encode, decode)
 
@@ -365,6 +392,17 @@ def float_rows(name: str, x_ND, dim: int | None = None) -> np.ndarray:
   """A contiguous float32 matrix, as faiss wants it."""
   check_shape(name, x_ND, (None, dim))
   return np.ascontiguousarray(x_ND, np.float32)
+
+
+def far_centre(x_ND: np.ndarray) -> np.ndarray | None:
+  """The centre of float32 rows, None where they lie near the origin."""
+  centre_D = centre_of(x_ND) if len(x_ND) else np.zeros(1)
+  return centre_D if centre_D.any() else None
+
+
+def less(x_ND: np.ndarray, centre_D: np.ndarray | None) -> np.ndarray:
+  """The rows less the centre, if there is any."""
+  return x_ND if centre_D is None else x_ND - centre_D
 
 
 def _metric_type(metric: str) -> int:

@@ -8,7 +8,8 @@ of a vector. faiss computes from them, without vqjax,
   |x - c - r|^2 = |x - c|^2 - 2 <x - c, r> + |r|^2
 
 where the byte stands for |r|^2. (Inner products, of "ip", need no norm.) A
-codec without lists has one list, whose centroid is zero. Beside the file, its
+codec without lists has one list, whose centroid is zero, or the centre of
+vectors far from the origin: |r|^2 would be too large for a byte there. Beside the file, its
 description `index.faiss.json` says which codec made the codes.
 
 Reference: arXiv 2501.03078, section 3.4.
@@ -20,7 +21,7 @@ from typing import NamedTuple
 import faiss
 import numpy as np
 
-from vqjax.codecs.rq import RQParams
+from vqjax.codecs.additive import AdditiveParams, split_centre
 from vqjax.core import check_range, check_shape
 from vqjax.data import codes, files
 from vqjax.interop import faiss_files, faiss_io, faiss_lists
@@ -56,7 +57,9 @@ def make_index(
   Args:
     centroids_LD: Of the lists, in data units; `[1, D]` zeros for a codec
       without lists and an index of one.
-    codebooks_MKD: Words of the additive decoder; K a power of two.
+    codebooks_MKD: Words of the additive decoder; K a power of two. A centre of
+      their sums (`additive.split_centre`) is moved to the centroids where
+      codes are of residuals.
     norm_range: Least and largest squared norm that the byte can say. None for
       bounds that no sum of words exceeds, until `fit_norms` narrows them.
     coarse: See `make_coarse`.
@@ -70,8 +73,14 @@ def make_index(
     ValueError: Where sizes do not fit each other, or faiss.
   """
   m, k, d = codebooks_MKD.shape
-  words = faiss_io.rq_to_faiss(RQParams(codebooks_MKD))
   check_shape("centroids", centroids_LD, (None, d))
+  words = AdditiveParams(codebooks_MKD)
+  if by_residual:
+    centre_D, words = split_centre(words)
+    codebooks_MKD = np.asarray(words.codebooks_MKD)
+    if np.any(centre_D):
+      centroids_LD = centroids_LD + np.asarray(centre_D)
+  words = faiss_io.rq_to_faiss(words)
   low, high = norm_range or (0.0, _largest_norm(codebooks_MKD))
   if not 0 <= low <= high < np.inf:
     raise ValueError(

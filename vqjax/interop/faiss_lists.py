@@ -10,6 +10,8 @@ from typing import NamedTuple
 import faiss
 import numpy as np
 
+from vqjax.codecs.additive import AdditiveParams, split_centre
+from vqjax.codecs.distances import centre_of
 from vqjax.codecs.rq import RQParams
 from vqjax.core import check_range
 from vqjax.data import formats
@@ -18,6 +20,7 @@ from vqjax.interop.faiss_io import METRICS, float_rows
 
 BLOCK = 16384  # Vectors whose reconstructions exist at a time.
 COARSE = ("hnsw", "flat")
+_L2 = faiss.METRIC_L2
 _NUM_LINKS = 32  # Of a word in the graph, and how hard they are looked for:
 _EF_CONSTRUCTION = 200
 
@@ -27,9 +30,10 @@ class Contents(NamedTuple):
 
   Byte b of `norm_N`, of list l, stands for `low_L[l] + b * step_L[l]`: what the
   words add to the squared norm of the centroid, which suits tables of a query
-  that serve all lists. (The bytes in the file are of the words alone.) The
-  centroids are those that are added to the words: zeros where the codes are of
-  whole vectors.
+  that serve all lists. (The bytes in the file are of the words alone.) That
+  norm is of the centroid less `centre_D`, see `ivf.make_lists`. The centroids
+  are those that are added to the words: where the codes are of whole vectors
+  zeros, or the centre of the words, which these are then without.
   """
 
   starts: np.ndarray  # `[L + 1]` int64: first row of each list, then N.
@@ -40,6 +44,7 @@ class Contents(NamedTuple):
   step_L: np.ndarray  # float32.
   codebooks_MKD: np.ndarray
   centroids_LD: np.ndarray
+  centre_D: np.ndarray
 
 
 def make_coarse(
@@ -131,8 +136,16 @@ def contents(index: faiss.Index) -> Contents:
   words_MKD, centroids_LD = words_of(index.rq), centroids_of(index)
   if not index.by_residual:
     centroids_LD = np.zeros_like(centroids_LD)
-  norms = _norms(starts, codes_NM, words_MKD, centroids_LD)
-  return Contents(starts, ids_N, codes_NM, *norms, words_MKD, centroids_LD)
+    if index.metric_type == _L2:
+      shift_D, words = split_centre(AdditiveParams(words_MKD))
+      words_MKD = np.asarray(words.codebooks_MKD)
+      centroids_LD += np.asarray(shift_D)
+  centre_D = centre_of(centroids_LD)
+  near_LD = centroids_LD - centre_D if centre_D.any() else centroids_LD
+  norms = _norms(starts, codes_NM, words_MKD, near_LD)
+  return Contents(
+    starts, ids_N, codes_NM, *norms, words_MKD, centroids_LD, centre_D
+  )
 
 
 def check_index(index, name="The index") -> faiss.IndexIVFResidualQuantizer:
@@ -309,6 +322,17 @@ def _norms(starts, codes_NM, words_MKD, centroids_LD):
 def nearest(coarse, x_ND, num: int, ef_search):
   """Nearest centroids `[N, num]`, int32, and their distances."""
   check_range("nprobe", num, 1, coarse.ntotal, "lists of the index")
+  coarse = faiss.downcast_index(coarse)
+  if isinstance(coarse, faiss.IndexFlat) and coarse.metric_type == _L2:
+    # faiss expands these distances, which cancel far from the origin. (Those
+    # in a graph are sums of squared differences.)
+    num_floats = coarse.ntotal * coarse.d
+    rows_LD = faiss.rev_swig_ptr(coarse.get_xb(), num_floats)
+    rows_LD = rows_LD.reshape(-1, coarse.d)
+    centre_D = faiss_io.far_centre(rows_LD)
+    if centre_D is not None:
+      found = faiss.knn(x_ND - centre_D, rows_LD - centre_D, num)
+      return found[1].astype(np.int32), found[0]
   params = graph_params(coarse, ef_search)
   distances_NP, lists_NP = coarse.search(x_ND, num, params=params)
   return lists_NP.astype(np.int32), distances_NP

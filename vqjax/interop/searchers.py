@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqjax.codecs import pairwise, registry, runner
+from vqjax.codecs.additive import split_centre
 from vqjax.interop import faiss_fastscan, faiss_io, faiss_ivf
 from vqjax.search import ivf, pipeline, refiners
 from vqjax.storage import codec_file, decoder_file, refiner_file
@@ -54,7 +55,7 @@ def open_searcher(
       pairwise_fn = partial(
         pairwise.decode,
         found.pairwise,
-        centroids_LD=jnp.asarray(contents.centroids_LD),
+        centroids_LD=_left_out(found, contents),
       )
   is_ip = meta["metric"] == "ip"
   norm = 0 if is_ip else 1
@@ -65,13 +66,14 @@ def open_searcher(
     contents.low_L * norm,
     contents.step_L * norm,
     contents.codebooks_MKD,
+    None if is_ip else contents.centre_D,
     dtype=dtype,
   )
   return pipeline.Searcher(
     pipeline.Parts(
       lists=lists,
       ids_N=contents.ids_N,
-      coarse_fn=_make_coarse_fn(coarse, meta["metric"]),
+      coarse_fn=_make_coarse_fn(coarse, meta["metric"], contents.centre_D),
       decode_fn=make_decode_fn(loaded, dtype),
       pairwise_fn=pairwise_fn,
       distances_fn=inner_products_to if is_ip else faiss_io.distances_to,
@@ -82,11 +84,21 @@ def open_searcher(
   )
 
 
-def _make_coarse_fn(coarse, metric: str):
+def _left_out(decoders, contents):
+  """What the pairwise decoder leaves out of vectors, for each list `[L, D]`."""
+  centroids_LD = jnp.asarray(contents.centroids_LD)
+  if decoders.pairwise.list_codes_LV is not None:
+    return centroids_LD
+  centre_D, _ = split_centre(decoders.additive)
+  return jnp.broadcast_to(centre_D, centroids_LD.shape)
+
+
+def _make_coarse_fn(coarse, metric: str, centre_D):
   """Returns what finds the lists of queries and their part of distances.
 
   That part is the squared distance to the centroid if codes are of residuals,
-  else the squared norm of the query; for inner products see `pipeline.Parts`.
+  else the squared norm of the query, less the centre that the scan subtracts;
+  for inner products see `pipeline.Parts`.
   """
 
   def find(queries_QD, nprobe, ef_search):
@@ -96,7 +108,7 @@ def _make_coarse_fn(coarse, metric: str):
     if metric == "ip":
       return lists_QP, -2 * of_list_QP * bool(coarse.by_residual)
     if not coarse.by_residual:
-      norm_Q1 = np.sum(queries_QD**2, axis=1, keepdims=True)
+      norm_Q1 = np.sum((queries_QD - centre_D) ** 2, axis=1, keepdims=True)
       of_list_QP = np.broadcast_to(norm_Q1, of_list_QP.shape)
     return lists_QP, of_list_QP
 

@@ -7,9 +7,11 @@ codebook. Of its squared distance to a query x,
 
 the first term belongs to the list, <x, r> is the sum of M entries of the
 query's table of inner products with all words, and the last is kept with the
-code, as a byte within the range of its list. The tables of a block of queries
-are one matrix product. Lists are read in tiles of consecutive codes, so that
-little but the table lookups is done for each code.
+code, as a byte within the range of its list. Before that a centre of all lists
+is subtracted from x and c: far from the origin the last two terms are large,
+and cancel. The tables of a block of queries are one matrix product. Lists are
+read in tiles of consecutive codes, so that little but the table lookups is done
+for each code.
 
 The codewords are those of an additive decoder (`vqjax.codecs.additive`).
 """
@@ -40,6 +42,7 @@ class Lists:
   low_L: Array
   step_L: Array
   words_DC: Array  # Twice the words of all positions, `C = M * K`.
+  centre_D: Array  # Is subtracted from queries.
   num_codes: int = struct.field(pytree_node=False)
   num_bits: int = struct.field(pytree_node=False)  # 8 or 16 for each code.
 
@@ -51,6 +54,7 @@ def make_lists(
   low_L,
   step_L,
   codebooks_MKD,
+  centre_D=None,
   *,
   dtype: str = "float32",
 ) -> Lists:
@@ -60,10 +64,11 @@ def make_lists(
     starts_L1: First row of each list, and the number of rows.
     codes_NM: Codes, row by row, of any unsigned type.
     norm_N: What the words of each code add to the squared norm of the
-      centroid, in steps of its list.
+      centroid less the centre, in steps of its list.
     low_L: What byte 0 stands for, in each list.
     step_L: From one byte to the next.
     codebooks_MKD: Words of the additive decoder.
+    centre_D: Is to be subtracted from queries; None for zeros.
     dtype: Type of their products with queries; sums are float32.
 
   Raises:
@@ -86,6 +91,7 @@ def make_lists(
     low_L=jnp.asarray(low_L, jnp.float32),
     step_L=jnp.asarray(step_L, jnp.float32),
     words_DC=jnp.asarray(2 * codebooks_MKD.reshape(m * k, d).T, dtype),
+    centre_D=jnp.zeros(d) if centre_D is None else jnp.asarray(centre_D),
     num_codes=m,
     num_bits=num_bits,
   )
@@ -143,6 +149,7 @@ def scan(
     the list of each, and its approximate squared distance, inf for none.
   """
   num_slots = num_tiles * TILE
+  queries_QD = queries_QD - lists.centre_D[None]
   check_range("num_best", num_best, 1, num_slots, "slots to choose from")
   tables_QC = jnp.matmul(
     queries_QD.astype(lists.words_DC.dtype),

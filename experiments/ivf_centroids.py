@@ -182,6 +182,7 @@ def _check(config):
   files.check_folder(
     pathlib.Path(config.output).parent, num_bytes=num_bytes, name=config.output
   )
+  batches.check_training(vectors)
   return vectors
 
 

@@ -89,6 +89,7 @@ def _say_finished(workdir, summary: dict) -> dict:
 
 def _train(config, workdir, dataset, xt_ND, this, finish: bool):
   """`run`, with the folder locked."""
+  batches.check_training(xt_ND, this.num_rows)
   _check_words(config, this.num_rows)
   if this.plan is not None:
     schedule = _make_schedule(config, this.plan)

@@ -270,6 +270,14 @@ def test_a_norm_far_out_is_told_by_plain_faiss(k, block, monkeypatch):
   assert got == pytest.approx(want, abs=(high - low) / 256)
 
 
+@pytest.mark.parametrize("scale", [2.0**-20, 2.0**20])
+def test_bytes_of_norms_are_the_same_at_every_scale(scale):
+  case, scaled = _case(), _case()
+  for name in ("centroids_LD", "codebooks_MKD"):
+    scaled[name] = scaled[name] * np.float32(scale)
+  assert _stored(_filled(scaled)) == _stored(_filled(case))
+
+
 def test_parts_of_other_norms_merge_to_the_whole():
   case = _case()
   case["codebooks_MKD"][:, 0] *= 8

@@ -95,6 +95,15 @@ def test_distances_are_what_loops_find():
       assert found_QS[q, s] == pytest.approx(want, rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.parametrize("scale", [2.0**-20, 2.0**20])
+def test_bytes_are_the_same_at_every_scale(scale):
+  x_ND, xhat_ND, scanned_N = _case()
+  made = _make(x_ND, xhat_ND, scanned_N)
+  scaled = _make(*(scale * a for a in (x_ND, xhat_ND, scale * scanned_N)))
+  for name in ("bits_NW", "scale_N", "offset_N"):
+    np.testing.assert_array_equal(getattr(scaled, name), getattr(made, name))
+
+
 def test_the_distance_of_a_vector_to_itself_is_zero():
   """Towards what the words leave the estimate is exact, but for bytes."""
   x_ND, xhat_ND, scanned_N = _case(dim=40)

@@ -93,6 +93,7 @@ def _sizes(data: Data) -> list[int]:
 
 
 def _check(data: Data) -> None:
+  batches.check_training(data.base)
   for name in ("train_queries", "queries"):
     vectors = getattr(data, name)
     if vectors is not None and vectors.shape[1] != data.dim:

@@ -44,6 +44,7 @@ def prepare(config) -> dict:
       f"--num_blocks must divide the {dim} dimensions of {config.data}, got "
       f"{config.num_blocks}."
     )
+  batches.check_training(vectors)
   record = {
     "format": _FORMAT,
     "source": os.path.abspath(config.data),

@@ -13,11 +13,13 @@ import itertools
 import jax
 import numpy as np
 
-from vqjax.data import formats
+from vqjax.data import formats, values
 
 _FEISTEL_ROUNDS = 8
 _SUBSAMPLE_ROUND = 1 << 62  # No pass over the data has this number.
 _BLOCKS_AT_ONCE = 2  # In work, see `map_blocks`.
+# Before a training: bytes that are read, rows at a time, rows that must differ.
+_CHECKED_BYTES, _CHECKED_ROWS, _COMPARED_ROWS = 1 << 28, 65_536, 4096
 
 
 def permute(index_N, size: int, seed: int, round: int) -> np.ndarray:
@@ -328,6 +330,22 @@ def spread(num_rows: int, most: int) -> np.ndarray:
   """At most so many of the rows, at equal distances, int64."""
   num = min(num_rows, most)
   return np.unique(np.linspace(0, num_rows - 1, num, dtype=np.int64))
+
+
+def check_training(vectors, num_rows: int | None = None) -> None:
+  """Raises ValueError where nothing can be learned from the first rows.
+
+  All of them are read where they take at most 256 MiB, else a sample: numbers
+  that are no finite float32, or too large to be squared, are named by row.
+  Vectors must differ (`values.check_spread`).
+  """
+  num_rows = len(vectors) if num_rows is None else num_rows
+  most = max(_CHECKED_BYTES // (4 * vectors.shape[1]), 1)
+  rows_N = spread(num_rows, most)
+  for start in range(0, len(rows_N), _CHECKED_ROWS):
+    read_rows(vectors, rows_N[start : start + _CHECKED_ROWS])
+  sample_ND = np.asarray(vectors[spread(num_rows, _COMPARED_ROWS)])
+  values.check_spread(sample_ND, name=formats.name_of(vectors))
 
 
 def subsample(

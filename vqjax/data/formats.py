@@ -23,7 +23,7 @@ import re
 
 import numpy as np
 
-from vqjax.data import files, hdf5, numpy_files, rows
+from vqjax.data import files, hdf5, numpy_files, rows, values
 
 _VECS = {".bvecs": "<u1", ".fvecs": "<f4", ".ivecs": "<i4"}
 _BIN = {".fbin": "<f4", ".u8bin": "<u1", ".i8bin": "<i1", ".ibin": "<i4"}
@@ -363,11 +363,13 @@ def to_float32(
 ) -> np.ndarray:
   """Host array `[N, D]` as float32, in C order.
 
-  Raises ValueError where a number is not finite as float32, or an integer would
-  become another. Args are those of `check_vectors`.
+  Raises ValueError where a number is not finite as float32 or too large to be
+  squared, or an integer would become another. Args are those of
+  `check_vectors`.
   """
   with np.errstate(over="ignore"):  # Becomes Inf, which is refused below.
     out = np.ascontiguousarray(x, np.float32)
+  values.check_size(x, name=name, first_row=first_row, rows=rows)
   if x.dtype.kind == "f":
     check_vectors(out, name=name, first_row=first_row, rows=rows)
   elif not (good := _same_numbers(x, out)).all():

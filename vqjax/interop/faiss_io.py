@@ -17,6 +17,7 @@ from vqjax.codecs.distances import centre_of
 from vqjax.codecs.pq import PQParams
 from vqjax.codecs.rq import RQParams
 from vqjax.core import check_range, check_shape
+from vqjax.data import values
 from vqjax.data.files import atomic_output
 
 METRICS = {"l2": faiss.METRIC_L2, "ip": faiss.METRIC_INNER_PRODUCT}
@@ -389,9 +390,15 @@ def _code_sizes(inner: faiss.Index) -> tuple[int, int]:
 
 
 def float_rows(name: str, x_ND, dim: int | None = None) -> np.ndarray:
-  """A contiguous float32 matrix, as faiss wants it."""
+  """A contiguous float32 matrix, as faiss wants it.
+
+  Raises ValueError for another shape, and for numbers too large to be squared:
+  the k-means of faiss would end the whole program.
+  """
   check_shape(name, x_ND, (None, dim))
-  return np.ascontiguousarray(x_ND, np.float32)
+  x_ND = np.ascontiguousarray(x_ND, np.float32)
+  values.check_size(x_ND, name=name)
+  return x_ND
 
 
 def far_centre(x_ND: np.ndarray) -> np.ndarray | None:

@@ -9,8 +9,8 @@ of a vector. faiss computes from them, without vqjax,
 
 where the byte stands for |r|^2. (Inner products, of "ip", need no norm.) A
 codec without lists has one list, whose centroid is zero, or the centre of
-vectors far from the origin: |r|^2 would be too large for a byte there. Beside the file, its
-description `index.faiss.json` says which codec made the codes.
+vectors far from the origin: |r|^2 would be too large for a byte there. Beside
+the file, its description `index.faiss.json` says which codec made the codes.
 
 Reference: arXiv 2501.03078, section 3.4.
 """
@@ -117,7 +117,8 @@ def _largest_norm(codebooks_MKD) -> float:
 
 
 def _set_norm_range(index, low: float, high: float) -> None:
-  high = max(high, low + _LEAST_RANGE * (low + 1))
+  # Relative alone: vectors may be of any scale.
+  high = max(high, low * (1 + _LEAST_RANGE), float(np.finfo(np.float32).tiny))
   index.rq.norm_min, index.rq.norm_max = low, high
 
 

@@ -25,7 +25,7 @@ from vqjax.core import Array, check_range, check_shape
 
 WORD = 32  # Bits that are kept in one number.
 _CUT = 1e-4  # Of scales and offsets on either side, out of the byte's range.
-_LEAST_STEP = 1e-12
+_LEAST_STEP = float(np.finfo(np.float32).tiny)  # Data may be of any scale.
 _PLACE_11B = np.arange(WORD, dtype=np.uint32)[None, None]
 
 
@@ -107,7 +107,8 @@ def _to_bytes(value_N) -> tuple[np.ndarray, tuple]:
   stride = -(-len(value_N) // 1_000_000)
   low, high = np.quantile(value_N[::stride], (_CUT, 1 - _CUT))
   step = max((high - low) / 255, _LEAST_STEP)
-  steps_N = np.clip(np.rint((value_N - low) / step), 0, 255)
+  with np.errstate(over="ignore"):  # Is cut.
+    steps_N = np.clip(np.rint((value_N - low) / step), 0, 255)
   return steps_N.astype(np.uint8), (low, step)
 
 

@@ -13,7 +13,7 @@ import pytest
 from experiments import ivf_centroids
 from tests import oracles
 from vqjax.codecs import additive, distances, kmeans, pairwise, pq, rq
-from vqjax.interop import faiss_io, faiss_ivf
+from vqjax.interop import faiss_io, faiss_ivf, searchers
 from vqjax.search import ivf
 
 OFFSETS = (0.0, 1e3, 1e4)
@@ -194,31 +194,40 @@ def test_additive_and_pairwise_decoders(offset):
   assert _error(x_ND, decoded_ND) < 1.01 * want
 
 
-@pytest.mark.parametrize("num_lists", [1, 12])
-def test_scan(offset, num_lists):
+@pytest.mark.parametrize(
+  ("num_lists", "by_residual"), [(1, True), (12, True), (12, False)]
+)
+def test_scan(offset, num_lists, by_residual):
   """The best of the scan are those of the sums of words, in float64."""
   x_ND = (_clusters(400, 1) + offset).astype(np.float32)
   centroids_LD = np.zeros((1, 8), np.float32)
   if num_lists > 1:
     centroids_LD = (_clusters(num_lists, 2) + offset).astype(np.float32)
   lists_N = oracles.nearest(x_ND, centroids_LD).astype(np.int32)
-  left_ND = x_ND - centroids_LD[lists_N]
+  of_list_ND = centroids_LD[lists_N] * by_residual
+  left_ND = x_ND - of_list_ND
   books = rq.fit(KEY, left_ND, num_codes=3, codebook_size=16)
   codes_NM = np.asarray(rq.encode(books, jnp.asarray(left_ND), beam_size=4))
   index = faiss_ivf.make_index(
-    centroids_LD, np.asarray(books.codebooks_MKD), coarse="flat"
+    centroids_LD,
+    np.asarray(books.codebooks_MKD),
+    coarse="flat",
+    by_residual=by_residual,
   )
   faiss_ivf.add_codes(index, lists_N, codes_NM, np.arange(len(codes_NM)))
   faiss_ivf.fit_norms(index)
   xq_QD = (_clusters(20, 3) + offset).astype(np.float32)
-  xhat_ND = centroids_LD.astype(float)[lists_N] + sum(
+  xhat_ND = of_list_ND.astype(float) + sum(
     np.asarray(book, float)[codes_NM[:, m]]
     for m, book in enumerate(books.codebooks_MKD)
   )
   want_QN = oracles.sq_distances(xq_QD, xhat_ND)
   found = _scan(index, xq_QD, num_lists)
-  stock = faiss_ivf.search(index, xq_QD, 10, nprobe=num_lists)
-  for near_QR, ids_QR, most in ((*found, 0.06), (*stock, 0.3)):
+  searches = [(*found, 0.06)]
+  if by_residual or not offset:  # faiss has no centre for whole vectors.
+    stock = faiss_ivf.search(index, xq_QD, 10, nprobe=num_lists)
+    searches.append((*stock, 0.3))
+  for near_QR, ids_QR, most in searches:
     true_QR = np.take_along_axis(want_QN, ids_QR.astype(int), axis=1)
     # A byte holds the norm.
     assert np.abs(near_QR - true_QR).max() < most
@@ -237,7 +246,8 @@ def _scan(index, xq_QD, nprobe):
     found.codebooks_MKD,
     found.centre_D,
   )
-  probes = faiss_ivf.coarse_search(index, xq_QD, nprobe)
+  coarse_fn = searchers._make_coarse_fn(index, "l2", found.centre_D)
+  probes = coarse_fn(xq_QD, nprobe, None)
   num_tiles = int(ivf.count_tiles(np.diff(found.starts)).sum())
   rows_QR, _, near_QR = ivf.scan(
     lists, xq_QD, *probes, num_tiles=num_tiles, num_best=10

@@ -91,7 +91,9 @@ def make_lists(
     low_L=jnp.asarray(low_L, jnp.float32),
     step_L=jnp.asarray(step_L, jnp.float32),
     words_DC=jnp.asarray(2 * codebooks_MKD.reshape(m * k, d).T, dtype),
-    centre_D=jnp.zeros(d) if centre_D is None else jnp.asarray(centre_D),
+    centre_D=jnp.asarray(
+      np.zeros(d) if centre_D is None else centre_D, jnp.float32
+    ),
     num_codes=m,
     num_bits=num_bits,
   )

@@ -234,3 +234,9 @@ def test_config_takes_a_name(args):
   assert found == ["train", f"--config={ROOT}/configs/pq.py:smoke", "--resume"]
   with pytest.raises(flags.Error, match="no configuration 'pqq': did you"):
     cli._find_configs(["train", "--config=pqq"])
+
+
+def test_a_name_that_is_no_utf8_is_refused():
+  argv = ["train", "--workdir=r\udce9s"]  # Latin-1, as Python reads it.
+  with pytest.raises(SystemExit, match="udce9s' is not UTF-8.* rename"):
+    cli._parse_flags(argv, "doc", {}, ())

@@ -9,7 +9,7 @@ def progress_bar(
   total: int, what: str, *, unit: str = "vec", start: int = 0
 ) -> tqdm:
   """Returns a bar over `total` units; one line every 20 s into a log file."""
-  is_terminal = sys.stderr.isatty()
+  is_terminal = sys.stderr is not None and sys.stderr.isatty()
   return tqdm(
     total=total,
     initial=start,
@@ -20,4 +20,5 @@ def progress_bar(
     ncols=None if is_terminal else 100,
     mininterval=0.5 if is_terminal else 20,
     file=sys.stderr,
+    disable=sys.stderr is None,  # A program without a console.
   )

@@ -258,6 +258,12 @@ def _parse_flags(argv, doc: str, options: dict, required):
     sys.stdout.write(process.name_commands(help_text(doc, options, required)))
     sys.exit(0)
   is_config = "config" in required
+  for arg in argv[1:]:
+    if any("\ud800" <= c <= "\udfff" for c in arg):
+      sys.exit(
+        f"{arg!a} is not UTF-8, which libraries need of names: rename the file "
+        "or the folder."
+      )
   try:
     rest = flags.FLAGS(_find_configs(argv) if is_config else argv)
   except (flags.Error, FileNotFoundError) as error:

@@ -201,7 +201,7 @@ def get_dataset(name: str, root=None) -> Dataset:
       "VQJAX_DATA to the folder that holds "
       f"{pathlib.Path(dataset.base).parent}/. {dataset.how_to_get}"
     )
-  root = pathlib.Path(root).expanduser()
+  root = pathlib.Path(os.path.expanduser(root))
   paths = {part: str(root / getattr(dataset, part)) for part in SPLITS}
   return dataclasses.replace(dataset, **paths)
 

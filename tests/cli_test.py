@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from experiments.lib import cli, process
+from experiments.lib import cli, compiled, errors, parsing, process
 from tests import commands
 from vqjax import core, devices
 from vqjax.codecs import pq
@@ -50,13 +50,13 @@ def _no_such_field():
   ],
 )
 def test_errors_that_somebody_wrote_are_for_users(fn, is_for_user):
-  assert cli.is_for_user(_error_of(fn)) == is_for_user
+  assert errors.is_for_user(_error_of(fn)) == is_for_user
 
 
 def test_a_fault_of_ours_keeps_its_traceback(caplog):
-  with pytest.raises(KeyError, match="codebooks"), cli.user_errors():
+  with pytest.raises(KeyError, match="codebooks"), errors.user_errors():
     _no_such_field()
-  with pytest.raises(SystemExit) as end, cli.user_errors():
+  with pytest.raises(SystemExit) as end, errors.user_errors():
     core.check_range("--threads", 9, 1, 2)
   assert end.value.code == 1
 
@@ -67,7 +67,7 @@ def _record(path, level):
 
 def test_warnings_of_libraries_reach_people():
   site = pathlib.Path(sys.prefix, "lib/site-packages")
-  shown = lambda path, level: cli._is_for_people(_record(path, level))
+  shown = lambda path, level: errors.is_for_people(_record(path, level))
   assert shown(ROOT / "vqjax/training/loop.py", std_logging.INFO)
   assert shown(site / "jax/_src/xla_bridge.py", std_logging.WARNING)
   assert not shown(site / "jax/_src/xla_bridge.py", std_logging.INFO)
@@ -97,7 +97,7 @@ def test_compiled_programs_lie_in_the_cache_if_there_is_one(
   monkeypatch.setattr(os.path, "expanduser", lambda path: path)
   for name, value in environ.items():
     monkeypatch.setenv(name, value)
-  assert cli._cache_folder() == (want and pathlib.Path(want))
+  assert compiled._cache_folder() == (want and pathlib.Path(want))
 
 
 def test_the_cache_has_a_size_limit(tmp_path):
@@ -105,9 +105,9 @@ def test_the_cache_has_a_size_limit(tmp_path):
     file = tmp_path / f"program-{age}"
     file.write_bytes(bytes(100))
     os.utime(file, (1e9 - age, 1e9 - age))
-  cli.trim(tmp_path, 250)
+  compiled.trim(tmp_path, 250)
   assert sorted(os.listdir(tmp_path)) == ["program-0", "program-1"]
-  cli.trim(tmp_path, 200)
+  compiled.trim(tmp_path, 200)
   assert len(os.listdir(tmp_path)) == 2
 
 
@@ -203,7 +203,7 @@ def test_help_names_required_flags_first(monkeypatch):
     "output": cli.Option(str, None, "File."),
   }
   monkeypatch.setattr(process, "started_as", "vqjax ")
-  text = cli.help_text("Does it.\n\n  python -m", options, ("output",))
+  text = parsing.help_text("Does it.\n\n  python -m", options, ("output",))
   lines = text.splitlines()
   assert lines[4:6] == ["Required flags:", "  --output: File."]
   assert lines[7:9] == [
@@ -230,13 +230,13 @@ def test_wrong_flags_are_one_line_with_a_suggestion():
   [["--config=pq:smoke"], ["--config", "pq:smoke"], ["-config=pq:smoke"]],
 )
 def test_config_takes_a_name(args):
-  found = cli._find_configs(["train", *args, "--resume"])
+  found = parsing._find_configs(["train", *args, "--resume"])
   assert found == ["train", f"--config={ROOT}/configs/pq.py:smoke", "--resume"]
   with pytest.raises(flags.Error, match="no configuration 'pqq': did you"):
-    cli._find_configs(["train", "--config=pqq"])
+    parsing._find_configs(["train", "--config=pqq"])
 
 
 def test_a_name_that_is_no_utf8_is_refused():
   argv = ["train", "--workdir=r\udce9s"]  # Latin-1, as Python reads it.
   with pytest.raises(SystemExit, match="udce9s' is not UTF-8.* rename"):
-    cli._parse_flags(argv, "doc", {}, ())
+    parsing.parse(argv, "doc", {}, ())

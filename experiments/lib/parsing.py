@@ -1,0 +1,102 @@
+"""From a command line to flags: configurations by name, --help, mistakes."""
+
+import sys
+import textwrap
+from typing import Any
+
+from absl import flags
+
+from experiments.lib import process
+from vqjax import shipped
+
+_ASK_FOR_HELP = ("-h", "-help", "--help", "--helpshort")
+
+
+def parse(argv, doc: str, options: dict, required):
+  """Returns what is left of `argv`; whoever asks for help gets it."""
+  if any(arg in _ASK_FOR_HELP for arg in argv[1:]):
+    sys.stdout.write(process.name_commands(help_text(doc, options, required)))
+    sys.exit(0)
+  is_config = "config" in required
+  for arg in argv[1:]:
+    if any("\ud800" <= c <= "\udfff" for c in arg):
+      sys.exit(
+        f"{arg!a} is not UTF-8, which libraries need of names: rename the file "
+        "or the folder."
+      )
+  try:
+    rest = flags.FLAGS(_find_configs(argv) if is_config else argv)
+  except (flags.Error, FileNotFoundError) as error:
+    text = str(error).replace(" ?", "?")  # absl's "Did you mean: config ?"
+    sys.exit(f"{text}{'' if text[-1] in '.?' else '.'} See --help.")
+  except OSError as error:
+    sys.exit(f"The configuration cannot be read: {error}")
+  except (AttributeError, KeyError, TypeError) as error:
+    # ConfigDict's answer to --config.model.no_such_field=1, or to a wrong type.
+    reason = error
+    while isinstance(reason, Exception) and reason.args:
+      reason = reason.args[0]  # str() of a KeyError would escape it.
+    sys.exit(
+      f"A --config option does not fit the configuration: {reason}. Its file "
+      f"and {shipped.root() / 'configs/base.py'} list the fields and their "
+      "types."
+    )
+  if len(rest) > 1:
+    hint = " Flags begin with --." if rest[1].split("=")[0] in options else ""
+    sys.exit(f"Unexpected argument {rest[1]!r}.{hint} See --help.")
+  if is_config and flags.FLAGS["config"].value is None:
+    sys.exit(
+      "--config is needed: a file of your own, or one of "
+      f"{', '.join(shipped.config_names())}; see --help."
+    )
+  return rest
+
+
+def _find_configs(argv: list[str]) -> list[str]:
+  """Returns `argv` with the file of the configuration that --config names."""
+  found, is_value = [], False
+  for arg in argv:
+    flag, equals, value = arg.partition("=")
+    if is_value or (equals and flag in ("-config", "--config")):
+      given = arg if is_value else value
+      try:
+        path, argument = shipped.find_config(given)
+      except ValueError as error:
+        raise flags.Error(str(error)) from error
+      shipped.import_configs(path)
+      arg = f"--config={path}" + (f":{argument}" if argument else "")
+      found, is_value = found[: len(found) - is_value], False
+    else:
+      is_value = arg in ("-config", "--config")
+    found.append(arg)
+  return found
+
+
+def help_text(doc: str, options: dict[str, Any], required=()) -> str:
+  """Returns what --help shows: how to use it, required flags, the others."""
+  text = doc.strip()
+  first = {name: options[name] for name in required}
+  others = {name: o for name, o in options.items() if name not in required}
+  for title, group in (("Required flags", first), ("Flags", others)):
+    if group:
+      text += f"\n\n{title}:\n"
+      text += "\n".join(_describe(*item) for item in group.items())
+  return (
+    f"{text}\n\nOf every command: --verbosity=1 shows where an error comes "
+    "from,\n--flagfile=FILE reads flags from a file.\n"
+  )
+
+
+def _describe(name: str, option) -> str:
+  flag = f"--[no]{name}" if option.kind is bool else f"--{name}"
+  kind = {int: " (an integer)", float: " (a number)"}.get(option.kind, "")
+  is_plain = option.default in (None, False, "")
+  default = "" if is_plain else f" (default: {option.default})"
+  return textwrap.fill(
+    f"{flag}: {option.help}{kind}{default}",
+    width=80,
+    initial_indent="  ",
+    subsequent_indent="    ",
+    break_long_words=False,
+    break_on_hyphens=False,
+  )

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import vqjax
 from vqjax import cpu
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -73,3 +74,12 @@ def test_faiss_is_told_unless_the_user_has(given):
   )  # fmt: skip
   # Importing the library leaves the process as it is.
   assert done.stdout == f"{given}\n{given or cpu.blas_kernels()}\n"
+
+
+def test_the_doors_for_programs_tell_libraries_too(monkeypatch):
+  told = []
+  monkeypatch.setattr(cpu, "prepare_libraries", lambda: told.append(1))
+  assert callable(vqjax.load)
+  assert told
+  with pytest.raises(AttributeError, match="no_such"):
+    vqjax.no_such  # noqa: B018

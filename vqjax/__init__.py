@@ -19,4 +19,7 @@ def __getattr__(name: str):
     raise AttributeError(f"module 'vqjax' has no attribute {name!r}.")
   import importlib
 
+  from vqjax import cpu
+
+  cpu.prepare_libraries()  # Before what follows imports faiss.
   return getattr(importlib.import_module(_DOORS[name]), name)

@@ -6,6 +6,7 @@ import faiss
 import numpy as np
 import pytest
 
+import vqjax
 from configs import rq as rq_config
 from experiments import (
   build_index,
@@ -192,3 +193,22 @@ def test_centroids_are_of_vectors_of_length_1(made, tmp_path):
   assert np.linalg.norm(centroids_LD, axis=1).min() > 0.5
   with pytest.raises(ValueError, match="--metric must be one of"):
     _run(ivf_centroids, **values, metric="hamming", output=str(path) + ".npy")
+
+
+def test_the_library_makes_vectors_of_length_1(made):
+  folder, x_ND, xq_QD, true_QN = made
+  codec = vqjax.load(folder / "codec")
+  codes_NM = codec.encode(x_ND)
+  np.testing.assert_array_equal(codes_NM, codec.encode(folder / "x.npy"))
+  long_ND = x_ND * np.linspace(0.1, 9, NUM, dtype=np.float32)[:, None]
+  assert (codes_NM != codec.encode(long_ND)).any(axis=1).mean() < 0.02  # Ties.
+  flags = _flags(folder, "codec", "data", "queries")
+  (row,) = _run(evaluate, **flags)["rows"]
+  for true_ids in (None, true_QN[:, :5]):
+    found = codec.evaluate(x_ND, queries=xq_QD, true_ids=true_ids)
+    for name in ("mse", "1-recall@1", "1-recall@10"):
+      assert found[name] == pytest.approx(row[name], rel=1e-4)
+  with pytest.raises(ValueError, match="true_ids must .*counted from 1"):
+    codec.evaluate(x_ND, queries=xq_QD, true_ids=true_QN[:, :5] + 1)
+  with pytest.raises(ValueError, match="row 2 is a vector of zeros"):
+    codec.encode(x_ND * (np.arange(NUM) != 2)[:, None])

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from experiments.lib import truth, truth_check
+from experiments.lib import truth
 from vqjax.data import batches, unit
+from vqjax.search import truth_check
 
 Q, N, D = 30, 200, 5
 

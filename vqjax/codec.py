@@ -25,11 +25,11 @@ from vqjax.codecs import rule as rule_lib
 from vqjax.codecs.codec import CodecSpec
 from vqjax.codecs.rule import SearchRule
 from vqjax.core import check_range, check_shape
-from vqjax.data import batches, formats
+from vqjax.data import batches, formats, unit
 from vqjax.data import codes as codes_lib
 from vqjax.interop import faiss_assign, faiss_io
 from vqjax.progress import progress_bar
-from vqjax.search import metrics
+from vqjax.search import metrics, truth_check
 from vqjax.storage import codec_file
 
 _BLOCK = 16384  # Vectors decoded and searched at once.
@@ -157,7 +157,7 @@ class Codec:
       ValueError: Vectors are not finite or of another dimension, or a setting
         does not fit.
     """
-    vectors = open_array(x, self.dim)
+    vectors = self._open(x)
     rule = self.rule.replace(**self.check_settings(settings))
     assign_fn = self.make_assign_fn(assign)
     sizes = self.codebook_sizes
@@ -244,9 +244,10 @@ class Codec:
     Args:
       base: Vectors `[N, D]`, an array, a memory map or a path.
       queries: `[Q, D]`, of the same kind, for the recall.
-      true_ids: Ids `[Q, G]` of their true neighbours, nearest first; found by
-        exact search in the base where left out.
-      metric: "l2" or "ip"; None for that of the codec.
+      true_ids: Ids `[Q, G]` of their true neighbours, nearest first, -1 for
+        none; an array or a path. Found by exact search where left out.
+      metric: "l2", "ip", or "cosine" for a codec that was trained for it; None
+        for that of the codec.
       ranks: R of each 1-recall@R, the share of queries whose nearest neighbour
         is among the first R found.
       progress: Shows progress lines.
@@ -256,7 +257,12 @@ class Codec:
       `mse`, the squared error per vector, summed over dimensions; `1-recall@R`
       with queries; `encode_us` and `decode_us`, microseconds per vector.
     """
-    vectors, metric = open_array(base, self.dim, "base"), metric or self.metric
+    vectors, metric = self._open(base, "base"), metric or self.metric
+    if metric == "cosine" != self.metric:
+      raise ValueError(
+        "The cosine needs a codec of vectors of length 1, but this one was "
+        f"trained for {self.metric}; train it with metric cosine."
+      )
     check_range("vectors of the base", len(vectors), 1, 1 << 40)
     rule = self.rule.replace(**self.check_settings(settings))
     first = runner.encode_block(self.spec, self.tables, rule)
@@ -270,7 +276,12 @@ class Codec:
       for _ in errors:
         pass
     else:
-      queries_QD = np.asarray(open_array(queries, self.dim, "queries"))
+      opened = self._open(queries, "queries")
+      queries_QD = batches.read_rows(opened, np.arange(len(opened)))
+      if true_ids is not None:
+        true_ids = _check_truth(opened, vectors, true_ids, metric)
+      # The cosine is the inner product of vectors of length 1.
+      metric = "ip" if metric == "cosine" else metric
       if true_ids is None:
         blocks = batches.map_blocks(
           lambda x_ND: x_ND, vectors, block_size=_BLOCK
@@ -289,6 +300,14 @@ class Codec:
       **found,
       "decode_us": errors.seconds / len(vectors) * 1e6,
     }
+
+  def _open(self, x, name: str = "x"):
+    """Opens vectors, which are of length 1 for a codec of the cosine."""
+    vectors = open_array(x, self.dim, name)
+    is_raw = not isinstance(vectors, unit.UnitVectors)
+    if self.metric == "cosine" and is_raw:
+      return unit.UnitVectors(vectors)
+    return vectors
 
   @property
   def metric(self) -> str:
@@ -315,6 +334,16 @@ class Codec:
           f"{', '.join(knobs)}."
         )
     return settings
+
+
+def _check_truth(queries, base, true_ids, metric: str) -> np.ndarray:
+  """The ids as int64; raises ValueError where they are not the nearest."""
+  true_ids = open_array(true_ids, name="true_ids")
+  names = {"queries": "queries", "base": "base", "groundtruth": "true_ids"}
+  files = truth_check.Files(queries, base, true_ids, metric, names)
+  ids_QG = truth_check.read_ids(files)
+  truth_check.check(files, ids_QG, [len(base)])
+  return ids_QG
 
 
 class _Errors:

@@ -4,9 +4,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.lib import truth, truth_check
+from experiments.lib import truth
 from vqjax.data import batches, datasets, unit
 from vqjax.interop import faiss_io, hakes_files
+from vqjax.search import truth_check
 
 _BLOCK = 16_384
 

@@ -10,12 +10,12 @@ import dataclasses
 import numpy as np
 from absl import logging
 
-from experiments.lib import cli, truth_check
-from experiments.lib.truth_check import Files
+from experiments.lib import cli
 from vqjax import devices
 from vqjax.data import batches, datasets
 from vqjax.interop import faiss_io
-from vqjax.search import metrics
+from vqjax.search import metrics, truth_check
+from vqjax.search.truth_check import Files
 
 RANKS = (1, 10, 100)  # R of 1-recall@R.
 OVERLAP = 10  # K of knn_recall@K.

@@ -5,7 +5,7 @@ Array names end in their axes, one letter each (`x_ND`, `codes_NM`):
   N vectors              Q queries               D dimensions
   E network width        H hidden width          J residual blocks
   U low-rank width       T steps with a network  M code positions
-  K words per position   S dims per sub-vector   P sub-vectors
+  K codewords per position   S dims per sub-vector   P sub-vectors
   F beam width           C candidates            L lists
   R results              G true neighbours       1 a kept axis
 

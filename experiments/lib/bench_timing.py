@@ -131,7 +131,7 @@ def measure(
   repeats: int,
   rest: float = 0.0,
 ) -> list[dict]:
-  """Returns a row of figures for each contender, all timed in turns.
+  """Returns a row of figures for each contender, all timed interleaved.
 
   Times are in microseconds per vector; `ratio` is in units of the first.
   """

@@ -1,4 +1,4 @@
-"""Measures searches: settings worth trying, in turns, and single queries."""
+"""Measures searches: settings worth trying, interleaved, and single queries."""
 
 import functools
 import itertools
@@ -89,7 +89,7 @@ def is_valid_setting(setting: dict) -> bool:
 
 
 def _measure(config, jobs, search_fns, data) -> list[dict]:
-  """Points of `(series, setting)`, measured in turns."""
+  """Points of `(series, setting)`, measured interleaved."""
   fns = {
     i: lambda _, name=name, at=at: search_fns[name](data.xq_QD, **at)
     for i, (name, at) in enumerate(jobs)

@@ -112,7 +112,7 @@ def _make_fns(weights, num_candidates: int, beam_size: int):
 
 
 def _select(weights, t, residual_NFD, num_candidates):
-  """The words nearest to each residual by the pre-selection: `[N, F, A]`."""
+  """The pre-selected codewords nearest to each residual: `[N, F, A]`."""
   num_words = weights.codebooks_TKD.shape[1]
   if num_candidates == num_words:
     ids_C = torch.arange(num_words, device=residual_NFD.device)

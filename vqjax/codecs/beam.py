@@ -1,15 +1,15 @@
-"""Beam search over sums of words, without knowing where words come from.
+"""Beam search over sums of codewords, wherever these come from.
 
-A hypothesis is a partial reconstruction. Every step a codec proposes words
+A hypothesis is a partial reconstruction. Every step a codec proposes codewords
 that would extend the hypotheses, and the `F` extensions nearest to the vector
 are kept. What differs between codecs is `propose` alone:
 
   propose(weights, x_ND, beam) -> Candidates
 
 `weights` is the codec's slice for this step. A candidate names its parent
-hypothesis, so a codec may offer the same number of words to each hypothesis
-or share its candidates out between them. Words of losers are never gathered:
-`Candidates.words_fn` is asked for the kept ones only.
+hypothesis, so a codec may offer the same number of codewords to each hypothesis
+or divide its candidates between them. Codewords that are not kept are never
+gathered: `Candidates.words_fn` is asked for the kept ones only.
 
 Residual quantisation with a beam: Liu et al., arXiv 1509.05195; for codebook
 networks: QINCo2, arXiv 2501.03078, section 3.
@@ -42,9 +42,9 @@ class Candidates(NamedTuple):
   """Possible extensions; `error_NC` is the squared distance after them."""
 
   parents_NC: Array  # Hypothesis that is extended.
-  ids_NC: Array  # Word that extends it.
+  ids_NC: Array  # Codeword that extends it.
   error_NC: Array
-  words_fn: Callable[[Array], Array]  # Slots `[N, F]` to words `[N, F, D]`.
+  words_fn: Callable[[Array], Array]  # Slots `[N, F]` to codewords `[N, F, D]`.
 
 
 Propose = Callable[[Any, Array, Beam], Candidates]
@@ -119,8 +119,8 @@ def trace(
 ) -> tuple[Array, Array]:
   """Follows hypotheses back to the first step.
 
-  Returns the words `[T, N]` chosen on the way and the slot `[N]` of the beam
-  from which the first of these steps started.
+  Returns the codewords `[T, N]` chosen on the way and the slot `[N]` of the
+  beam from which the first of these steps started.
   """
   at = lambda x_NF, slot_N: jnp.take_along_axis(x_NF, slot_N[:, None], 1)[:, 0]
 

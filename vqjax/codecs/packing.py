@@ -1,7 +1,7 @@
 """Codes to packed bytes and back.
 
 Every code takes the bits its codebook needs, lowest bit first, and a row is
-padded to whole bytes: M bytes for M codebooks of 256 words.
+padded to whole bytes: M bytes for M codebooks of 256 codewords.
 """
 
 from collections.abc import Sequence

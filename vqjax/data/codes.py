@@ -10,12 +10,12 @@ A killed process may leave a hidden .codes-*.tmp-* behind, which counts for
 nothing; a later one removes it.
 
 In a shard each code takes the whole bytes that its codebook needs, low byte
-first. For 256 words that is the code itself, uint8 `[n, M]`, a quarter of
+first. For 256 codewords that is the code itself, uint8 `[n, M]`, a quarter of
 int32. With a million lists in front a row takes 3 + M bytes, where one type
 for all columns would take 4 + 4M. Packed bits would be smaller only below 8
 bits; whole bytes can be read by any program.
 
-A file of codes has the same description beside it, in `codes.npy.json`, with
+A file of codes has the same description next to it, in `codes.npy.json`, with
 its bytes and its checksum; one without was made elsewhere.
 """
 
@@ -42,13 +42,13 @@ _DAMAGED = "is damaged: it does not match its checksum"
 def describe(
   vectors, *, codec, fingerprint, codebook_sizes, encode, command, num_shards=0
 ) -> dict:
-  """Returns what a manifest, or the description beside a file, says.
+  """Returns what a manifest, or the description next to a file, says.
 
   Args:
     vectors: what is encoded, `[N, D]`; a few rows are read.
     codec: name of the codec.
     fingerprint: of its parameters.
-    codebook_sizes: words at each of the M positions of a code.
+    codebook_sizes: codewords at each of the M positions of a code.
     encode: options of the search, plain values.
     command: makes these codes; kept for people, not compared.
     num_shards: shards that the rows are cut into; 0 for a single file.
@@ -156,7 +156,7 @@ def parse_description(path) -> dict:
 
 
 def read_description(path) -> dict:
-  """Returns the description beside a file of codes, empty without one.
+  """Returns the description next to a file of codes, empty without one.
 
   Raises ValueError where it is damaged, or of a file of another size.
   """
@@ -266,7 +266,7 @@ def _read_record(path: pathlib.Path) -> dict:
 class Codes:
   """Codes `[N, M]` on disk: `codes[start:stop]` reads them as int32.
 
-  `meta` is their description, empty where there is none.
+  `meta` is their description, empty if there is none.
   """
 
   def __init__(
@@ -415,7 +415,7 @@ def check_ids(codes_NM, sizes, first_row: int = 0) -> None:
 
   Args:
     codes_NM: integers of any type.
-    sizes: words in each of the M codebooks.
+    sizes: codewords in each of the M codebooks.
     first_row: number of the first row, for the message.
   """
   bad = (codes_NM < 0) | (codes_NM >= np.array(sizes))

@@ -39,7 +39,7 @@ def _is_a(value, kind) -> bool:
 def read_json(path) -> dict:
   """Returns the JSON object in a file.
 
-  Raises ValueError where there is none, or it is too large or too deep.
+  Raises ValueError if there is none, or it is too large or too deep.
   """
   path = pathlib.Path(path)
   size = path.stat().st_size

@@ -102,7 +102,7 @@ class Rows:
     return np.where(at < 0, at + num, at)
 
   def head(self, num: int) -> "Rows":
-    """Returns the first rows, all where there are fewer."""
+    """Returns the first rows, all if there are fewer."""
     shape = (min(num, len(self)), self.shape[1])
     return Rows(self._read_fn, shape, self.dtype, self.name)
 

@@ -1,9 +1,9 @@
 """Inverted lists of faiss's own codes, to compare an index of ours with.
 
-They share lists, coarse quantiser and metric with the index they stand beside:
+They share lists, coarse quantiser and metric with the index they stand next to:
 
-  IVF-PQ      product codes of as many positions and words, by residual
-  IVF-RQ      residual codes of as many positions and words, a byte for the norm
+  IVF-PQ      product codes of as many positions and codewords, by residual
+  IVF-RQ      residual codes of the same sizes, a byte for the norm
   IVF-RaBitQ  a bit for each dimension of the rotated vector, and 8 bytes
 
 RaBitQ needs its random rotation: without it the 1-recall@1 of SIFT vectors is a
@@ -28,7 +28,7 @@ def fit(name: str, like: faiss.Index, x_ND: np.ndarray) -> faiss.Index:
   Args:
     name: One of `NAMES`.
     like: From `faiss_ivf.load`; its lists, coarse quantiser, metric, positions
-      and words are taken. It may be emptied afterwards.
+      and codewords are taken. It may be emptied afterwards.
     x_ND: Training vectors, of any numeric type.
 
   Raises:
@@ -85,7 +85,7 @@ def search(
   ef_search: int | None = None,
   query_bits: int = QUERY_BITS[-1],
 ) -> np.ndarray:
-  """Ids `[Q, k]` of the nearest found, -1 where there are no more.
+  """Ids `[Q, k]` of the nearest found, -1 if there are no more.
 
   Args:
     index: From `fit`.

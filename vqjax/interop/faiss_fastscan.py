@@ -128,7 +128,7 @@ def scan(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Ids `[Q, k]` of the nearest in the probed lists, and squared distances.
 
-  The nearest come first; where there are no more, id -1 is at distance inf.
+  The nearest come first; if there are no more, id -1 is at distance inf.
 
   Args:
     index: From `fit` or `load`.
@@ -209,7 +209,7 @@ def load(path, index_info: dict) -> Loaded:
   """Reads the refiner of the index of this description.
 
   Raises:
-    FileNotFoundError: There is no such file, or no description beside it.
+    FileNotFoundError: There is no such file, or no description next to it.
     ValueError: It is damaged, no such refiner, or of another index.
   """
   index, info = faiss_files.load(path, kind=_KIND)

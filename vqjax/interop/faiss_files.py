@@ -1,4 +1,4 @@
-"""Index files of faiss with their descriptions beside them, `NAME.json`.
+"""Index files of faiss with their descriptions next to them, `NAME.json`.
 
 The description says what the file is of, and its checksum. Each is written
 whole or not at all.
@@ -42,7 +42,7 @@ def save(
 def load(
   path, *, kind: tuple[str, int], mmap: bool = False
 ) -> tuple[faiss.Index, dict]:
-  """Reads an index file and its description, {} where there is none.
+  """Reads an index file and its description, {} if there is none.
 
   Args:
     path: The index file.

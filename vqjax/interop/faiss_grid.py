@@ -17,7 +17,7 @@ class Grid:
   """All combinations of some values, with what is known of those measured."""
 
   def __init__(self, ranges: dict[str, Sequence], num_recalls: int = 1):
-    """Takes the values of each parameter, from cheap to dear.
+    """Takes the values of each parameter, from cheap to expensive.
 
     Args:
       ranges: By name of the parameter; at least one value each.
@@ -36,8 +36,8 @@ class Grid:
   def settings(self) -> Iterator[tuple[dict, bool]]:
     """Yields all settings, and whether each can be on one of the fronts.
 
-    The cheapest comes first, then the dearest, then the others in an order
-    drawn at random, always the same. What `add` is told on the way counts.
+    The cheapest comes first, then the most expensive, then the others in a
+    random order, always the same. What `add` is told on the way counts.
     """
     first = self._fronts[0]
     # faiss wants two settings at least.

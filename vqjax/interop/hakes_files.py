@@ -6,7 +6,7 @@ one layout, little endian:
   int32 number of transforms, here 1; int32 d_out, d_in; float32 A, b
   int32 d; uint64 vectors in the index; uint8 metric; int32 lists; float32
     centroids
-  int32 d, m, bits; float32 words, (m, 2 ** bits, d / m)
+  int32 d, m, bits; float32 codewords, (m, 2 ** bits, d / m)
 
 Data files (`train.bin`, `neighbors.bin`) are rows of numbers and nothing else.
 

@@ -5,7 +5,7 @@ a v1 file (QINCo) a whole pickled module; either becomes tensors by name first.
 The state of an optimiser is never read.
 
 Torch keeps linear weights as `(out, in)`; ours multiply from the right. The
-input of the concatenation is `[e ; xhat]`, with the word itself for e in v1.
+input of the concatenation is `[e ; xhat]`; in v1 e is the codeword itself.
 Centroids of IVF models are stored in normalised units, as our `first_KD`.
 References: arXiv 2401.14732, arXiv 2501.03078 and their released programs.
 """

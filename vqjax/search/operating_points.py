@@ -108,7 +108,7 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 
 def fastest(points: Sequence[Point], recall: float) -> Point | None:
-  """The fastest point of at least that recall; None where there is none."""
+  """The fastest point of at least that recall; None if there is none."""
   enough = [point for point in points if point.recall >= recall]
   return max(enough, key=lambda point: point.qps, default=None)
 

@@ -97,7 +97,7 @@ def save_codec(
   header = _make_header(codec_name, params, info)
   text = tensors.to_json(header)
   arrays = _flatten(params)[0]
-  # The inner file appears first: a codec.json has its arrays beside it, and
+  # The inner file appears first: a codec.json has its arrays next to it, and
   # that of an earlier codec is gone before.
   with atomic_output(folder / HEADER_NAME, overwrite) as header_path:
     header_path.write_text(text + "\n", encoding="utf-8")
@@ -174,7 +174,7 @@ def load_codec(path) -> LoadedCodec:
   Of a training run that has not finished it is the best checkpoint.
 
   Raises:
-    FileNotFoundError: Where there is no codec.
+    FileNotFoundError: If there is no codec.
     ValueError: Where the file is no codec, damaged or changed.
   """
   path = files.user_path(path)
@@ -217,7 +217,7 @@ def _make_params(path: pathlib.Path, header: dict, arrays: dict):
 
 
 def _of_unfinished(folder: pathlib.Path) -> LoadedCodec | None:
-  """The best checkpoint of a run without a codec; None where there is none."""
+  """The best checkpoint of a run without a codec; None if there is none."""
   if (folder / TENSORS_NAME).exists() or not (folder / "checkpoints").is_dir():
     return None
   try:

@@ -6,7 +6,7 @@
 
 Both decode what the centroid of a list leaves; a codec without lists has one
 list, whose centroid is zero. Arrays lie under `additive.` and `pairwise.` and
-the names of their fields. The header says, beside what `tensors` needs:
+the names of their fields. The header says, besides what `tensors` needs:
 
   codec_fingerprint   of the codec whose codes these decode
   num_codes, codebook_size, dim, num_lists   sizes; num_lists 0 without lists
@@ -56,7 +56,7 @@ def save(
 
   Args:
     path: file to write, `*.safetensors`.
-    additive: least-squares words.
+    additive: least-squares codewords.
     pairwise: tables for the same codes, or None.
     codec_fingerprint: of the codec that made the codes.
     info: what else to keep, plain JSON values.
@@ -109,7 +109,7 @@ def load(path) -> Decoders:
   """Loads decoders.
 
   Raises:
-    FileNotFoundError: Where there is no such file.
+    FileNotFoundError: If there is no such file.
     ValueError: Where it is no file of decoders, damaged or changed.
   """
   return _load(path)[0]

@@ -154,7 +154,7 @@ def load(
     format: That it must have, as `version`.
     version: See there.
     what: It is, for people.
-    missing: What to do where there is none.
+    missing: What to do if there is none.
 
   Raises:
     FileNotFoundError: There is no such file.

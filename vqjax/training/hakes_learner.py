@@ -111,7 +111,7 @@ def make_learner(
   """Returns what `loop.train` asks of HAKES.
 
   Validation is the divergence of coded neighbours, over held-out queries. The
-  state has no statistics; words that no neighbour has learn nothing.
+  state has no statistics; codewords that no neighbour has learn nothing.
 
   Args:
     samples: Queries to learn from and to validate on.

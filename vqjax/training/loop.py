@@ -307,7 +307,7 @@ def _report(pending, plan, writer, checkpoints, *, keep) -> int:
 
 
 def _stop_on(name, value, step, checkpoints):
-  """Raises FloatingPointError, naming the checkpoint to go on from."""
+  """Raises FloatingPointError, naming the checkpoint to resume from."""
   checkpoints.wait()
   good = checkpoints.latest()
   kept = (
@@ -329,7 +329,7 @@ def _is_stale(state, plan) -> bool:
 
 
 def _end_epoch(learner, state, plan, step):
-  """Redraws dead words, validates, and returns state and report."""
+  """Redraws idle codewords, validates, and returns state and report."""
   key = jax.random.fold_in(jax.random.key(plan.seed + 1), step)
   if step < plan.total_steps:
     params, stats, row = jax.jit(learner.end_epoch_fn)(

@@ -14,7 +14,7 @@ from vqjax.data import files
 class Writer:
   """Appends `{"step", ...}` lines to `metrics.jsonl` of a run folder.
 
-  A run that goes on from `first_step` first drops the lines after it, which
+  A run that resumes from `first_step` first drops the lines after it, which
   an interrupted run may have written without keeping their checkpoint. Only
   the first process writes; what the others have to say is the same.
   """

@@ -10,6 +10,11 @@ sys.path.insert(0, str(_FOLDER.parent))
 # Pages of modules that have since been renamed would be warnings.
 shutil.rmtree(_FOLDER / "reference" / "generated", ignore_errors=True)
 
+import vqjax  # noqa: E402
+
+for _name in vqjax.__all__:  # Loaded on demand; autodoc lists what is there.
+  setattr(vqjax, _name, getattr(vqjax, _name))
+
 project = "vqjax"
 author = "The vqjax authors"
 extensions = [

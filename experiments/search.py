@@ -14,9 +14,9 @@ Settings are all combinations of the lists given. Each parameter is taken to
 cost time and to gain recall, so that many combinations need not be tried. A
 point is the best of --rounds rounds after a call that compiles; in a round all
 queries are searched again and again for a tenth of a second, or once where that
-takes longer. Baselines are measured interleaved with ours. If interrupted,
-rerun with --resume. The picture is search.png, next to the output. Each point
-is also printed as a JSON line, alone on stdout: ... > points.jsonl
+takes longer. Baselines take turns with ours. Stopped, it goes on with --resume.
+The picture lies beside the output, as search.png; each point is also printed as
+a JSON line when it is measured, alone on stdout: ... > points.jsonl
 
 Columns of the table: nprobe lists are searched. Their vectors are ordered by
 the additive decoder, or by a fastscan refiner. The best num_refined of them are
@@ -218,7 +218,7 @@ def _baseline_fns(config, names, ranges, like, train, data, record) -> dict:
 
 
 def _header(config, codec, info, data, train, num_threads) -> dict:
-  """What points must share to be compared; `Record` takes no others."""
+  """What points must share to be compared; `Record` goes on with no others."""
   sha256 = lambda path: path and files.sha256(path)
   return {
     "codec": codec.fingerprint,

@@ -1,6 +1,6 @@
 """The stages of a HAKES run up to the index; each writes what the next reads.
 
-base       findex.bin           OPQ, lists and 4-bit codewords, by faiss
+base       findex.bin           OPQ, lists and 4-bit words, by faiss
 samples    samples.npz          training queries and their neighbours
 learn      learned.bin          query side, with the centroids of the training
 centroids  uindex.bin           query side with the centroids to search by

@@ -15,7 +15,7 @@ from vqjax.search.operating_points import Point
 
 _STAGES = pipeline.STAGES
 _MAX_ROWS = 40
-_JOINED = ("bytes", "baselines")  # Of the header, {} if there are none.
+_JOINED = ("bytes", "baselines")  # Of the header, {} where there are none.
 
 
 class Record:
@@ -25,7 +25,7 @@ class Record:
   """
 
   def __init__(self, path, header: dict, *, resume: bool):
-    """Opens an earlier record to continue, or begins one.
+    """Opens an earlier record to go on with, or begins one.
 
     Raises:
       ValueError: The earlier record was measured with something else.

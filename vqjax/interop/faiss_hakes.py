@@ -2,9 +2,9 @@
 
 An index is a linear transform with bias, inverted lists over 4-bit fast-scan
 codes of the reduced vectors, and the full vectors to refine with. Its lists and
-codes are those of the base side; its transform, centroids and codewords are
-those of the side that searches. faiss reads and searches the file without
-vqjax, but only `add` may add vectors, because it uses the base side.
+codes are those of the base side; its transform, centroids and words are those
+of the side that searches. faiss reads and searches the file without vqjax, but
+vectors are to be added by `add`, which takes the base side for it.
 """
 
 from collections.abc import Iterable
@@ -37,9 +37,9 @@ def fit_base(
   kmeans_iterations: int = 25,
   seed: int = 1234,
 ) -> HakesSide:
-  """Base parameters of a sample `[N, D]`: OPQ, lists and codewords.
+  """Base parameters of a sample `[N, D]`: OPQ that reduces, lists and words.
 
-  Lists are by spherical k-means for "ip". Codewords are of the reduced vectors.
+  Lists are by spherical k-means for "ip". Words are of the reduced vectors.
 
   Raises:
     ValueError: Where sizes do not fit each other or the sample.
@@ -180,7 +180,7 @@ def search(
   num_probes: int,
   refine_factor: float,
 ) -> np.ndarray:
-  """Ids `[Q, k]` of the nearest found; -1 if there are none.
+  """Ids `[Q, k]` of the nearest found; -1 where there are none.
 
   Args:
     index: From `make_index` or `fit_factory`.

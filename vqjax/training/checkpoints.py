@@ -34,7 +34,7 @@ class Checkpoints:
   def __init__(
     self, folder: pathlib.Path, *, num_latest: int = 2, read_only: bool = False
   ):
-    """Opens them; `read_only` while another process trains."""
+    """Opens them; `read_only` beside a process that is still training."""
     keep = checkpoint_managers.AnyPreservationPolicy(
       [
         checkpoint_managers.LatestN(num_latest),

@@ -19,8 +19,13 @@ import pathlib
 from absl import logging
 from ml_collections import config_dict
 
-from experiments.lib import cli, hakes_data, hakes_evaluate, hakes_stages
-from vqjax.data import files
+from experiments.lib import (
+  cli,
+  hakes_data,
+  hakes_evaluate,
+  hakes_stages,
+  run_folder,
+)
 
 STAGES = {  # Name to function and output.
   "base": (hakes_stages.base, "findex.bin"),
@@ -30,6 +35,11 @@ STAGES = {  # Name to function and output.
   "index": (hakes_stages.index, "index.faiss"),
   "evaluate": (hakes_evaluate.evaluate, "evaluation.json"),
 }
+# Settings that only the last stage depends on.
+_OF_EVALUATION = (
+  *("evaluate", "derived.queries", "derived.groundtruth"),
+  *("data.num_queries", "data.groundtruth_dim"),
+)
 
 
 def run(
@@ -46,57 +56,69 @@ def run(
   cli.keep_compiled()
   workdir = pathlib.Path(workdir)
   data = hakes_data.open_data(config)
-  _prepare(config, workdir)
-  logging.info(
-    "%s: %d vectors of %d dimensions.", data.name, len(data.base), data.dim
-  )
-  names = list(STAGES)
-  for name in names if stage is None else [stage]:
-    stage_fn, output = STAGES[name]
-    if (workdir / output).exists():
-      logging.info("%s: %s is there.", name, workdir / output)
-      continue
-    for earlier in names[: names.index(name)]:
-      needed = workdir / STAGES[earlier][1]
-      if not needed.exists():
-        raise ValueError(
-          f"Stage {name} needs {needed}; run --stage={earlier} first."
-        )
-    logging.info("Stage %s.", name)
-    if not stage_fn(config, data, workdir):
-      logging.warning("Stopped. To go on, run the same command again.")
-      return None
-  evaluation = workdir / STAGES["evaluate"][1]
-  return json.loads(evaluation.read_text()) if evaluation.exists() else {}
+  with run_folder.locked(workdir):
+    _prepare(config, data, workdir)
+    logging.info(
+      "%s: %d vectors of %d dimensions.", data.name, len(data.base), data.dim
+    )
+    for name in list(STAGES) if stage is None else [stage]:
+      if not _run_stage(name, config, data, workdir):
+        logging.warning("Stopped. To go on, run the same command again.")
+        return None
+    return _read_evaluation(workdir) or {}
 
 
-def _prepare(config, workdir: pathlib.Path) -> None:
+def _run_stage(name: str, config, data, workdir: pathlib.Path) -> bool:
+  """Runs a stage unless its output is there; False when interrupted."""
+  stage_fn, output = STAGES[name]
+  path, names = workdir / output, list(STAGES)
+  is_there = path.exists()
+  if name == "evaluate":
+    is_there = _read_evaluation(workdir) is not None
+  if is_there:
+    logging.info("%s: %s is there.", name, path)
+    return True
+  for earlier in names[: names.index(name)]:
+    needed = workdir / STAGES[earlier][1]
+    if not needed.exists():
+      raise ValueError(
+        f"Stage {name} needs {needed}; run --stage={earlier} first."
+      )
+  logging.info("Stage %s.", name)
+  return stage_fn(config, data, workdir)
+
+
+def _read_evaluation(workdir: pathlib.Path) -> dict | None:
+  """The evaluation; None where it is not there, or damaged."""
+  path = workdir / STAGES["evaluate"][1]
+  if not path.exists():
+    return None
+  try:
+    return run_folder.read_json(path, "It is made again.")
+  except ValueError as error:
+    logging.warning("%s", error)
+    return None
+
+
+def _prepare(config, data, workdir: pathlib.Path) -> None:
   """Writes config.json; refuses to mix two runs in one folder.
 
-  How to evaluate may change: then the evaluation is done again.
+  How to evaluate, and by which queries, may change: then the evaluation is
+  done again.
   """
-  file, new = workdir / "config.json", json.loads(config.to_json_best_effort())
-  if file.exists():
-    old = json.loads(file.read_text())
-    for group in sorted(set(old) | set(new)):
-      if group != "evaluate":
-        _check_same(old.get(group), new.get(group), group, workdir)
-    if old == new:
-      return
-    (workdir / STAGES["evaluate"][1]).unlink(missing_ok=True)
-  with files.atomic_output(file, overwrite=True) as temporary:
-    pathlib.Path(temporary).write_text(json.dumps(new, indent=2))
-
-
-def _check_same(old, new, name: str, workdir) -> None:
-  if isinstance(old, dict) and isinstance(new, dict):
-    for key in sorted(set(old) | set(new)):
-      _check_same(old.get(key), new.get(key), f"{name}.{key}", workdir)
-  elif old != new:
-    raise ValueError(
-      f"The run in {workdir} was started with {name}={old}, now it is {new}. "
-      "Go on with the same configuration, or choose another --workdir."
-    )
+  new = json.loads(config.to_json_best_effort())
+  new["derived"] = hakes_data.identify(config, data)
+  if (old := run_folder.read_config(workdir)) is not None:
+    found = run_folder.differences(old, new)
+    if "derived" not in old:  # Of an earlier version.
+      run_folder.take(found, "derived")
+    run_folder.take(found, *hakes_data.FREE)
+    has_changed = any(name.startswith(_OF_EVALUATION) for name in found)
+    run_folder.take(found, *_OF_EVALUATION)
+    run_folder.refuse(workdir, found, hakes_data.SAYS)
+    if has_changed:
+      (workdir / STAGES["evaluate"][1]).unlink(missing_ok=True)
+  run_folder.write_config(workdir, new)
 
 
 if __name__ == "__main__":

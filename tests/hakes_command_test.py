@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import faiss
 import jax
@@ -273,7 +274,7 @@ def test_mistakes_get_a_sentence(smoke, tmp_path):
   ):
     run(config, stage="learn")
   config.train.reduction_lr = 0.5
-  with pytest.raises(ValueError, match="started with train.reduction_lr=0.001"):
+  with pytest.raises(ValueError, match="--config.train.reduction_lr was 0.001"):
     hakes.run(config, folder)
   config = config_file.get_config("smoke")
   config.data.metric = "hamming"
@@ -298,6 +299,39 @@ def test_evaluate_again_with_another_grid(smoke):
   assert [p["num_probes"] for p in again["points"]["base"]] == [16]
   assert again["points"]["base"][0]["recall"] > 0.9
   assert again != result
+
+
+def test_a_run_knows_its_vectors_not_their_names(tmp_path):
+  config = config_file.get_config("smoke")
+  files = {"base": "b.npy", "queries": "q.npy"}
+  np.save(tmp_path / "b.npy", _base(500))
+  np.save(tmp_path / "q.npy", _queries())
+  config.data.update({k: str(tmp_path / v) for k, v in files.items()})
+  config.data.update(metric="ip", num_base=None, num_queries=None)
+  folder = tmp_path / "run"
+  hakes.run(config, folder, stage="base")
+  (folder / "evaluation.json").write_text("{}")
+  for name in files.values():  # Moved.
+    (tmp_path / name).rename(tmp_path / f"moved_{name}")
+  config.data.update(
+    {k: str(tmp_path / f"moved_{v}") for k, v in files.items()}
+  )
+  hakes.run(config, folder, stage="base")
+  assert (folder / "evaluation.json").exists()
+  np.save(tmp_path / "moved_q.npy", _queries()[::-1])
+  hakes.run(config, folder, stage="base")
+  assert not (folder / "evaluation.json").exists()  # Of other queries.
+  np.save(tmp_path / "moved_b.npy", _base(600)[100:])
+  with pytest.raises(ValueError, match="what is in --config.data.base was"):
+    hakes.run(config, folder, stage="base")
+
+
+def test_a_damaged_evaluation_is_made_again(smoke, tmp_path):
+  folder, _ = smoke
+  shutil.copytree(folder, tmp_path / "copy")
+  (tmp_path / "copy" / "evaluation.json").write_text("{")
+  again = hakes.run(config_file.get_config("smoke"), tmp_path / "copy")
+  assert set(again["points"]) == {"base", "learned"}
 
 
 @pytest.mark.slow

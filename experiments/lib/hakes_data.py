@@ -5,10 +5,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.lib import truth
-from vqjax.data import batches, datasets, unit
+from vqjax.data import batches, datasets, files, unit
 from vqjax.interop import faiss_io, hakes_files
 from vqjax.search import truth_check
 
+_FILES = ("base", "train_queries", "train_neighbours", "queries", "groundtruth")
+# What files hold is compared instead of their names.
+FREE = (
+  *("data.name", "data.root", *(f"data.{name}" for name in _FILES)),
+  *("data.num_base", "base.path"),
+)
+SAYS = {  # What is compared, by its flag.
+  **{f"derived.{name}": f"what is in --config.data.{name}" for name in _FILES},
+  "derived.base_side": "the checksum of --config.base.path",
+}
 _BLOCK = 16_384
 
 
@@ -91,6 +101,18 @@ def _files(data: Data) -> truth.Files:
 
 def _sizes(data: Data) -> list[int]:
   return [] if data.whole is None else [len(data.whole)]
+
+
+def identify(config, data: Data) -> dict:
+  """Returns what tells the files of a run from others: sizes and checksums."""
+  found = {
+    name: {"num": len(vectors), **files.identify(vectors)}
+    for name in _FILES
+    if (vectors := getattr(data, name)) is not None
+  }
+  if config.base.path:
+    found["base_side"] = files.sha256(config.base.path)
+  return found
 
 
 def _check(data: Data) -> None:

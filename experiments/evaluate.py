@@ -297,7 +297,7 @@ def _log_table(result) -> None:
       [
         " ".join([row["name"], *search]),
         f"{row['bytes']:g}",
-        f"{row['mse'] * scale:.4f}",
+        cli.number(row["mse"] * scale),
       ]
       + [f"{row[name]:.3f}" for name in recalls]
       + [f"{row['encode_us']:.1f}", f"{row['decode_us']:.2f}"]

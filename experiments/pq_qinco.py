@@ -251,10 +251,11 @@ def _log_recombined(folder, parts, info: dict) -> None:
   quality, split = "not measured: --data is not known", ""
   if "data" in info:
     mse, split = info["training"]["validation_mse"], " --split=validation"
-    quality = f"{mse * scale:.4f}"
+    quality = cli.number(mse * scale)
     of_parts = [p.info.get("training", {}).get("validation_mse") for p in parts]
     if None not in of_parts:
-      quality += f"; those of the parts add up to {sum(of_parts) * scale:.4f}"
+      total = cli.number(sum(of_parts) * scale)
+      quality += f"; those of the parts add up to {total}"
   logging.info(
     "One codec of %d parts in %s: %s, %s. Its validation MSE: %s.\nNext:\n"
     "  python -m experiments.evaluate --codec=%s%s\n"

@@ -197,7 +197,7 @@ def _table(rows) -> str:
         row["F"] or "",
         row["evaluations"],
       ]
-      + [f"{row['mse']:.4f}", f"{row['encode_us']:.0f}"]
+      + [cli.number(row["mse"]), f"{row['encode_us']:.0f}"]
       for row in rows
     ],
   )

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from absl import flags
 
+from configs import qinco2_s
 from experiments.lib import cli, compiled, errors, parsing, process
 from tests import commands
 from vqjax import core, devices
@@ -240,3 +241,28 @@ def test_a_name_that_is_no_utf8_is_refused():
   argv = ["train", "--workdir=r\udce9s"]  # Latin-1, as Python reads it.
   with pytest.raises(SystemExit, match="udce9s' is not UTF-8.* rename"):
     parsing.parse(argv, "doc", {}, ())
+
+
+def test_a_setting_can_be_unset():
+  args = ["train", "--config=x", "--config.data.num_train=None", "--a=None"]
+  rest, names = parsing._take_unset(args)
+  assert rest == ["train", "--config=x", "--a=None"]
+  config = qinco2_s.get_config("smoke")
+  assert config.data.num_train == 1200
+  parsing._unset(config, [*names, "model.low_rank"])
+  assert config.data.num_train is None
+  with pytest.raises(flags.Error, match="--config.train.batch_size needs a v"):
+    parsing._unset(config, ["train.batch_size"])
+
+
+@pytest.mark.parametrize(
+  ("value", "text"),
+  [
+    (16.18, "16.1800"),
+    (0.0, "0.0000"),
+    (3.4612e-9, "3.461e-09"),
+    (0.0001234567, "0.0001235"),
+  ],
+)
+def test_small_figures_keep_their_digits(value, text):
+  assert cli.number(value) == text

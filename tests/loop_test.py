@@ -252,6 +252,16 @@ def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
   saved.close()
 
 
+def test_the_best_is_found_while_it_is_written(tmp_path):
+  values = iter([5.0, 4.0, 3.0, 2.0, 1.0])
+  learner = _learner(validate_fn=lambda params: next(values))
+  outcome, _ = _run(tmp_path, plan=_plan(num_epochs=4), learner=learner)
+  saved = checkpoints_lib.Checkpoints(tmp_path / "checkpoints")
+  saved.save(20, outcome.state, validation=1.0)
+  assert saved.restore_best(outcome.state)[0] == 20
+  saved.close()
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
   outcome, _ = _run(tmp_path)
   saved = checkpoints_lib.Checkpoints(tmp_path / "checkpoints")

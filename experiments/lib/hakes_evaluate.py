@@ -6,8 +6,8 @@ import pathlib
 import jax
 from absl import logging
 
-from experiments.lib import cli, hakes_data, truth
-from vqjax.data import files, numpy_files
+from experiments.lib import cli, hakes_data, hakes_stages, truth
+from vqjax.data import files
 from vqjax.interop import faiss_hakes, hakes_files
 from vqjax.search import operating_points, plots
 
@@ -61,7 +61,7 @@ def _truth(data, workdir, k: int) -> truth.Truth | None:
     return hakes_data.read_truth(data, k)
   if data.train_queries is None:
     return None
-  samples = numpy_files.load_npz(workdir / "samples.npz")
+  samples = hakes_stages.read_samples(workdir)
   held_out = slice(-int(samples["num_held_out"]), None)
   xq_QD = samples["queries"][held_out]
   logging.info("Searching the true neighbours of %d queries.", len(xq_QD))

@@ -23,6 +23,7 @@ from vqjax.interop import faiss_hakes, hakes_files
 from vqjax.training import checkpoints as checkpoints_lib
 from vqjax.training import hakes_learner, loop, writers
 
+_MADE_AGAIN = "Remove {}, and the same command makes it again."
 _SAMPLE_PASS = 1 << 61  # Of the permutation that draws training queries.
 
 
@@ -122,10 +123,24 @@ def _without_itself(near_NG, rows_N):
   return near_NG[~is_self_NG].reshape(len(near_NG), -1)
 
 
+def read_samples(workdir: pathlib.Path) -> dict[str, np.ndarray]:
+  """Training queries, their neighbours, and how many are held out."""
+  path = workdir / "samples.npz"
+  try:
+    found = numpy_files.load_npz(path)
+    num, held = len(found["queries"]), int(found["num_held_out"])
+    is_whole = 0 < held < num == len(found["neighbours"])
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f"{error} {_MADE_AGAIN.format(path)}") from error
+  if not is_whole:
+    raise ValueError(f"{path} is damaged. {_MADE_AGAIN.format(path)}")
+  return found
+
+
 def learn(config, data, workdir: pathlib.Path) -> bool:
   """Learns the query side; False when interrupted."""
   train, params = config.train, _start(workdir)
-  found = numpy_files.load_npz(workdir / "samples.npz")
+  found = read_samples(workdir)
   num = len(found["queries"]) - int(found["num_held_out"])
   held_out = slice(num, len(found["queries"]))
   if train.batch_size > num:
@@ -217,12 +232,13 @@ def _loop(config, workdir, params, learner, batch_fn, plan):
   tx = hakes_learner.make_optimiser(schedules, weight_decay=train.weight_decay)
   state = loop.make_state(params, tx, (), hakes_learner.METRICS)
   checkpoints = checkpoints_lib.Checkpoints(workdir / "checkpoints")
-  step = checkpoints.latest()
-  if step is not None:
-    state = checkpoints.restore(step, devices.abstract(state))
-    logging.info("Going on from step %d of %d.", step, plan.total_steps)
-  writer = writers.Writer(workdir, first_step=step or 0)
+  step, writer = 0, None
   try:
+    found = checkpoints.restore_latest(devices.abstract(state))
+    if found is not None:
+      step, state = found
+      logging.info("Going on from step %d of %d.", step, plan.total_steps)
+    writer = writers.Writer(workdir, first_step=step)
     outcome = loop.train(
       learner,
       tx,
@@ -235,11 +251,12 @@ def _loop(config, workdir, params, learner, batch_fn, plan):
     )
     if not outcome.is_done:
       return None
-    best = checkpoints.best()
+    best, state = checkpoints.restore_best(outcome.state)
     logging.info("The best held-out KL is that of step %d.", best)
-    return checkpoints.restore(best, outcome.state).params
+    return state.params
   finally:
-    writer.close()
+    if writer is not None:
+      writer.close()
     checkpoints.close()
 
 
@@ -273,7 +290,7 @@ def centroids(config, data, workdir: pathlib.Path) -> bool:
     rows_N = _draw(len(data.base), num, config.seed + 1)
     x_ND = batches.read_rows(data.base, rows_N)
   else:
-    x_ND = numpy_files.load_npz(workdir / "samples.npz")["queries"]
+    x_ND = read_samples(workdir)["queries"]
   old = hakes_files.load(workdir / "findex.bin").side
   params = jax.tree.map(jnp.asarray, hakes.HakesParams(old, learned))
   sums_LE, counts_L = hakes.centroid_sums(
@@ -298,16 +315,18 @@ def index(config, data, workdir: pathlib.Path) -> bool:
   )
   built = _fill(data, old, config.index.store)
   faiss_hakes.set_side(built, new)
-  path = workdir / "index.faiss"
-  faiss_hakes.save(built, path)
-  read = faiss_hakes.load(path)
+  path, unchecked = workdir / "index.faiss", workdir / "unchecked.faiss"
+  unchecked.unlink(missing_ok=True)  # Of a process that was killed.
+  faiss_hakes.save(built, unchecked)
+  read = faiss_hakes.load(unchecked)
   same = jax.tree.map(np.array_equal, faiss_hakes.side_of(read), new)
   x_QD = batches.read_rows(data.base, np.arange(min(20, len(data.base))))
   knobs = {"num_probes": 4, "refine_factor": 4}
   ids = [faiss_hakes.search(i, x_QD, 5, **knobs) for i in (built, read)]
   if not all(jax.tree.leaves(same)) or not np.array_equal(*ids):
-    path.unlink()
+    unchecked.unlink()
     raise OSError(f"{path} did not read back as it was written; removed again.")
+  unchecked.replace(path)  # Only what was compared counts as done.
   return True
 
 

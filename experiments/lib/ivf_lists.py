@@ -7,7 +7,7 @@ each, in `*.npy.json`, is what it was made of; until the first checkpoint it is
 made anew where that has changed.
 """
 
-import json
+import contextlib
 import pathlib
 import shlex
 
@@ -17,7 +17,14 @@ from absl import logging
 from experiments.lib import cli
 from vqjax import devices
 from vqjax.core import check_range
-from vqjax.data import batches, files, formats, numpy_files, unit
+from vqjax.data import (
+  batches,
+  files,
+  formats,
+  json_files,
+  numpy_files,
+  unit,
+)
 from vqjax.interop import faiss_assign, faiss_io
 
 _PER_LIST = 256  # Vectors that k-means looks at, for each list.
@@ -58,27 +65,58 @@ def _kept(path: pathlib.Path, made_of: dict, make_fn) -> np.ndarray:
   """Opens the array of a file, which is made unless it is there already.
 
   Raises:
-    ValueError: It is of something else, and the training has begun with it.
+    ValueError: The training has begun with it, and it is of something else or
+      damaged.
   """
-  beside = files.description_path(path)
-  read = lambda: json.loads(beside.read_text()) if beside.exists() else {}
   is_begun = (path.parent / "checkpoints").exists()
   if devices.is_first() and not (
-    path.exists() and (is_begun or read() == made_of)
+    path.exists() and (is_begun or _is_made_of(path, made_of))
   ):
-    array = make_fn()
-    beside.unlink(missing_ok=True)  # Never beside an array of something else.
-    _save(path, array)
-    files.write_json(beside, made_of)
+    array, described = make_fn(), dict(made_of)
+    with (
+      files.atomic_output(path, True, description=described) as temporary,
+      open(temporary, "wb") as file,
+    ):
+      np.save(file, array)
   devices.gather(0)  # It is there for all.
-  for name, value in read().items():
-    if value != made_of.get(name):
-      raise ValueError(
-        f"{path} was made with {name}={value}, now it is "
-        f"{made_of.get(name)}, and the training has begun with it: go on with "
-        "the same data and configuration, or choose another --workdir."
-      )
-  return numpy_files.open_array(path)
+  try:
+    _check_made_of(path, made_of)
+    return numpy_files.open_array(path)
+  except _OtherError:
+    raise
+  except ValueError as error:
+    raise ValueError(
+      f"{error} Or remove {path} and {files.description_path(path).name} "
+      "beside it: the same command makes them again."
+    ) from error
+
+
+class _OtherError(ValueError):
+  """An array is of something else."""
+
+
+def _is_made_of(path: pathlib.Path, made_of: dict) -> bool:
+  """Whether an array is whole, and its description says that it is of this."""
+  with contextlib.suppress(ValueError):
+    _check_made_of(path, made_of)
+    return files.description_path(path).exists()
+  return False
+
+
+def _check_made_of(path: pathlib.Path, made_of: dict) -> None:
+  """Raises ValueError where an array is damaged or, so described, another."""
+  beside = files.description_path(path)
+  if not beside.exists():
+    return
+  found = json_files.read_json(beside)
+  known = {k: v for k, v in found.items() if k not in ("bytes", "sha256")}
+  for name, old, new in files.differences(known, made_of):
+    raise _OtherError(
+      f"{path} was made with {name}={old}, now it is {new}, and the training "
+      "has begun with it: use the same data and configuration, or choose "
+      "another --workdir."
+    )
+  files.check_file(path, found, is_thorough=devices.is_first())
 
 
 def _identify(centroids_LD) -> dict:
@@ -102,13 +140,15 @@ def _centroids(config, xt_ND, num_rows: int):
     if ivf.num_lists not in (0, len(centroids_LD)):
       raise ValueError(
         f"{ivf.centroids} has {len(centroids_LD)} centroids, but "
-        f"ivf.num_lists is {ivf.num_lists}; set --config.ivf.num_lists=0 to "
+        f"--config.ivf.num_lists is {ivf.num_lists}; set it to 0 to "
         "take what the file has."
       )
     _check_unit(ivf.centroids, centroids_LD, xt_ND)
     source = {"file": _identify(centroids_LD)}
     return source, lambda: np.asarray(centroids_LD, np.float32)
-  check_range("ivf.num_lists", ivf.num_lists, 2, num_rows, "training vectors")
+  check_range(
+    "--config.ivf.num_lists", ivf.num_lists, 2, num_rows, "training vectors"
+  )
   _check_memory(config, num_rows)
   knobs = dict(num_iterations=ivf.num_iterations, seed=config.seed)
   source = {"num_lists": ivf.num_lists, "num_rows": num_rows, **knobs}
@@ -159,11 +199,3 @@ def _assign(config, xt_ND, centroids_LD) -> np.ndarray:
       assign_fn, xt_ND, block_size=block_size, progress=done
     )
     return np.concatenate([lists_N for _, lists_N in blocks])
-
-
-def _save(path, array) -> None:
-  with (
-    files.atomic_output(path, overwrite=True) as temporary,
-    open(temporary, "wb") as file,
-  ):
-    np.save(file, array)

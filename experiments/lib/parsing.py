@@ -1,5 +1,7 @@
 """From a command line to flags: configurations by name, --help, mistakes."""
 
+import functools
+import re
 import sys
 import textwrap
 from typing import Any
@@ -25,7 +27,11 @@ def parse(argv, doc: str, options: dict, required):
         "or the folder."
       )
   try:
-    rest = flags.FLAGS(_find_configs(argv) if is_config else argv)
+    if is_config:
+      argv, unset = _take_unset(_find_configs(argv))
+    rest = flags.FLAGS(argv)
+    if is_config and flags.FLAGS["config"].value is not None:
+      _unset(flags.FLAGS.config, unset)
   except (flags.Error, FileNotFoundError) as error:
     text = str(error).replace(" ?", "?")  # absl's "Did you mean: config ?"
     sys.exit(f"{text}{'' if text[-1] in '.?' else '.'} See --help.")
@@ -50,6 +56,23 @@ def parse(argv, doc: str, options: dict, required):
       f"{', '.join(shipped.config_names())}; see --help."
     )
   return rest
+
+
+def _take_unset(argv: list[str]) -> tuple[list[str], list[str]]:
+  """Takes arguments like --config.data.num_train=None out: which are unset."""
+  unset = [re.fullmatch(r"--?config\.(.+)=(?i:none)", arg) for arg in argv]
+  rest = [arg for arg, is_none in zip(argv, unset, strict=True) if not is_none]
+  return rest, [match[1] for match in unset if match]
+
+
+def _unset(config, names: list[str]) -> None:
+  """Sets values to None where they may be: in `data`, or None by default."""
+  for name in names:
+    *path, last = name.split(".")
+    group = functools.reduce(lambda group, part: group[part], path, config)
+    if path[:1] != ["data"] and group[last] is not None:
+      raise flags.Error(f"--config.{name} needs a value, got None.")
+    group[last] = None
 
 
 def _find_configs(argv: list[str]) -> list[str]:

@@ -21,7 +21,7 @@ import time
 from absl import logging
 
 from vqjax import devices
-from vqjax.data import files
+from vqjax.data import files, json_files
 
 CONFIG_NAME, SUMMARY_NAME = "config.json", "summary.json"
 LOCK_NAME = "run.lock"
@@ -32,14 +32,9 @@ _WATCH = 1.0  # Seconds between looks at the lock of another host.
 def read_json(path: pathlib.Path, how_to_go_on: str) -> dict:
   """Reads a file of a run folder; ValueError where it is damaged."""
   try:
-    found = json.loads(path.read_text(encoding="utf-8"))
-  except (ValueError, RecursionError) as error:
-    raise ValueError(
-      f"{path} is damaged: {str(error) or 'nested too deep'}. {how_to_go_on}"
-    ) from error
-  if not isinstance(found, dict):
-    raise ValueError(f"{path} is damaged: no JSON object. {how_to_go_on}")
-  return found
+    return json_files.read_json(path)
+  except ValueError as error:
+    raise ValueError(f"{error} {how_to_go_on}") from error
 
 
 def read_config(workdir: pathlib.Path) -> dict | None:
@@ -73,13 +68,8 @@ def read_summary(workdir: pathlib.Path) -> dict | None:
 
 def differences(old: dict, new: dict) -> dict:
   """Returns what differs of two configurations: dotted name to both values."""
-  a, b = _flat(old), _flat(json.loads(json.dumps(new)))
-  names = dict.fromkeys([*b, *a])
-  return {
-    name: (a.get(name), b.get(name))
-    for name in names
-    if a.get(name) != b.get(name)
-  }
+  new = json.loads(json.dumps(new))  # Lists for tuples.
+  return {name: (a, b) for name, a, b in files.differences(old, new)}
 
 
 def take(found: dict, *names: str) -> None:
@@ -87,16 +77,6 @@ def take(found: dict, *names: str) -> None:
   for name in list(found):
     if any(name == n or name.startswith(f"{n}.") for n in names):
       del found[name]
-
-
-def _flat(tree: dict, prefix: str = "") -> dict:
-  out = {}
-  for name, value in tree.items():
-    if isinstance(value, dict) and value:
-      out |= _flat(value, f"{prefix}{name}.")
-    else:
-      out[prefix + name] = value
-  return out
 
 
 def refuse(workdir, found: dict, says: dict[str, str]) -> None:

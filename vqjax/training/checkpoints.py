@@ -139,6 +139,7 @@ class Checkpoints:
     Raises:
       ValueError: None of them is whole and fits.
     """
+    self.wait()
     found = self._first_whole(
       self.steps()[::-1], lambda step: self.restore(step, like)
     )
@@ -153,6 +154,7 @@ class Checkpoints:
     Without any validation it is the newest. `like` None gives what
     `restore_tree` does. Raises as `restore_latest`.
     """
+    self.wait()  # Else the newest has no validation error yet.
     if like is None:
       return self._first_whole(self._ranked(), self.restore_tree)
     return self._first_whole(

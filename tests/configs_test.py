@@ -53,9 +53,7 @@ def test_smoke_trains_a_codec(name, tmp_path):
   assert train.run(_config(name, "smoke"), tmp_path) == summary
   other = _config(name, "smoke")
   other.seed = 1
-  with pytest.raises(
-    ValueError, match="a run of another configuration. Choose"
-  ):
+  with pytest.raises(ValueError, match="--config.seed was 0, but is 1 in"):
     train.run(other, tmp_path)
 
 

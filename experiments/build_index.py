@@ -1,24 +1,23 @@
-r"""Builds an index file, which faiss programs open too, from codes.
+r"""Builds an index from codes, in a file that faiss programs open too.
 
   python -m experiments.build_index --codec=runs/ivf_qinco2_s --codes=codes \
       --decoders=decoders.safetensors --output=index.faiss
 
-Codes are a folder of shards or a .npy of experiments.encode; --data=FILE
-instead encodes vectors on the way. They go into inverted lists, with codewords
-of the additive decoder that experiments.pairwise_decoder has fitted. A PQ or RQ
-codec needs no --decoders: its own codewords are additive. The id of a vector is
-its row. A codec without lists gets one list. What the index is goes
-beside it, into index.faiss.json.
+Codes are a folder of shards or a .npy file, both made by encode; --data=FILE
+encodes vectors instead. They go into inverted lists, with codewords of the
+additive decoder from pairwise_decoder. A PQ or RQ codec needs no --decoders,
+because its own codewords are additive. The id of a vector is its row. A codec
+without lists gets one list. index.faiss.json describes the index.
 
-Parts can be built at the same time, each of some rows, and merged:
+Parts of the rows can be built at the same time and merged:
 
   ... --rows=0:500000 --output=a.faiss
   ... --rows=500000: --output=b.faiss
   python -m experiments.build_index --merge=a.faiss,b.faiss \
       --output=index.faiss
 
-The index is made in memory: M + 9 bytes for each vector of 8-bit codes, up to
-twice that while it grows.
+The index is made in memory: M + 9 bytes per vector of 8-bit codes, up to twice
+that while it grows.
 """
 
 import os
@@ -44,14 +43,13 @@ OPTIONS = {
   "decoders": cli.Option(
     str,
     None,
-    "decoders.safetensors of experiments.pairwise_decoder; a PQ or RQ codec "
-    "needs none.",
+    "decoders.safetensors of pairwise_decoder; a PQ or RQ codec needs none.",
   ),
   "coarse": cli.Option(
     str,
     None,
-    "How lists are found: flat, by all distances, or hnsw, a graph of their "
-    "centroids; if unset flat below 16,384 lists, where it is the faster.",
+    "How lists are found: flat, by all distances, or hnsw, by a graph of the "
+    "centroids. If unset, flat below 16,384 lists, where it is faster.",
   ),
   "metric": cli.Option(
     str,
@@ -59,7 +57,7 @@ OPTIONS = {
     "l2, ip, or cosine for codecs that were trained with it: their vectors are "
     "of length 1 and compared by l2.",
   ),
-  "rows": cli.Option(str, None, "first:stop, only these rows; a part."),
+  "rows": cli.Option(str, None, "Only these rows, first:stop, for a part."),
   "merge": cli.Option(
     str, None, "Parts to merge, a.faiss,b.faiss; nothing else is built."
   ),

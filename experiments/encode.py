@@ -7,9 +7,9 @@ r"""Turns a file of vectors into codes.
 
 Codes are int32 `[N, M]` in a .npy file; for an IVF model the list number comes
 first. --raw packs every code into the bits it needs, rows padded to whole
-bytes, without a header: exactly N*M bytes for 8-bit codes. What made them is
-written beside them, in codes.npy.json. Memory does not grow with the file. The
-same command run again says that they are made already.
+bytes, without a header: exactly N*M bytes for 8-bit codes. codes.npy.json says
+what made them. Memory does not grow with the file. The same command run again
+says that all is done.
 
 Vectors are encoded by the rule that is stored with the codec. A released codec
 has the published one (A candidates of each of B hypotheses); --rule=joint asks
@@ -17,8 +17,8 @@ for the C best over all hypotheses instead, which is several times faster at
 about the same error. --num_ranked=F adds a cheap ranker, which is fitted to 512
 of the vectors and pays for deep networks (QINCo2-M, L; docs/performance.md).
 
-Large files go into a folder of shards, by one process or by many which need
-nothing but the same command; shards are counted from 0:
+Large files go into a folder of shards, filled by one process or by many that
+run the same command. Shards are counted from 0:
 
   ... --output=codes --shards=16                         all of them
   ... --output=codes --shard=3/16                        one of them
@@ -26,13 +26,13 @@ nothing but the same command; shards are counted from 0:
   ... --output=codes --shard=$JOB_COMPLETION_INDEX/16    a Kubernetes Job
   ... --output=codes --multihost [--shards=16]           each process its part
 
-Run again, the same command keeps the shards that are finished and whole, and
-makes the others. It refuses a folder of another codec, data file or options.
+Run again, the same command keeps the finished shards and makes the others. It
+refuses a folder of another codec, data file or other options.
 
   python -m experiments.encode --verify --output=codes [--codec=... --data=...]
 
-reads all shards and says which are missing or damaged, and how to make them;
-exit code 1 then. With --codec and --data it also compares those.
+reads all shards, says which are missing or damaged and how to make them, and
+then ends with exit code 1. With --codec and --data it also compares those.
 """
 
 import functools
@@ -55,14 +55,18 @@ REQUIRED = ("codec", "data", "output")
 OPTIONS = {
   "codec": cli.CODEC_OPTION,
   "data": cli.DATA_OPTIONS["data"],
-  "num_vectors": cli.Option(int, None, "Only the first so many vectors."),
+  "num_vectors": cli.Option(
+    int, None, "Encode only the first vectors, this many."
+  ),
   **cli.SEARCH_OPTIONS,
   "assign": cli.ASSIGN_OPTION,
   "output": cli.Option(str, None, "File to write; with shards a folder."),
   "raw": cli.Option(bool, False, "Write packed bytes without a header."),
-  "shards": cli.Option(int, None, "n, files to cut the codes into."),
+  "shards": cli.Option(
+    int, None, "n, number of files to divide the codes into."
+  ),
   "shard": cli.Option(
-    str, None, "i/n, make only shard i of n; i from 0 to n-1."
+    str, None, "i/n: make only shard i of n; i from 0 to n-1."
   ),
   "verify": cli.Option(bool, False, "Check the shards in --output."),
   "overwrite": cli.Option(bool, False, "Replace an existing output file."),

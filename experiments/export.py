@@ -1,4 +1,4 @@
-r"""Hands a codec over to faiss: an index file, with codes in it if wished.
+r"""Exports a codec as a faiss index file, with or without codes in it.
 
   python -m experiments.export --codec=runs/rq --output=rq.faiss
   python -m experiments.export --codec=runs/pq --output=pq.faiss \
@@ -8,15 +8,15 @@ r"""Hands a codec over to faiss: an index file, with codes in it if wished.
   python -m experiments.export --codec=runs/qinco2_s --output=additive.faiss \
       --decoders=decoders.safetensors --codes=codes.npy
 
-A PQ codec becomes an IndexPQ, behind its rotation in an IndexPreTransform where
-it has one (OPQ); an RQ codec becomes an IndexResidualQuantizer. So does the
-additive decoder that experiments.pairwise_decoder has fitted to the codes of
-any codec without lists. Codes go in as they are, the id of a vector is its row;
---data encodes by this codec. faiss then compares queries with decoded vectors.
+A PQ codec becomes an IndexPQ (OPQ: behind its rotation in an
+IndexPreTransform), an RQ codec an IndexResidualQuantizer. The additive decoder
+that pairwise_decoder has fitted to any codec without lists becomes an
+IndexResidualQuantizer too. The id of a vector is its row; --data encodes
+vectors by this codec. faiss compares queries with decoded vectors.
 
-The file counts as done when, read back, it holds these codes and decodes them
-as we do. What is in it is written beside it, in rq.faiss.json. The index of a
-codec for the cosine makes queries of length 1. It is made in memory: the packed
+The file counts as done when it has been read back, holds these codes and
+decodes them to the same vectors. rq.faiss.json describes it. The index of a
+cosine codec divides queries by their length. It is made in memory: the packed
 codes twice.
 """
 

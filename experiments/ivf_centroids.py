@@ -6,21 +6,19 @@ r"""Finds the centroids of inverted lists: k-means over a file of vectors.
       --num_vectors=50000000 --num_centroids=1048576 --num_iterations=100 \
       --output=centroids.npy
 
-Every iteration walks over the file in blocks; in memory are 24 bytes for each
-number of a centroid and at most 16 for each vector, never the vectors
-themselves, and on accelerators up to twice 4 GiB of distances. 2^20 centroids
-of a million vectors of 32 dimensions took 1.7 GB and 22 minutes an iteration on
-two CPUs. Ctrl-C or SIGTERM saves, as does each iteration that ends a minute
-after the last save; the same command goes on from there, to the same centroids
-as without the stop. Where all is done it says so.
+Every iteration reads the file in blocks. Memory is 24 bytes for each number of
+a centroid, at most 16 for each vector, and on accelerators up to twice 4 GiB of
+distances; the vectors themselves are never held. docs/ivf.md has times. Ctrl-C
+or SIGTERM saves, as does each iteration that ends a minute after the last save.
+The same command run again resumes, to the same centroids, or says that all is
+done.
 
 The default start is in two levels: sqrt(K) coarse clusters of a sample, then
 k-means in each of them with a share of the K centroids in proportion to its
 vectors. It costs less than one iteration and saves several.
 
-Centroids are float32 `[K, D]` in the units of the data. What made them, their
-mean squared error over the vectors and the sizes of the lists are beside them,
-in centroids.npy.json.
+Centroids are float32 `[K, D]` in the units of the data. centroids.npy.json says
+what made them, their mean squared error and the sizes of the lists.
 """
 
 import functools
@@ -56,7 +54,9 @@ METHODS, STARTS = ("jax", "faiss"), ("two-level", "random")
 REQUIRED = ("data", "num_centroids", "output")
 OPTIONS = {
   "data": cli.DATA_OPTIONS["data"],
-  "num_vectors": cli.Option(int, None, "Only the first so many vectors."),
+  "num_vectors": cli.Option(
+    int, None, "Use only the first vectors, this many."
+  ),
   "metric": cli.Option(
     str,
     "l2",
@@ -82,7 +82,7 @@ OPTIONS = {
   "seed": cli.Option(int, 0, "The same seed gives the same centroids."),
   "output": cli.Option(str, None, "File to write, .npy."),
   "resume": cli.Option(
-    bool, False, "With --overwrite: go on with what a stopped run has saved."
+    bool, False, "With --overwrite: resume what a stopped run has saved."
   ),
   "overwrite": cli.Option(
     bool, False, "Replace an existing output; begin anew without --resume."

@@ -3,22 +3,21 @@ r"""Fits decoders that need no network: additive and pairwise.
   python -m experiments.pairwise_decoder --codec=runs/ivf_qinco2_s \
       --data=train.bvecs --codes=train_codes --output=decoders.safetensors
 
-A search reads codes three times: all of the lists it visits by the additive
-decoder (`experiments.build_index` puts that into the index), the best of those
-by the pairwise decoder, and few by the network. Both decoders are fitted here
-to vectors and the codes that `experiments.encode` made of them; without --codes
-the vectors are encoded first.
+A search ranks the vectors of its lists by the additive decoder (build_index
+puts it into the index), the best of them by the pairwise decoder, and a few by
+the network. This command fits both decoders to vectors and their codes from
+encode; without --codes the vectors are encoded first.
 
 They are fitted to at most 1,000,000 vectors, drawn from the whole file, and
-measured on others. Memory is twice that of the vectors in float32, and that of
-the tables.
+measured on others. Memory is twice that of these vectors in float32, plus the
+tables.
 
 A table of the pairwise decoder has K x K rows of D numbers in float16: 16 MiB
 for 256 codewords and 128 dimensions, 48 MiB for 384. If --num_tables is unset,
 tables are added as long as each lowers the squared error of held-out vectors by
-half a percent or more, up to 2M of them and to 8 rows in all for each training
-vector; where they do not pay, there is no pairwise decoder. --num_tables=0
-leaves it out, any other number makes as many.
+half a percent or more, up to 2M tables and 8 rows in all for each training
+vector. If not even one does, there is no pairwise decoder. --num_tables=0
+leaves it out; any other number makes that many tables.
 """
 
 import shlex
@@ -43,7 +42,9 @@ OPTIONS = {
   "codes": cli.Option(
     str, None, "Their codes: folder of shards, or .npy; made here if unset."
   ),
-  "num_vectors": cli.Option(int, None, "Only the first so many vectors."),
+  "num_vectors": cli.Option(
+    int, None, "Use only the first vectors, this many."
+  ),
   "num_held_out": cli.Option(
     int,
     None,

@@ -6,19 +6,19 @@ r"""Makes a refiner of an index: a second code of every vector.
       --data=base.bvecs --output=refiner.faiss
   vqjax search ... --refiner=refiner.safetensors --num_refined=0,10,20
 
-rabitq keeps one bit for each dimension of the residual, D / 8 + 2 bytes a
-vector: a search re-orders the best of its scan by them and finds more than the
-network does without them.
+rabitq keeps one bit for each dimension of the residual: D / 8 + 2 bytes per
+vector. A search re-ranks the best of its scan by these bits, which raises
+recall.
 
-fastscan keeps 4-bit codes, D / 8 + 1 bytes a vector (--num_parts=P: P / 2 + 1),
-which faiss compares 32 at a time: a search scans these in place of the
-codewords of the index, faster and in a better order; the codewords re-order the
-best. The weight of codewords and network against the refiner is fitted to some
-thousand vectors and kept in the description.
+fastscan keeps 4-bit codes: D / 8 + 1 bytes per vector (--num_parts=P: P / 2 +
+1). faiss compares 32 of them at a time. A search scans them instead of the
+codes of the index, which is faster and more accurate, and re-ranks the best by
+the codewords of the index. The weights of the two distance estimates are
+fitted to a few thousand vectors and kept in the description.
 
-The data is what the index was made of: the id of a vector is its row. The index
-itself stays as it is, for any faiss. A refiner belongs to this index file
-alone: merge parts before.
+--data is what the index was made of: the id of a vector is its row. The index
+itself is not changed. A refiner belongs to one index file: merge the parts of
+an index before.
 """
 
 import shlex
@@ -48,10 +48,10 @@ OPTIONS = {
   "num_parts": cli.Option(
     int,
     None,
-    "Parts of 4 bits each that fastscan cuts a vector into; a divisor of its "
-    "dimensions, and a quarter of them if unset.",
+    "Parts that fastscan divides a vector into, 4 bits each; a divisor of the "
+    "dimensions, a quarter of them if unset.",
   ),
-  "seed": cli.Option(int, 0, "Of the random rotation of rabitq."),
+  "seed": cli.Option(int, 0, "Seed of the random rotation of rabitq."),
   "overwrite": cli.Option(bool, False, "Replace an existing output."),
 }
 _BLOCK = 16384

@@ -49,7 +49,7 @@ from experiments.lib.bench_arithmetic import Work, decode_work, encode_work
 from vqjax.codecs import kmeans
 from vqjax.codecs.rule import SearchRule
 from vqjax.core import check_range
-from vqjax.data import batches
+from vqjax.data import batches, files
 from vqjax.interop import faiss_io
 
 TASKS = ("encode", "decode", "train", "kmeans")
@@ -126,6 +126,7 @@ def _check(config) -> tuple[list[str], list[str]]:
     raise ValueError("Give --codec or --config, not both.")
   if not config.output.endswith(".jsonl"):
     raise ValueError(f"--output must end in .jsonl, got {config.output}.")
+  files.check_output(config.output, overwrite=True)
   if config.torch and importlib.util.find_spec("torch") is None:
     logging.warning("PyTorch is not installed here: measuring without it.")
     config.torch = False

@@ -55,6 +55,9 @@ def run(config, workdir=None) -> dict:
       f"decodes at most {len(sizes)}."
     )
   num, seconds = len(found), {}
+  files.check_output(
+    *(config.output, config.overwrite), num_bytes=4 * num * codec.dim
+  )
   dtype = codecs.product_dtype(config.dtype)
   decode_fn = codecs.make_decode_fn(codec, dtype)
   with cli.progress(num, "decode") as done, cli.timed(seconds, "decode"):

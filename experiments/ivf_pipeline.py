@@ -18,11 +18,12 @@ runs the commands below, each of which can be run by itself, into --workdir:
 
 A step whose output is there is skipped, so that the same command goes on where
 it was stopped; one that was made of other files than are there now is refused.
+A file without the description beside it is made again.
 What the base is encoded by is config.encode; the training vectors, of which the
 decoders need many, are encoded by the smaller search of config.model.
 """
 
-import json
+import copy
 import math
 import pathlib
 import shlex
@@ -39,7 +40,7 @@ from experiments import (
   train,
 )
 from experiments.lib import cli, search_data, truth
-from vqjax.data import batches, codes, datasets, files
+from vqjax.data import batches, codes, datasets, files, json_files
 from vqjax.interop import faiss_fastscan, faiss_io, faiss_ivf
 from vqjax.search import refiners
 from vqjax.storage import codec_file, decoder_file, refiner_file
@@ -80,9 +81,12 @@ def run(config, workdir: str, **options):
       f"--refiner must be one of {', '.join(refiners.KINDS)}; got "
       f"{options['refiner']!r}."
     )
+  config = copy.deepcopy(config)  # It is told where the centroids are.
   dataset = _resolve(config)
   _check_baselines(config, dataset, options)
   truth.check_dataset(dataset)  # Before hours of training.
+  files.check_folder(workdir)
+  _check_epochs(config, workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   _find_centroids(config, workdir, dataset)
   codec = workdir / "codec"
@@ -110,6 +114,20 @@ def _resolve(config) -> datasets.Dataset:
   return dataset
 
 
+def _check_epochs(config, workdir) -> None:
+  """Refuses to train a codec on whose codes are made already."""
+  record = workdir / "codec" / "config.json"
+  if not (record.exists() and (workdir / "codes").exists()):
+    return
+  before = json_files.read_json(record).get("train", {}).get("num_epochs")
+  if before not in (None, config.train.num_epochs):
+    raise ValueError(
+      f"{record.parent} was started with train.num_epochs={before}, and the "
+      f"base is encoded by it; now it is {config.train.num_epochs}: choose "
+      "another --workdir."
+    )
+
+
 def _check_baselines(config, dataset, options) -> None:
   """Refuses baselines of these sizes before anything is trained."""
   asked = cli.get_config(search.OPTIONS, baselines=options.get("baselines", ""))
@@ -134,16 +152,14 @@ def _find_centroids(config, workdir, dataset) -> None:
     output=str(path),
   )
   if _is_there(path):
-    beside = files.description_path(path)
-    found = json.loads(beside.read_text()) if beside.exists() else {}
+    found = _described(path)
     vectors = datasets.open_split(dataset, "train", max_vectors=num_rows)
     wanted = cli.get_config(ivf_centroids.OPTIONS, **values)
     wanted = ivf_centroids.describe(wanted, vectors)
     wanted["num_iterations"] = config.ivf.num_iterations
     _check_made_of(path, found, wanted)
   else:
-    resume = ivf_centroids.checkpoint_path(path).exists()
-    _run(ivf_centroids, **values, resume=resume)
+    _run(ivf_centroids, **values, overwrite=path.exists(), resume=True)
   config.ivf.centroids = str(path)
 
 
@@ -172,7 +188,7 @@ def _small_search(config) -> dict:
 
 def _fit_decoders(config, workdir, dataset) -> None:
   path = workdir / "decoders.safetensors"
-  if _is_there(path):
+  if _is_there(path, is_described=False):
     found, of_codes = decoder_file.load(path), workdir / "train_codes"
     wanted = codes.load_manifest(of_codes)["codec_fingerprint"]
     name = "codec_fingerprint"
@@ -211,6 +227,7 @@ def _build_index(workdir) -> None:
     codes=str(workdir / "codes"),
     decoders=str(decoders),
     output=str(path),
+    overwrite=path.exists(),
   )
 
 
@@ -222,7 +239,7 @@ def _make_refiner(workdir, dataset, kind: str) -> str:
     "fastscan": ("refiner.faiss", faiss_fastscan.load),
   }[kind]
   path = workdir / name
-  if _is_there(path):
+  if _is_there(path, is_described=kind == "fastscan"):
     load_fn(path, faiss_ivf.load(index, mmap=True).info)
     return str(path)
   values = {"codec": str(workdir / "codec")} if kind == "fastscan" else {}
@@ -232,6 +249,7 @@ def _make_refiner(workdir, dataset, kind: str) -> str:
     index=str(index),
     data=dataset.base,
     output=str(path),
+    overwrite=path.exists(),
     **values,
   )
   return str(path)
@@ -250,10 +268,29 @@ def _search(workdir, options):
   )
 
 
-def _is_there(path) -> bool:
-  if path.exists():
-    logging.info("%s is there already.", path)
-  return path.exists()
+def _is_there(path, *, is_described: bool = True) -> bool:
+  """Whether a step is done; files without their descriptions do not count."""
+  if not path.exists():
+    return False
+  if is_described and not files.description_path(path).exists():
+    logging.warning("%s has no description beside it: made again.", path)
+    return False
+  logging.info("%s is there already.", path)
+  return True
+
+
+def _described(path) -> dict:
+  """The description of a file; raises ValueError where one is damaged."""
+  beside = files.description_path(path)
+  try:
+    found = json_files.read_json(beside)
+    files.check_file(path, found)
+  except ValueError as error:
+    raise ValueError(
+      f"{error} Remove {path} and {beside.name}, and the same command makes "
+      "them anew."
+    ) from error
+  return found
 
 
 def _check_made_of(path, found: dict, wanted: dict) -> None:

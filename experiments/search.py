@@ -14,7 +14,8 @@ Settings are all combinations of the lists given. Each parameter is taken to
 cost time and to gain recall, so that many combinations need not be tried. A
 point is the best of --rounds rounds after a call that compiles; in a round all
 queries are searched again and again for a tenth of a second, or once where that
-takes longer. Baselines take turns with ours. Stopped, it goes on with --resume.
+takes longer. Baselines take turns with ours. The same command
+measures the points that are missing.
 The picture lies beside the output, as search.png; each point is also printed as
 a JSON line when it is measured, alone on stdout: ... > points.jsonl
 
@@ -127,7 +128,9 @@ OPTIONS = {
   ),
   "codes": cli.Option(str, None, "Codes of the base, for --decode_all."),
   "output": cli.Option(str, None, "JSON file of the points."),
-  "resume": cli.Option(bool, False, "Go on with the points still missing."),
+  "resume": cli.Option(
+    bool, False, "With --overwrite: keep the points that are there."
+  ),
   "overwrite": cli.Option(bool, False, "Replace existing outputs."),
 }
 _LEAST_RECALL = 0.02  # Below it a ground truth that nobody checked is doubted.
@@ -143,9 +146,8 @@ def run(config, workdir=None) -> dict:
   cli.require(config, "index")
   if config.codes:
     raise ValueError("--codes are for --decode_all; an index has its own.")
-  search_record.check_output(
-    config.output, resume=config.resume, overwrite=config.overwrite
-  )
+  resume = config.resume or not config.overwrite
+  search_record.check_output(config.output, resume=resume)
   names = search_data.baseline_names(config)
   num_threads = faiss_hakes.set_num_threads(config.threads)
   like, info = faiss_ivf.load(config.index, mmap=True)
@@ -174,7 +176,7 @@ def run(config, workdir=None) -> dict:
     )
   train = search_data.open_train(codec, config) if names else None
   header = _header(config, codec, info, data, train, num_threads)
-  record = search_record.Record(config.output, header, resume=config.resume)
+  record = search_record.Record(config.output, header, resume=resume)
   search_fns = {
     codec.name: lambda xq_QD, **at: searcher.search(xq_QD, config.k, **at),
     **_baseline_fns(config, names, ranges, like, train, data, record),
@@ -417,5 +419,4 @@ if __name__ == "__main__":
     OPTIONS,
     __doc__,
     required=REQUIRED,
-    how_to_go_on="To go on, add --resume to the same command.",
   )

@@ -201,23 +201,28 @@ def test_resume_measures_what_is_missing(small, monkeypatch):
   path = pathlib.Path(small["output"])
   before = json.loads(path.read_text())["points"]
   assert len(before) == 1
-  with pytest.raises(FileExistsError, match="exists already"):
-    _run(small)
   monkeypatch.setattr(search_measure, "_measure", measure)
   changes = {"k": 5, "decoders": None, "threads": 2, "rounds": 2}
   for name, value in changes.items():
     other = {"num_pairwise": "0"} if name == "decoders" else {}
     with pytest.raises(ValueError, match=f"measured with {name} .*, now it is"):
-      _run(small | other | {name: value, "resume": True})
-  after = _run(small | {"resume": True})["points"]
+      _run(small | other | {name: value})
+  after = _run(small)["points"]
   assert after[:1] == before
   settings = [json.dumps(p["setting"]) for p in after]
   assert len(settings) == len(set(settings)) > 1
   again = _run(small | {"resume": True})["points"]
   assert again == after
-  path.write_text('{"no": "points"}')
-  with pytest.raises(ValueError, match="no record of a search"):
-    _run(small | {"resume": True})
+  whole = path.read_text()
+  for text, said in (
+    ('{"no": "points"}', "its 'header' is None"),
+    (whole.replace('"qps": ', '"qps": "many", "x": '), "its 'qps' is 'many'"),
+    (whole[:-20], "damaged, or no JSON"),
+    ("[" * 3000 + "]" * 3000, "more than 64 brackets"),
+  ):
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"no record of a search: .*{said}"):
+      _run(small)
   assert _run(small | {"overwrite": True})["points"]
 
 

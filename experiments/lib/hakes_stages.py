@@ -315,18 +315,18 @@ def index(config, data, workdir: pathlib.Path) -> bool:
   )
   built = _fill(data, old, config.index.store)
   faiss_hakes.set_side(built, new)
-  path, unchecked = workdir / "index.faiss", workdir / "unchecked.faiss"
-  unchecked.unlink(missing_ok=True)  # Of a process that was killed.
-  faiss_hakes.save(built, unchecked)
-  read = faiss_hakes.load(unchecked)
-  same = jax.tree.map(np.array_equal, faiss_hakes.side_of(read), new)
+  path = workdir / "index.faiss"
   x_QD = batches.read_rows(data.base, np.arange(min(20, len(data.base))))
   knobs = {"num_probes": 4, "refine_factor": 4}
-  ids = [faiss_hakes.search(i, x_QD, 5, **knobs) for i in (built, read)]
-  if not all(jax.tree.leaves(same)) or not np.array_equal(*ids):
-    unchecked.unlink()
-    raise OSError(f"{path} did not read back as it was written; removed again.")
-  unchecked.replace(path)  # Only what was compared counts as done.
+
+  def check(written):
+    read = faiss_hakes.load(written)
+    same = jax.tree.map(np.array_equal, faiss_hakes.side_of(read), new)
+    ids = [faiss_hakes.search(i, x_QD, 5, **knobs) for i in (built, read)]
+    if not all(jax.tree.leaves(same)) or not np.array_equal(*ids):
+      raise OSError(f"{path} did not read back as written: it was not kept.")
+
+  faiss_hakes.save(built, path, check_fn=check)
   return True
 
 

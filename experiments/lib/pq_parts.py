@@ -1,7 +1,6 @@
 """Vectors cut into parts, in a folder that says how; see `pq_qinco`."""
 
 import hashlib
-import json
 import os
 import pathlib
 import shlex
@@ -12,11 +11,19 @@ from absl import logging
 
 from experiments.lib import cli
 from vqjax.core import check_range
-from vqjax.data import batches, files, formats
+from vqjax.data import batches, files, formats, json_files
 from vqjax.interop import faiss_io
 
 PREPARED_NAME, ROTATION_NAME = "prepared.json", "rotation.npy"
 _FORMAT = "vqjax parts"
+_FIELDS = {
+  "source": str,
+  "num_vectors": int,
+  "dim": int,
+  "num_blocks": int,
+  "opq": bool,
+  "seed": int,
+}
 _BLOCK = 16384  # Vectors that are cut at once.
 _OPQ_VECTORS, _OPQ_BITS = 65536, 8
 
@@ -54,6 +61,7 @@ def prepare(config) -> dict:
     "opq": config.opq,
     "seed": config.seed,
   }
+  files.check_folder(folder, num_bytes=4 * num * dim)
   record, rotation_DD = _claim(folder, record, vectors)
   began = time.perf_counter()
   written = _write_parts(folder, record, vectors, rotation_DD)
@@ -82,19 +90,32 @@ def _claim(folder, record: dict, vectors):
           f"{value}: choose another --output, or remove that folder."
         )
     return found, load_rotation(folder, found)
-  for stray in (folder / ROTATION_NAME, part_path(folder, 0)):
+  rotation = folder / ROTATION_NAME
+  is_kept = files.description_path(rotation).exists()
+  for stray in (*(() if is_kept else (rotation,)), part_path(folder, 0)):
     if stray.exists():
       raise FileExistsError(
         f"There is {stray}, but no {PREPARED_NAME} that says what it is: "
         "choose another --output, or remove it."
       )
-  rotation_DD = None
-  if record["opq"]:
-    rotation_DD = _fit_rotation(vectors, record["num_blocks"], record["seed"])
-    formats.write_vectors(folder / ROTATION_NAME, rotation_DD)
+  rotation_DD = _find_rotation(rotation, record, vectors)
   record = record | {"rotation_checksum": _checksum(rotation_DD)}
   files.write_json(path, record)
   return record, rotation_DD
+
+
+def _find_rotation(path, record: dict, vectors) -> np.ndarray | None:
+  """The rotation of these parts, which a killed run may have left."""
+  if not record["opq"]:
+    return None
+  meta = record | {"format": "vqjax rotation"}
+  del meta["source"]
+  if files.find_made(path, meta):
+    return read_rotation(path)
+  rotation_DD = _fit_rotation(vectors, record["num_blocks"], record["seed"])
+  with files.atomic_output(path, description=meta) as temporary:
+    formats.write_vectors(temporary, rotation_DD)
+  return rotation_DD
 
 
 def _fit_rotation(vectors, num_blocks: int, seed: int) -> np.ndarray:
@@ -150,12 +171,10 @@ def _train_command(folder, block: int) -> str:
 
 def load_prepared(folder) -> dict:
   path = pathlib.Path(folder) / PREPARED_NAME
-  try:
-    found = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path} is damaged, or no JSON file: {error}.") from error
-  if not isinstance(found, dict) or found.get("format") != _FORMAT:
+  found = json_files.read_json(path)
+  if found.get("format") != _FORMAT:
     raise ValueError(f"{path} must have the format {_FORMAT!r}.")
+  json_files.check_fields(path, found, _FIELDS)
   return found
 
 

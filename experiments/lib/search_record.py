@@ -9,13 +9,30 @@ from tqdm import tqdm
 
 from experiments.lib import cli
 from vqjax import devices
-from vqjax.data import files
+from vqjax.data import files, json_files
 from vqjax.search import operating_points, pipeline, plots
 from vqjax.search.operating_points import Point
 
 _STAGES = pipeline.STAGES
 _MAX_ROWS = 40
 _JOINED = ("bytes", "baselines")  # Of the header, {} where there are none.
+
+
+_NUMBER = (int, float)
+_FIELDS = {"header": dict, "points": [dict], "latency": [dict]}
+_POINT = {
+  "series": str,
+  "setting": dict,
+  "recall": dict,
+  "qps": _NUMBER,
+  "stage_us": dict,
+}
+_LATENCY = {
+  "series": str,
+  "setting": dict,
+  "p50_ms": _NUMBER,
+  "p95_ms": _NUMBER,
+}
 
 
 class Record:
@@ -152,20 +169,15 @@ class Record:
     return cli.table(header, rows)
 
 
-def check_output(path, *, resume: bool, overwrite: bool) -> None:
+def check_output(path, *, resume: bool) -> None:
   """Raises unless a record may be written at `path`; nothing is written."""
   path = pathlib.Path(path)
   if path.suffix != ".json":
     raise ValueError(f"--output must end in .json; got {path}.")
-  if path.is_file() and resume:
-    return
-  if path.is_file() and not overwrite:
-    raise FileExistsError(
-      f"{path} exists already; go on with it by --resume, or begin anew by "
-      "--overwrite."
-    )
+  if resume and _picture(path).exists() and not path.exists():
+    files.check_output(_picture(path))  # Of something else: refused.
   for file in (path, _picture(path)):
-    files.check_output(file, overwrite)
+    files.check_output(file, overwrite=True)
 
 
 def _picture(path: pathlib.Path) -> pathlib.Path:
@@ -180,14 +192,18 @@ def threads(num_faiss: int) -> dict[str, int]:
 def _read(path, header: dict) -> tuple[list[dict], list[dict]]:
   """Points and latencies of an earlier record of the same search."""
   try:
-    found = json.loads(path.read_text(encoding="utf-8"))
-    before = found["header"]
-    measured = found["points"], found["latency"]
-  except (ValueError, KeyError, TypeError) as error:
+    found = json_files.read_json(path)
+    json_files.check_fields(path, found, _FIELDS)
+    for point in found["points"]:
+      json_files.check_fields(path, point, _POINT)
+    for row in found["latency"]:
+      json_files.check_fields(path, row, _LATENCY)
+  except ValueError as error:
     raise ValueError(
-      f"{path} is no record of a search ({error}); choose another --output, or "
-      "begin anew by --overwrite."
+      f"{path} is no record of a search: {error} Choose another --output, "
+      "begin anew by --overwrite, or remove it."
     ) from error
+  before, measured = found["header"], (found["points"], found["latency"])
   for name, value in header.items():
     was = before.get(name)
     if name in _JOINED:  # Baselines of before stay in tables and pictures.

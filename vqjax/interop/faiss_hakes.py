@@ -216,10 +216,17 @@ def fit_factory(name: str, x_ND: np.ndarray, metric: str) -> faiss.Index:
   return index
 
 
-def save(index: faiss.Index, path, *, overwrite: bool = False) -> None:
-  """Writes the index file, whole or not at all."""
-  with faiss_io.write_index(index, path, overwrite=overwrite):
-    pass
+def save(
+  index: faiss.Index, path, *, overwrite: bool = False, check_fn=None
+) -> None:
+  """Writes the index file, whole or not at all.
+
+  `check_fn` gets the written file under a temporary name, before it counts; the
+  file is gone where it raises.
+  """
+  with faiss_io.write_index(index, path, overwrite=overwrite) as temporary:
+    if check_fn is not None:
+      check_fn(temporary)
 
 
 def load(path) -> faiss.Index:

@@ -274,10 +274,11 @@ def check_folder(folder, *, num_bytes: int = 0, name=None) -> None:
         f"{name} cannot be written: {error.strerror or error} in {folder}; "
         "choose another folder, or change its permissions."
       ) from error
-  _check_space(folder, num_bytes, name)
+  check_space(folder, num_bytes, name)
 
 
-def _check_space(folder: pathlib.Path, num_bytes: int, name) -> None:
+def check_space(folder, num_bytes: int, name) -> None:
+  """Raises OSError where a folder has no room; `name` is of the output."""
   if not hasattr(os, "statvfs"):
     return
   found = os.statvfs(folder)

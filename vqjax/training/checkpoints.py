@@ -5,6 +5,8 @@ Saved asynchronously; a half-written checkpoint is never taken for a whole one
 arrays, so that a damaged one is not taken either.
 """
 
+import contextlib
+import errno
 import json
 import pathlib
 import shutil
@@ -18,6 +20,7 @@ from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
 from vqjax import devices
+from vqjax.data import files
 
 _METRIC = "validation"
 _PREFIX = "step"
@@ -72,9 +75,17 @@ class Checkpoints:
       return
     metrics = None if validation is None else {_METRIC: validation}
     saved = {"state": state, "checksum": checksum(state)}
-    self._manager.save(
-      step, args=ocp.args.StandardSave(saved), metrics=metrics, force=True
-    )
+    with self._full_disk_in_words():
+      # Before: where orbax finds out, its threads print pages.
+      num_bytes = sum(x.nbytes for x in jax.tree.leaves(saved))
+      files.check_space(
+        self._folder,
+        num_bytes // jax.process_count(),
+        f"The checkpoint of step {step}",
+      )
+      self._manager.save(
+        step, args=ocp.args.StandardSave(saved), metrics=metrics, force=True
+      )
 
   def latest(self) -> int | None:
     """Returns the step of the newest checkpoint, None without any."""
@@ -187,12 +198,29 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Returns when everything is on disk."""
-    self._manager.wait_until_finished()
+    with self._full_disk_in_words():
+      self._manager.wait_until_finished()
+
+  @contextlib.contextmanager
+  def _full_disk_in_words(self):
+    """Makes one sentence of what orbax raises where a disk is full."""
+    try:
+      yield
+    except Exception as error:
+      if not files.is_full_disk(error):
+        raise
+      raise OSError(
+        errno.ENOSPC,
+        f"The disk is full: could not write a checkpoint into {self._folder} "
+        f"({_first_line(error)}). The earlier ones are whole: free some space, "
+        "and run the same command again.",
+      ) from error
 
   def close(self) -> None:
     """Waits for what is being saved and stops the writer."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+    with self._full_disk_in_words():
+      self._manager.wait_until_finished()
+      self._manager.close()
     logging.debug("Checkpoints in %s: %s", self._folder, self.steps())
 
 

@@ -79,6 +79,34 @@ def test_a_second_run_makes_what_is_missing(workdir):
     assert (when != before[path]) == (path.name in made), path
 
 
+def test_files_without_their_descriptions_are_made_again(workdir):
+  """As a kill of an earlier version leaves them."""
+  names = ("index.faiss", "centroids.npy")
+  before = [(workdir / name).read_bytes() for name in names]
+  for name in ("index.faiss.json", "centroids.npy.json"):
+    (workdir / name).unlink()
+  for path in workdir.glob("search.*"):
+    path.unlink()
+  config = _config()
+  ivf_pipeline.run(config, str(workdir), k=10, **FEW)
+  assert config.ivf.centroids == _config().ivf.centroids  # As it was given.
+  assert [(workdir / name).read_bytes() for name in names] == before
+  assert (workdir / "index.faiss.json").exists()
+  assert (workdir / "search.json").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[" * 3000, '{"bytes": 1}'])
+def test_a_damaged_description_is_one_sentence(workdir, text):
+  path = workdir / "centroids.npy.json"
+  before = path.read_text()
+  path.write_text(text)
+  try:
+    with pytest.raises(ValueError, match="Remove .*centroids.npy and .*.json"):
+      ivf_pipeline.run(_config(), str(workdir), k=10, **FEW)
+  finally:
+    path.write_text(before)
+
+
 @pytest.mark.parametrize(
   ("name", "values", "text"),
   [

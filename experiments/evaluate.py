@@ -71,6 +71,8 @@ class Search(NamedTuple):
 def run(config, workdir=None) -> dict:
   """Returns `{"codec", "rows": [...]}`; logs the table."""
   del workdir
+  if config.output:
+    files.check_output(config.output, overwrite=True)
   cli.require(config, *REQUIRED)
   names = [name.strip().upper() for name in config.baselines.split(",") if name]
   unknown = set(names) - set(faiss_io.ADDITIVE)

@@ -395,3 +395,59 @@ def test_shards_can_be_read_without_vqjax(folder):
   low_N, high_N = raw[:, 0].astype(int), raw[:, 1].astype(int)
   np.testing.assert_array_equal(low_N + 256 * high_N, _codes()[:, 0])
   np.testing.assert_array_equal(raw[:, 2:], _codes()[:, 1:])
+
+
+def _described_file(tmp_path):
+  path = tmp_path / "c.npy"
+  with files.atomic_output(path, description=_manifest(num_shards=0)) as temp:
+    np.save(temp, _codes())
+  return path
+
+
+def test_a_changed_file_of_codes_is_found_as_it_is_read(tmp_path):
+  path = _described_file(tmp_path)
+  np.testing.assert_array_equal(codes.open_codes(path)[:], _codes())
+  raw = bytearray(path.read_bytes())
+  raw[-4] ^= 1
+  path.write_bytes(raw)
+  found = codes.open_codes(path)  # Opening reads no codes.
+  with pytest.raises(ValueError, match="c.npy is damaged, or was changed"):
+    found[:5]
+  path.write_bytes(raw + b"0")
+  with pytest.raises(ValueError, match="c.npy"):
+    codes.open_codes(path)
+
+
+@pytest.mark.parametrize(
+  ("changes", "said"),
+  [
+    ({"shape": None}, "its 'shape' is None"),
+    ({"shape": [23]}, "shape .23. does not fit 3 codebooks"),
+    ({"codebook_sizes": [4, "x", 4]}, "its 'codebook_sizes' is"),
+    ({"codebook_sizes": [0, 4, 4]}, "its codebook sizes are"),
+    ({"codec_fingerprint": 3}, "its 'codec_fingerprint' is 3"),
+    ({"data": []}, "its 'data' is"),
+    ({"command": {}}, "its 'command' is"),
+  ],
+)
+def test_damaged_descriptions_are_one_sentence(tmp_path, changes, said):
+  path = _described_file(tmp_path)
+  beside = files.description_path(path)
+  beside.write_text(json.dumps(json.loads(beside.read_text()) | changes))
+  with pytest.raises(ValueError, match=f"c.npy.json is damaged: {said}"):
+    codes.open_codes(path)
+
+
+@pytest.mark.parametrize(
+  ("changes", "said"),
+  [
+    ({"num_shards": "4"}, "its 'num_shards' is '4'"),
+    ({"num_shards": 99}, "23 codes .* cannot be in 99 shards"),
+    ({"row_bytes": 7}, "cannot be in 4 shards of 7 bytes"),
+  ],
+)
+def test_damaged_manifests_are_one_sentence(folder, changes, said):
+  path = folder / "manifest.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+  with pytest.raises(ValueError, match=f"manifest.json is damaged: .*{said}"):
+    codes.open_codes(folder)

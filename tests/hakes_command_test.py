@@ -326,6 +326,20 @@ def test_a_run_knows_its_vectors_not_their_names(tmp_path):
     hakes.run(config, folder, stage="base")
 
 
+@pytest.mark.parametrize("damage", ["cut", "other", "none held out"])
+def test_damaged_samples_say_what_to_do(smoke, tmp_path, damage):
+  whole = (smoke[0] / "samples.npz").read_bytes()
+  path = tmp_path / "samples.npz"
+  if damage == "cut":
+    path.write_bytes(whole[: len(whole) // 2])
+  elif damage == "other":
+    np.savez(path, x=np.zeros(3))
+  else:
+    np.savez(path, queries=[0], neighbours=[0], num_held_out=0)
+  with pytest.raises(ValueError, match="Remove .*samples.npz, and the same"):
+    hakes_stages.read_samples(tmp_path)
+
+
 def test_a_damaged_evaluation_is_made_again(smoke, tmp_path):
   folder, _ = smoke
   shutil.copytree(folder, tmp_path / "copy")

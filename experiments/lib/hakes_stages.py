@@ -131,7 +131,10 @@ def read_samples(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     num, held = len(found["queries"]), int(found["num_held_out"])
     is_whole = 0 < held < num == len(found["neighbours"])
   except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f"{error} {_MADE_AGAIN.format(path)}") from error
+    text = f"{path} is damaged: {error}."
+    if isinstance(error, ValueError):
+      text = str(error)
+    raise ValueError(f"{text} {_MADE_AGAIN.format(path)}") from error
   if not is_whole:
     raise ValueError(f"{path} is damaged. {_MADE_AGAIN.format(path)}")
   return found

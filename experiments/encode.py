@@ -207,7 +207,7 @@ class _Meter:
 
 
 def _write_file(config, meta, encoder, after: str) -> None:
-  """Writes all codes into one file, and their description beside it."""
+  """Writes all codes into one file, and their description next to it."""
   rows = range(meta["shape"][0])
   with cli.progress(len(rows), "encode") as done:
     meter = _Meter(done)

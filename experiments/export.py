@@ -61,11 +61,11 @@ class _Subject(NamedTuple):
   index: Any
   decode_fn: Callable
   sizes: tuple[int, ...]
-  made_of: dict  # What the description says beside the codec.
+  made_of: dict  # What the description says besides the codec.
 
 
 def run(config, workdir=None) -> dict:
-  """Writes the index; returns what is written beside it."""
+  """Writes the index; returns what is written next to it."""
   del workdir
   cli.require(config, *REQUIRED)
   if config.codes and config.data:
@@ -201,7 +201,7 @@ def _compare(config, subject: _Subject, num: int, first, index) -> dict:
   """Raises ValueError unless the index read back is the one meant.
 
   `first` are blocks of the `num` codes that were put in; random ones are
-  compared where there are none.
+  compared if there are none.
   """
   if index.ntotal != num:
     raise ValueError(

@@ -20,9 +20,9 @@ fi
 data="$1" out="$2" python="${PYTHON:-python}"
 [ -e "$data" ] || { echo "$data is not there." >&2; exit 1; }
 [ ! -e "$out" ] || { echo "$out exists already; name a new folder." >&2; exit 1; }
-names=(s m l) sizes=bigann1M bench=(--num_joint_candidates=256 --num_finalists=48) train_arg=""
+names=(s m l) sizes=bigann1M bench=(--num_joint_candidates=256 --num_ranked=48) train_arg=""
 if [ -n "${TRY:-}" ]; then
-  names=(s) sizes=smoke bench=(--num_joint_candidates=16 --num_finalists=5 --repeats=1 --dim=16) train_arg=:smoke
+  names=(s) sizes=smoke bench=(--num_joint_candidates=16 --num_ranked=5 --repeats=1 --dim=16) train_arg=:smoke
 fi
 mkdir -p "$out"
 # PyTorch needs memory on the same card.

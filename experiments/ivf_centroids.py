@@ -105,7 +105,7 @@ class State(NamedTuple):
 
 
 def run(config, workdir=None) -> dict:
-  """Writes the centroids; returns what is written beside them."""
+  """Writes the centroids; returns what is written next to them."""
   del workdir
   vectors = _check(config)
   meta = describe(config, vectors)
@@ -192,7 +192,7 @@ def checkpoint_path(output) -> pathlib.Path:
 
 
 def describe(config, vectors) -> dict:
-  """What a checkpoint must share with the run that goes on with it."""
+  """What a checkpoint must share with the run that continues it."""
   return {
     "num_centroids": config.num_centroids,
     "num_vectors": len(vectors),
@@ -204,7 +204,7 @@ def describe(config, vectors) -> dict:
 
 
 def _find_state(config, checkpoint: pathlib.Path, meta: dict) -> State | None:
-  """The state to go on from, None to begin."""
+  """The state to resume from, None to begin."""
   if not checkpoint.exists() or (config.overwrite and not config.resume):
     return None
   words_KD, errors, found = _load(checkpoint)
@@ -325,7 +325,7 @@ def _start_random(vectors, num_words: int, seed: int) -> np.ndarray:
 
 
 def _start_in_two(vectors, num_words: int, seed: int) -> np.ndarray:
-  """Coarse clusters, then in each of them a share of the words."""
+  """Coarse clusters, then in each of them a share of the codewords."""
   num_groups = round(num_words**0.5)
   sample_ND = batches.subsample(vectors, _START_VECTORS * num_groups, seed)
   coarse_KD = faiss_io.fit_kmeans(
@@ -360,7 +360,7 @@ def _start_in_two(vectors, num_words: int, seed: int) -> np.ndarray:
 
 
 def _fit_group(vectors, seed: int, rows, num_words: int) -> np.ndarray:
-  """Words of one coarse cluster, from at most so many of its rows."""
+  """Codewords of one coarse cluster, from at most so many of its rows."""
   if not num_words:
     return np.empty((0, vectors.shape[1]), np.float32)
   most = min(len(rows), _START_VECTORS * num_words)
@@ -387,7 +387,7 @@ def shares(sizes, total: int) -> np.ndarray:
 
 
 def _record(config, meta, state: State, last, seconds: float) -> dict:
-  """What is written beside the centroids."""
+  """What is written next to the centroids."""
   counts_K = last.counts_K
   return {
     "format": "vqjax centroids",

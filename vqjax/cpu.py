@@ -31,10 +31,10 @@ def is_intel_avx512() -> bool:
 
 
 def blas_kernels() -> str | None:
-  """Kernels for the OpenBLAS that comes with faiss; None: it knows best.
+  """Returns an OPENBLAS_CORETYPE for the OpenBLAS of faiss, None for its own.
 
-  It is of 2021, knows no newer processors of Intel, and takes kernels of 2004
-  there, which are two to four times slower (docs/performance.md).
+  That version of 2021 does not know newer Intel processors and takes SSE3
+  kernels there, which are two to four times slower.
   """
   if is_intel_avx512():
     return "SkylakeX"
@@ -44,7 +44,7 @@ def blas_kernels() -> str | None:
 
 
 def prepare_libraries() -> None:
-  """Tells OpenMP and OpenBLAS how to work beside XLA; before faiss is imported.
+  """Sets up OpenMP and OpenBLAS for use with XLA, before faiss is imported.
 
   The commands and `vqjax.fit` and its like call this; importing a module does
   not. What the user has set stays.

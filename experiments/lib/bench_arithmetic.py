@@ -37,7 +37,7 @@ def encode_work(tables: qinco.QincoTables, rule: SearchRule) -> Work:
   if joint:
     last = qinco_search.last_rule(rule)
     steps[-1] = beam_size, last.num_joint_candidates, last.num_ranked
-  if tables.is_ivf:  # One hypothesis, with words for the whole beam.
+  if tables.is_ivf:  # One hypothesis, with codewords for the whole beam.
     widest = min(joint or max(each, beam_size), num_words)
     steps[0] = 1, widest, num_ranked
   network, rest = 0, tables.first_KD.size

@@ -17,7 +17,7 @@ from vqjax.codecs.rule import LETTERS, SearchRule
 from vqjax.data import batches, datasets, formats
 
 PRESETS = "qinco2_xs,qinco2_s"
-_PUBLISHED_BEAM = 32  # B of arXiv 2501.03078, beside A = 16.
+_PUBLISHED_BEAM = 32  # B of arXiv 2501.03078, with A = 16.
 _MIN_DRAWN = 1 << 16  # Vectors; more rows than that come round again.
 # Weights that are zero in an untrained network.
 _DRAWN = ("word_TEU", "state_TDU", "mix_TUE", "down_TJHE", "out_TED")
@@ -60,7 +60,7 @@ def searches(
   """Returns the published rule and the codec's own.
 
   Those that the user asks for take the place of both, but for a ranker, which
-  is measured beside them.
+  is measured as well.
   """
   find = functools.partial(codecs.search_rule, subject.codec)
   asked = {name: config[name] for name in codecs.SIZES}
@@ -110,7 +110,7 @@ def _load_config(file: str):
 
 
 def _draw(file: str, config, x_ND) -> Subject:
-  """A codec with residual k-means as words and a network drawn at random."""
+  """A codec with residual k-means as codewords and a random network."""
   name = pathlib.Path(file.partition(":")[0]).stem
   logging.info("Drawing the weights of %s.", name)
   subject = Subject(name, None, x_ND, config)

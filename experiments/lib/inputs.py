@@ -72,8 +72,8 @@ def check_data(path, data: dict | None, vectors) -> None:
 def of_index(config, info: dict):
   """Opens --data, the vectors of the --index of this description.
 
-  For commands that keep more of the vectors beside the index. Raises ValueError
-  if they are others.
+  For commands that keep more of the vectors next to the index. Raises
+  ValueError if they are others.
   """
   metric = "cosine" if info.get("is_cosine") else "l2"
   dataset = datasets.own_dataset(base=config.data, metric=metric)
@@ -134,7 +134,7 @@ def decoded(decode_fn, found: codes.Codes, sizes, block_size: int, done):
 
 
 def split(codec, codes_NM):
-  """Returns lists `[N]`, those of the one list where there are none, and codes.
+  """Returns lists `[N]`, those of the one list if there are none, and codes.
 
   The list number is not among the codes.
   """

@@ -201,7 +201,7 @@ def check_dataset(dataset) -> None:
 def read_ids(files: Files, num_vectors: int, sizes=()) -> np.ndarray | None:
   """The checked ids of the ground truth; None where a search must find them.
 
-  That is where there is none, or one of more rows than `num_vectors`.
+  That is if there is none, or one of more rows than `num_vectors`.
 
   Args:
     files: Open files.

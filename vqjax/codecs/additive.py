@@ -1,12 +1,12 @@
-"""The least-squares additive decoder: a sum of one word per code position.
+"""The least-squares additive decoder: a sum of one codeword per code position.
 
 Any codes can be decoded so, whatever codec made them; this is the fast and
 rough reading of codes that a network decodes well. For codes in lists the sum
 stands for what the centroid of the list leaves, otherwise for the vector.
 
-With one-hot rows `h_n` of `M * K` numbers, the words solve
+With one-hot rows `h_n` of `M * K` numbers, the codewords solve
 
-  (sum_n h_n h_n^T + ridge I) words = sum_n h_n target_n^T
+  (sum_n h_n h_n^T + ridge I) codewords = sum_n h_n target_n^T
 
 where the first sum only counts how often two codes meet. One-hot rows are
 never made: memory is `(M K)^2` float64 numbers and a block of vectors.
@@ -34,7 +34,7 @@ MAX_UNKNOWNS = 16_384  # Of M * K; their square takes 2 GiB in float64.
 
 @struct.dataclass
 class AdditiveParams:
-  """Word k of position m is `codebooks_MKD[m, k]`, in data units."""
+  """Codeword k of position m is `codebooks_MKD[m, k]`, in data units."""
 
   codebooks_MKD: Array
 
@@ -70,15 +70,15 @@ def fit(
   ridge: float = 1.0,
   block_size: int = 65_536,
 ) -> AdditiveParams:
-  """Finds the words whose sums lie nearest to the targets `[N, D]`.
+  """Finds the codewords whose sums lie nearest to the targets `[N, D]`.
 
   Args:
     codes_NM: integers `[N, M]`, list numbers not among them.
-    target_ND: what the words add up to, in data units.
-    codebook_size: K, words per position.
-    ridge: pulls words towards zero as so many vectors of zeros would do, each
-      with that word alone. It must be positive, as words are found up to
-      constants that move from one position to another.
+    target_ND: what the codewords add up to, in data units.
+    codebook_size: K, codewords per position.
+    ridge: pulls codewords towards zero as so many vectors of zeros would do,
+      each with that codeword alone. It must be positive, as codewords are found
+      up to constants that move from one position to another.
     block_size: rows that are summed up at a time.
 
   Raises:
@@ -136,11 +136,11 @@ def fit_blocks(
 
 
 def split_centre(params: AdditiveParams) -> tuple[Array, AdditiveParams]:
-  """Takes the centre `[D]` of what is decoded out of the words.
+  """Takes the centre `[D]` of what is decoded out of the codewords.
 
   It is zero unless that lies far from the origin (`distances.centre_of`). A sum
-  of the words that are returned, plus the centre, is the same vector; products
-  with these words are smaller, and so exacter.
+  of the codewords that are returned, plus the centre, is the same vector;
+  products with these codewords are smaller, and so exacter.
   """
   words_MKD = jnp.asarray(params.codebooks_MKD)
   is_far = jnp.any(centre_of(words_MKD.sum(axis=0)) != 0)
@@ -150,9 +150,10 @@ def split_centre(params: AdditiveParams) -> tuple[Array, AdditiveParams]:
 
 
 def decode(params: AdditiveParams, codes_NM: Array) -> Array:
-  """Adds the words: codes `[N, M]` to `[N, D]` in data units.
+  """Adds the codewords: codes `[N, M]` to `[N, D]` in data units.
 
-  A prefix of a code is none: the words of all positions are fitted together.
+  A prefix of a code is none: the codewords of all positions are fitted
+  together.
   """
   check_codes(codes_NM, params.codebooks_MKD.shape[0])
   check_shape("codes", codes_NM, (None, params.codebooks_MKD.shape[0]))
@@ -184,7 +185,7 @@ def _count_pairs(pairs_MKMK: np.ndarray, codes_NM: np.ndarray) -> None:
 def _word_sums(
   codes_MN: Array, target_ND: Array, centre_D: Array, codebook_size: int
 ) -> Array:
-  """Sums of the targets less the centre that have a word, `[M, K, D]`."""
+  """Sums of the targets less the centre that have a codeword, `[M, K, D]`."""
   target_ND = target_ND.astype(jnp.float32) - centre_D[None]
   add_fn = lambda ids_N: jax.ops.segment_sum(
     target_ND, ids_N, num_segments=codebook_size
@@ -193,7 +194,7 @@ def _word_sums(
 
 
 def _solve(pairs_MKMK, sums_MKD, ridge: float) -> np.ndarray:
-  """Words `[M, K, D]` of the normal equations, float32."""
+  """Codewords `[M, K, D]` of the normal equations, float32."""
   m, k, d = sums_MKD.shape
   gram = pairs_MKMK.reshape(m * k, m * k)
   for i in range(m):  # The half above the diagonal is still empty.

@@ -5,8 +5,8 @@ precision: the default of JAX may be TF32 or bfloat16 on accelerators.
 
 They are expanded, `|x|^2 - 2 <x, y> + |y|^2`, which cancels where the vectors
 lie far from the origin: at 10,000 the terms of distances near 1 are rounded to
-steps of 8 and more. So a centre that depends on the words alone is subtracted
-from both sides first (`centre_of`).
+steps of 8 and more. So a centre that depends on the codewords alone is
+subtracted from both sides first (`centre_of`).
 """
 
 from collections.abc import Callable
@@ -112,8 +112,8 @@ def make_nearest_fn(
 def half_scores(x_ND: Array, y_KD: Array, half_K: Array) -> Array:
   """Half of the squared distances, less `|x|^2 / 2`: `[N, K]`.
 
-  That term is the same for all words, so the order is that of the distances.
-  `half_K` is `sq_norms(y_KD) / 2`.
+  That term is the same for all codewords, so the order is that of the
+  distances. `half_K` is `sq_norms(y_KD) / 2`.
   """
   return half_K[None] - jnp.matmul(x_ND, y_KD.T, precision="highest")
 

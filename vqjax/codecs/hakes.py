@@ -1,11 +1,11 @@
-"""HAKES: a learned reduction and learned words for codes that stay as they are.
+"""HAKES: a learned reduction and codewords for codes that do not change.
 
 An index keeps lists and codes made by the base parameters: reduce, find the
-list, cut into slices and take the nearest word of each. Queries go through
-parameters of their own: another reduction, other centroids, and the words that
-the codes now stand for. Both start equal; learning moves those of the queries
-until the neighbours of a query rank as they do in full. Nothing is encoded
-again.
+list, cut into slices and take the nearest codeword of each. Queries go through
+parameters of their own: another reduction, other centroids, and the codewords
+that the codes now stand for. Both start equal; learning moves those of the
+queries until the neighbours of a query rank as they do in full. Nothing is
+encoded again.
 
 Scores are higher for nearer neighbours: inner products ("ip"), minus squared
 L2 ("l2"), or plain L2 distances without the minus sign, which the released

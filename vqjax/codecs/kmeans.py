@@ -1,13 +1,14 @@
 """Lloyd's k-means with weights, in bounded memory.
 
-The objective is the weighted sum of squared distances to the nearest word, in
-squared data units. It never grows from one iteration to the next. Distances are
-compared, and means are taken, after the subtraction of a centre (see
+The objective is the weighted sum of squared distances to the nearest codeword,
+in squared data units. It never grows from one iteration to the next. Distances
+are compared, and means are taken, after the subtraction of a centre (see
 `distances.centre_of`); errors are sums of squared differences.
 
-A word that no vector chose is refilled: the e-th such word moves to the vector
-with the e-th largest weighted squared distance to its word. Nothing is drawn,
-and as an empty word adds nothing to the objective, refilling cannot raise it.
+A codeword that no vector chose is refilled: the e-th such codeword moves to the
+vector with the e-th largest weighted squared distance to its codeword. Nothing
+is drawn, and as an empty codeword adds nothing to the objective, refilling
+cannot raise it.
 
 `fit` takes vectors in memory, as one program; `pass_over` makes one iteration
 over a file, and sums in float64 on the host.
@@ -37,16 +38,16 @@ INITS = ("random", "k-means++")
 
 @struct.dataclass
 class KMeans:
-  """Words, and how the iterations went.
+  """Codewords, and how the iterations went.
 
   Entry i of `objectives` and the counts are those of the assignment that
-  iteration i started with, thus of the words before its update.
+  iteration i started with, thus of the codewords before its update.
   """
 
   words_KD: Array
-  counts_K: Array  # Weight of the vectors of each word, last assignment.
+  counts_K: Array  # Weight of the vectors of each codeword, last assignment.
   objectives: Array  # One number per iteration.
-  num_refilled: Array  # Empty words refilled, over all iterations; int32.
+  num_refilled: Array  # Empty codewords refilled, over all iterations; int32.
 
 
 def fit(
@@ -59,7 +60,7 @@ def fit(
   weights_N: Array | None = None,
   block_size: int = 4096,
 ) -> Array:
-  """Words `[K, D]` that lie near the vectors `[N, D]`; see `fit_report`."""
+  """Codewords `[K, D]` that lie near the vectors `[N, D]`; see `fit_report`."""
   return fit_report(
     key,
     x_ND,
@@ -93,7 +94,7 @@ def fit_report(
     init: "random" takes distinct rows, with a probability that grows with
       their weight; "k-means++" takes rows far from those taken before.
     weights_N: Not negative, at least K of them positive; None for all equal.
-    block_size: Rows that are compared with all words at a time.
+    block_size: Rows that are compared with all codewords at a time.
 
   Raises:
     ValueError: Where a size or a name makes no sense.
@@ -161,11 +162,11 @@ def assign(
   block_size: int = 4096,
   num_at_once: int | None = None,
 ) -> tuple[Array, Array]:
-  """Nearest words `[N]`, int32, and squared distances to them `[N]`.
+  """Nearest codewords `[N]`, int32, and squared distances to them `[N]`.
 
   Args:
     x_ND: Vectors.
-    words_KD: Words; the lower of two that are equally near wins.
+    words_KD: Codewords; the lower of two that are equally near wins.
     block_size: Vectors that are compared at a time,
     num_at_once: with so many words, None for all. Memory is that many
       numbers; few of both stay in the caches.
@@ -187,12 +188,12 @@ def pass_over(
 ) -> KMeans:
   """One assignment and update over an open file `[N, D]`, on the host.
 
-  Sums are float64 in the order of the rows: equal ids give equal words. Keeps
-  16 bytes of each number of a word and 4 of each vector.
+  Sums are float64 in the order of the rows: equal ids give equal codewords.
+  Keeps 16 bytes of each number of a codeword and 4 of each vector.
 
   Args:
     vectors: Open file or array; NaN is refused by its row number.
-    words_KD: Words to assign to.
+    words_KD: Codewords to assign to.
     assign_fn: Takes float32 `[n, D]`, returns what `assign` does.
     block_size: Rows read and assigned at a time.
     progress: Called with `(rows done, rows in all)` after each block.
@@ -250,7 +251,7 @@ def _fit(
 
 
 def sums_by_scatter(ids_N, x_ND, weights_N, num_words: int):
-  """Weighted sum `[K, D]` and weight `[K]` of the rows of each word."""
+  """Weighted sum `[K, D]` and weight `[K]` of the rows of each codeword."""
   add = partial(jax.ops.segment_sum, num_segments=num_words)
   return add(x_ND * weights_N[:, None], ids_N), add(weights_N, ids_N)
 
@@ -279,11 +280,11 @@ def _sums(ids_N, x_ND, weights_N, num_words):
 
 
 def _refill(words_KD, is_empty_K, x_ND, error_N):
-  """Moves empty words to the vectors that are worst off."""
+  """Moves empty codewords to the vectors that are worst off."""
 
   def refill():
     _, far_K = lax.top_k(error_N, words_KD.shape[0])
-    rank_K = jnp.cumsum(is_empty_K) - 1  # The e-th empty word takes row e.
+    rank_K = jnp.cumsum(is_empty_K) - 1  # The e-th empty codeword takes row e.
     taken_KD = x_ND[far_K[jnp.maximum(rank_K, 0)]]
     return jnp.where(is_empty_K[:, None], taken_KD, words_KD)
 

@@ -1,39 +1,27 @@
-"""The pairwise decoder: a sum of table rows, each named by two codes.
+"""The pairwise decoder: a sum of table rows, each selected by two codes.
 
-A table has a row for every pair of words of two code positions, and so holds
-what the one means in the presence of the other. Codes in lists have, beside
-their own positions, a few for the list: the codes of its centroid under a
-residual quantiser. Like the additive decoder this one stands for what the
-centroid leaves, or for the vector where there are no lists. Where the additive
-decoder has a centre (`additive.split_centre`), tables are without it: their
+A table has a row for every pair of codewords of two code positions. Codes in
+lists have a few positions more, for the list: the codes of its centroid under a
+residual quantiser. Like the additive decoder, this one approximates the
+residual of the centroid, or the vector itself without lists. If the additive
+decoder has a centre (`additive.split_centre`), the tables are without it: their
 float16 would round what is far from the origin.
 
   V  codes of a list      R  tables, and the pairs of positions they are for
 
 Tables are found one after the other. Each round tries all pairs of positions,
-keeps the one whose table leaves least, and goes on with what that leaves. Two
-things differ from the paper, where rounds start from the vectors and a row is
-the mean of its vectors:
+keeps the one whose table leaves the least error, and continues with its
+residuals. Two things differ from the paper, where rounds start from the vectors
+and a row is the mean of its vectors:
 
-* Rounds start from what the additive decoder leaves. Its words are then added
-  to tables that have their codes, so that nothing but rows is ever summed.
+* Rounds start from the residuals of the additive decoder. Its codewords are
+  then added to tables that have their codes, so that decoding sums only rows.
 * A row is `sum / (count + shrinkage)`, with the shrinkage of least error when
-  each vector is left out in turn. That error follows from sums over rows, and
-  it also decides between pairs. What goes into the next round is what each
-  vector would leave had it been left out, lest noise be fitted twice.
+  each vector is left out in turn. The same error decides between pairs. The
+  next round gets the residuals that each vector would have had if it had been
+  left out, so that noise is not fitted twice.
 
-With 190,000 training codes of a small IVF-QINCo2 (SIFT, 1,024 lists, 8 x 8
-bits), mean squared errors over 10,000 other vectors, less the centroids, are
-
-  58,071  nothing decoded         18,122  as here, 16 tables
-  21,254  additive decoder        11,166  network
-
-With plain means, which fit 65,536 rows to three vectors each, they are 29,591
-after the first table and more after each further; from the vectors on, with
-shrinkage, 37,804 after six tables (as here 18,501). With codes without lists:
-21,133 additive, 19,865 as here, 52,798 from the vectors on. Refitting all
-tables in turn does not help (19,848, and more from the second time on), and
-rows in float16 change the sixth digit.
+docs/ivf.md and CHANGELOG.md have figures.
 
 References: arXiv 2501.03078, section 3.4; closed form of leaving one out,
 Allen, Technometrics 1974 (PRESS).
@@ -119,8 +107,8 @@ def fit_list_codes(
 ) -> Array:
   """Codes `[L, V]` of centroids by a residual quantiser, weighted by sizes.
 
-  No more lists than words need no quantiser: the number of a list is its one
-  code. A list without vectors counts a little, so that it has a code too.
+  No more lists than codewords need no quantiser: the number of a list is its
+  one code. A list without vectors counts a little, so that it has a code too.
   """
   check_shape("centroids", centroids_LD, (None, None))
   check_shape("sizes", sizes_L, centroids_LD.shape[:1])
@@ -167,7 +155,7 @@ def fit(
     target_ND: what is to be decoded, in data units, as `additive.fit` had it.
     lists_N: list of each vector; None without lists.
     list_codes_LV: from `fit_list_codes`; None without lists.
-    num_tables: R; None for 2M, or all pairs where there are fewer. The most
+    num_tables: R; None for 2M, or all pairs if there are fewer. The most
       there may be where vectors are held out.
     held_out: codes, targets and lists of other vectors; None for R tables.
     min_gain: share of their squared error that each table must take away.
@@ -197,13 +185,13 @@ def fit(
   is_enough = False
   while len(pairs) < num_tables and (missing or not is_enough):
     left_over = num_tables - len(pairs) - 1
-    if is_enough:  # The rest is there for the additive words alone.
+    if is_enough:  # The rest is there for the additive codewords alone.
       left_over = min(left_over, -(-len(missing) // 2) - 1)
     errors_R = _errors(
       all_NM[:num_scored], left_ND[:num_scored], jnp.array(candidates), k
     )
     is_allowed_R = [
-      # Every code must be in a table at last, to hold its additive word.
+      # Every code must be in a table at last, to hold its additive codeword.
       pair not in pairs and len(missing.difference(pair)) <= 2 * left_over
       for pair in candidates
     ]
@@ -269,7 +257,7 @@ class _Judge:
 
 
 def _add_words(table_KKD, pair, missing: set[int], words_MKD) -> None:
-  """Adds the additive words of those codes of a pair that are missing yet."""
+  """Adds the additive codewords of those codes of a pair that lack them."""
   for axis, column in enumerate(pair):
     if column in missing:
       table_KKD += np.expand_dims(words_MKD[column], 1 - axis)

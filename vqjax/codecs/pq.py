@@ -21,7 +21,7 @@ from vqjax.core import Array, check_codes, check_shape
 
 @struct.dataclass
 class PQParams:
-  """Slice m of `x_D @ rotation_DD` is coded by the words `codebooks_MKS[m]`."""
+  """`codebooks_MKS[m]` are the codewords of slice m of `x_D @ rotation_DD`."""
 
   codebooks_MKS: Array
   rotation_DD: Array | None = None  # Orthonormal; None for none.
@@ -34,7 +34,7 @@ def dim(params: PQParams) -> int:
 
 
 def codebook_sizes(params: PQParams) -> tuple[int, ...]:
-  """Returns the number of words at each code position."""
+  """Returns the number of codewords at each code position."""
   m, k, _ = params.codebooks_MKS.shape
   return (k,) * m
 
@@ -100,7 +100,7 @@ def encode(
   num_steps: int | None = None,
   block_size: int = 4096,
 ) -> Array:
-  """Nearest word of each slice: `[N, D]` data units to `[N, M]` int32.
+  """Nearest codeword of each slice: `[N, D]` data units to `[N, M]` int32.
 
   `num_steps` must be None or M: a prefix of this code leaves dimensions out.
   """
@@ -138,9 +138,10 @@ def decode(params: PQParams, codes_NM: Array) -> Array:
 
 
 def _near_words(params: PQParams) -> tuple[Array, Array | None]:
-  """Words less the centre of all, and that centre before the rotation.
+  """Codewords less the centre of all, and that centre before the rotation.
 
-  Without a rotation the words as they are: each slice has a centre of its own.
+  Without a rotation the codewords as they are: each slice has a centre of its
+  own.
   """
   words_MKS, rotation_DD = params.codebooks_MKS, params.rotation_DD
   if rotation_DD is None:
@@ -152,7 +153,7 @@ def _near_words(params: PQParams) -> tuple[Array, Array | None]:
 
 
 def _turned(params: PQParams, x_ND: Array, centre_1D: Array | None) -> Array:
-  """Vectors as `_near_words` has the words."""
+  """Vectors as `_near_words` has the codewords."""
   x_ND = x_ND.astype(jnp.float32)
   if params.rotation_DD is None:
     return x_ND

@@ -57,7 +57,7 @@ def dim(params: PqQincoParams | PqQincoTables) -> int:
 
 
 def codebook_sizes(params: PqQincoParams | PqQincoTables) -> tuple[int, ...]:
-  """Returns the number of words at each code position, block by block."""
+  """Returns the number of codewords at each code position, block by block."""
   return qinco.codebook_sizes(_one_block(params)) * num_blocks(params)
 
 

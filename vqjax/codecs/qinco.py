@@ -1,6 +1,6 @@
 """QINCo and QINCo2: residual quantisation with implicit neural codebooks.
 
-The words of a step are computed from what has been decoded so far. With the
+The codewords of a step are computed from what has been decoded so far. With the
 plain codebook `C_t` and the partial reconstruction xhat,
 
   xhat <- xhat + f_t(C_t[k], xhat)
@@ -10,16 +10,16 @@ plain codebook `C_t` and the partial reconstruction xhat,
   e = e + relu(e W_up) W_down      once per residual block
   f = c + e W_out                  QINCo1: f = e, with E = D
 
-The first words are plain: either the codebook of step 1 or, for an IVF model,
-the frozen centroids of the lists. `T` counts the steps with a network.
+The first codewords are plain: either the codebook of step 1 or, for an IVF
+model, the frozen centroids of the lists. `T` counts the steps with a network.
 
 Encoding is a beam search (`qinco_search.py`) in which only candidates that a
 second, plain codebook finds promising go through the network. The published
-rule takes the `A` best words of each hypothesis; the joint rule the `C` best of
-all pairs of hypothesis and word.
+rule takes the `A` best codewords of each hypothesis; the joint rule the `C`
+best of all pairs of hypothesis and codeword.
 
-What a network makes of a word alone, before the first relu, does not depend
-on the vector. `prepare` computes it once for all words, so that a candidate
+What a network makes of a codeword alone, before the first relu, does not depend
+on the vector. `prepare` computes it once for all codewords, so that a candidate
 costs no more than what follows that relu.
 
 References: arXiv 2401.14732 (QINCo), arXiv 2501.03078 (QINCo2).
@@ -44,14 +44,14 @@ from vqjax.core import Array, check_codes, check_shape
 class QincoParams:
   """Weights multiply from the right: `x_D @ in_DE`.
 
-  Words are in normalised units, `(x - mean_D) / std`. `None` stands for an
+  Codewords are in normalised units, `(x - mean_D) / std`. `None` stands for an
   identity (`in_TDE`, `out_TED`, `mix_TUE`), for no bias, or for a codec
   without pre-selection.
   """
 
   mean_D: Array
   std: Array
-  first_KD: Array  # Words of step 1, or `[L, D]` list centroids.
+  first_KD: Array  # Codewords of step 1, or `[L, D]` list centroids.
   codebooks_TKD: Array
   preselect_TKD: Array | None
   in_TDE: Array | None
@@ -93,7 +93,7 @@ def dim(params: QincoParams | QincoTables) -> int:
 
 
 def codebook_sizes(params: QincoParams | QincoTables) -> tuple[int, ...]:
-  """Returns the number of words at each code position, lists included."""
+  """Returns the number of codewords at each code position, lists included."""
   is_table = isinstance(params, QincoTables)
   words_TK = params.base_TKE if is_table else params.codebooks_TKD
   t, k = words_TK.shape[:2]
@@ -101,7 +101,7 @@ def codebook_sizes(params: QincoParams | QincoTables) -> tuple[int, ...]:
 
 
 def prepare(params: QincoParams) -> QincoTables:
-  """Moves what depends on the word alone into tables; differentiable.
+  """Moves what depends on the codeword alone into tables; differentiable.
 
   Reference: linearity of the concatenation and of the first up-projection.
   """
@@ -153,21 +153,21 @@ def encode(
     params: Parameters, or their tables from `prepare`.
     x_ND: Vectors.
     lists_N: Lists of the vectors, of an IVF model; None for the nearest.
-    num_candidates: A, words of each hypothesis that go through the network;
+    num_candidates: A, codewords of each hypothesis that go through the network;
       0 for all of them.
     beam_size: B, hypotheses kept.
-    num_joint_candidates: C, pairs of hypothesis and word that go through the
-      network; 0 for the published rule with A.
+    num_joint_candidates: C, pairs of hypothesis and codeword that go through
+      the network; 0 for the published rule with A.
     num_ranked: How many of the joint candidates a ranker lets through the
       whole network (`qinco_ranker.fit`); 0 for all of them.
     num_steps: Code positions to fill, the list number not counted; None for
       all. A prefix is the code of a lower rate.
     dtype: Type of the products of the network and of those that pre-select its
-      words; sums, and the errors that put hypotheses in order, are float32.
+      codewords; sums, and the errors that put hypotheses in order, are float32.
 
   Raises:
-    ValueError: Where a size breaks a rule of `check_rule`, or a ranker is asked
-      for where there is none.
+    ValueError: A size breaks a rule of `check_rule`, or `num_ranked` is set and
+      the tables have no ranker.
   """
   rule = SearchRule(
     num_candidates=num_candidates,
@@ -222,7 +222,7 @@ def decode(
 
 
 def normalise(params: QincoParams | QincoTables, x_ND: Array) -> Array:
-  """Takes vectors `[N, D]` from data units to those of the words."""
+  """Takes vectors `[N, D]` from data units to those of the codewords."""
   return (x_ND.astype(jnp.float32) - params.mean_D[None]) / params.std
 
 

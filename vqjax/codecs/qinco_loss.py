@@ -1,4 +1,4 @@
-"""How QINCo and QINCo2 learn: start from RQ, loss, redraw of dead words.
+"""How QINCo and QINCo2 learn: start from RQ, loss, redraw of idle codewords.
 
 Codes are chosen without gradient by the encoder; decoding them step by step
 is differentiated. References: arXiv 2401.14732 section 3.2, arXiv 2501.03078
@@ -34,7 +34,7 @@ class WordStats:
   frozen list centroids of an IVF model.
   """
 
-  used_MK: Array  # Vectors that chose the word, int32: float32 ends at 2^24.
+  used_MK: Array  # Vectors per codeword; int32, as float32 ends at 2^24.
   mean_MD: Array  # Of the residual that the step should reconstruct.
   std_MD: Array
   weight: Array
@@ -69,9 +69,10 @@ def init(
     num_blocks: J, residual blocks.
     low_rank: U, rank of the concatenation; None for a full one with bias.
     is_qinco1: QINCo1: no pre-selection, no outer sum, scale but no mean.
-    noise: Gaussian noise on the words, in standard deviations of the words.
+    noise: Gaussian noise on the codewords, in standard deviations of the
+      codewords.
     zero_output: Starts `W_out` at zero, so that the model is RQ at first;
-      False is the released start, which kills most words.
+      False is the released start, which kills most codewords.
     centroids_LD: Centroids of the lists in data units, for an IVF model.
     lists_N: Lists of the training vectors; None for the nearest centroids.
     num_iterations: k-means iterations per level.
@@ -227,13 +228,14 @@ def end_epoch(
   noise: float = 0.1,
   min_share: float = 0.05,
 ) -> tuple[QincoParams, WordStats, dict]:
-  """Gives the words that the epoch hardly used another chance.
+  """Gives the codewords that the epoch hardly used another chance.
 
-  `split`: a word used less than `min_share` of the mean becomes a copy of
-  another word, drawn in proportion to its use, plus `noise` standard
-  deviations of the words. `published` (arXiv 2501.03078): a word not used at
-  all becomes uniform noise of the mean and spread of what its step should
-  reconstruct; such words are too long and mostly die again. `none` keeps all.
+  `split`: a codeword used less than `min_share` of the mean becomes a copy of
+  another codeword, drawn in proportion to its use, plus `noise` standard
+  deviations of the codewords. `published` (arXiv 2501.03078): a codeword not
+  used at all becomes uniform noise of the mean and spread of what its step
+  should reconstruct; such codewords are too long and mostly die again. `none`
+  keeps all.
 
   Returns the parameters, the statistics for the next epoch and the report of
   `usage`.
@@ -251,7 +253,7 @@ def end_epoch(
 
 
 def _split_words(params, key, used_MK, noise, min_share):
-  """Replaces words that are hardly used by copies of words that are."""
+  """Replaces codewords that are hardly used by copies of codewords that are."""
   parent_key, noise_key = jax.random.split(key)
   used_MK = used_MK.astype(jnp.float32)
   mean_M1 = used_MK.mean(axis=1, keepdims=True)
@@ -286,7 +288,7 @@ def _split_words(params, key, used_MK, noise, min_share):
 
 
 def _draw_words(params, key, stats, noise):
-  """Replaces unused words by noise like the residual of their step."""
+  """Replaces unused codewords by noise like the residual of their step."""
   word_key, preselect_key = jax.random.split(key)
   is_dead_MK1 = (stats.used_MK == 0)[..., None]
   weight = jnp.maximum(stats.weight, 1e-6)
@@ -317,7 +319,7 @@ def _draw_words(params, key, stats, noise):
 
 
 def usage(stats: WordStats) -> dict:
-  """Returns dead words, and per step share in use and entropy in bits."""
+  """Returns idle codewords, and per step share in use and entropy in bits."""
   used_MK = stats.used_MK.astype(jnp.float32)  # Whose sum may pass 2^31.
   share_MK = used_MK / jnp.maximum(used_MK.sum(axis=1, keepdims=True), 1)
   bits_MK = jnp.where(share_MK > 0, -share_MK * jnp.log2(share_MK), 0)
@@ -383,9 +385,10 @@ def _num_unrolled(stacked) -> int:
 
 
 def _gain(add_word: bool, has_projection: bool) -> int:
-  """Multiple of its word that an untrained network returns.
+  """Multiple of its codeword that an untrained network returns.
 
-  Without projections e starts as the word itself and the word is added again.
+  Without projections e starts as the codeword itself and the codeword is added
+  again.
   """
   return 2 if add_word and not has_projection else 1
 
@@ -412,7 +415,7 @@ def _mean(x_ND):
 
 
 def _init_networks(key, sizes, *, zero_output):
-  """Weights of `T` networks that add nothing to their word at first."""
+  """Weights of `T` networks that add nothing to their codeword at first."""
   t, d, e, h, j, u = sizes
   in_key, up_key, out_key, word_key, state_key = jax.random.split(key, 5)
 

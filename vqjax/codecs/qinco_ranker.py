@@ -7,9 +7,9 @@ network's codeword well enough to drop most candidates:
 
   f_t(c_k, xhat)  ~  s_k + P (v_k + xhat Q + relu(h_t(k, xhat)) W)
 
-with the words s_k of the pre-selection and, in the columns of P, the
+with the codewords s_k of the pre-selection and, in the columns of P, the
 directions in which the right side differs most from them (reduced-rank
-regression). The error that a word would leave is then
+regression). The error that a codeword would leave is then
 
   |r - s_k - P a|^2  =  |r - s_k|^2 + a . (a - 2 P' (r - s_k)),   P'P = 1
 
@@ -36,7 +36,7 @@ from vqjax.core import check_range, check_shape
 
 MAX_WORDS = 1024  # The normal equations have a row for each.
 _RANK = 48
-_RIDGE = 0.1  # In normalised units squared, against thousands of words.
+_RIDGE = 0.1  # In normalised units squared, against thousands of codewords.
 
 
 def fit(
@@ -58,7 +58,7 @@ def fit(
     x_ND: Vectors in data units; a few hundred will do.
     lists_N: Lists of the vectors, of an IVF model; None for the nearest.
     beam_size: B, of the search that is to be ranked.
-    num_joint_candidates: C, words a step and vector; the ranker learns from
+    num_joint_candidates: C, codewords a step and vector; the ranker learns from
       those that such a search sends through the network.
     rank: Columns of P; None for 48, at most D.
     dtype: Type of the network's products, as for `qinco.encode`.

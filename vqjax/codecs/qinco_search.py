@@ -26,13 +26,13 @@ from vqjax.core import Array
 class Ranker:
   """What a ranker makes of the first hidden layer; see `qinco_ranker`.
 
-  Everything is within `basis_TDU`, the directions in which the words of a
+  Everything is within `basis_TDU`, the directions in which the codewords of a
   network differ most from those that pre-select them.
   """
 
   basis_TDU: Array  # Orthonormal columns.
-  plain_TKU: Array  # The pre-selecting words.
-  words_TKU: Array  # What is added to them: a share of the word alone,
+  plain_TKU: Array  # The pre-selecting codewords.
+  words_TKU: Array  # What is added to them: a share of the codeword alone,
   state_TDU: Array  # one of xhat,
   hidden_THU: Array  # and one of the first hidden layer.
 
@@ -83,7 +83,7 @@ def network(weights, base_E: Array, hidden_H: Array, dtype: str) -> Array:
 
 
 def words_at(weights, ids_N: Array, xhat_ND: Array, dtype: str) -> Array:
-  """Words f(c, xhat) of one id per vector: `[N, D]`."""
+  """Codewords f(c, xhat) of one id per vector: `[N, D]`."""
   base_NE = weights["base_TKE"][ids_N] + matmul(
     xhat_ND, weights["state_TDE"], dtype
   )
@@ -124,7 +124,7 @@ def _select(weights, residual_NFD, error_NF, rule):
     parents_C, ids_C = jnp.divmod(flat_C, num_words)
     spread = lambda x_C: jnp.broadcast_to(x_C, (n, f * num_words))
     return spread(parents_C), spread(ids_C), None
-  # Without |residual|^2, which is the same for all words of a hypothesis.
+  # Without |residual|^2, which is the same for all codewords of a hypothesis.
   score_NFK = sq_norms(preselect_KD)[None, None] - 2 * matmul(
     residual_NFD, preselect_KD.T, rule.dtype
   )

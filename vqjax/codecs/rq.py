@@ -1,6 +1,6 @@
 """Residual quantisation: each step codes what the steps before it left over.
 
-A vector is the sum of one word per step, in data units. Codes are found by
+A vector is the sum of one codeword per step, in data units. Codes are found by
 beam search; one hypothesis is the greedy code. Any prefix of a code is a code
 of lower rate.
 
@@ -24,7 +24,7 @@ from vqjax.core import Array, check_codes, check_range, check_shape
 
 @struct.dataclass
 class RQParams:
-  """Word k of step m is `codebooks_MKD[m, k]`, in data units."""
+  """Codeword k of step m is `codebooks_MKD[m, k]`, in data units."""
 
   codebooks_MKD: Array
 
@@ -35,7 +35,7 @@ def dim(params: RQParams) -> int:
 
 
 def codebook_sizes(params: RQParams) -> tuple[int, ...]:
-  """Returns the number of words at each code position."""
+  """Returns the number of codewords at each code position."""
   m, k, _ = params.codebooks_MKD.shape
   return (k,) * m
 
@@ -105,7 +105,7 @@ def encode(
   Args:
     params: Codebooks.
     x_ND: Vectors.
-    beam_size: Hypotheses kept; more than there are words is allowed.
+    beam_size: Hypotheses kept; more than there are codewords is allowed.
     num_steps: Code positions to fill; None for all.
     block_size: Rows coded at a time; memory is `block_size * beam_size * K`
       numbers. None takes all rows at once.
@@ -171,7 +171,7 @@ def _start(x_ND: Array, beam_size: int) -> beam_lib.Beam:
 
 
 def _propose(words_KD: Array, x_ND: Array, beam: beam_lib.Beam):
-  """Offers every word to every hypothesis, see `beam.py`."""
+  """Offers every codeword to every hypothesis, see `beam.py`."""
   # Nothing but a codebook far from the origin has a centre; see `distances`.
   centre_D = centre_of(words_KD)
   residual_NFD = x_ND[:, None] - beam.xhat_NFD - centre_D[None, None]
@@ -201,7 +201,7 @@ def _propose(words_KD: Array, x_ND: Array, beam: beam_lib.Beam):
 
 @partial(jax.jit, static_argnames="block_size")
 def _subtract(residual_ND, words_KD, *, block_size):
-  """What the nearest words leave over."""
+  """What the nearest codewords leave over."""
   ids_N = nearest(residual_ND, words_KD, block_size=block_size)
   return residual_ND - words_KD[ids_N]
 

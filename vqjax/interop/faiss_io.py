@@ -120,14 +120,14 @@ def fit_kmeans(
   seed: int = 0,
   start_KD: np.ndarray | None = None,
 ) -> np.ndarray:
-  """Words `[K, D]` that faiss's k-means finds in all the vectors `[N, D]`.
+  """Codewords `[K, D]` that faiss's k-means finds in all the vectors `[N, D]`.
 
   Args:
     x_ND: Vectors, of any numeric type; no sample of them is taken.
     num_words: K, at most N.
     num_iterations: Rounds of assignment and update.
-    seed: Draws the start where none is given, and splits empty words.
-    start_KD: Words to start from; None for rows drawn at random.
+    seed: Draws the start where none is given, and splits empty codewords.
+    start_KD: Codewords to start from; None for rows drawn at random.
 
   Raises:
     ValueError: Where a size makes no sense.
@@ -187,8 +187,8 @@ def train_opq(
   Args:
     x_ND: Training vectors, of any numeric type.
     num_codes: M, slices.
-    num_bits: Slices are coded by `2 ** num_bits` words in training; the right
-      rotation depends on it.
+    num_bits: Slices are coded by `2 ** num_bits` codewords in training; the
+      right rotation depends on it.
     num_iterations: Rounds of codebooks and rotation in turn.
     max_vectors: A sample of at most so many rows is used.
   """
@@ -216,7 +216,7 @@ def fit_additive(
     name: "PQ", "OPQ", "RQ" or "LSQ".
     x_ND: Training vectors.
     num_codes: M.
-    num_bits: Each position has `2 ** num_bits` words.
+    num_bits: Each position has `2 ** num_bits` codewords.
     beam_size: Of "RQ", in training and in encoding.
 
   Raises:
@@ -251,7 +251,7 @@ def fit_additive(
 
 
 def pq_to_faiss(params: PQParams, *, metric: str = "l2") -> faiss.Index:
-  """A trained, empty `IndexPQ`, behind the rotation where there is one."""
+  """A trained, empty `IndexPQ`, behind the rotation if there is one."""
   m, k, s = params.codebooks_MKS.shape
   index = faiss.IndexPQ(m * s, m, _num_bits(k), _metric_type(metric))
   words = np.ascontiguousarray(params.codebooks_MKS, np.float32)
@@ -280,8 +280,8 @@ def rq_to_faiss(
 ) -> faiss.Index:
   """A trained, empty `IndexResidualQuantizer` that encodes with a beam.
 
-  It searches by distances to decoded vectors. Words that were fitted to codes
-  decode these, but a beam through them finds poorer ones.
+  It searches by distances to decoded vectors. Codewords that were fitted to
+  codes decode these, but a beam through them finds poorer ones.
   """
   m, k, d = params.codebooks_MKD.shape
   index = faiss.IndexResidualQuantizer(d, m, _num_bits(k), _metric_type(metric))

@@ -1,9 +1,9 @@
 """Inverted lists of codes as an index of stock faiss: make, fill, read, search.
 
 The index is an `IVF{L},RQ{M}x{bits}_Nqint8` or `IVF{L}_HNSW32,...`: its lists
-hold codes of any codec and a byte for a norm, its words are those of an
-additive decoder, so that a sum r of words stands for what the centroid c leaves
-of a vector. faiss computes from them, without vqjax,
+hold codes of any codec and a byte for a norm, its codewords are those of an
+additive decoder, so that a sum r of codewords stands for what the centroid c
+leaves of a vector. faiss computes from them, without vqjax,
 
   |x - c - r|^2 = |x - c|^2 - 2 <x - c, r> + |r|^2
 
@@ -36,7 +36,7 @@ _LEAST_RANGE = 1e-6  # Of norms, relative; the byte divides by the range.
 
 
 class Loaded(NamedTuple):
-  """An index from a file and its description, {} where there is none."""
+  """An index from a file and its description, {} if there is none."""
 
   index: faiss.Index
   info: dict
@@ -57,11 +57,11 @@ def make_index(
   Args:
     centroids_LD: Of the lists, in data units; `[1, D]` zeros for a codec
       without lists and an index of one.
-    codebooks_MKD: Words of the additive decoder; K a power of two. A centre of
-      their sums (`additive.split_centre`) is moved to the centroids where
+    codebooks_MKD: Codewords of the additive decoder; K a power of two. A centre
+      of their sums (`additive.split_centre`) is moved to the centroids where
       codes are of residuals.
     norm_range: Least and largest squared norm that the byte can say. None for
-      bounds that no sum of words exceeds, until `fit_norms` narrows them.
+      bounds that no sum of codewords exceeds, until `fit_norms` narrows them.
     coarse: See `make_coarse`.
     metric: "l2" or "ip".
     by_residual: Codes are of the residual of a vector after its centroid;
@@ -111,7 +111,7 @@ def make_index(
 
 
 def _largest_norm(codebooks_MKD) -> float:
-  """A bound of the squared norm of any sum of words."""
+  """A bound of the squared norm of any sum of codewords."""
   norm_MK = np.linalg.norm(np.asarray(codebooks_MKD, float), axis=-1)
   return float(norm_MK.max(axis=1).sum() ** 2)
 
@@ -127,7 +127,7 @@ def fit_norms(index: faiss.Index, *, progress=None) -> tuple[float, float]:
 
   Call it when all are added: it goes over the lists twice, to find the range
   and to write the bytes anew. Returns the range, least and largest squared norm
-  of the sums of words.
+  of the sums of codewords.
 
   Args:
     index: From `make_index`, filled; its lists in memory.
@@ -199,7 +199,7 @@ def merge(parts: Iterable[faiss.Index]) -> faiss.Index:
   range of the norms becomes that of all parts, see `fit_norms`.
 
   Raises:
-    ValueError: A part has other centroids or words than the first.
+    ValueError: A part has other centroids or codewords than the first.
   """
   parts = map(faiss_lists.check_index, parts)
   merged = next(parts, None)

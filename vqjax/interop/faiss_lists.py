@@ -2,7 +2,7 @@
 
 The lists are those of `faiss_ivf`, whose coarse quantiser finds them. faiss
 keeps a vector as the packed bits of its code and a byte for the squared norm
-of the sum of its words.
+of the sum of its codewords.
 """
 
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from vqjax.interop.faiss_io import METRICS, float_rows
 BLOCK = 16384  # Vectors whose reconstructions exist at a time.
 COARSE = ("hnsw", "flat")
 _L2 = faiss.METRIC_L2
-_NUM_LINKS = 32  # Of a word in the graph, and how hard they are looked for:
+_NUM_LINKS = 32  # Of a codeword in the graph, and how hard they are looked for:
 _EF_CONSTRUCTION = 200
 
 
@@ -29,16 +29,17 @@ class Contents(NamedTuple):
   """What an index holds, list after list; vectors of a list as added.
 
   Byte b of `norm_N`, of list l, stands for `low_L[l] + b * step_L[l]`: what the
-  words add to the squared norm of the centroid, which suits tables of a query
-  that serve all lists. (The bytes in the file are of the words alone.) That
-  norm is of the centroid less `centre_D`, see `ivf.make_lists`. The centroids
-  are those that are added to the words: where the codes are of whole vectors
-  zeros, or the centre of the words, which these are then without.
+  codewords add to the squared norm of the centroid, which suits tables of a
+  query that serve all lists. (The bytes in the file are of the codewords
+  alone.) That norm is of the centroid less `centre_D`, see `ivf.make_lists`.
+  The centroids are those that are added to the codewords: where the codes are
+  of whole vectors zeros, or the centre of the codewords, which these are then
+  without.
   """
 
   starts: np.ndarray  # `[L + 1]` int64: first row of each list, then N.
   ids_N: np.ndarray  # int64.
-  codes_NM: np.ndarray  # uint8; uint16 for more than 256 words.
+  codes_NM: np.ndarray  # uint8; uint16 for more than 256 codewords.
   norm_N: np.ndarray  # uint8.
   low_L: np.ndarray  # float32.
   step_L: np.ndarray  # float32.
@@ -169,7 +170,7 @@ def sizes_of(index) -> tuple[int, int, int]:
 
 
 def words_of(rq) -> np.ndarray:
-  """The words of a quantiser, `[M, K, D]`."""
+  """The codewords of a quantiser, `[M, K, D]`."""
   words = faiss.vector_to_array(rq.codebooks)
   return words.reshape(rq.M, -1, rq.d)
 
@@ -180,14 +181,14 @@ def centroids_of(index) -> np.ndarray:
 
 
 def make_decode_fn(codebooks_MKD):
-  """Returns `codes_NM -> r_ND`, the sums of their words."""
+  """Returns `codes_NM -> r_ND`, the sums of their codewords."""
   m, k, _ = codebooks_MKD.shape
   words = faiss_io.rq_to_faiss(RQParams(codebooks_MKD))
   return faiss_io.to_codec(words, m, k.bit_length() - 1).decode
 
 
 def make_rows_fn(contents: Contents):
-  """Returns `rows_N -> x_ND`: what centroid and words of rows add up to.
+  """Returns `rows_N -> x_ND`: what centroid and codewords of rows add up to.
 
   The list is packed into the bits of the code, as its first position.
   """

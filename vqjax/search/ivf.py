@@ -1,17 +1,17 @@
 """Scanning inverted lists of codes by lookup tables, compiled.
 
-A vector of list `l` is approximated by its centroid plus M words, one of each
-codebook. Of its squared distance to a query x,
+A vector of list `l` is approximated by its centroid plus M codewords, one of
+each codebook. Of its squared distance to a query x,
 
   |x - c - r|^2 = |x - c|^2 - 2 <x, r> + (|c + r|^2 - |c|^2)
 
 the first term belongs to the list, <x, r> is the sum of M entries of the
-query's table of inner products with all words, and the last is kept with the
-code, as a byte within the range of its list. Before that a centre of all lists
-is subtracted from x and c: far from the origin the last two terms are large,
-and cancel. The tables of a block of queries are one matrix product. Lists are
-read in tiles of consecutive codes, so that little but the table lookups is done
-for each code.
+query's table of inner products with all codewords, and the last is kept with
+the code, as a byte within the range of its list. Before that a centre of all
+lists is subtracted from x and c: far from the origin the last two terms are
+large, and cancel. The tables of a block of queries are one matrix product.
+Lists are read in tiles of consecutive codes, so that little but the table
+lookups is done for each code.
 
 The codewords are those of an additive decoder (`vqjax.codecs.additive`).
 """
@@ -41,7 +41,7 @@ class Lists:
   norm_N: Array  # uint8 b: |c + r|^2 - |c|^2 is about low + b * step.
   low_L: Array
   step_L: Array
-  words_DC: Array  # Twice the words of all positions, `C = M * K`.
+  words_DC: Array  # Twice the codewords of all positions, `C = M * K`.
   centre_D: Array  # Is subtracted from queries.
   num_codes: int = struct.field(pytree_node=False)
   num_bits: int = struct.field(pytree_node=False)  # 8 or 16 for each code.
@@ -63,11 +63,11 @@ def make_lists(
   Args:
     starts_L1: First row of each list, and the number of rows.
     codes_NM: Codes, row by row, of any unsigned type.
-    norm_N: What the words of each code add to the squared norm of the
+    norm_N: What the codewords of each code add to the squared norm of the
       centroid less the centre, in steps of its list.
     low_L: What byte 0 stands for, in each list.
     step_L: From one byte to the next.
-    codebooks_MKD: Words of the additive decoder.
+    codebooks_MKD: Codewords of the additive decoder.
     centre_D: Is to be subtracted from queries; None for zeros.
     dtype: Type of their products with queries; sums are float32.
 
@@ -147,7 +147,7 @@ def scan(
     num_best: R, at most `num_tiles * TILE`.
 
   Returns:
-    Rows `[Q, R]` of the lists, nearest first and -1 where there are no more,
+    Rows `[Q, R]` of the lists, nearest first and -1 if there are no more,
     the list of each, and its approximate squared distance, inf for none.
   """
   num_slots = num_tiles * TILE

@@ -66,10 +66,10 @@ class Parts(NamedTuple):
 
 
 class Result(NamedTuple):
-  """Neighbours, nearest first; id -1 where there are no more.
+  """Neighbours, nearest first; id -1 if there are no more.
 
-  Distances are squared, inf where there are no more; for "ip" they are inner
-  products, the largest first and -inf where there are no more.
+  Distances are squared, inf if there are no more; for "ip" they are inner
+  products, the largest first and -inf if there are no more.
 
   A distance is that of the last stage that saw the candidate, but never less
   than that of a result before it: a stage orders its own candidates, and those

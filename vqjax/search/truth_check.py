@@ -20,7 +20,7 @@ _BLANK = 0xFFFFFFFF  # -1 of 32 bits that was read as unsigned.
 
 
 class Files(NamedTuple):
-  """Open files that a recall is measured with; None where there is none."""
+  """Open files that a recall is measured with; None if there is none."""
 
   queries: Any
   base: Any  # All of its rows.
@@ -40,7 +40,7 @@ class _Sample(NamedTuple):
 
 
 def read_ids(files: Files) -> np.ndarray:
-  """The ids of the ground truth, int64 `[Q, G]`, -1 where there are no more.
+  """The ids of the ground truth, int64 `[Q, G]`, -1 if there are no more.
 
   Raises:
     ValueError: They are no ids, or not of so many queries.
@@ -163,7 +163,7 @@ def _near(sample: _Sample, metric: str, num: int, sign: int) -> np.ndarray:
 def _misfit(
   sample: _Sample, ids_QG, metric: str, sign: int = 1, slack: float = 0.0
 ):
-  """A query, a row it has and one that is nearer; None where there is none."""
+  """A query, a row it has and one that is nearer; None if there is none."""
   ids_QG = ids_QG[:, :_NUM_CHECKED]
   num = ids_QG.shape[1]
   near_QS = _near(sample, metric, _NUM_CHECKED, sign)

@@ -72,7 +72,6 @@ _OF_SEARCH = (
   "dtype",
   "assign",
 )  # Options of encoding --data.
-_MANY_LISTS = 16384  # From here on a graph finds the lists of a query sooner.
 _BLOCK = 65536  # Codes read and added at a time.
 _KEPT = (  # In a description, of the parts that are merged.
   *("codec", "codec_fingerprint", "decoders_fingerprint", "is_cosine"),
@@ -154,7 +153,7 @@ def _fill(config, codec, words, source: _Source, rows: range):
 
 def _coarse(config, codec) -> str:
   num_lists = len(codec.centroids)
-  return config.coarse or ("flat" if num_lists < _MANY_LISTS else "hnsw")
+  return config.coarse or faiss_ivf.default_coarse(num_lists)
 
 
 def _metric(config) -> str:
@@ -228,6 +227,7 @@ def _empty_index(config, codec, words: additive.AdditiveParams):
       codebooks_MKD,
       coarse=_coarse(config, codec),
       metric=_metric(config),
+      by_residual=codec.is_ivf,
       progress=done,
     )
 

@@ -43,7 +43,12 @@ from experiments.lib import cli, search_data, truth
 from vqjax.data import batches, codes, datasets, files, json_files
 from vqjax.interop import faiss_fastscan, faiss_io, faiss_ivf
 from vqjax.search import refiners
-from vqjax.storage import codec_file, decoder_file, refiner_file
+from vqjax.storage import (
+  codec_file,
+  decoder_file,
+  index_folder,
+  refiner_file,
+)
 
 _NUM_FITTED = 1_000_000  # Training vectors for the decoders.
 _SHARD_ROWS = 100_000  # Of the codes; as many are lost by a stop.
@@ -98,6 +103,7 @@ def run(config, workdir: str, **options):
   _build_index(workdir)
   if options.get("refiner"):
     options["refiner"] = _make_refiner(workdir, dataset, options["refiner"])
+  _write_manifest(workdir, dataset, options.get("refiner"))
   return _search(workdir, options)
 
 
@@ -253,6 +259,20 @@ def _make_refiner(workdir, dataset, kind: str) -> str:
     **values,
   )
   return str(path)
+
+
+def _write_manifest(workdir, dataset, refiner_path: str | None) -> None:
+  """Makes the folder one that `vqjax.load_index` and `search` open."""
+  paths = {
+    "codec": "codec",
+    "index": "index.faiss",
+    "decoders": "decoders.safetensors",
+  }
+  if refiner_path:
+    paths["refiner"] = pathlib.Path(refiner_path).name
+  is_cosine = dataset.metric == "cosine"
+  info = {"metric": "cosine" if is_cosine else "l2", "encode": {}}
+  index_folder.write_manifest(workdir, paths, info, overwrite=True)
 
 
 def _search(workdir, options):

@@ -22,15 +22,13 @@ leaves it out; any other number makes that many tables.
 
 import shlex
 import time
-from typing import NamedTuple
 
 import jax
 import numpy as np
 from absl import logging
 
 from experiments.lib import cli, codecs, encoders, inputs
-from vqjax.codecs import additive, pairwise
-from vqjax.codecs.distances import centre_of
+from vqjax.codecs import additive, decoders, pairwise
 from vqjax.core import check_range
 from vqjax.data import batches, codes, datasets, files
 from vqjax.storage import decoder_file
@@ -63,20 +61,7 @@ OPTIONS = {
   "overwrite": cli.Option(bool, False, "Replace an existing output."),
 }
 _MOST = 1_000_000  # Vectors to fit to.
-_ROWS_PER_VECTOR = 8  # Of all tables, at most, unless asked for.
 _BLOCK = 65_536  # Vectors or codes gone through at a time.
-
-
-class _Sample(NamedTuple):
-  """Vectors without the centroids of their lists, and their codes."""
-
-  target_ND: np.ndarray
-  codes_NM: np.ndarray
-  lists_N: np.ndarray | None  # None for a codec without lists.
-
-  def cut(self, rows: slice) -> "_Sample":
-    """Takes some of the rows."""
-    return _Sample(*(x if x is None else x[rows] for x in self))
 
 
 def run(config, workdir=None) -> dict:
@@ -86,7 +71,7 @@ def run(config, workdir=None) -> dict:
   decoder_file.check_path(config.output)
   files.check_output(config.output, overwrite=True)
   codec = codecs.open_codec(config.codec)
-  most_tables = _check_sizes(codec, config)
+  sizes = _check_sizes(codec, config)
   dataset = codecs.resolve_data(codec, config, base=config.data)
   vectors = datasets.open_split(dataset, "base", max_vectors=config.num_vectors)
   codes_fn = _codes_fn(config, codec, vectors)
@@ -98,18 +83,18 @@ def run(config, workdir=None) -> dict:
   if made:
     logging.info("%s is made already.", config.output)
     return made["info"]
-  num_tables = _plan(config, codec, most_tables, num_train)
+  num_tables = _plan(config, codec, sizes, num_train)
   sample = _read(codec, vectors, rows_N, codes_fn)
   train, held = sample.cut(slice(num_train)), sample.cut(slice(num_train, None))
   seconds = {}
-  additive_params = _fit_additive(codec, train, seconds)
-  pairwise_params = None
-  if num_tables:
-    pairwise_params = _fit_pairwise(
-      *(codec, additive_params, train, num_tables),
-      None if config.num_tables else held,
-      seconds,
-    )
+  additive_params, pairwise_params = _fit(
+    codec,
+    sizes,
+    train,
+    None if config.num_tables else held,
+    num_tables,
+    seconds,
+  )
   decode_fns = _decode_fns(codec, config, additive_params, pairwise_params)
   rows = {name: _measure(fn, held) for name, fn in decode_fns.items()}
   info = {
@@ -147,40 +132,35 @@ def _made_of(config, codec, vectors) -> dict:
   }
 
 
-def _table_bytes(codec) -> int:
-  return 2 * _code_sizes(codec)[0] ** 2 * codec.dim  # float16.
-
-
-def _plan(config, codec, most_tables: int, num_train: int) -> int:
+def _plan(config, codec, sizes, num_train: int) -> int:
   """Tables to make, at most; says what they take before they are made."""
-  num, num_codes = most_tables, len(_code_sizes(codec))
-  if num and config.num_tables is None:
-    num_rows = _code_sizes(codec)[0] ** 2
-    num = min(num, _ROWS_PER_VECTOR * num_train // num_rows)
-    if num < -(-num_codes // 2):
-      num = 0
-      logging.info(
-        "No pairwise decoder: it needs %d tables of %d rows or more, too many "
-        "for %d training vectors; --num_tables=%d makes one of %.1f MB all the "
-        "same.",
-        *(-(-num_codes // 2), num_rows, num_train, most_tables),
-        most_tables * _table_bytes(codec) / 1e6,
-      )
+  num = decoders.most_tables(
+    sizes, _num_lists(codec), num_train, config.num_tables
+  )
+  table_mb = decoders.table_bytes(sizes, codec.dim) / 1e6
   if num:
     logging.info(
       "Pairwise decoder: %s%d tables of %.1f MB, %.1f MB in all.",
       "" if config.num_tables else "at most ",
-      *(num, _table_bytes(codec) / 1e6, num * _table_bytes(codec) / 1e6),
+      *(num, table_mb, num * table_mb),
     )
-  # Where their number is not known before, as few as there can be.
-  least = num if config.num_tables else 0
-  num_bytes = 4 * num_codes * _code_sizes(codec)[0] * codec.dim
-  files.check_output(
-    config.output,
-    overwrite=True,
-    num_bytes=num_bytes + least * _table_bytes(codec),
-  )
+  elif config.num_tables is None:
+    least = decoders.least_tables(sizes)
+    logging.info(
+      "No pairwise decoder: it needs %d tables of %d rows or more, too many "
+      "for %d training vectors; --num_tables=%d makes one of %.1f MB all the "
+      "same.",
+      *(least, sizes[0] ** 2, num_train, least, least * table_mb),
+    )
+  # If their number is not known yet, as few as there can be.
+  tables_mb = num * table_mb if config.num_tables else 0
+  num_bytes = 4 * len(sizes) * sizes[0] * codec.dim + round(tables_mb * 1e6)
+  files.check_output(config.output, overwrite=True, num_bytes=num_bytes)
   return num
+
+
+def _num_lists(codec) -> int:
+  return codec.codebook_sizes[0] if codec.is_ivf else 0
 
 
 def _say_tables(config, codec, num: int) -> str:
@@ -188,7 +168,8 @@ def _say_tables(config, codec, num: int) -> str:
     return ""
   if not num:
     return "There is no pairwise decoder: it does not pay.\n"
-  size = num * _table_bytes(codec) / 1e6
+  sizes = _code_sizes(codec)
+  size = num * decoders.table_bytes(sizes, codec.dim) / 1e6
   return f"{num} tables pay: {size:.1f} MB.\n"
 
 
@@ -197,21 +178,13 @@ def _code_sizes(codec) -> tuple[int, ...]:
   return codec.codebook_sizes[codec.is_ivf :]
 
 
-def _check_sizes(codec, config) -> int:
-  """The number of tables; raises ValueError where sizes do not fit."""
+def _check_sizes(codec, config) -> tuple[int, ...]:
+  """Codebook sizes; raises ValueError if decoders do not fit them."""
   sizes = _code_sizes(codec)
-  if len(set(sizes)) != 1:
-    raise ValueError(
-      "The decoders need codebooks of one size at all positions, this "
-      f"{codec.name} codec has {', '.join(map(str, sizes))} words."
-    )
-  additive.check_unknowns(len(sizes), sizes[0])
-  if config.num_tables == 0:
-    return 0
-  num_lists = len(codec.centroids) if codec.is_ivf else 0
-  return pairwise.check_sizes(
-    sizes[0], len(sizes), num_lists, config.num_tables
-  )
+  decoders.check_sizes(sizes, codec.name)
+  if config.num_tables:
+    decoders.most_tables(sizes, _num_lists(codec), 1, config.num_tables)
+  return sizes
 
 
 def _codes_fn(config, codec, vectors):
@@ -233,19 +206,19 @@ def _draw(num_rows: int, num_held_out: int | None) -> tuple[np.ndarray, int]:
   return rows_N, num_train
 
 
-def _read(codec, vectors, rows_N, codes_fn) -> _Sample:
+def _read(codec, vectors, rows_N, codes_fn) -> decoders.Sample:
   """Reads these rows, in their order."""
   x_ND = batches.read_rows(vectors, rows_N)
   codes_NM = codes_fn(rows_N, x_ND)
   codes.check_ids(codes_NM, codec.codebook_sizes)
   if not codec.is_ivf:
-    return _Sample(x_ND, codes_NM, None)
+    return decoders.Sample(x_ND, codes_NM, None)
   lists_N, codes_NM = inputs.split(codec, codes_NM)
   centroids_LD = codec.centroids
   for start in range(0, len(x_ND), _BLOCK):
     block = slice(start, start + _BLOCK)
     x_ND[block] -= centroids_LD[lists_N[block]]
-  return _Sample(x_ND, codes_NM, lists_N)
+  return decoders.Sample(x_ND, codes_NM, lists_N)
 
 
 def _read_codes(found: codes.Codes, rows_N) -> np.ndarray:
@@ -270,54 +243,29 @@ def _encode(codec, config, x_ND) -> np.ndarray:
     return np.concatenate(list(encoder.blocks(done=done)))
 
 
-def _fit_additive(codec, train: _Sample, seconds) -> additive.AdditiveParams:
-  """Codewords fitted to the sample; an additive codec has its own."""
-  own = additive.from_codec(codec.tables)
-  if own is not None:
-    return own
-  num = len(train.target_ND)
-
-  def blocks(done):
-    for start in range(0, num, _BLOCK):
-      part = train.cut(slice(start, start + _BLOCK))
-      yield part.codes_NM, part.target_ND
-      done(start + len(part.target_ND), num)
-
+def _fit(codec, sizes, train, held_out, num_tables: int, seconds):
+  """The additive decoder, and the pairwise one or None."""
   with (
-    cli.progress(num, "additive") as done,
+    cli.progress(len(train.target_ND), "additive") as done,
     cli.timed(seconds, "additive"),
   ):
-    return additive.fit_blocks(
-      blocks(done),
-      _code_sizes(codec)[0],
-      centre_D=centre_of(train.target_ND),
-    )
-
-
-def _fit_pairwise(
-  codec, additive_params, train: _Sample, num_tables: int, held, seconds
-) -> pairwise.PairwiseParams | None:
+    words = decoders.fit_additive(codec.tables, sizes, train, done)
+  if not num_tables:
+    return words, None
   with (
     cli.progress(num_tables, "pairwise", unit="table") as done,
     cli.timed(seconds, "pairwise"),
   ):
-    list_codes_LV = None
-    if train.lists_N is not None:
-      centroids_LD = codec.centroids
-      sizes_L = np.bincount(train.lists_N, minlength=len(centroids_LD))
-      list_codes_LV = pairwise.fit_list_codes(
-        jax.random.key(0), centroids_LD, sizes_L, _code_sizes(codec)[0]
-      )
-    return pairwise.fit(
-      additive_params,
-      train.codes_NM,
-      train.target_ND,
-      lists_N=train.lists_N,
-      list_codes_LV=list_codes_LV,
+    tables = decoders.fit_pairwise(
+      words,
+      sizes,
+      train,
+      held_out,
       num_tables=num_tables,
-      held_out=held and (held.codes_NM, held.target_ND, held.lists_N),
+      centroids_LD=codec.centroids,
       progress=done,
     )
+  return words, tables
 
 
 def _decode_fns(codec, config, additive_params, pairwise_params) -> dict:
@@ -344,7 +292,7 @@ def _decode_fns(codec, config, additive_params, pairwise_params) -> dict:
   return fns | {codec.name: network}
 
 
-def _measure(decode_fn, held: _Sample) -> tuple[float, float]:
+def _measure(decode_fn, held: decoders.Sample) -> tuple[float, float]:
   """Mean squared error, and microseconds for a vector."""
   size, total = codecs.decode_rows(), 0.0
   first = held.cut(slice(size))

@@ -23,13 +23,12 @@ an index before.
 
 import shlex
 
-import numpy as np
 from absl import logging
 
 from experiments.lib import cli, inputs
 from vqjax.data import batches, files
-from vqjax.interop import faiss_fastscan, faiss_ivf, faiss_lists, searchers
-from vqjax.search import refiners, residual_bits
+from vqjax.interop import faiss_fastscan, faiss_ivf, refining, searchers
+from vqjax.search import refiners
 from vqjax.storage import codec_file, refiner_file
 
 REQUIRED = ("kind", "index", "data", "output")
@@ -54,10 +53,6 @@ OPTIONS = {
   "seed": cli.Option(int, 0, "Seed of the random rotation of rabitq."),
   "overwrite": cli.Option(bool, False, "Replace an existing output."),
 }
-_BLOCK = 16384
-_MAX_TRAINED = 65536  # Vectors that rotation and codewords are learned from.
-_NUM_COMPARED = 4096  # Vectors that the weights are fitted to.
-_DECODE_ROWS = 512
 
 
 def run(config, workdir=None) -> dict:
@@ -95,13 +90,14 @@ def _rabitq(config) -> dict:
     config.output, overwrite=True, num_bytes=index.ntotal * num_bytes
   )
   contents = faiss_ivf.contents(index)
-  rotation_DE = residual_bits.random_rotation(index.d, config.seed)
-  bits_NW, scale_N, offset_N = _describe_residuals(
-    contents, vectors, rotation_DE
-  )
-  if info["metric"] == "ip":  # The offset is all norms.
-    offset_N[:] = 0
-  bits = residual_bits.make_bits(bits_NW, scale_N, offset_N, rotation_DE)
+  with cli.progress(index.ntotal, "refiner") as done:
+    bits = refining.rabitq(
+      contents,
+      _make_read_fn(contents, vectors),
+      metric=info["metric"],
+      seed=config.seed,
+      progress=done,
+    )
   refiner_file.save(
     config.output,
     bits,
@@ -111,47 +107,6 @@ def _rabitq(config) -> dict:
   )
   _log_next(config, index.ntotal, num_bytes)
   return result
-
-
-def _describe_residuals(contents, vectors, rotation_DE):
-  """What `residual_bits.make_bits` takes, in the order of the rows."""
-  num = len(contents.ids_N)
-  order_N, ids_N = inputs.sort_ids(contents.ids_N, vectors)
-  num_numbers = residual_bits.num_numbers(vectors.shape[1])
-  out = (
-    np.empty((num, num_numbers), np.uint32),
-    np.empty(num, np.float32),
-    np.empty(num, np.float32),
-  )
-  decode_fn = faiss_lists.make_decode_fn(contents.codebooks_MKD)
-  with cli.progress(num, "refiner") as done:
-    for start in range(0, num, _BLOCK):
-      block = slice(start, start + _BLOCK)
-      rows_n = order_N[block]
-      x_nD = batches.read_rows(vectors, ids_N[block])
-      found = residual_bits.describe(
-        x_nD - contents.centre_D,
-        *_scanned(contents, decode_fn, rows_n),
-        rotation_DE,
-      )
-      for whole, part in zip(out, found, strict=True):
-        whole[rows_n] = np.asarray(part)
-      done(start + len(rows_n), num)
-  return out
-
-
-def _scanned(contents, decode_fn, rows_n):
-  """Vectors of rows as the scan knows them, and what it takes for |xhat|^2.
-
-  Less the centre that the scan subtracts.
-  """
-  lists_n = np.searchsorted(contents.starts, rows_n, "right") - 1
-  centroids_nD = contents.centroids_LD[lists_n] - contents.centre_D
-  xhat_nD = centroids_nD + decode_fn(contents.codes_NM[rows_n])
-  scanned_n = np.square(centroids_nD).sum(axis=1)
-  scanned_n += contents.low_L[lists_n]
-  scanned_n += contents.step_L[lists_n] * contents.norm_N[rows_n]
-  return xhat_nD, scanned_n
 
 
 def _fastscan(config) -> dict:
@@ -176,27 +131,20 @@ def _fastscan(config) -> dict:
     *(config.output, config.overwrite), num_bytes=num_bytes, described=True
   )
   contents = faiss_ivf.contents(like)
-  order_N, ids_N = inputs.sort_ids(contents.ids_N, vectors)
-  trained = batches.spread(len(ids_N), _MAX_TRAINED)
-  xt_ND = batches.read_rows(vectors, ids_N[trained])
-  seconds = {}
-  logging.info("Learning the refiner from %d vectors ...", len(xt_ND))
-  with cli.timed(seconds, "learn"):
-    index = faiss_fastscan.fit(like, xt_ND, num_parts=num_parts)
-  logging.info("Learned in %.1f s.", seconds["learn"])
-  with cli.progress(len(ids_N), "refiner") as done:
-    for start in range(0, len(ids_N), _BLOCK):
-      ids_n = ids_N[start : start + _BLOCK]
-      faiss_fastscan.add(index, batches.read_rows(vectors, ids_n), ids_n)
-      done(start + len(ids_n), len(ids_N))
-  at = batches.spread(len(ids_N), _NUM_COMPARED)
-  x_ND = batches.read_rows(vectors, ids_N[at])
-  errors = _errors(index, loaded, contents, order_N[at], x_ND)
+  with cli.progress(like.ntotal, "refiner") as done:
+    index, weights = refining.fastscan(
+      like,
+      contents,
+      _make_read_fn(contents, vectors),
+      searchers.make_decode_fn(loaded, "float32"),
+      num_parts=num_parts,
+      progress=done,
+    )
   meta = faiss_fastscan.save(
     index,
     config.output,
     of_index=info["sha256"],
-    info={**wanted, **_fit_weights(errors)},
+    info={**wanted, **weights},
     overwrite=config.overwrite,
   )
   _log_weights(meta)
@@ -204,38 +152,10 @@ def _fastscan(config) -> dict:
   return meta
 
 
-def _errors(index, loaded, contents, rows_N, x_ND) -> dict[str, np.ndarray]:
-  """Residuals of vectors after each of the codes, `[N, D]`."""
-  decode_fn = searchers.make_decode_fn(loaded, "float32")
-  lists_N = np.searchsorted(contents.starts, rows_N, "right") - 1
-  network = []
-  for start in range(0, len(rows_N), _DECODE_ROWS):
-    n = rows_N[start : start + _DECODE_ROWS]
-    codes_nM = contents.codes_NM[n].astype(np.int32)
-    lists_n = lists_N[start : start + _DECODE_ROWS].astype(np.int32)
-    pad = (0, _DECODE_ROWS - len(n))
-    found_nD = decode_fn(
-      np.pad(codes_nM, (pad, (0, 0)), "edge"), np.pad(lists_n, pad, "edge")
-    )
-    network.append(np.asarray(found_nD)[: len(n)])
-  return {
-    "refiner": x_ND - faiss_fastscan.reconstruct(index, x_ND),
-    "codewords": x_ND - faiss_ivf.make_rows_fn(contents)(rows_N),
-    "network": x_ND - np.concatenate(network),
-  }
-
-
-def _fit_weights(errors: dict[str, np.ndarray]) -> dict:
-  """Mean squared errors, and the weights with the least joint error."""
-  mse = lambda left_ND: float(np.mean(np.sum(left_ND**2, axis=1), dtype=float))
-  found = {f"mse_{name}": mse(left_ND) for name, left_ND in errors.items()}
-  for name in ("codewords", "network"):
-    # Of e + (f - e) (1 - weight) with errors e and f, least squares.
-    differs_ND = (errors["refiner"] - errors[name]).astype(float)
-    along = np.sum(errors["refiner"] * differs_ND)
-    weight = along / max(np.sum(differs_ND**2), 1e-30)
-    found[f"{name}_weight"] = float(np.clip(weight, 0, 1))
-  return found
+def _make_read_fn(contents, vectors):
+  """Returns `rows -> x_nD` for the rows of the index, whose ids are rows."""
+  inputs.check_ids(contents.ids_N, vectors)
+  return lambda rows_n: batches.read_rows(vectors, contents.ids_N[rows_n])
 
 
 def _log_weights(meta: dict) -> None:

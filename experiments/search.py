@@ -39,6 +39,7 @@ import itertools
 import math
 
 import jax
+import numpy as np
 from absl import logging
 
 from experiments.lib import (
@@ -58,11 +59,17 @@ from vqjax.interop import (
   faiss_ivf,
   searchers,
 )
+from vqjax.storage import index_folder
 
-REQUIRED = ("codec", "output")
+REQUIRED = ("index",)  # Or --decode_all and --codes.
 OPTIONS = {
   "codec": cli.CODEC_OPTION,
-  "index": cli.Option(str, None, "Index of build_index."),
+  "index": cli.Option(
+    str,
+    None,
+    "Index file of build_index, or a folder of ivf_pipeline or of a program's "
+    "Index.save, which needs no other flag if the codec knows its queries.",
+  ),
   "decoders": cli.Option(
     str, None, "Decoders of pairwise_decoder, for --num_pairwise."
   ),
@@ -139,11 +146,13 @@ _LEAST_RECALL = 0.02  # Below it a ground truth that nobody checked is doubted.
 def run(config, workdir=None) -> dict:
   """Returns what it wrote: `{"header", "latency", "points"}`."""
   del workdir
-  cli.require(config, *REQUIRED)
   check_range("--rounds", config.rounds, 1, 1000)
   if config.decode_all:
+    cli.require(config, "codec", "output")
     return _run_decoded(config)
   cli.require(config, "index")
+  config = _open_folder(config)
+  cli.require(config, "codec", "output")
   if config.codes:
     raise ValueError("--codes are for --decode_all; an index has its own.")
   resume = config.resume or not config.overwrite
@@ -161,6 +170,7 @@ def run(config, workdir=None) -> dict:
     config.refiner,
     dtype=dtype,
   )
+  _check_rows(config, searcher.parts.ids_N)
   ranges = _ranges(config, info, searcher.parts)
   check_range("--k", config.k, 1, info["num_vectors"], "vectors in the index")
   data = search_data.open_data(
@@ -186,6 +196,33 @@ def run(config, workdir=None) -> dict:
   record.draw()
   _summarise(config, record, data)
   return {"header": record.header, "points": record.points}
+
+
+def _open_folder(config):
+  """Returns the options with the files of --index, if that is a folder."""
+  if not files.user_path(config.index).is_dir():
+    return config
+  folder = files.user_path(config.index)
+  paths, _ = index_folder.read_manifest(folder)
+  config = config.copy_and_resolve_references()
+  for name in ("codec", "decoders", "refiner"):
+    if config[name] is None and name in paths:
+      config[name] = paths[name]
+  config.index = paths["index"]
+  config.output = config.output or str(folder / "search.json")
+  # The same command again takes up the points that are missing.
+  config.resume = config.resume or not config.overwrite
+  return config
+
+
+def _check_rows(config, ids_N) -> None:
+  """Raises ValueError unless ids are rows, as those of a ground truth are."""
+  if not np.array_equal(np.sort(ids_N), np.arange(len(ids_N))):
+    raise ValueError(
+      f"The ids in {config.index} are not rows 0 to {len(ids_N) - 1} of a "
+      "base, so recall cannot be measured; search it in a program, by "
+      "vqjax.load_index."
+    )
 
 
 def _check_whole(config, info: dict) -> None:

@@ -140,7 +140,7 @@ def test_the_metric_is_that_of_the_search(tmp_path):
 def test_many_lists_are_found_by_a_graph(ivf_files, tmp_path, monkeypatch):
   kinds = []
   for most in (L, L + 1):
-    monkeypatch.setattr(build_index, "_MANY_LISTS", most)
+    monkeypatch.setattr(faiss_ivf, "MANY_LISTS", most)
     kinds.append(_run(tmp_path / str(most), ivf_files).info["coarse"])
   assert kinds == ["hnsw", "flat"]
 

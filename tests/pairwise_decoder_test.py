@@ -108,7 +108,7 @@ def test_tables_that_do_not_pay_are_left_out(given, tmp_path, caplog):
 
 
 def test_few_vectors_get_no_tables(given, tmp_path, monkeypatch):
-  monkeypatch.setattr(pairwise_decoder, "_ROWS_PER_VECTOR", 0.1)
+  monkeypatch.setattr(pairwise_decoder.decoders, "_ROWS_PER_VECTOR", 0.1)
   _, output = _run(given, tmp_path)  # 49 rows a table, 200 vectors.
   assert decoder_file.load(output).pairwise is None
   _, output = _run(given, tmp_path, num_tables=2, overwrite=True)
@@ -118,7 +118,9 @@ def test_few_vectors_get_no_tables(given, tmp_path, monkeypatch):
 def test_a_disk_without_room_for_the_tables_is_found_before(
   given, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(pairwise_decoder, "_table_bytes", lambda codec: 1 << 60)
+  monkeypatch.setattr(
+    pairwise_decoder.decoders, "table_bytes", lambda *_: 1 << 60
+  )
   monkeypatch.setattr(pairwise_decoder, "_read", None)
   with pytest.raises(OSError, match="decoders.safetensors will take about"):
     _run(given, tmp_path, num_tables=2)

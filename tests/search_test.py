@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from vqjax.codecs import additive, pairwise, rq
 from vqjax.data import codes, formats
 from vqjax.data.files import write_json
 from vqjax.interop import searchers
-from vqjax.storage import codec_file, decoder_file
+from vqjax.storage import codec_file, decoder_file, index_folder
 
 D, K, M, L, NUM = 8, 16, 4, 6, 500
 pytestmark = pytest.mark.usefixtures("one_thread", "single_calls")
@@ -457,3 +458,23 @@ def test_stopped_it_says_how_to_go_on(small):
   message = commands.stop_once(output.exists, "search", *flags)
   assert "To go on, add --resume to the same command." in message
   assert json.loads(output.read_text())["points"]
+
+
+def test_a_folder_needs_no_other_flag_for_its_files(small, tmp_path):
+  folder = tmp_path / "index"
+  folder.mkdir()
+  names = {"codec": "codec", "index": "i.faiss", "decoders": "d.safetensors"}
+  for name in ("codec", "index", "decoders"):
+    source = pathlib.Path(small[name])
+    copy = shutil.copytree if source.is_dir() else shutil.copy
+    copy(source, folder / names[name])
+  shutil.copy(f"{small['index']}.json", folder / "i.faiss.json")
+  index_folder.write_manifest(folder, names, {"metric": "l2"})
+  given = {name: small[name] for name in ("queries", "groundtruth")}
+  given |= {"nprobe": "2", "num_pairwise": "0", "num_network": "5"}
+  config = cli.get_config(search.OPTIONS, index=str(folder), **given, rounds=1)
+  points = search.run(config)["points"]
+  assert (folder / "search.json").exists()
+  assert search.run(config)["points"] == points  # Nothing is measured again.
+  want = _run(small | given)["points"]
+  assert [p["recall"] for p in points] == [p["recall"] for p in want]

@@ -3,14 +3,20 @@
 codec = vqjax.load("runs/qinco2_s")
 codes = codec.encode(x)
 xhat = codec.decode(codes)
+
+index = vqjax.build_index(codec, x, num_lists=1024)
+distances, ids = index.search(queries, k=10, nprobe=16)
 """
 
 __version__ = "0.1.0"
 _DOORS = {
   "Codec": "vqjax.codec",
+  "Index": "vqjax.index",
+  "build_index": "vqjax.index",
   "load": "vqjax.codec",
+  "load_index": "vqjax.index",
 }
-__all__ = ["Codec", "load"]  # noqa: F822 (loaded on demand, below)
+__all__ = ["Codec", "Index", "build_index", "load", "load_index"]  # noqa: F822 (loaded on demand, below)
 
 
 def __getattr__(name: str):

@@ -84,19 +84,13 @@ def of_index(config, info: dict):
   return vectors
 
 
-def sort_ids(ids_N, vectors) -> tuple[np.ndarray, np.ndarray]:
-  """The order of rows of an index by their ids, and the ids in that order.
-
-  Raises ValueError unless ids are rows of the vectors.
-  """
-  order_N = np.argsort(ids_N, kind="stable")
-  sorted_N = ids_N[order_N]
-  if not len(ids_N) or sorted_N[0] < 0 or sorted_N[-1] >= len(vectors):
+def check_ids(ids_N: np.ndarray, vectors) -> None:
+  """Raises ValueError unless ids of an index are rows of the vectors."""
+  if not len(ids_N) or ids_N.min() < 0 or ids_N.max() >= len(vectors):
     raise ValueError(
       f"The index has {len(ids_N)} vectors, of which the ids must be rows of "
       f"the {len(vectors)} of --data."
     )
-  return order_N, sorted_N
 
 
 def _check_rows(config, found: codes.Codes, vectors) -> None:

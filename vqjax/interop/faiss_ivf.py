@@ -35,6 +35,14 @@ _KIND = ("vqjax index", 1)
 _LEAST_RANGE = 1e-6  # Of norms, relative; the byte divides by the range.
 
 
+MANY_LISTS = 16384  # From here on a graph finds the lists of a query sooner.
+
+
+def default_coarse(num_lists: int) -> str:
+  """Returns how so many lists are found best: "flat" or "hnsw"."""
+  return "flat" if num_lists < MANY_LISTS else "hnsw"
+
+
 class Loaded(NamedTuple):
   """An index from a file and its description, {} if there is none."""
 

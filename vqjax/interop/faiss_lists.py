@@ -149,6 +149,11 @@ def contents(index: faiss.Index) -> Contents:
   )
 
 
+def lists_of(contents: Contents, rows_N: np.ndarray) -> np.ndarray:
+  """Returns the list of each row, `[N]`."""
+  return np.searchsorted(contents.starts, rows_N, "right") - 1
+
+
 def check_index(index, name="The index") -> faiss.IndexIVFResidualQuantizer:
   """The index; raises ValueError where it is of another kind."""
   kind = faiss.IndexIVFResidualQuantizer
@@ -208,7 +213,7 @@ def make_rows_fn(contents: Contents):
   for i in range(0, len(packed), BLOCK):
     part = packed[i : i + BLOCK]
     rows = np.arange(i, i + len(part))
-    lists = np.searchsorted(contents.starts, rows, "right") - 1
+    lists = lists_of(contents, rows)
     codes = np.column_stack([lists, contents.codes_NM[rows]]).astype(np.int32)
     rq.pack_codes(len(part), faiss.swig_ptr(codes), faiss.swig_ptr(part))
 

@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vqjax.codecs import pairwise, registry, runner
-from vqjax.codecs.additive import split_centre
-from vqjax.interop import faiss_fastscan, faiss_io, faiss_ivf
-from vqjax.search import ivf, pipeline, refiners
+from vqjax.codecs import additive, pairwise, registry, runner
+from vqjax.interop import faiss_fastscan, faiss_io, faiss_ivf, faiss_lists
+from vqjax.search import ivf, pipeline, refiners, residual_bits
 from vqjax.storage import codec_file, decoder_file, refiner_file
 
 
@@ -45,19 +44,57 @@ def open_searcher(
   loaded = codec_file.load_codec(codec)
   faiss_index, meta = faiss_ivf.load(index)
   faiss_ivf.check_codec(index, meta, loaded.fingerprint)
-  contents = faiss_ivf.contents(faiss_index)
-  coarse = faiss_ivf.keep_coarse(faiss_index)  # The codes are not kept twice.
-  pairwise_fn = None
+  pairwise_params = None
   if decoders is not None:
     found = decoder_file.load(decoders)
     decoder_file.check_codec(found, loaded.fingerprint)
-    if found.pairwise is not None:
-      pairwise_fn = partial(
-        pairwise.decode,
-        found.pairwise,
-        centroids_LD=_left_out(found, contents),
-      )
-  is_ip = meta["metric"] == "ip"
+    pairwise_params = found.pairwise
+  return make_searcher(
+    faiss_index,
+    meta["metric"],
+    make_decode_fn(loaded, dtype),
+    pairwise_params=pairwise_params,
+    refiner=None if refiner is None else load_refiner(refiner, meta),
+    is_cosine=loaded.info.get("metric") == "cosine",
+    dtype=dtype,
+    keep_codes=False,
+  )
+
+
+def make_searcher(
+  index,
+  metric: str,
+  decode_fn,
+  *,
+  pairwise_params: pairwise.PairwiseParams | None = None,
+  refiner=None,
+  is_cosine: bool = False,
+  dtype: str = "float32",
+  keep_codes: bool = True,
+) -> pipeline.Searcher:
+  """Puts a searcher together from parts in memory.
+
+  Args:
+    index: From `faiss_ivf`.
+    metric: "l2" or "ip".
+    decode_fn: From `make_decode_fn`.
+    pairwise_params: Of the pairwise decoder, or None.
+    refiner: From `load_refiner`, or None.
+    is_cosine: Vectors are of length 1, and queries are made so.
+    dtype: Type of the products of the scan.
+    keep_codes: False empties the index, whose codes the searcher has.
+  """
+  contents = faiss_ivf.contents(index)
+  if not keep_codes:
+    index = faiss_ivf.keep_coarse(index)
+  pairwise_fn = None
+  if pairwise_params is not None:
+    pairwise_fn = partial(
+      pairwise.decode,
+      pairwise_params,
+      centroids_LD=_left_out(index, contents, pairwise_params),
+    )
+  is_ip = metric == "ip"
   norm = 0 if is_ip else 1
   lists = ivf.make_lists(
     contents.starts,
@@ -73,23 +110,24 @@ def open_searcher(
     pipeline.Parts(
       lists=lists,
       ids_N=contents.ids_N,
-      coarse_fn=_make_coarse_fn(coarse, meta["metric"], contents.centre_D),
-      decode_fn=make_decode_fn(loaded, dtype),
+      coarse_fn=_make_coarse_fn(index, metric, contents.centre_D),
+      decode_fn=decode_fn,
       pairwise_fn=pairwise_fn,
       distances_fn=inner_products_to if is_ip else faiss_io.distances_to,
-      refiner=refiner and _open_refiner(refiner, meta, contents),
-      metric=meta["metric"],
-      is_cosine=loaded.info.get("metric") == "cosine",
+      refiner=None if refiner is None else _make_refiner(refiner, contents),
+      metric=metric,
+      is_cosine=is_cosine,
     )
   )
 
 
-def _left_out(decoders, contents):
+def _left_out(index, contents, pairwise_params):
   """What the pairwise decoder leaves out of vectors, for each list `[L, D]`."""
   centroids_LD = jnp.asarray(contents.centroids_LD)
-  if decoders.pairwise.list_codes_LV is not None:
+  if pairwise_params.list_codes_LV is not None:
     return centroids_LD
-  centre_D, _ = split_centre(decoders.additive)
+  words = additive.AdditiveParams(faiss_lists.words_of(index.rq))
+  centre_D, _ = additive.split_centre(words)
   return jnp.broadcast_to(centre_D, centroids_LD.shape)
 
 
@@ -125,27 +163,54 @@ def inner_products_to(queries_QD, base_ND, rows_QR) -> np.ndarray:
   return np.where(rows_QR < 0, np.float32(np.inf), found_QR)
 
 
-def _open_refiner(path, meta: dict, contents) -> refiners.Refiner:
-  """Opens the refiner of the index that has this description and rows."""
+def load_refiner(path, index_info: dict):
+  """Reads a refiner: `ResidualBits`, or `faiss_fastscan.Loaded`.
+
+  Raises:
+    FileNotFoundError: There is no such file.
+    ValueError: It is damaged, or belongs to another index than this.
+  """
   if str(path).endswith(refiner_file.SUFFIX):
-    bits = refiner_file.load(path, meta)
-    return refiners.rabitq(jax.tree.map(jnp.asarray, bits))
-  index, info = faiss_fastscan.load(path, meta)
-  row_of_I = np.full(int(contents.ids_N.max()) + 1, -1, np.int32)
-  row_of_I[contents.ids_N] = np.arange(len(contents.ids_N), dtype=np.int32)
+    return refiner_file.load(path, index_info)
+  return faiss_fastscan.load(path, index_info)
+
+
+def _make_refiner(found, contents) -> refiners.Refiner:
+  if isinstance(found, residual_bits.ResidualBits):
+    return refiners.rabitq(jax.tree.map(jnp.asarray, found))
+  rows_fn = _make_rows_of(contents.ids_N)
 
   def scan(queries_QD, probes_QP, k):
-    ids_QK, distances_QK = faiss_fastscan.scan(index, queries_QD, probes_QP, k)
-    return np.where(ids_QK < 0, -1, row_of_I[ids_QK]), distances_QK
+    ids_QK, distances_QK = faiss_fastscan.scan(
+      found.index, queries_QD, probes_QP, k
+    )
+    return rows_fn(ids_QK), distances_QK
 
   return refiners.fastscan(
     scan,
     faiss_ivf.make_rows_fn(contents),
     faiss_io.distances_to,
     faiss_io.thread_pool().map,
-    codewords_weight=info["codewords_weight"],
-    network_weight=info["network_weight"],
+    codewords_weight=found.info["codewords_weight"],
+    network_weight=found.info["network_weight"],
   )
+
+
+def _make_rows_of(ids_N):
+  """Returns `ids -> rows`, int32; -1 stays -1."""
+  most = int(ids_N.max()) + 1
+  if most <= 4 * len(ids_N):  # Several times as fast as to search.
+    row_of_I = np.full(most + 1, -1, np.int32)
+    row_of_I[ids_N] = np.arange(len(ids_N), dtype=np.int32)
+    return lambda ids: row_of_I[ids]
+  order_N = np.argsort(ids_N).astype(np.int32)
+  sorted_N = ids_N[order_N]
+
+  def rows(ids):
+    at = np.searchsorted(sorted_N, np.maximum(ids, sorted_N[0]))
+    return np.where(ids < 0, -1, order_N[at])
+
+  return rows
 
 
 def refiner_bytes(path, index_info: dict) -> int:

@@ -102,6 +102,49 @@ def make_bits(bits_NW, scale_N, offset_N, rotation_DE) -> ResidualBits:
   )
 
 
+def insert(
+  bits: ResidualBits, old_N, new_N, bits_NW, scale_N, offset_N
+) -> ResidualBits:
+  """Joins residual bits with what `describe` found of more vectors.
+
+  Args:
+    bits: What there is.
+    old_N: Its rows in the result.
+    new_N: Rows of the new ones in the result.
+    bits_NW: Of the new ones, as the next two.
+    scale_N: Scales.
+    offset_N: Offsets.
+  """
+  num = len(old_N) + len(new_N)
+  joined_NW = np.empty((num, bits_NW.shape[1]), np.uint32)
+  joined_NW[old_N], joined_NW[new_N] = bits.bits_NW, bits_NW
+  columns, ranges = [], []
+  for byte_N, value_N, (low, step) in zip(
+    (bits.scale_N, bits.offset_N),
+    (scale_N, offset_N),
+    np.asarray(bits.range_22, float),
+    strict=True,
+  ):
+    byte_N = np.asarray(byte_N)
+    high = low + 255 * step
+    if len(value_N) and (value_N.min() < low or value_N.max() > high):
+      values = low + step * byte_N.astype(float)
+      low = min(low, float(value_N.min()))
+      step = max((max(high, float(value_N.max())) - low) / 255, _LEAST_STEP)
+      byte_N = np.rint((values - low) / step).astype(np.uint8)
+    column_N = np.empty(num, np.uint8)
+    steps_n = np.clip(np.rint((value_N - low) / step), 0, 255)
+    column_N[old_N], column_N[new_N] = byte_N, steps_n.astype(np.uint8)
+    columns.append(column_N)
+    ranges.append((low, step))
+  return bits.replace(
+    bits_NW=joined_NW,
+    scale_N=columns[0],
+    offset_N=columns[1],
+    range_22=np.array(ranges, np.float32),
+  )
+
+
 def _to_bytes(value_N) -> tuple[np.ndarray, tuple]:
   """Bytes, and what byte 0 stands for and the step; the extremes are cut."""
   stride = -(-len(value_N) // 1_000_000)

@@ -1,0 +1,538 @@
+"""An index: vectors as codes in inverted lists, with all that a search needs.
+
+  index = vqjax.build_index(codec, x, num_lists=1024)
+  distances, ids = index.search(queries, k=10, nprobe=16)
+  index.add(more)
+  index.save("my_index")
+  index = vqjax.load_index("my_index")
+
+A saved index is a folder: `manifest.json` names its files, by default
+`codec.safetensors`, `index.faiss` (for any faiss program, with its description
+`index.faiss.json`), and if there are such `decoders.safetensors` and
+`refiner.safetensors` or `refiner.faiss`.
+"""
+
+import math
+import pathlib
+
+import jax
+import numpy as np
+
+from vqjax.codec import Codec, open_array
+from vqjax.codec import load as load_codec
+from vqjax.codecs import additive, kmeans
+from vqjax.codecs import decoders as decoders_lib
+from vqjax.core import check_range, check_shape
+from vqjax.data import batches, files, unit
+from vqjax.interop import (
+  faiss_fastscan,
+  faiss_ivf,
+  faiss_lists,
+  refining,
+  searchers,
+)
+from vqjax.search import refiners, residual_bits
+from vqjax.storage import codec_file, decoder_file, index_folder, refiner_file
+
+METRICS = ("l2", "ip", "cosine")
+_PER_LIST = 256  # Vectors that k-means looks at, for each list.
+_LEAST_PER_LIST = 39  # Fewer make poor centroids.
+_ONE_LIST = 2_500  # Below so many vectors lists save no time.
+_MOST_FITTED = 200_000  # Vectors that decoders are fitted to.
+_BLOCK = 65_536
+
+
+def build_index(
+  codec,
+  x,
+  num_lists: int | None = None,
+  *,
+  ids=None,
+  metric: str | None = None,
+  refiner: str | None = None,
+  coarse: str | None = None,
+  num_tables: int | None = None,
+  seed: int = 0,
+  progress: bool = False,
+  **settings,
+) -> "Index":
+  """Encodes vectors and puts their codes into inverted lists.
+
+  Args:
+    codec: A `vqjax.Codec`, or the path of one.
+    x: Vectors `[N, D]`: an array, a memory map, or a path.
+    num_lists: L. A codec with lists has its own number. For others the vectors
+      get lists by k-means; None for about four times the square root of N, and
+      one list for fewer than 2,500 vectors.
+    ids: Distinct integers `[N]`, 0 or more; None for 0, 1, ...
+    metric: "l2", "ip" or "cosine"; None for that of the codec.
+    refiner: "rabitq" for more recall, "fastscan" for more speed, None for none;
+      see `vqjax.search.refiners`.
+    coarse: "flat" or "hnsw", how lists are found; None for flat below 16,384.
+    num_tables: Tables of the pairwise decoder, 0 for none; None for those that
+      pay on held-out vectors. Only codecs that are no sums of codewords have
+      one.
+    seed: Of k-means and of the rotation of rabitq.
+    progress: Shows progress lines.
+    **settings: Fields of `vqjax.codecs.rule.SearchRule`, see `Codec.encode`.
+
+  Raises:
+    ValueError: Vectors, ids or settings do not fit; before any work.
+  """
+  codec = codec if isinstance(codec, Codec) else load_codec(codec)
+  own = codec.info.get("metric") or "l2"
+  metric = metric or own
+  _check_choices(metric=(metric, METRICS), refiner=(refiner, refiners.KINDS))
+  if (metric == "cosine") != (own == "cosine"):
+    raise ValueError(
+      f"metric={metric!r} does not fit a codec that was trained for {own}: for "
+      "the cosine vectors are made of length 1. Train a codec for this metric."
+    )
+  codec.check_settings(settings)
+  decoders_lib.check_sizes(codec.codebook_sizes[codec.is_ivf :], codec.name)
+  vectors = _open(x, codec.dim, metric)
+  ids_N = _check_ids(ids, len(vectors), np.empty(0, np.int64))
+  num_lists = _check_lists(codec, num_lists, len(vectors))
+  _check_refiner(refiner, metric, codec, len(vectors))
+  codes_NM = codec.encode(vectors, progress=progress, **settings)
+  centroids_LD = codec.centroids
+  if not codec.is_ivf and num_lists > 1:
+    centroids_LD = _fit_centroids(vectors, num_lists, seed)
+  words, pairwise_params = _fit_decoders(codec, vectors, codes_NM, num_tables)
+  faiss_index = faiss_ivf.make_index(
+    centroids_LD,
+    np.asarray(words.codebooks_MKD),
+    coarse=coarse or faiss_ivf.default_coarse(num_lists),
+    metric="ip" if metric == "ip" else "l2",
+    by_residual=codec.is_ivf,
+  )
+  index = Index(codec, faiss_index, metric, pairwise_params, settings=settings)
+  index._append(vectors, codes_NM, ids_N)
+  if refiner is not None:
+    index._make_refiner(refiner, vectors, ids_N, seed)
+  return index
+
+
+def load_index(folder) -> "Index":
+  """Opens the folder that `Index.save` or `vqjax ivf_pipeline` has written.
+
+  Raises:
+    FileNotFoundError: There is no such folder, or a file is missing.
+    ValueError: A file is damaged, or they do not belong together.
+  """
+  paths, info = index_folder.read_manifest(folder)
+  codec = load_codec(paths["codec"])
+  faiss_index, meta = faiss_ivf.load(paths["index"])
+  faiss_ivf.check_codec(paths["index"], meta, codec.fingerprint)
+  pairwise_params, refiner = None, None
+  if "decoders" in paths:
+    found = decoder_file.load(paths["decoders"])
+    decoder_file.check_codec(found, codec.fingerprint)
+    pairwise_params = found.pairwise
+  if "refiner" in paths:
+    refiner = searchers.load_refiner(paths["refiner"], meta)
+  metric = info.get("metric") or codec.info.get("metric") or meta["metric"]
+  if metric not in METRICS or (metric == "ip") != (meta["metric"] == "ip"):
+    raise ValueError(
+      f"{folder} is damaged: its manifest says metric {metric!r}, its index is "
+      f"of {meta['metric']!r}."
+    )
+  return Index(
+    codec,
+    faiss_index,
+    metric,
+    pairwise_params,
+    refiner,
+    settings=info.get("encode"),
+  )
+
+
+class Index:
+  """Vectors as codes in inverted lists; made by `build_index`."""
+
+  def __init__(
+    self,
+    codec: Codec,
+    faiss_index,
+    metric: str,
+    pairwise_params=None,
+    refiner=None,
+    *,
+    settings: dict | None = None,
+  ):
+    """Takes the parts as they are.
+
+    Args:
+      codec: What made the codes.
+      faiss_index: From `faiss_ivf`.
+      metric: "l2", "ip" or "cosine".
+      pairwise_params: `pairwise.PairwiseParams`, or None.
+      refiner: `ResidualBits`, `faiss_fastscan.Loaded`, or None.
+      settings: Of encoding, for `add`.
+    """
+    self.codec, self.metric = codec, metric
+    self.settings = dict(settings or {})
+    self._faiss, self._pairwise = faiss_index, pairwise_params
+    self._refiner, self._searcher = refiner, None
+
+  def __len__(self) -> int:
+    """Number of vectors."""
+    return self._faiss.ntotal
+
+  def __repr__(self) -> str:
+    """Says what it is in a line."""
+    return (
+      f"Index({len(self):,} vectors of {self.dim} dimensions, "
+      f"{self.num_lists:,} lists, {self.metric}, {self.codec.name} codes of "
+      f"{self.codec.num_bytes:g} bytes)"
+    )
+
+  @property
+  def dim(self) -> int:
+    """Dimensions of the vectors."""
+    return self._faiss.d
+
+  @property
+  def num_lists(self) -> int:
+    """L, inverted lists."""
+    return self._faiss.nlist
+
+  @property
+  def num_bytes(self) -> int:
+    """Bytes of a vector on disk: code, norm, id, and the refiner."""
+    num = self._faiss.code_size + 8
+    if isinstance(self._refiner, residual_bits.ResidualBits):
+      return num + refiner_file.num_bytes(self.dim)
+    if self._refiner is not None:
+      return num + self._refiner.info["code_bytes"] + 8
+    return num
+
+  @property
+  def _words(self) -> additive.AdditiveParams:
+    return additive.AdditiveParams(faiss_lists.words_of(self._faiss.rq))
+
+  @property
+  def ids(self) -> np.ndarray:
+    """Ids of all vectors, int64 `[N]`, rising."""
+    return np.sort(faiss_lists.contents(self._faiss).ids_N)
+
+  def search(
+    self, queries, k: int = 10, *, nprobe: int | None = None, **settings
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Finds the `k` nearest of each query: distances and ids, `[Q, k]`.
+
+    Distances are squared, the least first; for "ip" and "cosine" they are
+    inner products and cosines, the largest first. Results that there are not
+    have id -1.
+
+    Args:
+      queries: `[Q, D]`, or one `[D]`: an array, a memory map, or a path.
+      k: Results; more than there are vectors leaves -1 at the end.
+      nprobe: Lists that are searched, at most all; None for 16.
+      **settings: `num_refined`, `num_pairwise`, `num_network`, `ef_search`, see
+        `vqjax.search.pipeline.Searcher.search`.
+
+    Raises:
+      ValueError: Queries are not finite or of another dimension, or a setting
+        does not fit.
+    """
+    check_range("k", k, 1, 1 << 20)
+    if not isinstance(queries, str | pathlib.Path):
+      queries = np.atleast_2d(np.asarray(queries))
+    queries = _open(queries, self.dim, self.metric, "queries")
+    queries_QD = batches.read_rows(queries, np.arange(len(queries)))
+    if nprobe is not None:
+      check_range("nprobe", nprobe, 1, 1 << 31)
+      nprobe = min(nprobe, self.num_lists)
+    if not len(self):
+      shape = (len(queries_QD), k)
+      none = np.inf if self.metric == "l2" else -np.inf
+      return np.full(shape, none, np.float32), np.full(shape, -1, np.int64)
+    found = self._open_searcher().search(
+      queries_QD, min(k, len(self)), nprobe=nprobe, **settings
+    )
+    distances_QR = found.distances_QR
+    if self.metric == "cosine":  # Of vectors of length 1.
+      distances_QR = 1 - distances_QR / 2
+    missing = [(0, 0), (0, k - found.ids_QR.shape[1])]
+    none = np.inf if self.metric == "l2" else -np.inf
+    return (
+      np.pad(distances_QR, missing, constant_values=none).astype(np.float32),
+      np.pad(found.ids_QR, missing, constant_values=-1),
+    )
+
+  def add(self, x, ids=None, *, progress: bool = False) -> None:
+    """Encodes more vectors `[n, D]` and adds them; what is there stays.
+
+    Args:
+      x: As in `build_index`.
+      ids: Distinct integers that are not in the index; None for those that
+        follow its largest.
+      progress: Shows a progress line.
+
+    Raises:
+      ValueError: Vectors or ids do not fit; nothing is added then.
+    """
+    vectors = _open(x, self.dim, self.metric)
+    before = faiss_lists.contents(self._faiss)
+    ids_N = _check_ids(ids, len(vectors), before.ids_N)
+    if not len(vectors):
+      return
+    codes_NM = self.codec.encode(vectors, progress=progress, **self.settings)
+    self._append(vectors, codes_NM, ids_N)
+    if self._refiner is not None:
+      self._extend_refiner(vectors, ids_N, before)
+
+  def save(self, folder, *, overwrite: bool = False) -> pathlib.Path:
+    """Writes the folder, whole or not at all, and returns its path.
+
+    Raises:
+      FileExistsError: There is something already, and not `overwrite`.
+    """
+    folder = files.user_path(folder)
+    with index_folder.new_folder(folder, overwrite=overwrite) as temporary:
+      codec_file.save_codec(
+        temporary, self.codec.name, self.codec.params, info=self.codec.info
+      )
+      info = faiss_ivf.save(
+        self._faiss,
+        temporary / "index.faiss",
+        {
+          "codec": self.codec.name,
+          "codec_fingerprint": self.codec.fingerprint,
+          "decoders_fingerprint": codec_file.fingerprint(self._words),
+          "is_cosine": self.metric == "cosine",
+        },
+      )
+      paths = {"codec": "codec.safetensors", "index": "index.faiss"}
+      paths |= self._save_decoders(temporary)
+      paths |= self._save_refiner(temporary, info)
+      index_folder.write_manifest(
+        temporary, paths, {"metric": self.metric, "encode": self.settings}
+      )
+    return folder
+
+  def _save_decoders(self, folder) -> dict[str, str]:
+    if self._pairwise is None:
+      return {}
+    decoder_file.save(
+      folder / "decoders.safetensors",
+      self._words,
+      self._pairwise,
+      codec_fingerprint=self.codec.fingerprint,
+      info={},
+    )
+    return {"decoders": "decoders.safetensors"}
+
+  def _save_refiner(self, folder, info: dict) -> dict[str, str]:
+    if self._refiner is None:
+      return {}
+    if isinstance(self._refiner, residual_bits.ResidualBits):
+      path = folder / "refiner.safetensors"
+      refiner_file.save(path, self._refiner, of_index=info["sha256"], info={})
+    else:
+      path = folder / "refiner.faiss"
+      faiss_fastscan.save(
+        self._refiner.index,
+        path,
+        of_index=info["sha256"],
+        info=self._refiner.info,
+      )
+    return {"refiner": path.name}
+
+  def _append(self, vectors, codes_NM, ids_N) -> None:
+    """Puts codes into their lists."""
+    lists_N, codes_NM = self._split(vectors, codes_NM)
+    faiss_ivf.add_codes(self._faiss, lists_N, codes_NM, ids_N)
+    faiss_ivf.fit_norms(self._faiss)
+    self._searcher = None
+
+  def _split(self, vectors, codes_NM):
+    """Lists `[N]` of vectors, and codes without the list number."""
+    if self.codec.is_ivf:
+      return codes_NM[:, 0].astype(np.int64), codes_NM[:, 1:]
+    if self.num_lists == 1:
+      return np.zeros(len(codes_NM), np.int64), codes_NM
+    coarse = self._faiss.quantizer
+    lists = [
+      faiss_lists.assign_lists(coarse, x_nD)
+      for _, x_nD in batches.map_blocks(
+        lambda x_nD: x_nD, vectors, block_size=_BLOCK
+      )
+    ]
+    return np.concatenate(lists).astype(np.int64), codes_NM
+
+  def _make_refiner(self, kind: str, vectors, ids_N, seed: int) -> None:
+    """Makes the refiner of vectors, which are those of the index."""
+    contents = faiss_lists.contents(self._faiss)
+    read_fn = _make_read_fn(vectors, ids_N, contents)
+    self._searcher = None
+    if kind == "rabitq":
+      metric = "ip" if self.metric == "ip" else "l2"
+      self._refiner = refining.rabitq(
+        contents, read_fn, metric=metric, seed=seed
+      )
+      return
+    index, weights = refining.fastscan(
+      self._faiss, contents, read_fn, self._decode_fn()
+    )
+    info = {**weights, **faiss_fastscan.describe(index)}
+    self._refiner = faiss_fastscan.Loaded(index, info)
+
+  def _extend_refiner(self, vectors, ids_N, before) -> None:
+    """Takes more vectors, which were added after `before`, into the refiner."""
+    after = faiss_lists.contents(self._faiss)
+    read_fn = _make_read_fn(vectors, ids_N, after)
+    if isinstance(self._refiner, residual_bits.ResidualBits):
+      metric = "ip" if self.metric == "ip" else "l2"
+      self._refiner = refining.extend_rabitq(
+        self._refiner, before, after, read_fn, metric=metric
+      )
+      return
+    for start in range(0, len(ids_N), _BLOCK):
+      rows = np.arange(start, min(start + _BLOCK, len(ids_N)))
+      x_nD = batches.read_rows(vectors, rows)
+      faiss_fastscan.add(self._refiner.index, x_nD, ids_N[rows])
+
+  def _decode_fn(self):
+    return searchers.make_decode_fn(self.codec, "float32")
+
+  def _open_searcher(self):
+    if self._searcher is None:
+      self._searcher = searchers.make_searcher(
+        self._faiss,
+        "ip" if self.metric == "ip" else "l2",
+        self._decode_fn(),
+        pairwise_params=self._pairwise,
+        refiner=self._refiner,
+        is_cosine=self.metric == "cosine",
+      )
+    return self._searcher
+
+
+def _check_choices(**values) -> None:
+  """Raises ValueError unless each value is None or one of its choices."""
+  for name, (value, choices) in values.items():
+    if value is not None and value not in choices:
+      raise ValueError(
+        f"{name} must be one of {', '.join(choices)}; got {value!r}."
+      )
+
+
+def _check_refiner(refiner: str | None, metric: str, codec, num: int) -> None:
+  """Raises ValueError if vectors cannot have this refiner."""
+  if refiner != "fastscan":
+    return
+  if metric == "ip":
+    raise ValueError(
+      "A fastscan refiner is for l2 and cosine; take refiner='rabitq' for ip."
+    )
+  faiss_fastscan.check_parts(codec.dim, None)
+  check_range(
+    "The number of vectors", num, 256, 1 << 40, "for a fastscan refiner"
+  )
+
+
+def _open(x, dim: int, metric: str, name: str = "x"):
+  """Vectors `[N, dim]`, unread; of length 1 for the cosine."""
+  vectors = open_array(x, dim, name)
+  return unit.UnitVectors(vectors) if metric == "cosine" else vectors
+
+
+def _check_ids(ids, num: int, taken_N: np.ndarray) -> np.ndarray:
+  """Returns ids `[num]` as int64; raises unless all are new and distinct."""
+  if ids is None:
+    first = int(taken_N.max()) + 1 if len(taken_N) else 0
+    return np.arange(first, first + num)
+  ids_N = np.asarray(ids)
+  if ids_N.dtype.kind not in "iu":
+    raise TypeError(f"ids must be integers, got {ids_N.dtype}.")
+  check_shape("ids", ids_N, (num,))
+  if num and (ids_N.min() < 0 or int(ids_N.max()) >= 1 << 63):
+    row = int(np.argmin(ids_N) if ids_N.min() < 0 else np.argmax(ids_N))
+    raise ValueError(
+      f"ids must lie between 0 and 2^63 - 1, got {ids_N[row]} in row {row}."
+    )
+  ids_N = ids_N.astype(np.int64)
+  values, rows = np.unique(ids_N, return_index=True)
+  if len(values) < num:
+    row = int(np.setdiff1d(np.arange(num), rows)[0])
+    raise ValueError(f"ids must be distinct, got {ids_N[row]} twice.")
+  if (known := np.isin(ids_N, taken_N)).any():
+    row = int(np.argmax(known))
+    raise ValueError(
+      f"ids must not be in the index yet, got {ids_N[row]} in row {row}."
+    )
+  return ids_N
+
+
+def _check_lists(codec: Codec, num_lists: int | None, num: int) -> int:
+  """Returns L; raises ValueError if there are too few vectors for it."""
+  check_range("The number of vectors", num, 1, 2**31 - 1)
+  if codec.is_ivf:
+    own = codec.codebook_sizes[0]
+    if num_lists not in (None, own):
+      raise ValueError(
+        f"num_lists must be None or {own}, the number of lists that this codec "
+        f"was trained with; got {num_lists}."
+      )
+    return own
+  if num_lists is None:
+    if num < _ONE_LIST:
+      return 1
+    power = round(math.log2(4 * math.sqrt(num)))
+    return min(1 << power, max(num // _LEAST_PER_LIST, 1))
+  check_range("num_lists", num_lists, 1, num, "vectors")
+  return num_lists
+
+
+def _fit_centroids(vectors, num_lists: int, seed: int) -> np.ndarray:
+  x_ND = batches.subsample(vectors, _PER_LIST * num_lists, seed)
+  return np.asarray(kmeans.fit(jax.random.key(seed), x_ND, num_lists))
+
+
+def _fit_decoders(codec: Codec, vectors, codes_NM, num_tables: int | None):
+  """Codewords of the index, and the pairwise decoder or None."""
+  sizes = codec.codebook_sizes[codec.is_ivf :]
+  rows_N = batches.permute(
+    np.arange(min(len(vectors), _MOST_FITTED)), len(vectors), 0, 0
+  )
+  target_ND = batches.read_rows(vectors, rows_N)
+  codes_NM, lists_N = codes_NM[rows_N].astype(np.int32), None
+  if codec.is_ivf:
+    lists_N, codes_NM = codes_NM[:, 0], codes_NM[:, 1:]
+    target_ND -= codec.centroids[lists_N]
+  sample = decoders_lib.Sample(target_ND, codes_NM, lists_N)
+  num_train, held_out = len(rows_N), None
+  if len(rows_N) > 1:
+    num_train, _ = batches.split(len(rows_N))
+    held_out = sample.cut(slice(num_train, None))
+  train = sample.cut(slice(num_train))
+  words = decoders_lib.fit_additive(codec.params, sizes, train)
+  if additive.from_codec(codec.params) is not None and num_tables is None:
+    return words, None  # Exact already.
+  num_lists = codec.codebook_sizes[0] if codec.is_ivf else 0
+  most = decoders_lib.most_tables(sizes, num_lists, num_train, num_tables)
+  if not most:
+    return words, None
+  tables = decoders_lib.fit_pairwise(
+    words,
+    sizes,
+    train,
+    None if num_tables else held_out,
+    num_tables=most,
+    centroids_LD=codec.centroids,
+  )
+  return words, tables
+
+
+def _make_read_fn(vectors, ids_N, contents):
+  """Returns `rows -> x_nD`: vectors of rows of the index, by their ids."""
+  order_N = np.argsort(ids_N)
+  sorted_N = ids_N[order_N]
+
+  def read(rows_n):
+    at_n = np.searchsorted(sorted_N, contents.ids_N[rows_n])
+    return batches.read_rows(vectors, order_N[at_n])
+
+  return read

@@ -5,24 +5,24 @@ r"""Measures how fast this machine encodes, decodes, trains and clusters.
   python -m experiments.bench --codec=runs/qinco2_s --dtype=float32,bfloat16
   python -m experiments.bench --config=configs/qinco2_l.py:bigann1M --torch
 
-A trained --codec is measured on the vectors it was trained for. A --config is
-measured with weights drawn for its sizes: residual k-means of the vectors as
-words, so that the search is like that of a trained codec, and a network that
-moves them by a few percent. Its vectors are standard normal unless --data
-names a file.
+A trained --codec is measured on its own vectors. A --config is measured without
+training: its codewords are a residual k-means of the vectors, so that the
+search resembles that of a trained codec, and its network changes them by a few
+percent. Its vectors are standard normal numbers unless --data names a file.
 
   encode   by the published rule (A) and at the codec's own sizes (B and C),
            in the blocks of the encode command, from memory
   decode   random codes; the vectors stay on the device
-  train    a step of the training loop, beside its encode and its gradient
-           (with --config; its ratio is to the sum of these two)
-  kmeans   beside that of faiss, from the same start
+  train    a step of the training loop, compared with its encode and its
+           gradient (with --config; its ratio is to the sum of these two)
+  kmeans   compared with that of faiss, from the same start
 
-GFLOP/s count multiply-adds, times two, of the matrix products that are left
-once the tables are made; a training step is its encode and three decodes. The
-peak is the best matrix product of the same type, which takes turns with what
-is measured; share and network (candidates alone) are of that. Every result is
-a line of JSON added to --output, with device, versions and spread.
+GFLOP/s count two operations per multiply-add of the matrix products that remain
+once the tables are made; a training step counts as its encode and three
+decodes. The peak is the fastest matrix product of the same type, timed
+interleaved. share is the part of this peak that is reached, network the same
+for the network's products alone. Every result is a line of JSON added to
+--output, with device, versions and spread.
 """
 
 import contextlib
@@ -71,9 +71,9 @@ OPTIONS = {
   "dtype": cli.Option(str, "float32", "Any of float32,bfloat16."),
   **{name: cli.SEARCH_OPTIONS[name] for name in codecs.SIZES},
   "kmeans_vectors": cli.Option(int, 60_000, "Vectors of k-means."),
-  "kmeans_words": cli.Option(int, 1024, "Words of k-means."),
-  "torch": cli.Option(bool, False, "Also the same network in PyTorch."),
-  "repeats": cli.Option(int, 9, "Timed calls, at most, per result."),
+  "kmeans_words": cli.Option(int, 1024, "Centroids of k-means."),
+  "torch": cli.Option(bool, False, "Also measure the same network in PyTorch."),
+  "repeats": cli.Option(int, 9, "Timed calls per result, at most."),
   "output": cli.Option(
     str, "runs/bench.jsonl", "File that results are added to."
   ),

@@ -4,9 +4,9 @@ r"""Turns codes back into vectors.
       --output=decoded.fvecs
 
 Codes are a folder of shards, a .npy file of integers `[N, M]`, or the packed
-bytes of `experiments.encode --raw` (any other suffix). Those that say which
-codec made them (manifest.json, codes.npy.json) are refused by another. Fewer
-columns than the codec has are a code of lower rate.
+bytes of encode --raw (any other suffix). Codes whose description
+(manifest.json, codes.npy.json) names another codec are refused. Fewer columns
+than the codec has positions are a code of a lower rate.
 """
 
 import functools

@@ -10,9 +10,9 @@ r"""Measures a codec: error, recall of exact search in the decoded base, time.
 MSE is the squared error per vector: the sum over dimensions, the mean over
 vectors. 1-recall@R is the share of queries whose true nearest neighbour is
 among the first R found. Bytes are those of the code without a list number.
-Without --data the data are those of the training. A released codec is measured
-by its own rule (A and B) unless --rule or a size says otherwise. With
---multihost every process encodes, decodes and searches its share of the base.
+Without --data the codec's own data set is used. A codec is measured by the rule
+stored with it unless --rule or a size is given. With --multihost every process
+encodes, decodes and searches its part of the base.
 """
 
 import json
@@ -47,7 +47,7 @@ OPTIONS = {
     str, "base", "'base', or 'validation': the held-out training vectors."
   ),
   "num_vectors": cli.Option(
-    int, None, "Only the first so many vectors of the base."
+    int, None, "Use only the first vectors of the base, this many."
   ),
   **cli.SEARCH_OPTIONS,
   "baselines": cli.Option(

@@ -1,4 +1,4 @@
-r"""Learns what an IVF-PQ index is searched by, from its own neighbours.
+r"""Trains HAKES: learns the query side of an IVF-PQ index from neighbours.
 
   python -m experiments.hakes --config=configs/hakes.py
   python -m experiments.hakes --config=configs/hakes.py:smoke
@@ -7,10 +7,10 @@ r"""Learns what an IVF-PQ index is searched by, from its own neighbours.
       --config.data.train_queries=train.npy --config.data.queries=q.npy \
       --config.data.groundtruth=gt.npy
 
-Stages, each of which can be run alone by --stage=NAME once those before it
-have: base, samples, learn, centroids, index, evaluate. A stage whose output is
-in the run folder is skipped; delete the output to have it again. Ctrl-C saves;
-the same command goes on. index.faiss is for stock faiss.
+The stages are base, samples, learn, centroids, index and evaluate; --stage=NAME
+runs one alone, after those before it. A stage whose output is in the run folder
+is skipped; delete the output to run it again. Ctrl-C saves; the same command
+resumes. Stock faiss searches index.faiss.
 """
 
 import json

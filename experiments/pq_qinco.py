@@ -1,4 +1,4 @@
-r"""Cuts vectors into parts for a QINCo each, and makes one codec of those.
+r"""Divides vectors into parts, and joins the QINCos of the parts to one codec.
 
   python -m experiments.pq_qinco --prepare --data=learn.bvecs --num_blocks=4 \
       --opq --output=runs/pq_qinco
@@ -9,18 +9,18 @@ r"""Cuts vectors into parts for a QINCo each, and makes one codec of those.
   python -m experiments.evaluate --codec=runs/pq_qinco --split=validation
 
 --prepare writes part-0.npy, part-1.npy, ...: float32 `[N, D / P]`, consecutive
-dimensions of the vectors, which --opq rotates first by a matrix of faiss. Run
-again, the same command keeps the parts that are there and makes the others.
-What it did is in prepared.json.
+dimensions of the vectors. --opq rotates the vectors first, by a matrix that
+faiss learns. Run again, the same command keeps the finished parts and makes the
+others. prepared.json describes them.
 
-The parts are trained apart, on as many machines as there are, all with the
-same options. A code is that of part 0, then that of part 1, and so on: it has
-P x `config.model.num_steps` positions.
+The parts are trained separately, on one machine or many, all with the same
+options. A code is that of part 0, then that of part 1, and so on: it has P x
+`config.model.num_steps` positions.
 
 --recombine checks that each codec was trained on its part, writes
 codec.safetensors into the same folder and measures it on the held-out vectors.
-Codecs from elsewhere are put together by --parts=a,b,c [--rotation=r.npy]
-[--data=learn.bvecs] with an --output that was not prepared.
+To join other codecs use --parts=a,b,c [--rotation=r.npy] [--data=learn.bvecs]
+with an --output that was not prepared.
 
 Reference: arXiv 2401.14732, section 3.3.
 """
@@ -41,14 +41,18 @@ from vqjax.storage import codec_file
 
 REQUIRED = ("output",)
 OPTIONS = {
-  "prepare": cli.Option(bool, False, "Cut --data into parts."),
-  "recombine": cli.Option(bool, False, "Make one codec of the parts'."),
+  "prepare": cli.Option(bool, False, "Divide --data into parts."),
+  "recombine": cli.Option(bool, False, "Join the codecs of the parts."),
   "data": cli.Option(
-    str, None, "Training vectors; with --recombine where they moved to."
+    str,
+    None,
+    "Training vectors; with --recombine their new place, if they moved.",
   ),
-  "num_vectors": cli.Option(int, None, "Only the first so many vectors."),
+  "num_vectors": cli.Option(
+    int, None, "Use only the first vectors, this many."
+  ),
   "num_blocks": cli.Option(
-    int, None, "P, parts of equal size; divides the dimensions."
+    int, None, "P, number of parts; a divisor of the dimensions."
   ),
   "opq": cli.Option(bool, False, "Learn a rotation first (OPQ, by faiss)."),
   "seed": cli.Option(int, 0, "Draws the vectors that --opq learns from."),

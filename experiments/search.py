@@ -10,14 +10,13 @@ r"""Searches an index at many settings: recall, speed, Pareto front, picture.
   python -m experiments.search --decode_all --codec=runs/qinco2_s \
       --codes=codes --data=base.bvecs --queries=query.bvecs --output=all.json
 
-Settings are all combinations of the lists given. Each parameter is taken to
-cost time and to gain recall, so that many combinations need not be tried. A
-point is the best of --rounds rounds after a call that compiles; in a round all
-queries are searched again and again for a tenth of a second, or once where that
-takes longer. Baselines take turns with ours. The same command
-measures the points that are missing.
-The picture lies beside the output, as search.png; each point is also printed as
-a JSON line when it is measured, alone on stdout: ... > points.jsonl
+Settings are all combinations of the values given. Larger values are assumed to
+cost time and to raise recall, so that many combinations need not be tried. A
+point is the best of --rounds rounds, after one call that compiles. In a round
+all queries are searched repeatedly for a tenth of a second, or once if that
+takes longer. Baselines are measured interleaved with ours. If interrupted, the
+same command measures the points that are missing. The picture is search.png,
+next to the output. Each point is also printed to stdout as a JSON line.
 
 Columns of the table: nprobe lists are searched. Their vectors are ordered by
 the additive decoder, or by a fastscan refiner. The best num_refined of them are
@@ -28,11 +27,11 @@ are the microseconds per query of each stage. decoded is the number of vectors
 that the network decoded per query; one that several queries share counts once.
 
 Times are those of all threads; --threads=1 keeps JAX and faiss to one CPU.
-Bytes of a vector are those in the lists, without ids. IVF-RaBitQ has a bit for
-each dimension of the randomly rotated vector, and 8 bytes.
+Bytes are those of a vector in the lists, without its id. IVF-RaBitQ takes one
+bit for each dimension of the randomly rotated vector, plus 8 bytes.
 
-With --decode_all there is no index: all codes are decoded by the network, and
-the search among them is exact.
+--decode_all needs no index: it decodes all codes by the network and searches
+the decoded vectors exactly.
 """
 
 import itertools
@@ -88,10 +87,10 @@ OPTIONS = {
   **cli.DATA_OPTIONS,
   "k": cli.Option(int, 10, "Results per query."),
   "nprobe": cli.Option(
-    str, None, "Lists looked into, as 1,4,16; powers of two if unset."
+    str, None, "Lists to search, as 1,4,16; powers of two if unset."
   ),
   "ef_search": cli.Option(
-    str, None, "Effort of a coarse quantiser that is a graph, as 32,128."
+    str, None, "Effort to find lists by a graph of centroids, as 32,128."
   ),
   "num_refined": cli.Option(
     str,
@@ -111,7 +110,7 @@ OPTIONS = {
     "Candidates that the network decodes, as 0,5,20; 0 leaves it out.",
   ),
   "threads": cli.Option(
-    int, None, "CPUs to work on; all that the process may use if unset."
+    int, None, "CPUs to use; all that the process may use if unset."
   ),
   "dtype": cli.Option(
     str,
@@ -124,11 +123,11 @@ OPTIONS = {
   "baselines": cli.Option(
     str,
     "",
-    "Also train and search these of faiss, on the same lists: any of "
+    "Also train and search these indexes of faiss on the same lists: any of "
     f"{','.join(faiss_baselines.NAMES)}. They need --data.",
   ),
   "train": cli.Option(
-    str, None, "Their training vectors; those of the codec if unset."
+    str, None, "Training vectors of the baselines; those of the codec if unset."
   ),
   "decode_all": cli.Option(
     bool, False, "Search exactly among all --codes, decoded; no index."

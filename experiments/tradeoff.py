@@ -2,12 +2,11 @@ r"""Measures error against time of encoding, to choose --beam_size and C.
 
   python -m experiments.tradeoff --codec=runs/qinco2_s --output=tradeoff.png
 
-Encodes the same vectors by the published rule (A words of each hypothesis go
-through the network) and by the joint one (the best C of all pairs), at growing
-beam sizes, and draws both curves; where the network is deep enough also that of
-the joint rule with a ranker, which lets F of the C through. A JSON file of the
-figures lies beside the picture. Without --data the vectors are those of the
-codec's own base.
+Encodes the same vectors at growing beam sizes B by the published rule (A
+codewords of each hypothesis go through the network) and by the joint rule (the
+best C of all pairs), and draws both curves. For deep networks it also draws the
+joint rule with a ranker, which keeps F of the C. A JSON file next to the
+picture has the figures. Without --data the codec's own base is encoded.
 """
 
 import json
@@ -39,7 +38,7 @@ OPTIONS = {
     str, "1,2,4", "Values of C / B, for the joint rule."
   ),
   "dtype": cli.SEARCH_OPTIONS["dtype"],
-  "repeats": cli.Option(int, 3, "Runs, of which the median time counts."),
+  "repeats": cli.Option(int, 3, "Timed runs; their median is reported."),
   "output": cli.Option(str, None, "Picture to write (.png, .svg, .pdf)."),
   "overwrite": cli.Option(bool, False, "Replace existing outputs."),
 }

@@ -40,6 +40,7 @@ from experiments import (
   train,
 )
 from experiments.lib import cli, search_data, truth
+from vqjax import fitting
 from vqjax.data import batches, codes, datasets, files, json_files
 from vqjax.interop import faiss_fastscan, faiss_io, faiss_ivf
 from vqjax.search import refiners
@@ -189,7 +190,7 @@ def _encode(config, workdir, dataset) -> None:
 
 
 def _small_search(config) -> dict:
-  return {name: config.model[name] for name in train.SEARCH}
+  return {name: config.model[name] for name in fitting.SEARCH}
 
 
 def _fit_decoders(config, workdir, dataset) -> None:

@@ -26,26 +26,16 @@ import pathlib
 import shlex
 import time
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import logging
 from ml_collections import config_dict
 
-from experiments.lib import cli, codecs, ivf_lists, run_folder, train_run
-from vqjax import devices
+from experiments.lib import cli, run_folder, train_run
+from vqjax import devices, fitting
 from vqjax.codec import Codec
-from vqjax.codecs import pq, qinco, qinco_loss, rq, runner
-from vqjax.codecs.rule import SearchRule
-from vqjax.core import check_range
 from vqjax.data import batches, datasets, files
-from vqjax.interop import faiss_io
 from vqjax.storage import codec_file
 from vqjax.training import checkpoints as checkpoints_lib
-from vqjax.training import curves, loop, optimisers, writers
-
-_METRICS = ["loss", "mse", "mse_loss", "preselect_loss"]
-SEARCH = ("num_candidates", "beam_size", "num_joint_candidates")
+from vqjax.training import curves, writers
 
 
 def run(
@@ -90,10 +80,9 @@ def _say_finished(workdir, summary: dict) -> dict:
 def _train(config, workdir, dataset, xt_ND, this, finish: bool):
   """`run`, with the folder locked."""
   batches.check_training(xt_ND, this.num_rows)
-  _check_words(config, this.num_rows)
+  fitting.check_words(config, this.num_rows)
   if this.plan is not None:
-    schedule = _make_schedule(config, this.plan)
-    _check_model(config, schedule, (this.num_rows, dataset.dim))
+    fitting.check_model(config, this.plan, (this.num_rows, dataset.dim))
   train_run.begin(workdir, this)
   logging.info(
     "%s: %d training vectors, %d held out, %d dimensions.",
@@ -105,10 +94,10 @@ def _train(config, workdir, dataset, xt_ND, this, finish: bool):
   began = time.monotonic()
   ended = {"seconds": 0}
   if this.plan is None:
-    params = _fit_classic(config, xt_ND, this.num_rows)
+    params = fitting.fit_closed(config, xt_ND, this.num_rows)
   else:
     params, ended, xt_ND = _train_learned(
-      config, workdir, dataset, xt_ND, this, schedule, finish
+      config, workdir, dataset, xt_ND, this, finish
     )
   if params is None:
     return None
@@ -122,97 +111,40 @@ def _resolve(config) -> datasets.Dataset:
   return datasets.resolve(**names)
 
 
-def _check_words(config, num_rows: int) -> None:
-  """Raises ValueError where the vectors cannot fill the codebooks."""
-  num = min(num_rows, config.init.max_vectors)
-  check_range(
-    "--config.model.codebook_size",
-    config.model.codebook_size,
-    *(2, num, f"{num} vectors cannot fill more codewords"),
-  )
-
-
-def _sample(config, xt_ND, num_rows: int) -> np.ndarray:
-  """The training vectors that initialisation sees, `[n, D]` float32."""
-  return batches.subsample(
-    xt_ND, config.init.max_vectors, config.seed, num_rows=num_rows
-  )
-
-
-def _fit_classic(config, xt_ND, num_rows: int):
-  """Fits PQ or RQ: closed form, nothing to resume."""
-  x_ND = _sample(config, xt_ND, num_rows)
-  model = config.model.to_dict()
-  rotation = None
-  if model.pop("opq", False):
-    num_bits = max(model["codebook_size"] - 1, 1).bit_length()
-    rotation = faiss_io.train_opq(x_ND, model["num_codes"], num_bits)
-    rotation = jnp.asarray(rotation)
-  kwargs = {"rotation": rotation} if config.codec == "pq" else {}
-  module = {"pq": pq, "rq": rq}[config.codec]
-  return module.fit(
-    jax.random.key(config.seed),
-    jnp.asarray(x_ND),
-    num_iterations=config.init.num_iterations,
-    **model,
-    **kwargs,
-  )
-
-
-def _train_learned(
-  config, workdir, dataset, xt_ND, this, schedule, finish: bool
-):
+def _train_learned(config, workdir, dataset, xt_ND, this, finish: bool):
   """Trains a QINCo: the best parameters, how it ended, and the vectors.
 
   Those of an IVF model come with their list. The parameters are None when the
   run was interrupted.
   """
-  num_rows, held_out, plan = this.num_rows, this.held_out, this.plan
-  centroids_LD, xt_ND = ivf_lists.prepare(config, workdir, xt_ND, num_rows)
-  xv_ND = batches.read_rows(xt_ND, np.arange(held_out.start, held_out.stop))
-  make_state = functools.partial(_make_state, config, schedule, centroids_LD)
-  start = lambda: make_state(jnp.asarray(_sample(config, xt_ND, num_rows)))
-  abstract = jax.eval_shape(
-    make_state, jax.ShapeDtypeStruct((num_rows, xt_ND.shape[1]), jnp.float32)
+  num_rows, plan = this.num_rows, this.plan
+  learned = fitting.Learned(
+    config, workdir, xt_ND, num_rows, this.held_out, plan
   )
+  like, xt_ND = devices.abstract(learned.abstract()), learned.vectors
   # Before there are checkpoints, so that a start that fails leaves none.
-  state = None if (workdir / "checkpoints").exists() else start()
+  has_begun = (workdir / "checkpoints").exists()
+  state = None if has_begun else learned.start()
   checkpoints = checkpoints_lib.Checkpoints(
     workdir / "checkpoints", num_latest=config.train.keep_checkpoints
   )
   step, writer = 0, None
   try:
     if finish:
-      like = devices.abstract(abstract)
       best = _best(workdir, checkpoints, like, writers.seconds(workdir))
       best[1]["is_early"] = best[1]["last_step"] < plan.total_steps
       return (*best, xt_ND)
-    found = checkpoints.restore_latest(devices.abstract(abstract))
+    found = checkpoints.restore_latest(like)
     if found is not None:
       step, state = found
       logging.info("Going on from step %d of %d.", step, plan.total_steps)
-    state = start() if state is None else state  # Killed before the first.
-    learner, tx = _make_learner(config, xv_ND, schedule)
-    reader = batches.BatchReader(
-      xt_ND,
-      config.seed,
-      plan.batch_size,
-      num_rows,
-      jax.process_index(),
-      jax.process_count(),
-    )
+    if state is None:  # Killed before the first checkpoint.
+      state = learned.start()
     writer = writers.Writer(
       workdir, first_step=step, tensorboard=config.train.tensorboard
     )
-    outcome = loop.train(
-      learner,
-      tx,
-      schedule,
-      state,
-      reader,
-      plan,
-      checkpoints=checkpoints,
-      writer=writer,
+    outcome = fitting.run_loop(
+      config, learned, state, plan, num_rows, checkpoints, writer
     )
     if devices.is_first():
       curves.plot_curves(workdir, scale=dataset.scale, unit=_unit(dataset))
@@ -248,104 +180,6 @@ def _best(workdir, checkpoints, like, seconds: float):
   return devices.local(state.params), ended
 
 
-def _make_schedule(config, plan):
-  return optimisers.make_schedule(
-    config.train.schedule,
-    peak_lr=config.train.peak_lr,
-    ramp_steps=config.train.ramp_epochs * plan.steps_per_epoch,
-    total_steps=plan.total_steps,
-  )
-
-
-def _make_tx(config, schedule):
-  return optimisers.make_optimiser(
-    schedule,
-    weight_decay=config.train.weight_decay,
-    clip_value=config.train.clip_value,
-  )
-
-
-def _make_state(config, schedule, centroids_LD, x_ND):
-  sizes = {k: v for k, v in config.model.items() if k not in SEARCH}
-  start = {k: v for k, v in config.init.items() if k != "max_vectors"}
-  if centroids_LD is not None:
-    x_ND, lists_N = ivf_lists.split(x_ND)
-    start |= dict(centroids_LD=centroids_LD, lists_N=lists_N)
-  params = qinco_loss.init(jax.random.key(config.seed), x_ND, **sizes, **start)
-  return loop.make_state(
-    params,
-    _make_tx(config, schedule),
-    qinco_loss.empty_stats(params),
-    _METRICS,
-    qinco_loss.frozen,
-  )
-
-
-def _check_model(config, schedule, shape) -> None:
-  """Raises ValueError where model and searches do not fit `[N, D]` vectors."""
-  make_state = functools.partial(_make_state, config, schedule, None)
-  # Without lists, which change nothing here and may take long to make.
-  abstract = jax.eval_shape(
-    make_state, jax.ShapeDtypeStruct(shape, jnp.float32)
-  )
-  check_search(config, abstract.params)
-
-
-def check_search(config, params) -> None:
-  """Raises ValueError unless the searches of the config fit the model."""
-  for name in ("model", "encode"):
-    rule = SearchRule(**{knob: config[name][knob] for knob in SEARCH})
-    try:
-      qinco.check_rule(params, rule)
-    except ValueError as error:
-      raise ValueError(f"In config.{name}: {error}") from error
-
-
-def _make_learner(config, xv_ND, schedule):
-  """Returns what the loop needs of a QINCo, and its optimiser."""
-  knobs = {name: config.model[name] for name in SEARCH}
-
-  def loss(params, key, x_ND, **options):
-    return qinco_loss.loss(params, key, *_split(params, x_ND), **options)
-
-  def errors(tables, x_ND):
-    x_ND, lists_N = _split(tables, x_ND)
-    codes_NM = qinco.encode(tables, x_ND, lists_N, **knobs)
-    return jnp.sum((x_ND - qinco.decode(tables, codes_NM)) ** 2, axis=-1)
-
-  prepare_fn, errors_fn = jax.jit(qinco.prepare), devices.data_parallel(errors)
-
-  def validate(params):
-    tables = prepare_fn(devices.local(params))
-    num_rows = runner.encode_block(qinco.CODEC, tables, SearchRule(**knobs))
-    return codecs.mean_of_rows(
-      functools.partial(errors_fn, tables), xv_ND, num_rows
-    )
-
-  learner = loop.Learner(
-    loss_fn=functools.partial(
-      loss,
-      dtype=codecs.product_dtype(config.train.dtype),
-      **knobs,
-    ),
-    join_stats_fn=qinco_loss.join_stats,
-    merge_stats_fn=qinco_loss.merge_stats,
-    end_epoch_fn=functools.partial(
-      qinco_loss.end_epoch, redraw=config.train.redraw
-    ),
-    usage_fn=qinco_loss.usage,
-    validate_fn=validate,
-    frozen_fn=qinco_loss.frozen,
-  )
-  return learner, _make_tx(config, schedule)
-
-
-def _split(params, rows):
-  """Vectors `[N, D]`, and their lists `[N]` or None, of what is read."""
-  is_ivf = getattr(params, "is_ivf", False)
-  return ivf_lists.split(rows) if is_ivf else (rows, None)
-
-
 def _unit(dataset) -> str:
   return "" if dataset.scale == 1 else f" (x {dataset.scale:g})"
 
@@ -353,22 +187,11 @@ def _unit(dataset) -> str:
 def _finish(config, workdir, dataset, xt_ND, params, this, ended: dict):
   """Writes the portable codec and the summary, and says what to do next."""
   held_out, seconds = this.held_out, ended["seconds"]
-  is_ivf = getattr(params, "is_ivf", False)
-  assign = ivf_lists.split if is_ivf else "auto"  # The lists are known.
   knobs = config.encode.to_dict()
   codec = Codec(config.codec, params, {"encode": knobs})
-  encode_fn, block_size = codecs.make_encode_fn(
-    codec, codec.rule, assign=assign
-  )
-  decode_fn = codecs.make_decode_fn(codec)
-
-  def errors(rows):
-    x_ND, _ = _split(params, rows)
-    return jnp.sum((x_ND - decode_fn(encode_fn(rows))) ** 2, axis=-1)
-
-  xv_ND = batches.read_rows(xt_ND, np.arange(held_out.start, held_out.stop))
-  with cli.progress(len(devices.share(len(xv_ND))), "validate") as done:
-    validation = codecs.mean_of_rows(errors, xv_ND, block_size, done)
+  num_mine = len(devices.share(held_out.stop - held_out.start))
+  with cli.progress(num_mine, "validate") as done:
+    validation = fitting.held_out_mse(codec, xt_ND, held_out, done)
   num_held_out = held_out.stop - held_out.start
   training = {"seconds": seconds, "validation_mse": validation}
   info = train_run.codec_info(config, dataset, num_held_out)

@@ -10,6 +10,7 @@ import pytest
 from ml_collections import config_dict
 
 from experiments import train
+from vqjax import fitting
 from vqjax.codecs import qinco_loss
 from vqjax.data import batches, datasets
 
@@ -74,13 +75,13 @@ LEARNED = [name for name in NAMES if "qinco" in name]
 @pytest.mark.parametrize("arg", ["", "sample_text", "bigann1M", "contriever1M"])
 def test_sizes_fit_the_model(name, arg):
   config = _config(name, arg)
-  sizes = {k: v for k, v in config.model.items() if k not in train.SEARCH}
+  sizes = {k: v for k, v in config.model.items() if k not in fitting.SEARCH}
   dim = {"sample_text": 384, "contriever1M": 768}.get(arg, 128)
   params = jax.eval_shape(
     lambda x_ND: qinco_loss.init(jax.random.key(0), x_ND, **sizes),
     jax.ShapeDtypeStruct((1000, dim), jnp.float32),
   )
-  train.check_search(config, params)
+  fitting.check_search(config, params)
 
 
 @pytest.mark.parametrize("name", NAMES)

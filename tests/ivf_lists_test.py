@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from experiments import train
-from experiments.lib import codecs, ivf_lists
+from experiments.lib import codecs
 from tests import oracles
 from tests.qinco_cases import CASES, make_params, vectors
+from vqjax import ivf_lists
 from vqjax.codec import Codec
 from vqjax.codecs import qinco
 from vqjax.data import batches
@@ -31,7 +32,7 @@ def test_kmeans_finds_the_centroids(x_ND, tmp_path):
   config = _config(num_lists=5)
   centroids_LD, joined = ivf_lists.prepare(config, tmp_path, x_ND, 300)
   assert centroids_LD.shape == (5, 6)
-  rows, lists_N = ivf_lists.split(joined[:])
+  rows, lists_N = batches.split_column(joined[:])
   np.testing.assert_array_equal(rows, x_ND)
   np.testing.assert_array_equal(lists_N, oracles.nearest(x_ND, centroids_LD))
   # Better than five of the vectors themselves.
@@ -138,7 +139,7 @@ def test_a_changed_file_of_centroids_is_read_again(x_ND, tmp_path):
     centroids_LD, joined = ivf_lists.prepare(config, tmp_path, x_ND, 300)
     np.testing.assert_array_equal(centroids_LD, x_ND[first : first + 7])
     np.testing.assert_array_equal(
-      ivf_lists.split(joined[:])[1], oracles.nearest(x_ND, centroids_LD)
+      batches.split_column(joined[:])[1], oracles.nearest(x_ND, centroids_LD)
     )
 
 

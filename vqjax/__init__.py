@@ -1,6 +1,6 @@
 """Learned vector compression, and search with compressed vectors, in JAX.
 
-codec = vqjax.load("runs/qinco2_s")
+codec = vqjax.fit(x, "qinco2_xs", num_codes=8)
 codes = codec.encode(x)
 xhat = codec.decode(codes)
 
@@ -13,10 +13,11 @@ _DOORS = {
   "Codec": "vqjax.codec",
   "Index": "vqjax.index",
   "build_index": "vqjax.index",
+  "fit": "vqjax.fitting",
   "load": "vqjax.codec",
   "load_index": "vqjax.index",
 }
-__all__ = ["Codec", "Index", "build_index", "load", "load_index"]  # noqa: F822 (loaded on demand, below)
+__all__ = ["Codec", "Index", "build_index", "fit", "load", "load_index"]  # noqa: F822 (loaded on demand, below)
 
 
 def __getattr__(name: str):

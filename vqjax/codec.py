@@ -8,6 +8,7 @@ Vectors are an array, a memory map, anything that becomes an array, or the path
 of a file of vectors; results are numpy arrays.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vqjax import progress as progress_lib
 from vqjax.codecs import registry, runner
 from vqjax.codecs import rule as rule_lib
 from vqjax.codecs.codec import CodecSpec
@@ -28,7 +30,6 @@ from vqjax.core import check_range, check_shape
 from vqjax.data import batches, formats, unit
 from vqjax.data import codes as codes_lib
 from vqjax.interop import faiss_assign, faiss_io
-from vqjax.progress import progress_bar
 from vqjax.search import metrics, truth_check
 from vqjax.storage import codec_file
 
@@ -133,6 +134,29 @@ class Codec:
     )
     return lambda x_ND: (x_ND, assign_fn(x_ND))
 
+  @functools.cached_property
+  def _compiled(self) -> dict:
+    return {}
+
+  def _encode_fn(self, rule: SearchRule, assign: str) -> Callable:
+    """The encoder of this search, made once."""
+    key = "encode", rule, assign
+    if key not in self._compiled:
+      assign_fn = self.make_assign_fn(assign)
+      self._compiled[key] = runner.make_encode_fn(
+        self.spec, self.tables, rule, assign_fn
+      )
+    return self._compiled[key]
+
+  def _decode_fn(self, dtype: str, block_size: int | None = None) -> Callable:
+    """The decoder of this type, made once."""
+    key = "decode", dtype, block_size
+    if key not in self._compiled:
+      self._compiled[key] = runner.make_decode_fn(
+        self.spec, self.tables, dtype=dtype, block_size=block_size
+      )
+    return self._compiled[key]
+
   def encode(
     self,
     x,
@@ -159,7 +183,7 @@ class Codec:
     """
     vectors = self._open(x)
     rule = self.rule.replace(**self.check_settings(settings))
-    assign_fn = self.make_assign_fn(assign)
+    encode_fn = self._encode_fn(rule, assign)
     sizes = self.codebook_sizes
     if rule.num_steps is not None:
       sizes = sizes[: rule.num_steps + self.is_ivf]
@@ -174,9 +198,9 @@ class Codec:
         self.tables,
         vectors,
         rule,
-        assign_fn=assign_fn,
         block_size=block_size,
         progress=done,
+        encode_fn=encode_fn,
       ):
         codes_NM[row : row + len(block_NM)] = block_NM
         row += len(block_NM)
@@ -220,9 +244,9 @@ class Codec:
         self.spec,
         self.tables,
         codes,
-        dtype=dtype,
         block_size=block_size,
         progress=done,
+        decode_fn=self._decode_fn(dtype, block_size),
       ):
         x_ND[row : row + len(block_ND)] = block_ND
         row += len(block_ND)
@@ -350,9 +374,7 @@ class _Errors:
   """Decoded blocks, whose squared errors and seconds are summed on the way."""
 
   def __init__(self, codec, vectors, codes_NM, dtype):
-    self._decode_fn = runner.make_decode_fn(
-      codec.spec, codec.tables, dtype=dtype
-    )
+    self._decode_fn = codec._decode_fn(dtype)
     self._vectors, self._codes_NM = vectors, codes_NM
     self._size = min(_BLOCK, len(codes_NM))
     self._decode(0)  # Compiles.
@@ -411,17 +433,8 @@ def smallest_type(sizes) -> np.dtype:
   return np.min_scalar_type(max(sizes) - 1)
 
 
-class _line:
-  """A progress line as a callback `(done, total)`, or None."""
-
-  def __init__(self, total: int, what: str, is_shown: bool):
-    self._bar = progress_bar(total, what) if is_shown else None
-
-  def __enter__(self):
-    if self._bar is None:
-      return None
-    return lambda done, _: self._bar.update(done - self._bar.n)
-
-  def __exit__(self, *_):
-    if self._bar is not None:
-      self._bar.close()
+def _line(total: int, what: str, is_shown: bool):
+  """A progress line, or nothing where it is not to be shown."""
+  if not is_shown:
+    return contextlib.nullcontext()
+  return progress_lib.progress(total, what)

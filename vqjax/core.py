@@ -58,3 +58,17 @@ def check_codes(codes_NM, num_codes: int) -> None:
       f"codes must have shape (N, 1 to {num_codes}), "
       f"got {tuple(codes_NM.shape)}."
     )
+
+
+def check_key(name: str, key, x) -> None:
+  """Raises TypeError unless `key` is a random key, and vectors follow it."""
+  dtype = getattr(key, "dtype", None)
+  is_key = dtype is not None and (
+    jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    or (dtype == jnp.uint32 and key.shape == (2,))
+  )
+  if x is None or not is_key:
+    raise TypeError(
+      f"{name} takes a random key first, then the vectors: "
+      f"{name}(jax.random.key(0), x, ...); got {type(key).__name__} as the key."
+    )

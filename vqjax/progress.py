@@ -1,5 +1,6 @@
 """The progress line: rate, time left and a few figures, on standard error."""
 
+import contextlib
 import sys
 
 from tqdm import tqdm
@@ -22,3 +23,10 @@ def progress_bar(
     file=sys.stderr,
     disable=sys.stderr is None,  # A program without a console.
   )
+
+
+@contextlib.contextmanager
+def progress(total: int, what: str, *, unit: str = "vec"):
+  """Yields a `(done, total)` callback behind a progress line."""
+  with progress_bar(total, what, unit=unit) as bar:
+    yield lambda done, _: bar.update(done - bar.n)

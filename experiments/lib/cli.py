@@ -16,7 +16,7 @@ from experiments.lib import errors, parsing, process
 from experiments.lib.compiled import keep_compiled  # noqa: F401 For commands.
 from experiments.lib.errors import leave, user_errors
 from vqjax import devices
-from vqjax.progress import progress_bar
+from vqjax.progress import progress as progress
 
 
 class Option(NamedTuple):
@@ -251,13 +251,6 @@ def require(config, *names: str) -> None:
   for name in names:
     if not config.get(name):
       raise ValueError(f"--{name} is needed; see --help.")
-
-
-@contextlib.contextmanager
-def progress(total: int, what: str, *, unit: str = "vec"):
-  """Yields a `(done, total)` callback behind a progress line."""
-  with progress_bar(total, what, unit=unit) as bar:
-    yield lambda done, _: bar.update(done - bar.n)
 
 
 @contextlib.contextmanager

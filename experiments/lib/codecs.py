@@ -1,15 +1,15 @@
 """Codecs of commands: opened from --codec, with the options of the search."""
 
 import jax
-import numpy as np
 
 import vqjax
 from experiments.lib import cli
-from vqjax import cpu, devices
+from vqjax import cpu
 from vqjax.codec import Codec
 from vqjax.codecs import runner
 from vqjax.codecs.rule import LETTERS, SearchRule
-from vqjax.data import batches, datasets
+from vqjax.data import datasets
+from vqjax.fitting import product_dtype as product_dtype
 
 RULES = ("joint", "published")
 SIZES = tuple(LETTERS)  # A, B, C and F.
@@ -19,15 +19,6 @@ def open_codec(path: str) -> Codec:
   """Loads a run folder, a codec.safetensors or a released .pt file."""
   cli.keep_compiled()
   return vqjax.load(path)
-
-
-def product_dtype(name: str) -> str:
-  """Returns the type of a network's products for `float32|bfloat16|auto`."""
-  if name not in ("auto", "float32", "bfloat16"):
-    raise ValueError(f"dtype must be auto, float32 or bfloat16; got {name!r}.")
-  if name != "auto":
-    return name
-  return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def ranking_dtype(name: str) -> str:
@@ -126,21 +117,6 @@ def make_decode_fn(codec: Codec, dtype: str = "float32"):
 def decode_rows() -> int:
   """Returns how many codes to decode between signs of progress."""
   return 8 * runner.decode_block()
-
-
-def mean_of_rows(fn, vectors, block_size: int, progress=None) -> float:
-  """Returns the mean of `fn`, `x_ND` to numbers `[N]`, over all rows.
-
-  Every process computes its share, and all return the same; `progress` is
-  told of the rows done and those in the share.
-  """
-  mine = devices.share(len(vectors))
-  blocks = batches.map_blocks(
-    fn, vectors, block_size=block_size, rows=mine, progress=progress
-  )
-  parts = [np.zeros(0, np.float32), *(value_N for _, value_N in blocks)]
-  value_N = devices.gather_rows(np.concatenate(parts), len(vectors))
-  return float(np.mean(value_N, dtype=float))
 
 
 def resolve_data(

@@ -10,15 +10,12 @@ import os
 import pathlib
 from typing import NamedTuple
 
-import jax
 from absl import logging
 
 from experiments.lib import codecs, run_folder
-from vqjax import devices
-from vqjax.codecs import qinco_loss
-from vqjax.core import check_range
+from vqjax import devices, fitting
 from vqjax.data import batches, datasets, files, formats
-from vqjax.training import loop, optimisers
+from vqjax.training import loop
 
 # Settings that may differ: what files hold is compared instead of their names,
 # how many vectors are held out instead of how that was asked for.
@@ -68,8 +65,8 @@ def look(config, workdir: pathlib.Path, dataset, xt_ND, **wishes) -> Run:
   num_rows, held_out = _split(config, len(xt_ND), old)
   plan = None
   if config.codec == "qinco":
-    check_options(config)
-    plan = make_plan(config, num_rows, dataset.scale)
+    fitting.check_options(config)
+    plan = fitting.make_plan(config, num_rows, dataset.scale)
   record = _record(config, dataset, xt_ND, plan, num_rows)
   if old is None:
     if wishes.get("finish"):
@@ -174,50 +171,3 @@ def _check_same(workdir, old: dict, new: dict) -> bool:
     take("train.num_epochs")
   run_folder.refuse(workdir, found, _SAYS)
   return has_more
-
-
-def check_options(config) -> None:
-  """Raises ValueError for values of the configuration that make no sense."""
-  train = config.train
-  for name in ("num_epochs", "epoch_size", "batch_size", "accumulate"):
-    check_range(f"--config.train.{name}", train[name], 1, 1 << 40)
-  for name in ("log_every", "keep_checkpoints", "cut_patience"):
-    check_range(f"--config.train.{name}", train[name], 1, 1 << 40)
-  check_range(
-    "--config.train.ramp_epochs", train.ramp_epochs, 0, train.num_epochs
-  )
-  for name, known in (
-    ("redraw", qinco_loss.REDRAWS),
-    ("schedule", optimisers.SCHEDULES),
-    ("dtype", ("auto", "float32", "bfloat16")),
-  ):
-    if train[name] not in known:
-      raise ValueError(
-        f"--config.train.{name} must be one of {', '.join(known)}; got "
-        f"{train[name]!r}."
-      )
-
-
-def make_plan(config, num_rows: int, scale: float) -> loop.Plan:
-  """Returns the lengths and intervals of the training loop."""
-  train = config.train
-  batch_size = train.batch_size * jax.device_count() * train.accumulate
-  if num_rows < batch_size:
-    raise ValueError(
-      f"A step takes {batch_size} vectors (--config.train.batch_size x devices "
-      f"x --config.train.accumulate), but there are only {num_rows} to train "
-      "on. Lower --config.train.batch_size or --config.data.validation_size."
-    )
-  is_plateau = train.schedule == "plateau"
-  return loop.Plan(
-    seed=config.seed,
-    num_epochs=train.num_epochs,
-    steps_per_epoch=max(min(train.epoch_size, num_rows) // batch_size, 1),
-    batch_size=batch_size,
-    accumulate=train.accumulate,
-    stop_patience=train.stop_patience if is_plateau else None,
-    cut_patience=train.cut_patience if is_plateau else None,
-    log_every=train.log_every,
-    checkpoint_minutes=train.checkpoint_minutes,
-    scale=scale,
-  )

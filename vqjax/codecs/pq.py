@@ -16,7 +16,7 @@ from jax import lax
 from vqjax.codecs import kmeans
 from vqjax.codecs.codec import CodecSpec
 from vqjax.codecs.distances import centre_of, nearest
-from vqjax.core import Array, check_codes, check_shape
+from vqjax.core import Array, check_codes, check_key, check_shape
 
 
 @struct.dataclass
@@ -46,7 +46,7 @@ def prepare(params: PQParams) -> PQParams:
 
 def fit(
   key: Array,
-  x_ND: Array,
+  x_ND: Array | None = None,
   *,
   num_codes: int,
   codebook_size: int = 256,
@@ -60,6 +60,7 @@ def fit(
   `rotation`, `[D, D]` and orthonormal, is applied first as `x_ND @ rotation`;
   `vqjax.interop.faiss_io.train_opq` makes one.
   """
+  check_key("pq.fit", key, x_ND)
   check_shape("x", x_ND, (None, None))
   n, d = x_ND.shape
   if num_codes < 1 or d % num_codes:

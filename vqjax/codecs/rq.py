@@ -19,7 +19,7 @@ from vqjax.codecs import kmeans
 from vqjax.codecs.codec import CodecSpec
 from vqjax.codecs.distances import centre_of, nearest, scan_blocks, sq_norms
 from vqjax.codecs.rule import SearchRule
-from vqjax.core import Array, check_codes, check_range, check_shape
+from vqjax.core import Array, check_codes, check_key, check_range, check_shape
 
 
 @struct.dataclass
@@ -47,7 +47,7 @@ def prepare(params: RQParams) -> RQParams:
 
 def fit(
   key: Array,
-  x_ND: Array,
+  x_ND: Array | None = None,
   *,
   num_codes: int,
   codebook_size: int = 256,
@@ -61,6 +61,7 @@ def fit(
   With a beam, a step is fitted to the residuals of all hypotheses so far;
   memory is then `N * beam_size * D` numbers.
   """
+  check_key("rq.fit", key, x_ND)
   check_shape("x", x_ND, (None, None))
   check_range("num_codes", num_codes, 1, 4096)
   check_range("beam_size", beam_size, 1, 4096)

@@ -82,6 +82,7 @@ def encode(
   rows: range | None = None,
   block_size: int | None = None,
   progress: Callable | None = None,
+  encode_fn: Callable | None = None,
 ) -> Iterator[np.ndarray]:
   """Yields codes `[n, M]` of consecutive rows of `vectors`, `[N, D]`.
 
@@ -94,10 +95,11 @@ def encode(
     rows: Consecutive rows; None for all.
     block_size: Vectors at once; None for `encode_block`.
     progress: Called with `(rows done, rows in all)`.
+    encode_fn: From `make_encode_fn`, where it is compiled already.
   """
   block_size = block_size or encode_block(spec, tables, rule)
   check_range("block_size", block_size, 1, 1 << 30)
-  encode_fn = make_encode_fn(spec, tables, rule, assign_fn)
+  encode_fn = encode_fn or make_encode_fn(spec, tables, rule, assign_fn)
   blocks = batches.map_blocks(
     encode_fn, vectors, block_size=block_size, rows=rows, progress=progress
   )
@@ -138,14 +140,19 @@ def decode(
   dtype: str = "float32",
   block_size: int | None = None,
   progress: Callable | None = None,
+  decode_fn: Callable | None = None,
 ) -> Iterator[np.ndarray]:
   """Yields vectors `[n, D]`, float32, of consecutive rows of codes `[N, M]`.
+
+  `decode_fn` is that of `make_decode_fn`, where it is compiled already.
 
   Raises:
     ValueError: A code is not below the size of its codebook; its row is named.
   """
   sizes = spec.codebook_sizes(tables)[: codes_NM.shape[1]]
-  decode_fn = make_decode_fn(spec, tables, dtype=dtype, block_size=block_size)
+  decode_fn = decode_fn or make_decode_fn(
+    spec, tables, dtype=dtype, block_size=block_size
+  )
   at_once, num = 8 * (block_size or decode_block()), len(codes_NM)
   at_once = min(at_once, num)
   for start in range(0, num, at_once or 1):

@@ -141,6 +141,11 @@ class WithColumn:
     return np.column_stack([x_ND, self._column_N[rows]]).astype(np.float32)
 
 
+def split_column(x_ND):
+  """Takes rows of `WithColumn` apart: vectors, and int32 `[N]`."""
+  return x_ND[:, :-1], x_ND[:, -1].astype(np.int32)
+
+
 def read_rows(vectors, rows) -> np.ndarray:
   """Reads rows `[N]` of an open file as float32 `[N, D]`, in their order.
 

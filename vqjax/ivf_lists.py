@@ -14,7 +14,6 @@ import shlex
 import numpy as np
 from absl import logging
 
-from experiments.lib import cli
 from vqjax import devices
 from vqjax.core import check_range
 from vqjax.data import (
@@ -26,6 +25,7 @@ from vqjax.data import (
   unit,
 )
 from vqjax.interop import faiss_assign, faiss_io
+from vqjax.progress import progress
 
 _PER_LIST = 256  # Vectors that k-means looks at, for each list.
 _MOST_LISTS = 1 << 16  # K-means in memory; 8 GiB for 128 dimensions.
@@ -123,11 +123,6 @@ def _identify(centroids_LD) -> dict:
   return {"num_lists": len(centroids_LD), **files.identify(centroids_LD)}
 
 
-def split(x_NE):
-  """Takes vectors with their list apart: `[N, D]`, and int32 `[N]`."""
-  return x_NE[:, :-1], x_NE[:, -1].astype(np.int32)
-
-
 def _centroids(config, xt_ND, num_rows: int):
   """What the centroids are of, and a function that returns them.
 
@@ -189,12 +184,14 @@ def _fit(xt_ND, num_lists: int, num_rows: int, knobs: dict) -> np.ndarray:
 
 def _assign(config, xt_ND, centroids_LD) -> np.ndarray:
   """The list of every training vector, int32 `[N]`."""
-  num_lists = len(centroids_LD)
-  with cli.progress(num_lists, "graph", unit="list") as done:
+  how, num_lists = config.ivf.assign, len(centroids_LD)
+  is_graph = faiss_assign.takes_graph(how, num_lists)
+  line = progress(num_lists, "graph", unit="list")
+  with line if is_graph else contextlib.nullcontext() as done:
     assign_fn, block_size = faiss_assign.make_assign_fn(
-      centroids_LD, config.ivf.assign, progress=done
+      centroids_LD, how, progress=done
     )
-  with cli.progress(len(xt_ND), "lists") as done:
+  with progress(len(xt_ND), "lists") as done:
     blocks = batches.map_blocks(
       assign_fn, xt_ND, block_size=block_size, progress=done
     )

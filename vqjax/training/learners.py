@@ -1,0 +1,109 @@
+"""What the training loop needs to learn a QINCo.
+
+Rows of a batch are the vectors `[N, D]`; for an IVF model they carry the number
+of their list behind, see `vqjax.data.batches.WithColumn`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from vqjax import devices
+from vqjax.codecs import qinco, qinco_loss, runner
+from vqjax.codecs.rule import SearchRule
+from vqjax.data import batches
+from vqjax.training import loop
+
+METRICS = ["loss", "mse", "mse_loss", "preselect_loss"]
+
+
+def split_rows(params, rows):
+  """Takes rows apart: vectors `[N, D]`, and lists `[N]` or None."""
+  return batches.split_column(rows) if params.is_ivf else (rows, None)
+
+
+def make_state(
+  rows,
+  tx: optax.GradientTransformation,
+  *,
+  seed: int,
+  centroids_LD=None,
+  **sizes,
+) -> loop.TrainState:
+  """Returns the state before the first step.
+
+  Args:
+    rows: The sample that the codebooks start from.
+    tx: Optimiser.
+    seed: Of the start.
+    centroids_LD: Of the lists of an IVF model, in data units.
+    **sizes: Of `qinco_loss.init`.
+  """
+  lists = {}
+  if centroids_LD is not None:
+    rows, lists_N = batches.split_column(rows)
+    lists = dict(centroids_LD=centroids_LD, lists_N=lists_N)
+  params = qinco_loss.init(jax.random.key(seed), rows, **sizes, **lists)
+  return loop.make_state(
+    params, tx, qinco_loss.empty_stats(params), METRICS, qinco_loss.frozen
+  )
+
+
+def make_learner(
+  held_out, rule: SearchRule, *, dtype: str, redraw: str
+) -> loop.Learner:
+  """Returns the learner of a QINCo.
+
+  Args:
+    held_out: Rows that it is validated on, in memory.
+    rule: The search of a training step and of the validation.
+    dtype: Type of the products of a training step; validation has float32.
+    redraw: What becomes of codewords that an epoch hardly used.
+  """
+  knobs = rule.to_dict(qinco_loss.KNOBS) | {"dtype": dtype}
+
+  def loss(params, key, rows):
+    return qinco_loss.loss(params, key, *split_rows(params, rows), **knobs)
+
+  def errors(tables, rows):
+    x_ND, lists_N = split_rows(tables, rows)
+    codes_NM = qinco.encode_by(tables, x_ND, lists_N, rule)
+    return jnp.sum((x_ND - qinco.decode(tables, codes_NM)) ** 2, axis=-1)
+
+  prepare_fn, errors_fn = jax.jit(qinco.prepare), devices.data_parallel(errors)
+
+  def validate(params):
+    tables = prepare_fn(devices.local(params))
+    size = runner.encode_block(qinco.CODEC, tables, rule)
+    return mean_of_rows(partial(errors_fn, tables), held_out, size)
+
+  return loop.Learner(
+    loss_fn=loss,
+    join_stats_fn=qinco_loss.join_stats,
+    merge_stats_fn=qinco_loss.merge_stats,
+    end_epoch_fn=partial(qinco_loss.end_epoch, redraw=redraw),
+    usage_fn=qinco_loss.usage,
+    validate_fn=validate,
+    frozen_fn=qinco_loss.frozen,
+  )
+
+
+def mean_of_rows(
+  fn: Callable, vectors, block_size: int, progress: Callable | None = None
+) -> float:
+  """Returns the mean of `fn`, rows to numbers `[N]`, over all rows.
+
+  Every process computes its share, and all return the same; `progress` is
+  told of the rows done and those in the share.
+  """
+  mine = devices.share(len(vectors))
+  blocks = batches.map_blocks(
+    fn, vectors, block_size=block_size, rows=mine, progress=progress
+  )
+  parts = [np.zeros(0, np.float32), *(value_N for _, value_N in blocks)]
+  value_N = devices.gather_rows(np.concatenate(parts), len(vectors))
+  return float(np.mean(value_N, dtype=float))

@@ -1,11 +1,11 @@
-r"""From vectors to searched operating points: an IVF-QINCo2 in one go.
+r"""Trains, indexes and searches an IVF-QINCo2 in one go.
 
   python -m experiments.ivf_pipeline --config=configs/ivf_qinco2_s.py
   python -m experiments.ivf_pipeline --config=configs/ivf_qinco2_xs.py \
       --config.data.train=learn.fvecs --config.data.base=base.fvecs \
       --config.data.queries=query.fvecs --workdir=runs/mine
 
-runs the commands below, each of which can be run by itself, into --workdir:
+runs these commands, each of which can be run alone, and writes into --workdir:
 
   centroids   ivf_centroids      centroids.npy
   codec       train              codec/
@@ -16,11 +16,10 @@ runs the commands below, each of which can be run by itself, into --workdir:
                                  --refiner=rabitq|fastscan
   search      search             search.json, search.png
 
-A step whose output is there is skipped, so that the same command goes on where
-it was stopped; one that was made of other files than are there now is refused.
-A file without the description beside it is made again.
-What the base is encoded by is config.encode; the training vectors, of which the
-decoders need many, are encoded by the smaller search of config.model.
+Steps whose output exists are skipped, so that the same command resumes where it
+was stopped. Output that was made of other files is refused; a file without its
+description is made again. The base is encoded by config.encode; the training
+vectors, of which the decoders need many, by the smaller search of config.model.
 """
 
 import copy

@@ -7,18 +7,18 @@ r"""Trains a codec from a configuration and writes a run folder.
   python -m experiments.train --config=configs/qinco2_s.py \
       --config.data.train=my.fvecs --config.model.beam_size=8
 
-Ctrl-C or SIGTERM saves and stops. The same command run again continues from the
-last checkpoint, also after a kill, to the same result bit for bit; of a run
-that is finished it says so. Every field of the file and of configs/base.py can
-be set, as --config.train.num_epochs=10. The run folder ends with
-codec.safetensors and codec.json, which evaluate, encode and decode take; of a
-run that has not finished they take the best checkpoint. --finish ends such a
-run with it.
+Ctrl-C or SIGTERM saves and stops. The same command run again resumes from the
+last checkpoint, also after a kill, to the same result bit for bit, or says that
+the run is finished. Every field of the configuration can be set, for example
+--config.train.num_epochs=10; configs/base.py lists them.
 
-More epochs can be asked of a run, finished or not, by a greater
---config.train.num_epochs. Training continues from the last checkpoint with the
-learning rate that the longer schedule has there: with ramp_cosine it rises
-again from the end of the old schedule.
+A finished run folder holds codec.safetensors and codec.json, which evaluate,
+encode and decode read. Of an unfinished run they read the best checkpoint;
+--finish ends such a run with it.
+
+A greater --config.train.num_epochs extends a run, finished or not. Training
+resumes from the last checkpoint with the learning rate that the longer schedule
+has there: with ramp_cosine it rises again.
 """
 
 import functools

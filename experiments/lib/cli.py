@@ -45,12 +45,12 @@ SEARCH_OPTIONS = {
   "num_candidates": Option(
     int,
     None,
-    "A, words of each hypothesis that go through the network; 0: all.",
+    "A, codewords of each hypothesis that go through the network; 0: all.",
   ),
   "num_joint_candidates": Option(
     int,
     None,
-    "C, pairs of hypothesis and word that go through the network, "
+    "C, pairs of hypothesis and codeword that go through the network, "
     "instead of A for each hypothesis; 0: by A.",
   ),
   "num_ranked": Option(
@@ -66,7 +66,7 @@ SEARCH_OPTIONS = {
     str,
     "auto",
     "Type of the products of the network and of those that pre-select its "
-    "words: float32, bfloat16, or auto: float32 on CPUs and bfloat16 on "
+    "codewords: float32, bfloat16, or auto: float32 on CPUs and bfloat16 on "
     "accelerators. Sums and errors are float32.",
   ),
 }

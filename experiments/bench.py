@@ -1,9 +1,9 @@
 r"""Measures how fast this machine encodes, decodes, trains and clusters.
 
-  python -m experiments.bench
-  python -m experiments.bench --tasks=encode,decode
-  python -m experiments.bench --codec=runs/qinco2_s --dtype=float32,bfloat16
-  python -m experiments.bench --config=configs/qinco2_l.py:bigann1M --torch
+  vqjax bench
+  vqjax bench --tasks=encode,decode
+  vqjax bench --codec=runs/qinco2_s --dtype=float32,bfloat16
+  vqjax bench --config=qinco2_l:bigann1M --torch
 
 A trained --codec is measured on its own vectors. A --config is measured without
 training: its codewords are a residual k-means of the vectors, so that the

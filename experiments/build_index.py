@@ -1,6 +1,6 @@
 r"""Builds an index from codes, in a file that faiss programs open too.
 
-  python -m experiments.build_index --codec=runs/ivf_qinco2_s --codes=codes \
+  vqjax build_index --codec=runs/ivf_qinco2_s --codes=codes \
       --decoders=decoders.safetensors --output=index.faiss
 
 Codes are a folder of shards or a .npy file, both made by encode; --data=FILE
@@ -13,8 +13,7 @@ Parts of the rows can be built at the same time and merged:
 
   ... --rows=0:500000 --output=a.faiss
   ... --rows=500000: --output=b.faiss
-  python -m experiments.build_index --merge=a.faiss,b.faiss \
-      --output=index.faiss
+  vqjax build_index --merge=a.faiss,b.faiss --output=index.faiss
 
 The index is made in memory: M + 9 bytes per vector of 8-bit codes, up to twice
 that while it grows.
@@ -175,8 +174,8 @@ def _words(config, codec) -> additive.AdditiveParams:
     return own
   if not config.decoders:
     raise ValueError(
-      "--decoders is needed; make them with python -m "
-      f"experiments.pairwise_decoder --codec={shlex.quote(config.codec)} "
+      "--decoders is needed. Make them with "
+      f"vqjax pairwise_decoder --codec={shlex.quote(config.codec)} "
       "--codes=CODES --data=VECTORS --output=decoders.safetensors."
     )
   return inputs.decoders(config, codec).additive
@@ -265,7 +264,7 @@ def _join_descriptions(paths) -> dict:
     if not found.get("rows"):
       raise ValueError(
         f"{files.description_path(path)} does not say which rows {path} has, "
-        "so it cannot be merged: make it with experiments.build_index --rows."
+        "so it cannot be merged: make it with vqjax build_index --rows."
       )
     info = {name: found.get(name) for name in _KEPT}
     shared = [{**x, "rows": None} for x in (info, *infos[:1])]
@@ -310,13 +309,13 @@ def _report(config, info: dict) -> dict:
   ]
   if missing:
     logging.info(
-      "Of %d rows it lacks %s. Build them with --rows=%s, and\n  python -m "
-      "experiments.build_index --merge=%s,... --output=...",
+      "Of %d rows it lacks %s. Build them with --rows=%s, and\n  "
+      "vqjax build_index --merge=%s,... --output=...",
       *(num_rows, " and ".join(missing), missing[0], shlex.quote(output)),
     )
   else:
     logging.info(
-      "Next:\n  python -m experiments.search --codec=%s --index=%s%s",
+      "Next:\n  vqjax search --codec=%s --index=%s%s",
       *(shlex.quote(config.codec or "CODEC"), shlex.quote(output)),
       _decoders_flag(config, info),
     )

@@ -1,7 +1,6 @@
 r"""Turns codes back into vectors.
 
-  python -m experiments.decode --codec=runs/qinco2_s --codes=codes.npy \
-      --output=decoded.fvecs
+  vqjax decode --codec=runs/qinco2_s --codes=codes.npy --output=decoded.fvecs
 
 Codes are a folder of shards, a .npy file of integers `[N, M]`, or the packed
 bytes of encode --raw (any other suffix). Codes whose description

@@ -1,9 +1,7 @@
 r"""Turns a file of vectors into codes.
 
-  python -m experiments.encode --codec=runs/qinco2_s --data=base.bvecs \
-      --output=codes.npy
-  python -m experiments.encode --codec=runs/qinco2_s --data=base.bvecs \
-      --output=codes.bin --raw
+  vqjax encode --codec=runs/qinco2_s --data=base.bvecs --output=codes.npy
+  vqjax encode --codec=runs/qinco2_s --data=base.bvecs --output=codes.bin --raw
 
 Codes are int32 `[N, M]` in a .npy file; for an IVF model the list number comes
 first. --raw packs every code into the bits it needs, rows padded to whole
@@ -29,7 +27,7 @@ run the same command. Shards are counted from 0:
 Run again, the same command keeps the finished shards and makes the others. It
 refuses a folder of another codec, data file or other options.
 
-  python -m experiments.encode --verify --output=codes [--codec=... --data=...]
+  vqjax encode --verify --output=codes [--codec=... --data=...]
 
 reads all shards, says which are missing or damaged and how to make them, and
 then ends with exit code 1. With --codec and --data it also compares those.
@@ -179,7 +177,7 @@ def _command(config, knobs: dict) -> str:
   chosen = ("beam_size", rule, "num_ranked", "dtype")
   asked.update({name: knobs[name] for name in chosen if name in knobs})
   words = [f"--{name}={value}" for name, value in asked.items()]
-  return shlex.join(["python", "-m", "experiments.encode", *words])
+  return shlex.join(["vqjax", "encode", *words])
 
 
 class _Meter:
@@ -251,8 +249,8 @@ def _write_shards(config, meta, mine: list[int], encoder, after) -> None:
       raise
   if jax.process_count() > 1:
     logging.info(
-      "This process is done; others may be at work. Then:\n  python -m "
-      "experiments.encode --verify --output=%s",
+      "This process is done; others may still be running. When all are done:"
+      "\n  vqjax encode --verify --output=%s",
       shlex.quote(folder),
     )
     return
@@ -301,7 +299,7 @@ def _after(config, codec, num_shards: int) -> str:
     commands = [f"decode {given} --output=x.npy"]
   if num_shards:
     commands.insert(0, f"encode --verify --output={output}")
-  return "\n  ".join(f"python -m experiments.{c}" for c in commands)
+  return "\n  ".join(f"vqjax {c}" for c in commands)
 
 
 def _remedy(folder, manifest, shards) -> str:

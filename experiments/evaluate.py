@@ -1,11 +1,11 @@
 r"""Measures a codec: error, recall of exact search in the decoded base, time.
 
-  python -m experiments.evaluate --codec=runs/qinco2_s
-  python -m experiments.evaluate --codec=runs/qinco2_s --num_candidates=16 \
+  vqjax evaluate --codec=runs/qinco2_s
+  vqjax evaluate --codec=runs/qinco2_s --num_candidates=16 \
       --beam_size=32 --baselines=PQ,OPQ,RQ,LSQ
-  python -m experiments.evaluate --codec=bigann_8x8_L2.pt --data=base.bvecs \
+  vqjax evaluate --codec=bigann_8x8_L2.pt --data=base.bvecs \
       --queries=query.bvecs --groundtruth=groundtruth.ivecs
-  python -m experiments.evaluate --codec=runs/qinco2_s --split=validation
+  vqjax evaluate --codec=runs/qinco2_s --split=validation
 
 MSE is the squared error per vector: the sum over dimensions, the mean over
 vectors. 1-recall@R is the share of queries whose true nearest neighbour is

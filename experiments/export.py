@@ -1,11 +1,9 @@
 r"""Exports a codec as a faiss index file, with or without codes in it.
 
-  python -m experiments.export --codec=runs/rq --output=rq.faiss
-  python -m experiments.export --codec=runs/pq --output=pq.faiss \
-      --codes=codes.npy
-  python -m experiments.export --codec=runs/pq --output=pq.faiss \
-      --data=base.fvecs
-  python -m experiments.export --codec=runs/qinco2_s --output=additive.faiss \
+  vqjax export --codec=runs/rq --output=rq.faiss
+  vqjax export --codec=runs/pq --output=pq.faiss --codes=codes.npy
+  vqjax export --codec=runs/pq --output=pq.faiss --data=base.fvecs
+  vqjax export --codec=runs/qinco2_s --output=additive.faiss \
       --decoders=decoders.safetensors --codes=codes.npy
 
 A PQ codec becomes an IndexPQ (OPQ: behind its rotation in an
@@ -143,7 +141,7 @@ def _subject(config, codec, metric: str) -> _Subject:
   if codec.name not in to_faiss:
     raise ValueError(
       f"faiss cannot decode a {codec.name} codec, which needs its network: "
-      "python -m experiments.build_index makes an index that is searched by "
+      "vqjax build_index makes an index that is searched by "
       "additive words, and --decoders=decoders.safetensors exports these alone."
     )
   return _Subject(
@@ -159,13 +157,13 @@ def _additive(config, codec, metric: str) -> _Subject:
   if codec.is_ivf:
     raise ValueError(
       f"{config.codec} has lists, and its additive decoder stands for what "
-      "their centroids leave: python -m experiments.build_index makes an index "
+      "their centroids leave: vqjax build_index makes an index "
       "with both."
     )
   if config.data:
     raise ValueError(
       "Vectors must be encoded by the codec, not by its additive decoder: run "
-      "python -m experiments.encode and give --codes instead of --data."
+      "vqjax encode and give --codes instead of --data."
     )
   params = inputs.decoders(config, codec).additive
   return _Subject(

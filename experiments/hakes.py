@@ -1,8 +1,8 @@
 r"""Trains HAKES: learns the query side of an IVF-PQ index from neighbours.
 
-  python -m experiments.hakes --config=configs/hakes.py
-  python -m experiments.hakes --config=configs/hakes.py:smoke
-  python -m experiments.hakes --config=configs/hakes.py --workdir=runs/mine \
+  vqjax hakes --config=hakes
+  vqjax hakes --config=hakes:smoke
+  vqjax hakes --config=hakes --workdir=runs/mine \
       --config.data.base=base.npy --config.data.metric=ip \
       --config.data.train_queries=train.npy --config.data.queries=q.npy \
       --config.data.groundtruth=gt.npy

@@ -1,8 +1,8 @@
 r"""Finds the centroids of inverted lists: k-means over a file of vectors.
 
-  python -m experiments.ivf_centroids --data=learn.bvecs \
+  vqjax ivf_centroids --data=learn.bvecs \
       --num_centroids=1024 --output=centroids.npy
-  python -m experiments.ivf_centroids --data=learn.bvecs \
+  vqjax ivf_centroids --data=learn.bvecs \
       --num_vectors=50000000 --num_centroids=1048576 --num_iterations=100 \
       --output=centroids.npy
 
@@ -133,8 +133,8 @@ def run(config, workdir=None) -> dict:
   checkpoint.unlink(missing_ok=True)
   logging.info(
     "%d centroids in %.1f s, mean squared error %.6g, in %s; what made them in "
-    "%s.\n%s\nNext:\n  python -m experiments.train "
-    "--config=configs/ivf_qinco2_s.py --config.data.train=%s "
+    "%s.\n%s\nNext:\n  vqjax train "
+    "--config=ivf_qinco2_s --config.data.train=%s "
     "--config.ivf.num_lists=%d --config.ivf.centroids=%s%s",
     *(len(state.words_KD), seconds, record["mean_squared_error"]),
     *(config.output, files.description_path(config.output)),

@@ -1,7 +1,7 @@
 r"""Trains, indexes and searches an IVF-QINCo2 in one go.
 
-  python -m experiments.ivf_pipeline --config=configs/ivf_qinco2_s.py
-  python -m experiments.ivf_pipeline --config=configs/ivf_qinco2_xs.py \
+  vqjax ivf_pipeline --config=ivf_qinco2_s
+  vqjax ivf_pipeline --config=ivf_qinco2_xs \
       --config.data.train=learn.fvecs --config.data.base=base.fvecs \
       --config.data.queries=query.fvecs --workdir=runs/mine
 
@@ -330,8 +330,8 @@ def _run(command, **values):
     for name, value in values.items()
     if value != command.OPTIONS[name].default
   ]
-  words = ["python", "-m", command.__spec__.name, *flags]
-  logging.info("%s", shlex.join(words))
+  name = command.__spec__.name.rpartition(".")[2]
+  logging.info("%s", shlex.join(["vqjax", name, *flags]))
   return command.run(cli.get_config(command.OPTIONS, **values))
 
 

@@ -1,6 +1,6 @@
 r"""Fits decoders that need no network: additive and pairwise.
 
-  python -m experiments.pairwise_decoder --codec=runs/ivf_qinco2_s \
+  vqjax pairwise_decoder --codec=runs/ivf_qinco2_s \
       --data=train.bvecs --codes=train_codes --output=decoders.safetensors
 
 A search ranks the vectors of its lists by the additive decoder (build_index
@@ -237,7 +237,7 @@ def _read_codes(found: codes.Codes, rows_N) -> np.ndarray:
 
 
 def _encode(codec, config, x_ND) -> np.ndarray:
-  """Codes of vectors, as `experiments.encode` makes them."""
+  """Codes of vectors, as `vqjax encode` makes them."""
   encoder = encoders.make_encoder(codec, config, x_ND)
   with cli.progress(len(x_ND), "encode") as done:
     return np.concatenate(list(encoder.blocks(done=done)))
@@ -323,7 +323,7 @@ def _report(config, info, rows, seconds, about_tables: str) -> None:
     ),
   )
   logging.info(
-    "%sWritten: %s\nNext:\n  python -m experiments.build_index --codec=%s "
+    "%sWritten: %s\nNext:\n  vqjax build_index --codec=%s "
     "--codes=CODES-OF-THE-BASE --decoders=%s --output=index.faiss",
     about_tables,
     *map(shlex.quote, (config.output, config.codec, config.output)),

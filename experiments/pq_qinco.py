@@ -1,12 +1,11 @@
 r"""Divides vectors into parts, and joins the QINCos of the parts to one codec.
 
-  python -m experiments.pq_qinco --prepare --data=learn.bvecs --num_blocks=4 \
+  vqjax pq_qinco --prepare --data=learn.bvecs --num_blocks=4 \
       --opq --output=runs/pq_qinco
-  python -m experiments.train --config=configs/qinco2_s.py \
-      --config.data.train=runs/pq_qinco/part-0.npy \
+  vqjax train --config=qinco2_s --config.data.train=runs/pq_qinco/part-0.npy \
       --workdir=runs/pq_qinco/codec-0                    and so on for each part
-  python -m experiments.pq_qinco --recombine --output=runs/pq_qinco
-  python -m experiments.evaluate --codec=runs/pq_qinco --split=validation
+  vqjax pq_qinco --recombine --output=runs/pq_qinco
+  vqjax evaluate --codec=runs/pq_qinco --split=validation
 
 --prepare writes part-0.npy, part-1.npy, ...: float32 `[N, D / P]`, consecutive
 dimensions of the vectors. --opq rotates the vectors first, by a matrix that
@@ -262,8 +261,8 @@ def _log_recombined(folder, parts, info: dict) -> None:
       quality += f"; those of the parts add up to {total}"
   logging.info(
     "One codec of %d parts in %s: %s, %s. Its validation MSE: %s.\nNext:\n"
-    "  python -m experiments.evaluate --codec=%s%s\n"
-    "  python -m experiments.encode --codec=%s --data=FILE --output=codes.npy",
+    "  vqjax evaluate --codec=%s%s\n"
+    "  vqjax encode --codec=%s --data=FILE --output=codes.npy",
     *(len(parts), folder, codec_file.TENSORS_NAME),
     *(codec_file.HEADER_NAME, quality),
     *(output, split or " --data=FILE", output),

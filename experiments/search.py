@@ -1,13 +1,13 @@
 r"""Searches an index at many settings: recall, speed, Pareto front, picture.
 
-  python -m experiments.search --codec=runs/ivf --index=index.faiss \
+  vqjax search --codec=runs/ivf --index=index.faiss \
       --decoders=decoders.safetensors --queries=query.bvecs \
       --groundtruth=groundtruth.ivecs --output=search.json
-  python -m experiments.search ... --data=base.bvecs --train=learn.bvecs \
+  vqjax search ... --data=base.bvecs --train=learn.bvecs \
       --baselines=IVF-PQ,IVF-RQ,IVF-RaBitQ --output=compared.json
-  python -m experiments.search --codec=runs/qinco2_s --index=index.faiss ... \
+  vqjax search --codec=runs/qinco2_s --index=index.faiss ... \
       --num_network=10,20,50,100,200,500,1000 --output=two_stages.json
-  python -m experiments.search --decode_all --codec=runs/qinco2_s \
+  vqjax search --decode_all --codec=runs/qinco2_s \
       --codes=codes --data=base.bvecs --queries=query.bvecs --output=all.json
 
 Settings are all combinations of the values given. Larger values are assumed to
@@ -231,8 +231,8 @@ def _check_whole(config, info: dict) -> None:
     shown = ", ".join(f"{first}:{stop}" for first, stop in rows)
     raise ValueError(
       f"{config.index} is a part, rows {shown} of {num_rows}, so true "
-      "neighbours would be missing; merge all parts first: python -m "
-      "experiments.build_index --merge=a.faiss,b.faiss --output=index.faiss."
+      "neighbours would be missing. Merge all parts first: "
+      "vqjax build_index --merge=a.faiss,b.faiss --output=index.faiss."
     )
 
 

@@ -1,6 +1,6 @@
 r"""Measures error against time of encoding, to choose --beam_size and C.
 
-  python -m experiments.tradeoff --codec=runs/qinco2_s --output=tradeoff.png
+  vqjax tradeoff --codec=runs/qinco2_s --output=tradeoff.png
 
 Encodes the same vectors at growing beam sizes B by the published rule (A
 codewords of each hypothesis go through the network) and by the joint rule (the

@@ -1,10 +1,10 @@
 r"""Trains a codec from a configuration and writes a run folder.
 
-  python -m experiments.train --config=configs/qinco2_s.py
-  python -m experiments.train --config=configs/qinco2_s.py:smoke
-  python -m experiments.train --config=configs/qinco2_s.py:bigann1M \
+  vqjax train --config=qinco2_s
+  vqjax train --config=qinco2_s:smoke
+  vqjax train --config=qinco2_s:bigann1M \
       --config.data.root=/data --workdir=runs/bigann
-  python -m experiments.train --config=configs/qinco2_s.py \
+  vqjax train --config=qinco2_s \
       --config.data.train=my.fvecs --config.model.beam_size=8
 
 Ctrl-C or SIGTERM saves and stops. The same command run again resumes from the
@@ -213,7 +213,7 @@ def _finish(config, workdir, dataset, xt_ND, params, this, ended: dict):
   logging.info(
     "Done in %.0f s. MSE%s of the %d held-out vectors, encoded with %s: %s\n"
     "Written to %s: %s\nNext:\n"
-    "  python -m experiments.evaluate --codec=%s%s%s",
+    "  vqjax evaluate --codec=%s%s%s",
     seconds,
     _unit(dataset),
     num_held_out,
@@ -248,8 +248,7 @@ def _to_search(workdir, dataset) -> str:
     ],
   }
   return "".join(
-    f"\n  python -m experiments.{name} "
-    f"{shlex.join([f'--codec={workdir}', *options])}"
+    f"\n  vqjax {name} {shlex.join([f'--codec={workdir}', *options])}"
     for name, options in commands.items()
   )
 

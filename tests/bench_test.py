@@ -282,7 +282,7 @@ def test_help_shows_how_to_use_it():
     [sys.executable, "-m", "experiments.bench", "--help"],
     cwd=ROOT, capture_output=True, text=True,
   )  # fmt: skip
-  assert "python -m experiments.bench --config=" in done.stdout
+  assert "vqjax bench --config=" in done.stdout
 
 
 def test_kmeans_of_faiss_starts_where_told():

@@ -268,7 +268,7 @@ def test_the_summary_names_the_next_command(files, tmp_path, said):
   assert f"{each:.1f} bytes per vector" in said[-2]
   assert f"{output}.json" in said[-2]
   assert (
-    f"python -m experiments.search --codec={files['codec']} "
+    f"vqjax search --codec={files['codec']} "
     f"--index={shlex.quote(str(output))} --decoders={files['decoders']}"
   ) in said[-1]
 
@@ -280,7 +280,7 @@ def test_the_summary_names_the_next_command(files, tmp_path, said):
     ({"codec": None}, "--codec is needed"),
     ({"codes": None}, "either --codes or --data"),
     ({"data": "x.npy"}, "either --codes or --data"),
-    ({"decoders": None}, r"python -m experiments.pairwise_decoder --codec="),
+    ({"decoders": None}, r"vqjax pairwise_decoder --codec="),
     ({"rows": "5"}, "must be first:stop, rows from 0 to 130 .* got '5'"),
     ({"rows": "0:131"}, "rows from 0 to 130 .* got '0:131'"),
     ({"rows": "9:9"}, "got '9:9'"),

@@ -26,7 +26,7 @@ def _manifest(vectors=None, **values):
     fingerprint="abc",
     codebook_sizes=SIZES,
     encode={"beam_size": 4},
-    command="python -m experiments.encode --codec=c",
+    command="vqjax encode --codec=c",
     num_shards=NUM_SHARDS,
   )
   return codes.describe(vectors, **{**given, **values})

@@ -462,7 +462,7 @@ def test_killed_and_resumed_from_the_shell_equals_uninterrupted(tmp_path):
 )
 def test_help_says_how_to_use_it(name, own):
   text = commands.run(name, "--help", check=False).stdout
-  assert f"python -m experiments.{name}" in text
+  assert f"vqjax {name}" in text
   for flag in own:
     assert f"\n  --{flag}:" in text
 

@@ -289,8 +289,8 @@ def test_verify_says_what_is_wrong_and_its_command_mends_it(given):
   assert re.search("00001-of-00004.npy is damaged: .* checksum", text)
   assert "00003-of-00004.npy is missing" in text
   assert "--shard=i/4 for i in 1,3" in text
-  command = re.search(r"python -m experiments.encode .*", text)[0]
-  words = [word.lstrip("-").split("=") for word in shlex.split(command)[3:]]
+  command = re.search(r"vqjax encode .*", text)[0]
+  words = [word.lstrip("-").split("=") for word in shlex.split(command)[2:]]
   options = {name: encode.OPTIONS[name].kind(value) for name, value in words}
   encode.run(_config(**options))
   _verify(given)
@@ -363,12 +363,10 @@ def test_the_summary_names_the_next_commands(values, names, given, monkeypatch):
     given["output"] += ".bin" if "raw" in values else ".npy"
   encode.run(_config(**given | values))
   lines = said[-1].partition("Next:\n")[2].splitlines()
-  assert [shlex.split(line)[2] for line in lines] == [
-    f"experiments.{name}" for name in names
-  ]
+  assert [shlex.split(line)[1] for line in lines] == list(names)
   for name, line in zip(names, lines, strict=True):
     flags = dict(
-      flag.split("=") for flag in shlex.split(line)[3:] if "=" in flag
+      flag.split("=") for flag in shlex.split(line)[2:] if "=" in flag
     )
     module = importlib.import_module(f"experiments.{name}")
     assert {flag.removeprefix("--") for flag in flags} <= set(module.OPTIONS)
@@ -385,8 +383,7 @@ def test_a_codec_without_lists_decodes_next():
   config = _config(codec="run", data="x.npy", output="my codes.npy")
   codec = types.SimpleNamespace(is_ivf=False)
   assert encode._after(config, codec, 0) == (
-    "python -m experiments.decode --codec=run --codes='my codes.npy' "
-    "--output=x.npy"
+    "vqjax decode --codec=run --codes='my codes.npy' --output=x.npy"
   )
 
 

@@ -156,7 +156,7 @@ def test_stopped_centroids_are_resumed_and_commands_can_be_copied(
   dataset = ivf_pipeline._resolve(config)
   ivf_pipeline._find_centroids(config, workdir, dataset)
   assert np.load(path).shape == (8, 128)
-  command = [line for line in said if line.startswith("python -m")][-1]
+  command = [line for line in said if line.startswith("vqjax ")][-1]
   assert f"'--output={path}' --resume=True" in command
   assert "None" not in command
 

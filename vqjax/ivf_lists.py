@@ -166,9 +166,9 @@ def _check_memory(config, num_rows: int) -> None:
   if num_lists > _MOST_LISTS:
     data = shlex.quote(str(config.data.train or "TRAINING-VECTORS"))
     raise ValueError(
-      f"For {num_lists} lists, more than {_MOST_LISTS}, the training does not "
-      "find the centroids by itself; make them with python -m "
-      f"experiments.ivf_centroids --data={data} --num_vectors={num_rows} "
+      f"For {num_lists} lists, more than {_MOST_LISTS}, training does not find "
+      "the centroids itself. Make them with "
+      f"vqjax ivf_centroids --data={data} --num_vectors={num_rows} "
       f"--num_centroids={num_lists} --output=centroids.npy, and set "
       "--config.ivf.centroids=centroids.npy."
     )

@@ -12,7 +12,6 @@ import sys
 import jax
 from absl import logging
 
-from experiments.lib import process
 from vqjax import shipped
 
 _CHATTY = {"orbax", "etils", "tensorstore", "matplotlib"}
@@ -27,7 +26,7 @@ class PlainFormatter(std_logging.Formatter):
       text = f"{record.levelname}: {text}"
     if record.exc_info:
       text += "\n" + self.formatException(record.exc_info)
-    return process.name_commands(text)
+    return text
 
 
 def is_for_people(record) -> bool:

@@ -33,7 +33,6 @@ def main(arguments: list[str]) -> None:
   elif name in ("--version", "version"):
     sys.stdout.write(f"vqjax {__version__}\n")
   elif (name := name.replace("-", "_")) in shipped.command_names():
-    process.started_as = "vqjax "
     sys.argv[1:] = rest
     # The module's own name is __main__ then, as by `python -m`.
     runpy.run_module(f"experiments.{name}", run_name="__main__", alter_sys=True)

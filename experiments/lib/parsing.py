@@ -8,7 +8,6 @@ from typing import Any
 
 from absl import flags
 
-from experiments.lib import process
 from vqjax import shipped
 
 _ASK_FOR_HELP = ("-h", "-help", "--help", "--helpshort")
@@ -17,7 +16,7 @@ _ASK_FOR_HELP = ("-h", "-help", "--help", "--helpshort")
 def parse(argv, doc: str, options: dict, required):
   """Returns what is left of `argv`; whoever asks for help gets it."""
   if any(arg in _ASK_FOR_HELP for arg in argv[1:]):
-    sys.stdout.write(process.name_commands(help_text(doc, options, required)))
+    sys.stdout.write(help_text(doc, options, required))
     sys.exit(0)
   is_config = "config" in required
   for arg in argv[1:]:

@@ -69,7 +69,7 @@ def prepare(config) -> dict:
     "%d parts of %d vectors, %d dimensions each, in %s: %d made in %.1f s.\n"
     "Next, train each of them (a code has %d x config.model.num_steps "
     "positions):\n  %s\nThen:\n"
-    "  python -m experiments.pq_qinco --recombine --output=%s",
+    "  vqjax pq_qinco --recombine --output=%s",
     *(config.num_blocks, num, dim // config.num_blocks, folder, written),
     *(time.perf_counter() - began, config.num_blocks),
     "\n  ".join(_train_command(folder, p) for p in range(config.num_blocks)),
@@ -163,7 +163,7 @@ def _cut_fn(rotation_DD, of_part: slice):
 
 def _train_command(folder, block: int) -> str:
   return (
-    "python -m experiments.train --config=configs/qinco2_s.py "
+    "vqjax train --config=qinco2_s "
     f"--config.data.train={shlex.quote(str(part_path(folder, block)))} "
     f"--workdir={shlex.quote(str(codec_path(folder, block)))}"
   )

@@ -10,8 +10,6 @@ import os
 import signal
 import sys
 
-_NAMED = "python -m experiments."  # How texts name a command.
-started_as = _NAMED
 _NO_READER = (errno.EPIPE, errno.EBADF)
 
 
@@ -24,13 +22,8 @@ def prepare() -> None:
     sys.stdout = _Steady(sys.stdout or _nowhere(), "Standard output")
 
 
-def name_commands(text: str) -> str:
-  """Names the commands in a text as the user started this one."""
-  return text.replace(_NAMED, started_as)
-
-
 def end_at_once_on_ctrl_c() -> None:
-  """Lets Ctrl-C end the process without a word: all is said and written."""
+  """Lets Ctrl-C end the process silently: everything is written."""
   signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 

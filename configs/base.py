@@ -142,7 +142,7 @@ def _published() -> config_dict.ConfigDict:
       ramp_epochs=3,
       weight_decay=0.1,
       clip_value=0.1,  # 0: no clipping.
-      redraw="split",  # Idle words; "published" as in the paper, "none".
+      redraw="split",  # Idle codewords become copies of used ones; or "none".
       cut_patience=10,  # Epochs, of the schedule "plateau".
       stop_patience=20,
       log_every=50,  # Steps.

@@ -30,7 +30,6 @@ def make_figures(folder: str) -> None:
   config = qinco2_s.get_config("smoke")
   config.train.batch_size = BATCH // jax.device_count()
   config.train.log_every = 1
-  config.train.redraw = "published"  # Needs the moments of the whole batch.
   train.run(config, folder / "run")
   codec = codecs.open_codec(str(GOLDEN / "ivf_qinco2_tiny.pt"))
   encode_fn, _ = codecs.make_encode_fn(codec, codec.rule.replace(beam_size=4))

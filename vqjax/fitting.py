@@ -350,6 +350,7 @@ def product_dtype(name: str) -> str:
 def check_options(config) -> None:
   """Raises ValueError for values of the configuration that make no sense."""
   train = config.train
+  qinco_loss.check_redraw(train.redraw, "--config.train.redraw")
   for name in ("num_epochs", "epoch_size", "batch_size", "accumulate"):
     check_range(f"--config.train.{name}", train[name], 1, 1 << 40)
   for name in ("log_every", "keep_checkpoints", "cut_patience"):
@@ -358,7 +359,6 @@ def check_options(config) -> None:
     "--config.train.ramp_epochs", train.ramp_epochs, 0, train.num_epochs
   )
   for name, known in (
-    ("redraw", qinco_loss.REDRAWS),
     ("schedule", optimisers.SCHEDULES),
     ("dtype", ("auto", "float32", "bfloat16")),
   ):

@@ -86,7 +86,7 @@ def _make_step(subject, rule: SearchRule, x_ND):
 
 def _decode_loss(dtype, params, x_ND, codes_NM):
   """What a training step differentiates, given the codes."""
-  errors_M, preselect_T, _ = qinco_loss.decode_losses(
+  errors_M, preselect_T = qinco_loss.decode_losses(
     qinco.prepare(params), qinco.normalise(params, x_ND), codes_NM, dtype
   )
   return errors_M.sum() + preselect_T.sum()

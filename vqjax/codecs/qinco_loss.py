@@ -20,8 +20,7 @@ from vqjax.core import Array, check_range, check_shape
 
 # Fields of a search rule that training has.
 KNOBS = ("num_candidates", "beam_size", "num_joint_candidates", "dtype")
-REDRAWS = ("split", "published", "none")
-_MOMENTUM = 0.1  # Of the running moments of a step's target.
+REDRAWS = ("split", "none")
 # Steps written out in the gradient, and their weights and tables, in floats.
 _MAX_UNROLLED, _MAX_WEIGHTS = 32, 1 << 24
 
@@ -30,14 +29,10 @@ _MAX_UNROLLED, _MAX_WEIGHTS = 32, 1 << 24
 class WordStats:
   """What `end_epoch` needs to know of the epoch, per learned codebook.
 
-  The moments are running sums that `weight` normalises. `M` leaves out the
-  frozen list centroids of an IVF model.
+  `M` leaves out the frozen list centroids of an IVF model.
   """
 
-  used_MK: Array  # Vectors per codeword; int32, as float32 ends at 2^24.
-  mean_MD: Array  # Of the residual that the step should reconstruct.
-  std_MD: Array
-  weight: Array
+  used_MK: Array  # Vectors that chose the word, int32: float32 ends at 2^24.
 
 
 def init(
@@ -164,17 +159,12 @@ def loss(
       dtype=dtype,
     ),
   )
-  errors_M, preselect_T, moments = decode_losses(tables, z_ND, codes_NM, dtype)
+  errors_M, preselect_T = decode_losses(tables, z_ND, codes_NM, dtype)
   num_words = params.codebooks_TKD.shape[1]
   used_MK = jax.vmap(partial(jnp.bincount, length=num_words))(codes_NM.T)
   if params.is_ivf:
     errors_M, used_MK = errors_M[1:], used_MK[1:]
-    moments = jax.tree.map(lambda x_MD: x_MD[1:], moments)
-  stats = WordStats(
-    used_MK.astype(jnp.int32),
-    *[_MOMENTUM * x_MD for x_MD in moments],
-    weight=jnp.float32(_MOMENTUM),
-  )
+  stats = WordStats(used_MK.astype(jnp.int32))
   metrics = {
     "mse": errors_M[-1] * x_ND.shape[1] * params.std**2,
     "mse_loss": errors_M.sum(),
@@ -186,37 +176,32 @@ def loss(
 
 def empty_stats(params: QincoParams) -> WordStats:
   """Returns the `WordStats` before the first step."""
-  t, k, d = params.codebooks_TKD.shape
+  t, k, _ = params.codebooks_TKD.shape
   m = t if params.is_ivf else t + 1
-  zeros_MD = jnp.zeros((m, d), jnp.float32)
-  return WordStats(
-    jnp.zeros((m, k), jnp.int32),
-    zeros_MD,
-    jnp.array(zeros_MD),
-    jnp.float32(0),
-  )
+  return WordStats(jnp.zeros((m, k), jnp.int32))
 
 
 def merge_stats(old: WordStats, new: WordStats) -> WordStats:
   """Adds the `WordStats` of one more batch."""
-  mix = lambda a, b: (1 - _MOMENTUM) * a + b
-  return WordStats(
-    used_MK=old.used_MK + new.used_MK,
-    mean_MD=mix(old.mean_MD, new.mean_MD),
-    std_MD=mix(old.std_MD, new.std_MD),
-    weight=mix(old.weight, new.weight),
-  )
+  return WordStats(old.used_MK + new.used_MK)
 
 
 def join_stats(stats: WordStats, axis_name: str) -> WordStats:
   """Joins the `WordStats` of the parts of a batch, under `shard_map`."""
-  mean_MD = lax.pmean(stats.mean_MD, axis_name)
-  spread_MD = stats.std_MD**2 + (stats.mean_MD - mean_MD) ** 2
-  return stats.replace(
-    used_MK=lax.psum(stats.used_MK, axis_name),
-    mean_MD=mean_MD,
-    std_MD=jnp.sqrt(lax.pmean(spread_MD, axis_name)),
-  )
+  return WordStats(lax.psum(stats.used_MK, axis_name))
+
+
+def check_redraw(redraw: str, name: str = "redraw") -> None:
+  """Raises ValueError unless `redraw`, called `name`, is one of `REDRAWS`."""
+  if redraw == "published":
+    raise ValueError(
+      f'{name}="published" is gone: its codewords are too long, and most of '
+      'them die again; take "split", which copies used ones.'
+    )
+  if redraw not in REDRAWS:
+    raise ValueError(
+      f"{name} must be one of {', '.join(REDRAWS)}; got {redraw!r}."
+    )
 
 
 def end_epoch(
@@ -231,24 +216,16 @@ def end_epoch(
   """Gives the codewords that the epoch hardly used another chance.
 
   `split`: a codeword used less than `min_share` of the mean becomes a copy of
-  another codeword, drawn in proportion to its use, plus `noise` standard
-  deviations of the codewords. `published` (arXiv 2501.03078): a codeword not
-  used at all becomes uniform noise of the mean and spread of what its step
-  should reconstruct; such codewords are too long and mostly die again. `none`
-  keeps all.
+  another one, drawn in proportion to its use, plus `noise` standard deviations
+  of the codewords. `none` keeps all.
 
   Returns the parameters, the statistics for the next epoch and the report of
   `usage`.
   """
-  if redraw not in REDRAWS:
-    raise ValueError(
-      f"redraw must be one of {', '.join(REDRAWS)}; got {redraw!r}."
-    )
+  check_redraw(redraw)
   fresh = stats.replace(used_MK=jnp.zeros_like(stats.used_MK))
   if redraw == "split":
     params = _split_words(params, key, stats.used_MK, noise, min_share)
-  elif redraw == "published":
-    params = _draw_words(params, key, stats, noise)
   return params, fresh, usage(stats)
 
 
@@ -287,37 +264,6 @@ def _split_words(params, key, used_MK, noise, min_share):
   return params
 
 
-def _draw_words(params, key, stats, noise):
-  """Replaces unused codewords by noise like the residual of their step."""
-  word_key, preselect_key = jax.random.split(key)
-  is_dead_MK1 = (stats.used_MK == 0)[..., None]
-  weight = jnp.maximum(stats.weight, 1e-6)
-  mean_M1D, std_M1D = (
-    (x_MD / weight)[:, None] for x_MD in (stats.mean_MD, stats.std_MD)
-  )
-  shape = stats.used_MK.shape + stats.mean_MD.shape[1:]
-  unit_MKD = jax.random.uniform(
-    word_key, shape, jnp.float32, minval=-(3**0.5), maxval=3**0.5
-  )
-  drawn_MKD = mean_M1D + std_M1D * unit_MKD
-  t = params.codebooks_TKD.shape[0]
-  is_dead_TK1, drawn_TKD = is_dead_MK1[-t:], drawn_MKD[-t:]
-  gain = _gain(params.add_word, params.in_TDE is not None)
-  params = params.replace(
-    codebooks_TKD=jnp.where(is_dead_TK1, drawn_TKD / gain, params.codebooks_TKD)
-  )
-  if not params.is_ivf:
-    first_KD = jnp.where(is_dead_MK1[0], drawn_MKD[0], params.first_KD)
-    params = params.replace(first_KD=first_KD)
-  if params.preselect_TKD is not None:
-    draw_TKD = jax.random.normal(preselect_key, drawn_TKD.shape, jnp.float32)
-    near_TKD = drawn_TKD + 0.25 * noise * std_M1D[-t:] * draw_TKD
-    params = params.replace(
-      preselect_TKD=jnp.where(is_dead_TK1, near_TKD, params.preselect_TKD)
-    )
-  return params
-
-
 def usage(stats: WordStats) -> dict:
   """Returns idle codewords, and per step share in use and entropy in bits."""
   used_MK = stats.used_MK.astype(jnp.float32)  # Whose sum may pass 2^31.
@@ -340,11 +286,9 @@ def decode_losses(tables, z_ND, codes_NM, dtype):
   """Returns what `loss` differentiates, for vectors and codes of its encode.
 
   Losses `[M]` of the steps and `[T]` of the pre-selection, in normalised units
-  as `z_ND`, and the moments `[M, D]`: mean and standard deviation of each
-  step's target.
+  as `z_ND`.
   """
   mse = lambda xhat_ND: jnp.mean((xhat_ND - z_ND) ** 2)
-  moments_of = lambda r_ND: (r_ND.mean(axis=0), r_ND.std(axis=0))
 
   def body(xhat_ND, step):
     weights, ids_N = step
@@ -354,20 +298,15 @@ def decode_losses(tables, z_ND, codes_NM, dtype):
       plain_ND = weights["preselect_TKD"][ids_N]
       preselect = jnp.mean((plain_ND - target_ND) ** 2)
     xhat_ND = xhat_ND + qinco_search.words_at(weights, ids_N, xhat_ND, dtype)
-    return xhat_ND, (mse(xhat_ND), preselect, moments_of(target_ND))
+    return xhat_ND, (mse(xhat_ND), preselect)
 
   xhat_ND = tables.first_KD[codes_NM[:, 0]]
   stacked = qinco_search.per_step(tables)
-  _, (errors_T, preselect_T, moments_TD) = lax.scan(
+  _, (errors_T, preselect_T) = lax.scan(
     body, xhat_ND, (stacked, codes_NM[:, 1:].T), unroll=_num_unrolled(stacked)
   )
   errors_M = jnp.concatenate([mse(xhat_ND)[None], errors_T])
-  moments = jax.tree.map(
-    lambda first_D, x_TD: jnp.concatenate([first_D[None], x_TD]),
-    moments_of(z_ND),
-    moments_TD,
-  )
-  return errors_M, preselect_T, moments
+  return errors_M, preselect_T
 
 
 def _num_unrolled(stacked) -> int:

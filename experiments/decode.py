@@ -15,6 +15,7 @@ import numpy as np
 from absl import logging
 
 from experiments.lib import cli, codecs, inputs
+from vqjax import __version__
 from vqjax.codecs import packing
 from vqjax.core import check_range
 from vqjax.data import codes, files, formats, rows
@@ -38,7 +39,7 @@ def run(config, workdir=None) -> dict:
   """Writes the decoded vectors; returns what was written."""
   del workdir
   cli.require(config, *REQUIRED)
-  files.check_output(config.output, overwrite=config.overwrite)
+  files.check_output(config.output, config.overwrite, described=True)
   codec = codecs.open_codec(config.codec)
   sizes = codec.codebook_sizes
   width = len(sizes)
@@ -53,23 +54,54 @@ def run(config, workdir=None) -> dict:
       f"{config.codes} has {found.shape[1]} codes per vector, but the codec "
       f"decodes at most {len(sizes)}."
     )
-  num, seconds = len(found), {}
+  result = {"output": config.output, "num_vectors": len(found)}
+  meta = _describe(config, codec, found, width)
+  if files.find_made(config.output, meta, config.overwrite):
+    logging.info("%s is made already.", config.output)
+    return result
   files.check_output(
-    *(config.output, config.overwrite), num_bytes=4 * num * codec.dim
+    *(config.output, config.overwrite),
+    num_bytes=4 * len(found) * codec.dim,
+    described=True,
   )
-  dtype = codecs.product_dtype(config.dtype)
-  decode_fn = codecs.make_decode_fn(codec, dtype)
-  with cli.progress(num, "decode") as done, cli.timed(seconds, "decode"):
+  seconds = {}
+  with cli.timed(seconds, "decode"):
+    _write(config, codec, found, width, meta)
+  logging.info(
+    "%d vectors in %.1f s: %s", len(found), seconds["decode"], config.output
+  )
+  return result
+
+
+def _describe(config, codec, found: codes.Codes, width: int) -> dict:
+  """What tells these vectors from others, for the same command run again."""
+  return {
+    "format": "vqjax decoded",
+    "shape": [len(found), codec.dim],
+    "codec": codec.name,
+    "codec_fingerprint": codec.fingerprint,
+    **inputs.describe_codes(config, found),
+    "num_codes": width,
+    "dtype": codecs.product_dtype(config.dtype),
+    "vqjax_version": __version__,
+  }
+
+
+def _write(config, codec, found: codes.Codes, width: int, meta: dict) -> None:
+  """Decodes all codes into the output; its description goes beside it."""
+  num, sizes = len(found), codec.codebook_sizes[:width]
+  decode_fn = codecs.make_decode_fn(codec, meta["dtype"])
+  with cli.progress(num, "decode") as done:
     blocks = inputs.decoded(
-      decode_fn, found, sizes[:width], min(codecs.decode_rows(), num), done
+      decode_fn, found, sizes, min(codecs.decode_rows(), num), done
     )
     formats.write_vectors(
-      config.output, blocks, dtype=np.float32, overwrite=config.overwrite
+      config.output,
+      blocks,
+      dtype=np.float32,
+      overwrite=config.overwrite,
+      description=meta,
     )
-  logging.info(
-    "%d vectors in %.1f s: %s", num, seconds["decode"], config.output
-  )
-  return {"output": config.output, "num_vectors": num}
 
 
 def _open(path: str, sizes) -> codes.Codes:

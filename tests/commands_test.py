@@ -147,6 +147,18 @@ def test_a_prefix_is_a_code(run_dir, base_file, tmp_path):
   np.testing.assert_array_equal(np.load(output), np.load(output_2))
 
 
+def test_decoding_again_says_that_it_is_done(run_dir, base_file, tmp_path):
+  codes, output = str(tmp_path / "codes.npy"), tmp_path / "x.npy"
+  given = dict(codec=run_dir, codes=codes, output=str(output))
+  encode.run(_config(encode, codec=run_dir, data=base_file, output=codes))
+  decode.run(_config(decode, **given))
+  when = output.stat().st_mtime_ns
+  decode.run(_config(decode, **given))
+  assert output.stat().st_mtime_ns == when
+  with pytest.raises(FileExistsError, match="made with num_codes=3, now it is"):
+    decode.run(_config(decode, **given, num_steps=2))
+
+
 @pytest.mark.parametrize("name", ["codes.npy", "codes.bin"])
 def test_codes_say_what_made_them(name, run_dir, base_file, tmp_path):
   output, raw = str(tmp_path / name), not name.endswith(".npy")

@@ -21,7 +21,7 @@ import time
 from absl import logging
 
 from vqjax import devices
-from vqjax.data import files, json_files
+from vqjax.data import files, json_files, temporary
 
 CONFIG_NAME, SUMMARY_NAME = "config.json", "summary.json"
 LOCK_NAME = "run.lock"
@@ -158,17 +158,14 @@ class _Lock:
     self._thread.start()
 
   def _take(self) -> None:
-    own = self._path.with_name(f".{LOCK_NAME}.tmp-{secrets.token_hex(4)}")
-    try:
+    with temporary.beside(self._path) as own:
       own.write_text(self._text, encoding="utf-8")
       while True:
         with contextlib.suppress(FileExistsError):
           self._link(own)
           return
         with contextlib.suppress(FileNotFoundError):  # Released just now.
-          self._remove(own, _check_dead(self._path, own))
-    finally:
-      own.unlink(missing_ok=True)
+          self._remove(_check_dead(self._path, own))
 
   def _link(self, own: pathlib.Path) -> None:
     try:
@@ -179,16 +176,13 @@ class _Lock:
       with open(self._path, "x", encoding="utf-8") as file:
         file.write(self._text)
 
-  def _remove(self, own: pathlib.Path, dead: str) -> None:
+  def _remove(self, dead: str) -> None:
     """Removes a dead lock, unless another process has taken it over."""
-    aside = own.with_name(f"{own.name}-old")
-    self._path.rename(aside)
-    try:
+    with temporary.beside(self._path) as aside:
+      self._path.rename(aside)
       if _read(aside) != dead:
         with contextlib.suppress(OSError):
           os.link(aside, self._path)
-    finally:
-      aside.unlink(missing_ok=True)
 
   def _beat(self) -> None:
     while not self._is_over.wait(_BEAT):

@@ -198,7 +198,14 @@ def _are_wide_ids(wide_ND) -> bool:
   return bool(((ids_nD >= -1) & (ids_nD < 1 << 32)).all())
 
 
-def write_vectors(path, x, *, dtype=None, overwrite: bool = False) -> int:
+def write_vectors(
+  path,
+  x,
+  *,
+  dtype=None,
+  overwrite: bool = False,
+  description: dict | None = None,
+) -> int:
   """Writes vectors `[N, D]` in the format of the suffix; returns `N`.
 
   Args:
@@ -208,6 +215,7 @@ def write_vectors(path, x, *, dtype=None, overwrite: bool = False) -> int:
     dtype: type of the numbers; only .npy and HDF5 leave a choice, None takes
       that of the first block.
     overwrite: replaces an existing file instead of refusing.
+    description: written beside it, see `files.atomic_output`.
   """
   path, part = _split_path(path)
   suffix = _output_suffix(path)
@@ -225,7 +233,9 @@ def write_vectors(path, x, *, dtype=None, overwrite: bool = False) -> int:
   rows.check_table("the first block", first.shape, first.dtype)
   dtype = np.dtype(fixed or dtype or first.dtype)
   cast = _cast_blocks(itertools.chain([first], blocks), dtype, path)
-  with files.atomic_output(path, overwrite) as temporary:
+  with files.atomic_output(
+    path, overwrite, description=description
+  ) as temporary:
     if suffix in _HDF5:
       return hdf5.write_table(temporary, part, cast, first.shape[1], dtype)
     return _write_flat(temporary, suffix, cast, first.shape[1], dtype)

@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import secrets
+import shutil
 import socket
 import time
 
@@ -29,8 +30,7 @@ def at_point(name: str, path) -> None:
 @contextlib.contextmanager
 def beside(target: pathlib.Path):
   """Yields a path in the folder of `target`; its file is removed at the end."""
-  tag = f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
-  path = target.with_name(f".{target.stem[:80]}.tmp-{tag}{target.suffix}")
+  path = _name(target)
   _mine.add(path)
   try:
     yield path
@@ -40,8 +40,27 @@ def beside(target: pathlib.Path):
     _mine.discard(path)
 
 
+@contextlib.contextmanager
+def folder_beside(target: pathlib.Path):
+  """Yields a new folder beside `target`; it is removed at the end."""
+  path = _name(target)
+  _mine.add(path)
+  try:
+    path.mkdir()
+    yield path
+  finally:
+    at_point("remove", path)
+    shutil.rmtree(path, ignore_errors=True)
+    _mine.discard(path)
+
+
+def _name(target: pathlib.Path) -> pathlib.Path:
+  tag = f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+  return target.with_name(f".{target.stem[:80]}.tmp-{tag}{target.suffix}")
+
+
 def remove_stale(folder: pathlib.Path) -> None:
-  """Removes temporary files that killed processes of this host have left.
+  """Removes temporary files and folders of killed processes of this host.
 
   Looks once in each folder. Those of the last minute stay.
   """
@@ -50,13 +69,15 @@ def remove_stale(folder: pathlib.Path) -> None:
   _cleaned.add(folder)
   with contextlib.suppress(OSError):
     for path in folder.iterdir():
-      if _is_stale(path):
+      if _is_stale(path) and path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+      elif _is_stale(path):
         path.unlink(missing_ok=True)
 
 
 def _is_stale(path: pathlib.Path) -> bool:
   match = _NAME.fullmatch(path.name)
-  if not match or match[1] != _host() or path in _mine or not path.is_file():
+  if not match or match[1] != _host() or path in _mine or path.is_symlink():
     return False
   if time.time() - path.stat().st_mtime < _STALE_SECONDS:
     return False

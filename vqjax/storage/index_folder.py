@@ -11,12 +11,11 @@ refiners have the checksum of the index.
 import contextlib
 import os
 import pathlib
-import secrets
-import shutil
 from collections.abc import Iterator
 
 from vqjax import __version__
 from vqjax.data import files
+from vqjax.data import temporary as temporary_files
 
 MANIFEST = "manifest.json"
 _KIND = ("vqjax index folder", 1)
@@ -104,21 +103,19 @@ def new_folder(path, *, overwrite: bool = False) -> Iterator[pathlib.Path]:
   _check_new(path, overwrite)
   files.check_folder(path.parent, name=path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  mark = secrets.token_hex(4)
-  temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{mark}")
-  temporary.mkdir()
-  try:
+  with temporary_files.folder_beside(path) as temporary:
     yield temporary
     _check_new(path, overwrite)
     if path.exists():
-      old = path.with_name(f".{path.name}.old-{os.getpid()}-{mark}")
-      os.replace(path, old)
-      os.replace(temporary, path)
-      shutil.rmtree(old)
+      with temporary_files.folder_beside(path) as old:
+        os.replace(path, old / path.name)
+        try:
+          os.replace(temporary, path)
+        except BaseException:
+          os.replace(old / path.name, path)
+          raise
     else:
       os.replace(temporary, path)
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check_new(path: pathlib.Path, overwrite: bool) -> None:

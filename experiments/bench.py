@@ -80,9 +80,9 @@ OPTIONS = {
 }
 
 
-def run(config, workdir=None) -> list[dict]:
+@cli.takes(OPTIONS)
+def run(config) -> list[dict]:
   """Adds the results to `config.output` and returns them."""
-  del workdir
   tasks, dtypes = _check(config)
   subjects = bench_subjects.load(config)
   _check_searches(config, subjects)

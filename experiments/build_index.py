@@ -87,9 +87,9 @@ class _Source(NamedTuple):
   made_of: dict  # What tells the codes from others of the same codec.
 
 
-def run(config, workdir=None) -> dict:
+@cli.takes(OPTIONS)
+def run(config) -> dict:
   """Writes the index; returns what was written."""
-  del workdir
   cli.require(config, *REQUIRED)
   files.check_output(config.output, config.overwrite, described=True)
   prepared = _prepare_merge(config) if config.merge else _prepare(config)

@@ -35,9 +35,9 @@ OPTIONS = {
 }
 
 
-def run(config, workdir=None) -> dict:
+@cli.takes(OPTIONS)
+def run(config) -> dict:
   """Writes the decoded vectors; returns what was written."""
-  del workdir
   cli.require(config, *REQUIRED)
   files.check_output(config.output, config.overwrite, described=True)
   codec = codecs.open_codec(config.codec)

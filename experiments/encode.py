@@ -72,9 +72,9 @@ OPTIONS = {
 _WHERE = ("output", "shards", "shard", "multihost", "overwrite")
 
 
-def run(config, workdir=None) -> dict:
+@cli.takes(OPTIONS)
+def run(config) -> dict:
   """Writes the codes, or checks them; returns what is there."""
-  del workdir
   if config.verify:
     return _verify(config)
   cli.require(config, *REQUIRED)

@@ -68,9 +68,9 @@ class Search(NamedTuple):
   metric: str
 
 
-def run(config, workdir=None) -> dict:
+@cli.takes(OPTIONS)
+def run(config) -> dict:
   """Returns `{"codec", "rows": [...]}`; logs the table."""
-  del workdir
   if config.output:
     files.check_output(config.output, overwrite=True)
   cli.require(config, *REQUIRED)

@@ -62,9 +62,9 @@ class _Subject(NamedTuple):
   made_of: dict  # What the description says besides the codec.
 
 
-def run(config, workdir=None) -> dict:
+@cli.takes(OPTIONS)
+def run(config) -> dict:
   """Writes the index; returns what is written next to it."""
-  del workdir
   cli.require(config, *REQUIRED)
   if config.codes and config.data:
     raise ValueError("Give --codes or --data, not both.")

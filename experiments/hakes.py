@@ -43,12 +43,18 @@ _OF_EVALUATION = (
 
 
 def run(
-  config: config_dict.ConfigDict, workdir: str, *, stage: str | None = None
+  config: config_dict.ConfigDict | str, workdir, *, stage: str | None = None
 ) -> dict | None:
   """Runs all stages or one; returns the evaluation, None when interrupted.
 
   Where there is nothing to evaluate, or not yet, the result is empty.
+
+  Args:
+    config: A configuration, or its name or file, as --config takes it.
+    workdir: The run folder.
+    stage: One of `STAGES`; all if None.
   """
+  config = cli.config_of(config)
   if stage is not None and stage not in STAGES:
     raise ValueError(
       f"--stage must be one of {', '.join(STAGES)}, got {stage!r}."

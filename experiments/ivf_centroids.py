@@ -104,9 +104,9 @@ class State(NamedTuple):
   errors: tuple[float, ...]
 
 
-def run(config, workdir=None) -> dict:
+@cli.takes(OPTIONS)
+def run(config) -> dict:
   """Writes the centroids; returns what is written next to them."""
-  del workdir
   vectors = _check(config)
   meta = describe(config, vectors)
   checkpoint = checkpoint_path(config.output)
@@ -418,9 +418,5 @@ def _lists_line(lists: dict) -> str:
   )
 
 
-def _main(config) -> None:
-  run(config)
-
-
 if __name__ == "__main__":
-  cli.main(_main, OPTIONS, __doc__, required=REQUIRED)
+  cli.main(run, OPTIONS, __doc__, required=REQUIRED)

@@ -73,15 +73,22 @@ OPTIONS = {
 }
 
 
-def run(config, workdir: str, **options):
-  """Returns what `search.run` does; None when the training was interrupted."""
-  workdir = pathlib.Path(workdir)
+def run(config, workdir, **options):
+  """Returns what `search.run` does; None when the training was interrupted.
+
+  Args:
+    config: A configuration, or its name or file, as --config takes it.
+    workdir: The run folder.
+    **options: Of `OPTIONS`.
+  """
+  config, workdir = cli.config_of(config), pathlib.Path(workdir)
+  options = cli.get_config(OPTIONS, **options).to_dict()
   if not (config.ivf.num_lists or config.ivf.centroids):
     raise ValueError(
       "The configuration is of a codec without lists; take one of "
       "configs/ivf_*.py, or set --config.ivf.num_lists."
     )
-  if options.get("refiner") not in (None, *refiners.KINDS):
+  if options["refiner"] not in (None, *refiners.KINDS):
     raise ValueError(
       f"--refiner must be one of {', '.join(refiners.KINDS)}; got "
       f"{options['refiner']!r}."
@@ -101,9 +108,9 @@ def run(config, workdir: str, **options):
   _encode(config, workdir, dataset)
   _fit_decoders(config, workdir, dataset)
   _build_index(workdir)
-  if options.get("refiner"):
+  if options["refiner"]:
     options["refiner"] = _make_refiner(workdir, dataset, options["refiner"])
-  _write_manifest(workdir, dataset, options.get("refiner"))
+  _write_manifest(workdir, dataset, options["refiner"])
   return _search(workdir, options)
 
 
@@ -136,7 +143,7 @@ def _check_epochs(config, workdir) -> None:
 
 def _check_baselines(config, dataset, options) -> None:
   """Refuses baselines of these sizes before anything is trained."""
-  asked = cli.get_config(search.OPTIONS, baselines=options.get("baselines", ""))
+  asked = cli.get_config(search.OPTIONS, baselines=options["baselines"])
   if "IVF-PQ" in search_data.baseline_names(asked):
     faiss_io.check_parts("IVF-PQ", dataset.dim, config.model.num_steps)
 
@@ -332,7 +339,7 @@ def _run(command, **values):
   ]
   name = command.__spec__.name.rpartition(".")[2]
   logging.info("%s", shlex.join(["vqjax", name, *flags]))
-  return command.run(cli.get_config(command.OPTIONS, **values))
+  return command.run(values)
 
 
 if __name__ == "__main__":

@@ -64,9 +64,9 @@ _MOST = 1_000_000  # Vectors to fit to.
 _BLOCK = 65_536  # Vectors or codes gone through at a time.
 
 
-def run(config, workdir=None) -> dict:
+@cli.takes(OPTIONS)
+def run(config) -> dict:
   """Writes the decoders; returns their errors on held-out vectors."""
-  del workdir
   cli.require(config, *REQUIRED)
   decoder_file.check_path(config.output)
   files.check_output(config.output, overwrite=True)

@@ -70,9 +70,9 @@ _BELONGS = {  # Options that only one of the two has.
 }
 
 
-def run(config, workdir=None) -> dict:
+@cli.takes(OPTIONS)
+def run(config) -> dict:
   """Prepares or recombines; returns what is written down about it."""
-  del workdir
   cli.require(config, *REQUIRED)
   if config.prepare == config.recombine:
     raise ValueError("Give either --prepare or --recombine; see --help.")

@@ -55,9 +55,9 @@ OPTIONS = {
 }
 
 
-def run(config, workdir=None) -> dict:
+@cli.takes(OPTIONS)
+def run(config) -> dict:
   """Writes the refiner; returns what was written."""
-  del workdir
   cli.require(config, *REQUIRED)
   if config.kind not in refiners.KINDS:
     raise ValueError(

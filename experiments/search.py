@@ -142,9 +142,9 @@ OPTIONS = {
 _LEAST_RECALL = 0.02  # Below it a ground truth that nobody checked is doubted.
 
 
-def run(config, workdir=None) -> dict:
+@cli.takes(OPTIONS)
+def run(config) -> dict:
   """Returns what it wrote: `{"header", "latency", "points"}`."""
-  del workdir
   check_range("--rounds", config.rounds, 1, 1000)
   if config.decode_all:
     cli.require(config, "codec", "output")
@@ -450,9 +450,4 @@ def _run_decoded(config) -> dict:
 
 
 if __name__ == "__main__":
-  cli.main(
-    run,
-    OPTIONS,
-    __doc__,
-    required=REQUIRED,
-  )
+  cli.main(run, OPTIONS, __doc__, required=REQUIRED)

@@ -44,9 +44,9 @@ OPTIONS = {
 }
 
 
-def run(config, workdir=None) -> dict:
+@cli.takes(OPTIONS)
+def run(config) -> dict:
   """Returns `{"rows": [...]}`, one row per pair of sizes."""
-  del workdir
   cli.require(config, *REQUIRED)
   picture = pathlib.Path(config.output)
   figures = picture.with_suffix(".json")

@@ -39,22 +39,23 @@ from vqjax.training import curves, writers
 
 
 def run(
-  config: config_dict.ConfigDict,
-  workdir: str,
+  config: config_dict.ConfigDict | str,
+  workdir,
   *,
   resume: bool = False,
   finish: bool = False,
 ):
   """Trains into `workdir`; returns its summary, `None` when interrupted.
 
-  A run that was begun there is continued. `resume` continues one that `finish`
-  has ended early; `finish` ends one with its best checkpoint.
+  `config` is a configuration, or its name or file, as --config takes it. A run
+  that was begun there is continued. `resume` continues one that `finish` has
+  ended early; `finish` ends one with its best checkpoint.
 
   Raises:
     ValueError: The folder holds another run, or another process is at work.
   """
   cli.keep_compiled()
-  workdir = pathlib.Path(workdir)
+  config, workdir = cli.config_of(config), pathlib.Path(workdir)
   dataset = _resolve(config)
   xt_ND = datasets.open_split(dataset, "train")
   look = functools.partial(

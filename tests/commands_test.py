@@ -12,6 +12,7 @@ from configs import qinco2_s
 from experiments import decode, encode, evaluate, train
 from experiments.lib import cli, codecs
 from tests import commands
+from vqjax import shipped
 from vqjax.codecs import packing
 from vqjax.data import formats
 from vqjax.storage import codec_file
@@ -27,8 +28,48 @@ def _config(module, **values):
 def test_options_are_those_there_are():
   config = cli.get_config(decode.OPTIONS, codes="c.npy", num_steps=3)
   assert (config.codes, config.num_steps, config.output) == ("c.npy", 3, None)
-  with pytest.raises(KeyError, match="outptu"):
+  with pytest.raises(ValueError, match="no option 'outptu': did you mean 'out"):
     cli.get_config(decode.OPTIONS, outptu="x.npy")
+
+
+@pytest.mark.parametrize(
+  ("values", "what"),
+  [
+    ({"num_steps": 2.5}, "num_steps must be an integer; got float"),
+    ({"num_steps": True}, "num_steps must be an integer; got bool"),
+    ({"codes": np.zeros(3)}, "codes must be text or a path; got ndarray"),
+    ({"overwrite": "yes"}, "overwrite must be True or False; got str"),
+  ],
+)
+def test_options_of_programs_have_their_type(values, what):
+  with pytest.raises(ValueError, match=what):
+    decode.run(**values)
+  with pytest.raises(ValueError, match=what):
+    decode.run(values)
+
+
+def test_programs_give_paths_numbers_of_numpy_and_lists():
+  config = cli.get_config(
+    evaluate.OPTIONS,
+    codec=pathlib.Path("~") / "a",
+    beam_size=np.int64(8),
+    baselines=["PQ", "RQ"],
+    groundtruth=None,
+  )
+  assert config.codec == os.path.expanduser("~/a")
+  assert (config.beam_size, config.baselines) == (8, "PQ,RQ")
+  assert config.groundtruth is None
+
+
+def test_each_command_takes_keywords():
+  """A command without its options says which it needs, or what it knows."""
+  for name in shipped.command_names():
+    if hasattr(command := shipped.import_command(name), "REQUIRED"):
+      with pytest.raises(ValueError, match=r"--\w+ is needed"):
+        command.run()
+    if hasattr(command, "OPTIONS") and name != "ivf_pipeline":
+      with pytest.raises(ValueError, match="no option 'overwrit'"):
+        command.run({"overwrit": True})
 
 
 @pytest.mark.parametrize(
@@ -130,18 +171,13 @@ def test_encode_then_decode(run_dir, base_file, tmp_path):
 
 def test_a_prefix_is_a_code(run_dir, base_file, tmp_path):
   codes, output = str(tmp_path / "codes.npy"), str(tmp_path / "x.npy")
-  encode.run(
-    _config(encode, codec=run_dir, data=base_file, output=codes, num_steps=2)
-  )
+  paths = dict(codec=run_dir, data=pathlib.Path(base_file), output=codes)
+  encode.run(paths, num_steps=2)  # As a program calls it.
   assert np.load(codes).shape == (333, 2)
   raw = str(tmp_path / "codes.bin")
-  encode.run(
-    _config(
-      encode, codec=run_dir, data=base_file, output=raw, num_steps=2, raw=True
-    )
-  )
+  encode.run({**paths, "output": raw, "num_steps": 2, "raw": True})
   output_2 = str(tmp_path / "x_2.npy")  # Its description tells the steps.
-  decode.run(_config(decode, codec=run_dir, codes=raw, output=output_2))
+  decode.run(codec=run_dir, codes=raw, output=output_2)
   decode.run(_config(decode, codec=run_dir, codes=codes, output=output))
   assert np.load(output).shape == (333, 128)
   np.testing.assert_array_equal(np.load(output), np.load(output_2))

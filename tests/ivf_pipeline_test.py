@@ -28,6 +28,15 @@ def _workdir(tmp_path_factory):
   return workdir
 
 
+def test_a_program_names_configuration_and_options(tmp_path):
+  with pytest.raises(
+    ValueError, match="no option 'nprob': did you mean 'nprobe"
+  ):
+    ivf_pipeline.run("ivf_qinco2_xs:smoke", tmp_path, nprob="8")
+  with pytest.raises(ValueError, match="no configuration 'ivf_qinco2_x'"):
+    ivf_pipeline.run("ivf_qinco2_x", tmp_path)
+
+
 def _times(workdir):
   files = [path for path in workdir.rglob("*") if path.is_file()]
   return {path: path.stat().st_mtime_ns for path in files}

@@ -1,21 +1,24 @@
 """How commands start and talk to people: options, errors, progress, tables."""
 
 import contextlib
+import functools
 import logging as std_logging
 import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_dict, config_flags
 
 from experiments.lib import errors, parsing, process
 from experiments.lib.compiled import keep_compiled  # noqa: F401 For commands.
 from experiments.lib.errors import leave, user_errors
-from vqjax import devices
+from vqjax import devices, shipped
 from vqjax.progress import progress as progress
 
 
@@ -27,6 +30,12 @@ class Option(NamedTuple):
   help: str
 
 
+_WORDS = {
+  str: "text or a path",
+  int: "an integer",
+  float: "a number",
+  bool: "True or False",
+}
 DATA_OPTIONS = {
   "data": Option(str, None, "Vectors (bvecs, fvecs, npy, u8bin, ...)."),
   "data_root": Option(
@@ -92,7 +101,11 @@ _MULTIHOST_OPTION = Option(
 
 
 def get_config(options: dict[str, Option], **values) -> config_dict.ConfigDict:
-  """Returns the options as a ConfigDict: these values, else their defaults."""
+  """Returns the options as a ConfigDict: these values, else their defaults.
+
+  Raises:
+    ValueError: There is no such option, or the value is of another type.
+  """
   config = config_dict.ConfigDict(
     {
       name: config_dict.placeholder(option.kind)
@@ -100,8 +113,57 @@ def get_config(options: dict[str, Option], **values) -> config_dict.ConfigDict:
       else option.default
       for name, option in options.items()
     }
-  ).lock()  # A misspelt name raises.
-  config.update(values)
+  ).lock()
+  for name, value in values.items():
+    if name not in options:
+      near = shipped.did_you_mean(name, options)
+      known = ", ".join(options)
+      raise ValueError(f"There is no option {name!r}{near} Known are {known}.")
+    if value is not None:
+      config[name] = _of_kind(name, options[name].kind, value)
+  return config
+
+
+def _of_kind(name: str, kind: type, value):
+  """The value as a flag has it: a path and a list as text."""
+  if isinstance(value, list | tuple):
+    value = ",".join(map(str, value))
+  accepted = {
+    str: str | os.PathLike | int | float,
+    int: int | np.integer,
+    float: int | float | np.number,
+    bool: bool | np.bool_,
+  }
+  is_bool = isinstance(value, bool | np.bool_)
+  if not isinstance(value, accepted[kind]) or is_bool != (kind is bool):
+    raise ValueError(
+      f"{name} must be {_WORDS[kind]}; got {type(value).__name__}."
+    )
+  return _expanded(kind(value))
+
+
+def takes(options: dict[str, Option]) -> Callable:
+  """Lets the `run(config)` of a command take a dict, or keywords, instead.
+
+  What is left out has its default.
+  """
+
+  def decorate(run):
+    @functools.wraps(run)
+    def run_fn(config=None, /, **values):
+      if values or not isinstance(config, config_dict.ConfigDict):
+        config = get_config(options, **{**(config or {}), **values})
+      return run(config)
+
+    return run_fn
+
+  return decorate
+
+
+def config_of(config) -> config_dict.ConfigDict:
+  """Returns a configuration, or that of a name or file, as --config takes."""
+  if isinstance(config, str | os.PathLike):
+    return shipped.read_config(os.fspath(config))
   return config
 
 

@@ -4,7 +4,12 @@ import importlib
 import re
 from pathlib import Path
 
+import faiss
+import numpy as np
 import pytest
+
+import vqjax
+from vqjax import fitting
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -48,6 +53,48 @@ def test_commands_in_the_pages_exist(page, command, arguments):
         node = node[part]
     else:
       assert re.search(rf'"{flag}"|\b{flag}=', known), f"{page}: --{flag}"
+
+
+def _blocks(page) -> str:
+  text = page.read_text(encoding="utf-8")
+  return "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+
+
+@pytest.fixture(name="x_ND", scope="module")
+def _x():
+  return np.random.default_rng(0).normal(size=(1100, 16)).astype("f4")
+
+
+@pytest.fixture(name="codec", scope="module")
+def _codec(x_ND):
+  return vqjax.fit(x_ND, "qinco2_xs:smoke", num_epochs=1)
+
+
+@pytest.fixture(name="values")
+def _values(x_ND, codec, tmp_path, monkeypatch):
+  """What the pages take as given, in the folder where a test runs."""
+  monkeypatch.chdir(tmp_path)
+  for name in ("learn.npy", "base.npy", "query.npy"):
+    np.save(name, x_ND[:300])
+  codec.save("runs/mine")
+  index = faiss.index_factory(16, "PCA8,IVF4,PQ4x4np,RFlat")
+  index.train(x_ND)
+  index.add(x_ND)
+  faiss.write_index(index, "runs/mine/index.faiss")
+
+  def fit(x, name, **settings):  # In full it takes a minute.
+    fitting.make_config(name, **settings)
+    return codec
+
+  monkeypatch.setattr(vqjax, "fit", fit, raising=False)
+  return {"vqjax": vqjax, "x": x_ND, "queries": x_ND[:5], "codec": codec}
+
+
+@pytest.mark.parametrize(
+  "page", [page for page in PAGES if _blocks(page)], ids=lambda page: page.name
+)
+def test_python_of_the_pages_runs(page, values):
+  exec(compile(_blocks(page), str(page), "exec"), values)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -294,26 +294,26 @@ def _train(config, subject, dtype, peak):
 
 
 def _kmeans(config, subject, peak):
-  num_words = config.kmeans_words
+  num_codewords = config.kmeans_words
   num = config.kmeans_vectors
   x_ND = bench_subjects.rows(subject, num)
-  sizes = {"N": num, "K": num_words, "D": x_ND.shape[1]}
+  sizes = {"N": num, "K": num_codewords, "D": x_ND.shape[1]}
   about = _about(subject, "kmeans", "float32", sizes)
   on_device_ND, key = jnp.asarray(x_ND), jax.random.key(0)
-  start_KD = kmeans.fit(key, on_device_ND, num_words, num_iterations=0)
+  start_KD = kmeans.fit(key, on_device_ND, num_codewords, num_iterations=0)
   fns = {
     "vqjax": lambda: kmeans.fit(  # Draws the same start itself.
-      key, on_device_ND, num_words, num_iterations=_ITERATIONS
+      key, on_device_ND, num_codewords, num_iterations=_ITERATIONS
     ),
     "faiss": lambda: faiss_io.fit_kmeans(
       x_ND,
-      num_words,
+      num_codewords,
       num_iterations=_ITERATIONS,
       start_KD=np.asarray(start_KD),
     ),
   }
   words, contenders = {}, {}
-  count = num_words * x_ND.shape[1] * _ITERATIONS
+  count = num_codewords * x_ND.shape[1] * _ITERATIONS
   for name, fn in fns.items():
     contenders[name] = bench_timing.Contender(
       fn, num, Work(count, count), bench_timing.seconds(fn)

@@ -172,7 +172,7 @@ def _open_truth(config, dataset, xb_ND) -> truth.Truth | None:
 def _measure(codec, rule, search) -> dict:
   """Figures of the codec itself; every process encodes its share."""
   seconds = {}
-  xb_ND, mine = search.xb_ND, devices.share(len(search.xb_ND))
+  xb_ND, mine = search.xb_ND, devices.process_rows(len(search.xb_ND))
   codec = encoders.with_ranker(codec, rule, xb_ND)
   encode_fn, block_size = codecs.make_encode_fn(codec, rule)
   decode_fn = codecs.make_decode_fn(codec, rule.dtype)
@@ -239,7 +239,7 @@ def _quality(codes_NM, decode_fn, search, seconds) -> dict:
   The codes are those of this process's share of the base.
   """
   num_base = len(search.xb_ND)
-  mine = devices.share(num_base)
+  mine = devices.process_rows(num_base)
   num, size = len(codes_NM), min(codecs.decode_rows(), len(codes_NM))
   jax.block_until_ready(decode_fn(codes_NM[:size]))  # Compiles.
   error, decode_seconds, num_decoded = 0.0, 0.0, 0

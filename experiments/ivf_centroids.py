@@ -284,9 +284,9 @@ def _iterate(config, vectors, state: State, checkpoint, meta):
     raise
 
 
-def _block_size(num_words: int) -> int:
+def _block_size(num_codewords: int) -> int:
   """Vectors at a time: seconds, so that progress is seen and Ctrl-C heard."""
-  return int(np.clip(_BLOCK_DISTANCES // num_words, 1, 65536))
+  return int(np.clip(_BLOCK_DISTANCES // num_codewords, 1, 65536))
 
 
 def _make_assign_fn(method: str, words_KD):
@@ -306,7 +306,7 @@ def _make_assign_fn(method: str, words_KD):
   budget = _CPU_BUDGET if is_cpu else _DEVICE_BUDGET
   rows = int(np.clip(budget // (4 * num_at_once), 128, 65536))
   return functools.partial(
-    _assign_fn(rows, num_at_once), devices.local(words_KD)
+    _assign_fn(rows, num_at_once), devices.to_local_devices(words_KD)
   )
 
 
@@ -320,13 +320,13 @@ def _assign_fn(block_size: int, num_at_once: int):
   )
 
 
-def _start_random(vectors, num_words: int, seed: int) -> np.ndarray:
-  return batches.subsample(vectors, num_words, seed)
+def _start_random(vectors, num_codewords: int, seed: int) -> np.ndarray:
+  return batches.subsample(vectors, num_codewords, seed)
 
 
-def _start_in_two(vectors, num_words: int, seed: int) -> np.ndarray:
+def _start_in_two(vectors, num_codewords: int, seed: int) -> np.ndarray:
   """Coarse clusters, then in each of them a share of the codewords."""
-  num_groups = round(num_words**0.5)
+  num_groups = round(num_codewords**0.5)
   sample_ND = batches.subsample(vectors, _START_VECTORS * num_groups, seed)
   coarse_KD = faiss_io.fit_kmeans(
     sample_ND, num_groups, num_iterations=_START_ITERATIONS, seed=seed
@@ -342,10 +342,10 @@ def _start_in_two(vectors, num_words: int, seed: int) -> np.ndarray:
     group_N = np.concatenate([group_N for _, group_N in blocks])
   sizes = np.bincount(group_N, minlength=num_groups)
   groups = np.split(np.argsort(group_N, kind="stable"), np.cumsum(sizes)[:-1])
-  jobs = list(zip(groups, shares(sizes, num_words), strict=True))
+  jobs = list(zip(groups, shares(sizes, num_codewords), strict=True))
   fit_fn = functools.partial(_fit_group, vectors, seed)
   with (
-    progress_bar(num_words, "start", unit="centroid") as bar,
+    progress_bar(num_codewords, "start", unit="centroid") as bar,
     faiss_io.thread_pool() as pool,
   ):
     words = []
@@ -359,16 +359,16 @@ def _start_in_two(vectors, num_words: int, seed: int) -> np.ndarray:
   return np.concatenate(words)
 
 
-def _fit_group(vectors, seed: int, rows, num_words: int) -> np.ndarray:
+def _fit_group(vectors, seed: int, rows, num_codewords: int) -> np.ndarray:
   """Codewords of one coarse cluster, from at most so many of its rows."""
-  if not num_words:
+  if not num_codewords:
     return np.empty((0, vectors.shape[1]), np.float32)
-  most = min(len(rows), _START_VECTORS * num_words)
+  most = min(len(rows), _START_VECTORS * num_codewords)
   rng = np.random.default_rng([seed, rows[0]])
   rows = np.sort(rng.choice(rows, most, replace=False))
   return faiss_io.fit_kmeans(
     batches.read_rows(vectors, rows),
-    int(num_words),
+    int(num_codewords),
     num_iterations=_START_ITERATIONS,
     seed=seed,
   )

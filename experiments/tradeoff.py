@@ -108,34 +108,34 @@ def _read(config, dataset) -> tuple[np.ndarray, np.ndarray]:
 
 def _sizes(config, codec) -> list[dict]:
   """Returns the knobs to measure."""
-  num_words = codec.codebook_sizes[-1]
-  beams = [b for b in _numbers(config, "beam_sizes") if b <= num_words]
+  num_codewords = codec.codebook_sizes[-1]
+  beams = [b for b in _numbers(config, "beam_sizes") if b <= num_codewords]
   if not beams:
     raise ValueError(
-      f"--beam_sizes={config.beam_sizes}: the codec has {num_words} words, no "
-      "beam may be wider."
+      f"--beam_sizes={config.beam_sizes}: the codec has {num_codewords} "
+      "codewords, and no beam may be wider."
     )
   published = [
     dict(num_candidates=a, beam_size=b, num_joint_candidates=0)
     for b in beams
     for a in _numbers(config, "num_candidates")
-    if a <= min(b, num_words)
+    if a <= min(b, num_codewords)
   ]
   joint = [
     dict(num_candidates=1, beam_size=b, num_joint_candidates=b * factor)
     for b in beams
     for factor in _numbers(config, "joint_factors")
-    if factor <= num_words
+    if factor <= num_codewords
   ]
   ranked = [
     dict(
       num_candidates=1,
       beam_size=b,
-      num_joint_candidates=min(16 * b // 3, b * num_words),
+      num_joint_candidates=min(16 * b // 3, b * num_codewords),
       num_ranked=b,
     )
     for b in beams
-    if _is_deep(codec) and num_words <= qinco_ranker.MAX_WORDS
+    if _is_deep(codec) and num_codewords <= qinco_ranker.MAX_WORDS
   ]
   return published + joint + ranked
 

@@ -178,7 +178,7 @@ def _best(workdir, checkpoints, like, seconds: float):
   step, state = found
   logging.info("The best validation error is that of step %d.", step)
   ended = {"step": step, "last_step": last, "seconds": seconds}
-  return devices.local(state.params), ended
+  return devices.to_local_devices(state.params), ended
 
 
 def _unit(dataset) -> str:
@@ -190,7 +190,7 @@ def _finish(config, workdir, dataset, xt_ND, params, this, ended: dict):
   held_out, seconds = this.held_out, ended["seconds"]
   knobs = config.encode.to_dict()
   codec = Codec(config.codec, params, {"encode": knobs})
-  num_mine = len(devices.share(held_out.stop - held_out.start))
+  num_mine = len(devices.process_rows(held_out.stop - held_out.start))
   with cli.progress(num_mine, "validate") as done:
     validation = fitting.held_out_mse(codec, xt_ND, held_out, done)
   num_held_out = held_out.stop - held_out.start

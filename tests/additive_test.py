@@ -7,23 +7,23 @@ from vqjax.codecs import additive
 from vqjax.codecs.additive import AdditiveParams
 
 
-def _case(num=60, num_codes=3, num_words=4, dim=5, seed=0):
+def _case(num=60, num_codes=3, num_codewords=4, dim=5, seed=0):
   """Codes that depend on each other, and targets that depend on them."""
   rng = np.random.default_rng(seed)
-  codes_NM = rng.integers(num_words, size=(num, num_codes)).astype(np.int32)
+  codes_NM = rng.integers(num_codewords, size=(num, num_codes)).astype(np.int32)
   codes_NM[::2, 1] = codes_NM[::2, 0]
-  books = rng.normal(size=(num_codes, num_words, dim))
+  books = rng.normal(size=(num_codes, num_codewords, dim))
   target_ND = sum(books[m][codes_NM[:, m]] for m in range(num_codes))
   target_ND += rng.normal(size=target_ND.shape)
   return codes_NM, target_ND.astype(np.float32)
 
 
-def _one_hot(codes_NM, num_words):
+def _one_hot(codes_NM, num_codewords):
   num, m = codes_NM.shape
-  hot = np.zeros((num, m * num_words))
+  hot = np.zeros((num, m * num_codewords))
   for n in range(num):
     for i in range(m):
-      hot[n, i * num_words + codes_NM[n, i]] = 1
+      hot[n, i * num_codewords + codes_NM[n, i]] = 1
   return hot
 
 

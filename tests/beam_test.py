@@ -34,7 +34,7 @@ def test_a_beam_wider_than_the_words_has_empty_slots():
   np.testing.assert_array_equal(ids_NF[:, :2], [[0, 1]])
   two, steps = beam.advance_all(_propose, words_KD[None], x_ND, one)
   np.testing.assert_array_equal(two.error_NF, [[0, 0, 2]])
-  ids_TN, slot_N = beam.trace(*steps, jnp.asarray([0]))
+  ids_TN, slot_N = beam.backtrack(*steps, jnp.asarray([0]))
   np.testing.assert_array_equal(ids_TN, [[1]])  # Parent 0 had word 0.
   np.testing.assert_array_equal(slot_N, [0])
 
@@ -42,6 +42,6 @@ def test_a_beam_wider_than_the_words_has_empty_slots():
 def test_trace_follows_parents():
   parents_TNF = jnp.asarray([[[1, 0]], [[1, 1]]])
   ids_TNF = jnp.asarray([[[5, 6]], [[7, 8]]])
-  ids_TN, slot_N = beam.trace(parents_TNF, ids_TNF, jnp.asarray([0]))
+  ids_TN, slot_N = beam.backtrack(parents_TNF, ids_TNF, jnp.asarray([0]))
   np.testing.assert_array_equal(ids_TN, [[6], [7]])
   np.testing.assert_array_equal(slot_N, [0])

@@ -88,7 +88,7 @@ def test_work_with_a_ranker_is_what_the_traced_program_multiplies(case, sizes):
 def test_work_of_the_network_of_s():
   """7 steps, 512 candidates, of two blocks what follows the first relu."""
   params = qinco_cases.make_params(
-    dim=128, num_networks=7, num_words=256, network_dim=128, hidden_dim=256
+    dim=128, num_networks=7, num_codewords=256, network_dim=128, hidden_dim=256
   )
   tables = jax.eval_shape(qinco.prepare, params)
   work = bench_arithmetic.encode_work(tables, SearchRule())
@@ -194,7 +194,7 @@ def test_every_result_is_a_line_to_compare(tmp_path, in_a_hurry):
 
 def _subject(**encode):
   codec = Codec(
-    "qinco", qinco_cases.make_params(num_words=64), {"encode": encode}
+    "qinco", qinco_cases.make_params(num_codewords=64), {"encode": encode}
   )
   return bench_subjects.Subject("x", codec, qinco_cases.vectors(4))
 

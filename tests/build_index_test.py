@@ -30,7 +30,7 @@ def _make(folder, num_lists, seed=0, metric="l2"):
   if is_ivf:
     name, encode = "qinco", {"beam_size": 2, "num_candidates": 3}
     params = qinco_cases.make_params(
-      seed, dim=D, num_networks=M, num_words=K, num_lists=num_lists
+      seed, dim=D, num_networks=M, num_codewords=K, num_lists=num_lists
     )
   else:
     name, encode = "rq", {"beam_size": 1}

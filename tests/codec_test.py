@@ -30,7 +30,7 @@ def _make(name):
     codec = vqjax.Codec("rq", params, {"encode": {"beam_size": 4}})
     return codec, np.asarray(rq.encode(params, x_ND, beam_size=4))
   lists = {"num_lists": 300} if name == "ivf" else {}
-  params = qinco_cases.make_params(num_words=16, **lists)
+  params = qinco_cases.make_params(num_codewords=16, **lists)
   knobs = dict(num_candidates=4, beam_size=5)
   codec = vqjax.Codec("qinco", params, {"encode": knobs})
   return codec, np.asarray(qinco.encode(params, x_ND, **knobs))

@@ -122,7 +122,7 @@ def test_all_rows_belong_to_one_process(monkeypatch):
     rows = []
     for index in range(3):
       monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-      mine = devices.share(num_rows)
+      mine = devices.process_rows(num_rows)
       assert len(mine) <= -(-num_rows // 3)
       rows += mine
     assert rows == list(range(num_rows))

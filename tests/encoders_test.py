@@ -25,8 +25,8 @@ KNOBS = dict(beam_size=6, num_joint_candidates=24)
 def _params(is_plain=False, **sizes):
   """A codec of 16 words; of a plain one a ranker can know all."""
   if not is_plain:
-    return qinco_cases.make_params(num_words=16, **sizes)
-  params = qinco_cases.make_params(num_words=16, hidden_dim=48, **sizes)
+    return qinco_cases.make_params(num_codewords=16, **sizes)
+  params = qinco_cases.make_params(num_codewords=16, hidden_dim=48, **sizes)
   return params.replace(
     out_TED=0 * params.out_TED, preselect_TKD=0.9 * params.codebooks_TKD
   )
@@ -80,7 +80,7 @@ def test_a_ranker_is_fitted_where_it_is_asked_for(
   knobs = {**KNOBS, **asked}
   rule = {name: knobs[name] for name in KNOBS}
   tables = qinco.prepare(params)
-  rows = batches.spread(len(x_ND), 32)
+  rows = batches.evenly_spaced_rows(len(x_ND), 32)
   assert (rows[0], rows[-1]) == (0, 499)  # From all of the file.
   tables = qinco_ranker.fit(tables, x_ND[rows], **rule)
   encode_fn = functools.partial(qinco.encode, **knobs)

@@ -154,16 +154,16 @@ def test_files_that_are_not_its_own_are_refused(tmp_path):
     faiss_fastscan.load(path, of)
 
 
-@pytest.mark.parametrize(("num_lists", "num_words"), [(1, 16), (5, 256)])
-def test_rows_are_what_centroid_and_words_add_up_to(num_lists, num_words):
+@pytest.mark.parametrize(("num_lists", "num_codewords"), [(1, 16), (5, 256)])
+def test_rows_are_what_centroid_and_words_add_up_to(num_lists, num_codewords):
   rng = np.random.default_rng(0)
   centroids_LD = _data(num_lists, seed=9)
-  words_MKD = _data(3 * num_words, seed=8).reshape(3, num_words, D)
+  words_MKD = _data(3 * num_codewords, seed=8).reshape(3, num_codewords, D)
   index = faiss_ivf.make_index(
     centroids_LD, words_MKD, norm_range=(0.0, 99.0), coarse="flat"
   )
   lists_N = rng.integers(0, num_lists, 60)
-  codes_NM = rng.integers(0, num_words, (60, 3))
+  codes_NM = rng.integers(0, num_codewords, (60, 3))
   faiss_ivf.add_codes(index, lists_N, codes_NM, np.arange(60))
   contents = faiss_ivf.contents(index)
   rows_n = rng.integers(0, 60, 25)

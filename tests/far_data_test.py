@@ -29,10 +29,10 @@ def _clusters(num, seed, dim=8):
   return means_KD[rng.integers(0, 12, num)] + noise_ND
 
 
-def _pair(offset, num=400, num_words=16):
+def _pair(offset, num=400, num_codewords=16):
   # From 2,560 numbers on faiss expands distances.
   x_ND = (_clusters(num, 1) + offset).astype(np.float32)
-  y_KD = (_clusters(num_words, 2) + offset).astype(np.float32)
+  y_KD = (_clusters(num_codewords, 2) + offset).astype(np.float32)
   return x_ND, y_KD
 
 
@@ -153,7 +153,7 @@ def test_list_assignment(offset, coarse):
 
 
 def test_knn(offset):
-  x_ND, y_KD = _pair(offset, num_words=200)
+  x_ND, y_KD = _pair(offset, num_codewords=200)
   want_QN = oracles.sq_distances(x_ND, y_KD)
   near_QR, ids_QR = faiss_io.knn(x_ND, [y_KD[:70], y_KD[70:]], 5)
   np.testing.assert_array_equal(ids_QR, np.argsort(want_QN, axis=1)[:, :5])

@@ -32,7 +32,7 @@ def _make_codec(name: str, metric: str = "l2") -> Codec:
     x_ND /= np.linalg.norm(x_ND, axis=1, keepdims=True)
   info = {"metric": metric}
   if name == "qinco_ivf":
-    sizes = dict(dim=_DIM, num_networks=3, num_words=8, num_lists=6)
+    sizes = dict(dim=_DIM, num_networks=3, num_codewords=8, num_lists=6)
     info["encode"] = {"beam_size": 3, "num_candidates": 4}
     return Codec("qinco", qinco_cases.make_params(**sizes), info)
   module, kwargs = {"pq": (pq, {}), "rq": (rq, {"beam_size": 3})}[name]

@@ -117,7 +117,7 @@ def test_product_and_scatter_sum_alike():
 
 def test_senseless_sizes_are_refused():
   x_ND = _vectors()
-  with pytest.raises(ValueError, match="120 vectors cannot fill 121 words"):
+  with pytest.raises(ValueError, match="120 vectors cannot fill 121 codewords"):
     kmeans.fit(KEY, x_ND, 121)
   with pytest.raises(ValueError, match="between 1 and 120, got 0"):
     kmeans.fit(KEY, x_ND, 0)

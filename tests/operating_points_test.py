@@ -91,7 +91,7 @@ def test_take_turns_leaves_warm_ups_out():
     time.sleep(0.02 if len(calls) == 2 else 0.0)
     return len(calls)
 
-  seconds, results = operating_points.take_turns(
+  seconds, results = operating_points.time_interleaved(
     {"a": first_is_slow}, {"k": 7}, num_rounds=2, num_warm_ups=1
   )["a"]
   assert calls == [7, 7, 7]
@@ -125,12 +125,12 @@ def test_short_calls_are_repeated(monkeypatch):
     "quick": clock.search_fn([2**-6, *[2**-4] * 2, *[2**-5] * 4]),
     "slow": clock.search_fn([2**-6, 1.0, 0.5]),
   }
-  timed = operating_points.take_turns(
+  timed = operating_points.time_interleaved(
     fns, {}, num_rounds=2, num_warm_ups=1, min_seconds=2**-3
   )
   assert timed == {"quick": (2**-5, [3, 4, 5, 6]), "slow": (0.5, [2])}
   endless = {"none": clock.search_fn(itertools.repeat(0.0))}
-  timed = operating_points.take_turns(
+  timed = operating_points.time_interleaved(
     endless, {}, num_rounds=1, min_seconds=9.0
   )
   assert timed["none"][1] == list(range(operating_points._MOST_CALLS))

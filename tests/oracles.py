@@ -182,7 +182,7 @@ def _qinco_beam(
 
   See `qinco_encode`; the last step keeps one of them.
   """
-  num_networks, num_words = params.codebooks_TKD.shape[:2]
+  num_networks, num_codewords = params.codebooks_TKD.shape[:2]
   is_all = not num_candidates and not num_joint
   kept = [
     (float(((z - word) ** 2).sum()), (k,), word)
@@ -198,7 +198,7 @@ def _qinco_beam(
     elif joint and is_last:
       joint = max((joint + 3) // 4, min(joint, 16))
     if is_all:
-      pairs = [(f, k) for f in range(len(kept)) for k in range(num_words)]
+      pairs = [(f, k) for f in range(len(kept)) for k in range(num_codewords)]
     else:
       residuals = [z - xhat for _, _, xhat in kept]
       book = _weight(params, "preselect_TKD", t)

@@ -187,7 +187,7 @@ def test_other_codecs_without_lists(tmp_path, codec):
   if codec == "pq":
     params = pq.fit(jax.random.key(0), x_ND, num_codes=2, codebook_size=4)
   else:
-    block = qinco_cases.make_params(dim=3, num_networks=1, num_words=4)
+    block = qinco_cases.make_params(dim=3, num_networks=1, num_codewords=4)
     params = pq_qinco.recombine([block, block], jnp.eye(6))
   np.save(tmp_path / "x.npy", x_ND)
   folder = _save(tmp_path / "codec", codec, params)

@@ -214,7 +214,7 @@ def test_a_codec_of_another_part_is_refused(folder, source):
 def test_parts_must_be_alike(folder):
   second, file = pq_parts.codec_path(folder, 1), pq_parts.part_path(folder, 1)
   shutil.rmtree(second)
-  _save_part(second, file, 1, num_words=5)
+  _save_part(second, file, 1, num_codewords=5)
   with pytest.raises(ValueError, match="must have the same shapes"):
     _run(folder, recombine=True)
   shutil.rmtree(second)

@@ -10,16 +10,16 @@ from vqjax.codecs import pq_qinco, qinco
 P, S, K, T = 3, 4, 8, 2  # Blocks of 3 code positions.
 
 
-def _qinco(seed, *, std=1.0, num_words=K, dim=S, **fields):
+def _qinco(seed, *, std=1.0, num_codewords=K, dim=S, **fields):
   rng = np.random.default_rng(seed)
   new = lambda *shape: jnp.asarray(rng.normal(size=shape) / 2, jnp.float32)
   return qinco.QincoParams(
     **dict(
       mean_D=new(dim),
       std=jnp.float32(std),
-      first_KD=new(num_words, dim),
-      codebooks_TKD=new(T, num_words, dim),
-      preselect_TKD=new(T, num_words, dim),
+      first_KD=new(num_codewords, dim),
+      codebooks_TKD=new(T, num_codewords, dim),
+      preselect_TKD=new(T, num_codewords, dim),
       in_TDE=None,
       word_TEU=new(T, dim, dim),
       state_TDU=new(T, dim, dim),
@@ -137,7 +137,7 @@ def test_refuses_wrong_arrays():
   ("fields", "said"),
   [
     (
-      dict(num_words=7),
+      dict(num_codewords=7),
       r"first_KD is \(8, 4\) in block 0, \(7, 4\) in block 1",
     ),
     (dict(dim=5), r"mean_D is \(4,\) in block 0, \(5,\) in block 1"),

@@ -87,7 +87,7 @@ def test_senseless_arguments_are_refused():
   params = _fit(x_ND)
   with pytest.raises(ValueError, match="divide the 6 dimensions .* got 4"):
     pq.fit(KEY, x_ND, num_codes=4)
-  with pytest.raises(ValueError, match="150 vectors cannot fill 256 words"):
+  with pytest.raises(ValueError, match="150 vectors cannot fill 256 codewords"):
     pq.fit(KEY, x_ND, num_codes=3)
   with pytest.raises(ValueError, match=r"\(6, 6\), got \(5, 5\)"):
     pq.fit(KEY, x_ND, num_codes=3, rotation=jnp.eye(5))

@@ -11,7 +11,7 @@ def make_params(
   *,
   dim=6,
   num_networks=3,
-  num_words=7,
+  num_codewords=7,
   network_dim=5,
   hidden_dim=4,
   num_blocks=2,
@@ -22,7 +22,7 @@ def make_params(
   """Weights of a size at which the network matters as much as the words."""
   rng = np.random.default_rng(seed)
   t, d, k, e, h, j = (
-    num_networks, dim, num_words, network_dim, hidden_dim, num_blocks,
+    num_networks, dim, num_codewords, network_dim, hidden_dim, num_blocks,
   )  # fmt: skip
   if is_qinco1:
     e = d

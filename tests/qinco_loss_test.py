@@ -132,7 +132,7 @@ def test_steps_written_out_have_the_gradient_of_a_scan(monkeypatch):
 )
 def test_few_and_small_steps_are_written_out(sizes, count):
   published = dict(
-    dim=128, num_networks=7, num_words=256, network_dim=128, hidden_dim=256
+    dim=128, num_networks=7, num_codewords=256, network_dim=128, hidden_dim=256
   )
   params = jax.eval_shape(lambda: make_params(**{**published, **sizes}))
   stacked = qinco_search.per_step(jax.eval_shape(qinco.prepare, params))
@@ -317,7 +317,7 @@ def test_merge_stats_counts_all():
 
 
 def test_usage_reports_entropy_in_bits():
-  params = make_params(num_words=8)
+  params = make_params(num_codewords=8)
   stats = qinco_loss.empty_stats(params)
   used_MK = np.zeros(stats.used_MK.shape, np.float32)
   used_MK[:, :4] = 5

@@ -50,7 +50,7 @@ def _mse(tables, x_ND, **knobs):
   ],
 )
 def test_encode_matches_the_plain_search(case, ranked):
-  params = make_params(**RANKED[case], num_words=12)
+  params = make_params(**RANKED[case], num_codewords=12)
   tables = qinco_ranker.fit(qinco.prepare(params), vectors(40), **SIZES, rank=3)
   knobs = dict(**SIZES, num_ranked=ranked)
   np.testing.assert_array_equal(
@@ -68,7 +68,7 @@ def test_encode_matches_the_plain_search(case, ranked):
 @pytest.mark.parametrize("case", [dict(), dict(num_lists=11)])
 def test_one_block_is_told_exactly(case):
   """A single block is linear in its hidden layer: nothing is lost."""
-  params = make_params(**case, num_blocks=1, num_words=12, hidden_dim=9)
+  params = make_params(**case, num_blocks=1, num_codewords=12, hidden_dim=9)
   tables = qinco_ranker.fit(
     qinco.prepare(params), vectors(2000), **SIZES, rank=6
   )
@@ -85,7 +85,7 @@ def test_one_block_is_told_exactly(case):
 
 def test_no_plane_is_nearer_than_the_basis():
   """The word told best in U directions: better than along any others."""
-  params = make_params(num_words=12)
+  params = make_params(num_codewords=12)
   tables, x_ND = qinco.prepare(params), vectors(200)
   whole = qinco_ranker.fit(tables, x_ND, **SIZES, rank=6).ranker
   part = qinco_ranker.fit(tables, x_ND, **SIZES, rank=2).ranker
@@ -112,7 +112,7 @@ def test_no_plane_is_nearer_than_the_basis():
 
 
 def test_a_ranker_beats_as_many_words_without_one():
-  params = make_params(num_words=32, dim=8, hidden_dim=32, network_dim=8)
+  params = make_params(num_codewords=32, dim=8, hidden_dim=32, network_dim=8)
   x_ND = vectors(600, dim=8)
   sizes = dict(beam_size=6, num_joint_candidates=48)
   tables = qinco_ranker.fit(qinco.prepare(params), x_ND[:300], **sizes)
@@ -143,7 +143,7 @@ def test_blocks_and_lists_make_no_difference():
 
 
 def test_a_ranker_of_a_prefix():
-  params = make_params(num_words=12)
+  params = make_params(num_codewords=12)
   tables = qinco_ranker.fit(qinco.prepare(params), vectors(40), **SIZES)
   knobs = dict(**SIZES, num_ranked=5)
   codes_NM = _encode(tables, vectors(), **knobs, num_steps=2)
@@ -176,7 +176,7 @@ def test_a_ranker_of_a_prefix():
   ],
 )
 def test_encode_refuses(knobs, message):
-  params = make_params(num_words=12)
+  params = make_params(num_codewords=12)
   with pytest.raises(ValueError, match=message):
     qinco.encode(params, vectors(), num_candidates=0, **knobs)
 
@@ -185,7 +185,7 @@ def test_encode_refuses(knobs, message):
   ("params", "sizes", "message"),
   [
     (dict(is_qinco1=True), {}, "no pre-selection codebooks"),
-    (dict(num_words=1500), {}, "codebook_size must lie between 2 and 1024"),
+    (dict(num_codewords=1500), {}, "codebook_size must lie between 2 and 1024"),
     ({}, dict(rank=7), "rank must lie between 1 and 6, got 7"),
     ({}, dict(num_joint_candidates=3), "must lie between 4 and 48"),
     ({}, dict(block_size=0), "block_size must lie between 1"),
@@ -195,7 +195,7 @@ def test_encode_refuses(knobs, message):
   ],
 )
 def test_fit_refuses(params, sizes, message):
-  params = make_params(**({"num_words": 12} | params))
+  params = make_params(**({"num_codewords": 12} | params))
   sizes = dict(SIZES) | sizes
   x_ND = vectors(sizes.pop("num", 20), dim=sizes.pop("dim", 6))
   with pytest.raises(ValueError, match=message):

@@ -107,7 +107,7 @@ def test_num_steps_gives_the_code_of_the_shorter_codec(case):
 
 
 def test_bfloat16_products_stay_close():
-  params = make_params(dim=16, network_dim=12, hidden_dim=16, num_words=16)
+  params = make_params(dim=16, network_dim=12, hidden_dim=16, num_codewords=16)
   x_ND = jnp.asarray(vectors(200, 16))
   knobs = dict(num_candidates=4, beam_size=4)
   codes_NM = qinco.encode(params, x_ND, **knobs)[:, :2]
@@ -201,7 +201,7 @@ def test_presets_have_the_published_sizes(size):
 def test_tables_equal_the_plain_network_at_the_sizes_of_a_preset(config):
   model = config.get_config("bigann1M").model
   params = make_params(
-    dim=128, num_networks=1, num_words=4,
+    dim=128, num_networks=1, num_codewords=4,
     network_dim=model.network_dim or 128, hidden_dim=model.hidden_dim,
     num_blocks=model.num_blocks, is_qinco1=model.is_qinco1,
   )  # fmt: skip

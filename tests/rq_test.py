@@ -105,7 +105,7 @@ def test_sizes():
 def test_senseless_arguments_are_refused():
   x_ND = _vectors()
   params = rq.RQParams(_vectors(24).reshape(3, 8, 6))
-  with pytest.raises(ValueError, match="150 vectors cannot fill 256 words"):
+  with pytest.raises(ValueError, match="150 vectors cannot fill 256 codewords"):
     rq.fit(KEY, x_ND, num_codes=2)
   with pytest.raises(ValueError, match="num_codes .* got 0"):
     rq.fit(KEY, x_ND, num_codes=0, codebook_size=8)

@@ -16,7 +16,7 @@ def test_the_joint_rule_and_the_published_one_are_each_others_inverse():
   assert JOINT.joint(256) == JOINT
   assert PUBLISHED.published() == PUBLISHED
   narrow = SearchRule(beam_size=8).joint(8)
-  rule.check(narrow, num_words=16, num_codes=4)
+  rule.check(narrow, num_codewords=16, num_codes=4)
   assert (narrow.beam_size, narrow.num_joint_candidates) == (8, 32)
 
 
@@ -70,4 +70,4 @@ def test_a_rule_is_described_by_the_letters_of_the_papers():
 def test_sizes_that_make_no_sense_are_refused(values, message):
   search = SearchRule(beam_size=8).replace(**values)
   with pytest.raises(ValueError, match=message):
-    rule.check(search, num_words=16, num_codes=4)
+    rule.check(search, num_codewords=16, num_codes=4)

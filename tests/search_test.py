@@ -26,7 +26,7 @@ def _make(folder, is_ivf):
   if is_ivf:
     name = "qinco"
     params = qinco_cases.make_params(
-      dim=D, num_networks=M, num_words=K, num_lists=L
+      dim=D, num_networks=M, num_codewords=K, num_lists=L
     )
   else:
     name = "rq"

@@ -21,7 +21,7 @@ PUBLISHED = dict(num_candidates=10, beam_size=8)
 
 def _codec(preselect_fn):
   """A codec of 16 words without a network, so that its error is plain."""
-  params = qinco_cases.make_params(num_words=16, dim=6)
+  params = qinco_cases.make_params(num_codewords=16, dim=6)
   params = params.replace(out_TED=0 * params.out_TED)
   params = params.replace(preselect_TKD=preselect_fn(params.codebooks_TKD))
   return params, Codec("qinco", params)
@@ -41,7 +41,7 @@ def test_an_encoder_makes_one_graph_of_the_centroids(
     "make_coarse",
     lambda *args, **knobs: made.append(args) or make_coarse(*args, **knobs),
   )
-  params = qinco_cases.make_params(num_words=16, dim=6, num_lists=20)
+  params = qinco_cases.make_params(num_codewords=16, dim=6, num_lists=20)
   codec = Codec("qinco", params, {"encode": PUBLISHED})
   x_ND = _vectors(50)
   encoder = encoders.make_encoder(codec, {"assign": assign}, x_ND)
@@ -129,7 +129,10 @@ def test_a_codec_is_encoded_by_its_own_rule_unless_asked(
     (dict(repeats=0), "--repeats must lie between 1"),
     (dict(beam_sizes="4,"), "--beam_sizes must be numbers from 1 on"),
     (dict(joint_factors="0"), "--joint_factors must be numbers from 1 on"),
-    (dict(beam_sizes="64"), "the codec has 16 words, no beam may be wider"),
+    (
+      dict(beam_sizes="64"),
+      "the codec has 16 codewords, and no beam may be wider",
+    ),
   ],
 )
 def test_tradeoff_refuses_before_any_work(tmp_path, values, message):
@@ -148,7 +151,7 @@ def test_tradeoff_refuses_before_any_work(tmp_path, values, message):
 
 @pytest.mark.slow
 def test_tradeoff_measures_the_ranker_of_a_deep_network(tmp_path):
-  params = qinco_cases.make_params(num_words=16, dim=6, num_blocks=4)
+  params = qinco_cases.make_params(num_codewords=16, dim=6, num_blocks=4)
   codec_file.save_codec(tmp_path / "codec", "qinco", params, info={})
   formats.write_vectors(tmp_path / "x.fvecs", _vectors(), dtype=np.float32)
   config = _config(

@@ -1,9 +1,9 @@
 """All devices of all processes: data sharded, params copied.
 
 Training runs over one mesh of every device (`shard`, `replicate`,
-`on_shares`). Encoding needs no other process: each one takes its `share` of
-the rows, spreads it over its own devices (`data_parallel`) and passes results
-on by `gather`.
+`shard_map_over_data`). Encoding needs no other process: each one takes its rows
+(`process_rows`), spreads them over its own devices (`data_parallel`) and passes
+results on by `gather`.
 """
 
 import contextlib
@@ -163,7 +163,7 @@ def abstract(tree):
   )
 
 
-def local(tree):
+def to_local_devices(tree):
   """Copies a tree, of `replicate` too, to the devices of this process."""
   spans = lambda x: isinstance(x, jax.Array) and not x.is_fully_addressable
   own = lambda x: x.addressable_data(0) if spans(x) else x
@@ -171,7 +171,7 @@ def local(tree):
   return jax.device_put(jax.tree.map(own, tree), sharding)
 
 
-def on_shares(fn: Callable) -> Callable:
+def shard_map_over_data(fn: Callable) -> Callable:
   """Returns `(*copied, rows) -> copied`; every device has its share of rows.
 
   `fn` runs as on a single device and must itself reduce its results over
@@ -198,7 +198,7 @@ def data_parallel(fn: Callable) -> Callable:
   Every device runs the program of a single one on its rows, `rows / devices`
   at once, so the results are those of one device. Rows are an array or a tree
   of arrays; where the devices cannot share them evenly, the last row is
-  repeated. A tree placed by `local` is not copied again.
+  repeated. A tree placed by `to_local_devices` is not copied again.
   """
   mapped_fn = jax.jit(
     jax.shard_map(
@@ -219,7 +219,7 @@ def data_parallel(fn: Callable) -> Callable:
         x, [(0, missing)] + [(0, 0)] * (np.ndim(x) - 1), "edge"
       )
       rows = jax.tree.map(pad, rows)
-    out = mapped_fn(local(tree), jax.device_put(rows, split))
+    out = mapped_fn(to_local_devices(tree), jax.device_put(rows, split))
     if not missing:
       return out
     # On the host: on several devices it would be a collective operation, which
@@ -229,7 +229,7 @@ def data_parallel(fn: Callable) -> Callable:
   return run
 
 
-def share(num_rows: int) -> range:
+def process_rows(num_rows: int) -> range:
   """Returns this process's share of `num_rows`, in the order of processes."""
   cut = lambda i: num_rows * i // jax.process_count()
   return range(cut(jax.process_index()), cut(jax.process_index() + 1))
@@ -248,7 +248,7 @@ def gather(x) -> np.ndarray:
 
 
 def gather_rows(x_N, num_rows: int) -> np.ndarray:
-  """Joins the rows `[n, ...]` of all processes' `share(num_rows)`."""
+  """Joins the rows `[n, ...]` of all processes' `process_rows(num_rows)`."""
   x_N = np.asarray(x_N)
   longest = -(-num_rows // jax.process_count())
   padding = [(0, longest - len(x_N))] + [(0, 0)] * (x_N.ndim - 1)

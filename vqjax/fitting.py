@@ -201,7 +201,7 @@ def learn(
     if not outcome.is_done:
       return None, learned.vectors
     _, best = checkpoints.restore_best(outcome.state)
-    return devices.local(best.params), learned.vectors
+    return devices.to_local_devices(best.params), learned.vectors
   finally:
     writer.close()
     checkpoints.close()

@@ -27,10 +27,10 @@ class Work(NamedTuple):
 
 def encode_work(tables: qinco.QincoTables, rule: SearchRule) -> Work:
   """Returns the multiply-adds of `qinco.encode`."""
-  num_networks, num_words, _ = tables.base_TKE.shape
+  num_networks, num_codewords, _ = tables.base_TKE.shape
   per_candidate, per_state = _per_evaluation(tables)
-  selection = num_words * qinco.dim(tables)
-  each, joint = rule.num_candidates or num_words, rule.num_joint_candidates
+  selection = num_codewords * qinco.dim(tables)
+  each, joint = rule.num_candidates or num_codewords, rule.num_joint_candidates
   beam_size, num_ranked = rule.beam_size, rule.num_ranked
   # Hypotheses, candidates and ranked ones of each step.
   steps = [(beam_size, joint or beam_size * each, num_ranked)] * num_networks
@@ -38,11 +38,11 @@ def encode_work(tables: qinco.QincoTables, rule: SearchRule) -> Work:
     last = qinco_search.last_rule(rule)
     steps[-1] = beam_size, last.num_joint_candidates, last.num_ranked
   if tables.is_ivf:  # One hypothesis, with codewords for the whole beam.
-    widest = min(joint or max(each, beam_size), num_words)
+    widest = min(joint or max(each, beam_size), num_codewords)
     steps[0] = 1, widest, num_ranked
   network, rest = 0, tables.first_KD.size
   for hypotheses, candidates, ranked in steps:
-    takes_all = not joint and candidates == hypotheses * num_words
+    takes_all = not joint and candidates == hypotheses * num_codewords
     rest += 0 if takes_all else hypotheses * selection
     rest += hypotheses * per_state
     if 0 < ranked < candidates:

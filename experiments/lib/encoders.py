@@ -58,7 +58,7 @@ def with_ranker(codec: Codec, rule: SearchRule, x_ND) -> Codec:
   """
   if not rule.num_ranked:
     return codec
-  rows = batches.spread(len(x_ND), SAMPLE)
+  rows = batches.evenly_spaced_rows(len(x_ND), SAMPLE)
   with cli.progress(len(rows), "fit the ranker") as done:
     tables = qinco_ranker.fit(
       codec.tables,

@@ -94,7 +94,7 @@ def _measure(config, jobs, search_fns, data) -> list[dict]:
     i: lambda _, name=name, at=at: search_fns[name](data.xq_QD, **at)
     for i, (name, at) in enumerate(jobs)
   }
-  timed = operating_points.take_turns(
+  timed = operating_points.time_interleaved(
     fns,
     {},
     num_rounds=config.rounds,

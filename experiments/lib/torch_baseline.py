@@ -77,7 +77,7 @@ def _on_device(fn, device: str, dtype: str):
 
 def _make_fns(weights, num_candidates: int, beam_size: int):
   """Returns encode and decode from tensors to tensors."""
-  num_networks, num_words, _ = weights.codebooks_TKD.shape
+  num_networks, num_codewords, _ = weights.codebooks_TKD.shape
 
   def encode(x_ND):
     z_ND = (x_ND - weights.mean_D) / weights.std
@@ -86,7 +86,7 @@ def _make_fns(weights, num_candidates: int, beam_size: int):
     xhat_NFD, codes_NFM = weights.first_KD[ids_NF], ids_NF[..., None]
     for t in range(num_networks):
       ids_NFC = _select(
-        weights, t, z_ND[:, None] - xhat_NFD, num_candidates or num_words
+        weights, t, z_ND[:, None] - xhat_NFD, num_candidates or num_codewords
       )
       words_NFCD = weights.codebooks_TKD[t][ids_NFC]
       state_NFCD = xhat_NFD[:, :, None].expand_as(words_NFCD)
@@ -113,10 +113,10 @@ def _make_fns(weights, num_candidates: int, beam_size: int):
 
 def _select(weights, t, residual_NFD, num_candidates):
   """The pre-selected codewords nearest to each residual: `[N, F, A]`."""
-  num_words = weights.codebooks_TKD.shape[1]
-  if num_candidates == num_words:
-    ids_C = torch.arange(num_words, device=residual_NFD.device)
-    return ids_C.expand(*residual_NFD.shape[:2], num_words)
+  num_codewords = weights.codebooks_TKD.shape[1]
+  if num_candidates == num_codewords:
+    ids_C = torch.arange(num_codewords, device=residual_NFD.device)
+    return ids_C.expand(*residual_NFD.shape[:2], num_codewords)
   error_NFK = _sq_distances(residual_NFD, weights.preselect_TKD[t])
   return error_NFK.topk(num_candidates, dim=2, largest=False).indices
 

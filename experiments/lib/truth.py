@@ -284,7 +284,7 @@ def _report(truth: Truth) -> None:
 
 def exact(xq_QD, base, k: int, metric: str) -> np.ndarray:
   """Ids `[Q, k]` of the nearest; every process searches its share."""
-  mine = devices.share(len(base))
+  mine = devices.process_rows(len(base))
   with cli.progress(len(mine), "exact search") as done:
     blocks = batches.map_blocks(
       lambda x_ND: x_ND, base, block_size=_BLOCK, rows=mine, progress=done
@@ -296,7 +296,9 @@ def find(xq_QD, blocks, k: int, num_base: int, metric: str) -> np.ndarray:
   """Ids `[Q, k]` of the nearest in the base; blocks are of our share of it."""
   metric = faiss_metric(metric)
   error_QR, ids_QR = faiss_io.knn(xq_QD, blocks, k, metric=metric)
-  ids_QR = np.where(ids_QR < 0, ids_QR, ids_QR + devices.share(num_base).start)
+  ids_QR = np.where(
+    ids_QR < 0, ids_QR, ids_QR + devices.process_rows(num_base).start
+  )
   sign = -1 if metric == "ip" else 1  # Inner products: the greatest first.
   error_QR = np.concatenate(devices.gather(sign * error_QR), axis=1)
   ids_QR = np.concatenate(devices.gather(ids_QR), axis=1)

@@ -144,7 +144,7 @@ def make_inputs(folder: pathlib.Path, seed: int) -> pathlib.Path:
   params = {
     "rq": rq.RQParams(words_MKD),
     "ivf": qinco_cases.make_params(
-      seed, dim=D, num_networks=M, num_words=K, num_lists=L
+      seed, dim=D, num_networks=M, num_codewords=K, num_lists=L
     ),
   }
   encodes = {

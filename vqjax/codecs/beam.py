@@ -61,7 +61,7 @@ def advance(
 ) -> tuple[Beam, tuple[Array, Array]]:
   """Extends the hypotheses and keeps the `beam_size` best.
 
-  Returns the new beam and, for `trace`, the `(parents, ids)` of its
+  Returns the new beam and, for `backtrack`, the `(parents, ids)` of its
   hypotheses, both `[N, F]`. Ties go to the lower slot. Where fewer candidates
   than `beam_size` are offered the rest of the beam is empty.
   """
@@ -114,7 +114,7 @@ def at_step(stacked: Any, t) -> Any:
   return jax.tree.map(at_fn, stacked)
 
 
-def trace(
+def backtrack(
   parents_TNF: Array, ids_TNF: Array, slot_N: Array
 ) -> tuple[Array, Array]:
   """Follows hypotheses back to the first step.

@@ -87,7 +87,7 @@ def make_nearest_fn(
   half_K = sq_norms(y_KD - centre_1D) / 2
   if (num_at_once or k) >= k:
     centred_KD = y_KD - centre_1D
-    return lambda x_ND: least(
+    return lambda x_ND: argmin_rows(
       half_scores(x_ND - centre_1D, centred_KD, half_K)
     )[0]
 
@@ -97,7 +97,7 @@ def make_nearest_fn(
     def compare(best, block):
       number_k, y_kD, half_k = block
       # Centred here, block by block: no second copy of many words.
-      ids_N, half_N = least(half_scores(x_ND, y_kD - centre_1D, half_k))
+      ids_N, half_N = argmin_rows(half_scores(x_ND, y_kD - centre_1D, half_k))
       ids_N = jnp.where(half_N < best[1], number_k[0] + ids_N, best[0])
       return (ids_N, jnp.minimum(half_N, best[1])), None
 
@@ -118,7 +118,7 @@ def half_scores(x_ND: Array, y_KD: Array, half_K: Array) -> Array:
   return half_K[None] - jnp.matmul(x_ND, y_KD.T, precision="highest")
 
 
-def least(score_NK: Array) -> tuple[Array, Array]:
+def argmin_rows(score_NK: Array) -> tuple[Array, Array]:
   """Column `[N]` of the least entry of each row, and that entry `[N]`.
 
   The lower of equal columns wins. Two plain reductions vectorise where the

@@ -23,9 +23,9 @@ from jax import lax
 
 from vqjax.codecs import kmeans, pq
 from vqjax.codecs.distances import (
+  argmin_rows,
   centre_of,
   half_scores,
-  least,
   scan_blocks,
   sq_norms,
 )
@@ -124,7 +124,7 @@ def assign(side: HakesSide, x_ND: Array, metric: str) -> Array:
 
   def body(_, x_ND):
     score_NL = list_scores(side, reduce(side, x_ND), metric)
-    return None, least(-score_NL)[0]
+    return None, argmin_rows(-score_NL)[0]
 
   return scan_blocks(body, None, x_ND, block_size=_BLOCK)[1]
 

@@ -53,7 +53,7 @@ class KMeans:
 def fit(
   key: Array,
   x_ND: Array,
-  num_words: int,
+  num_codewords: int,
   *,
   num_iterations: int = 10,
   init: str = "random",
@@ -64,7 +64,7 @@ def fit(
   return fit_report(
     key,
     x_ND,
-    num_words,
+    num_codewords,
     num_iterations=num_iterations,
     init=init,
     weights_N=weights_N,
@@ -75,7 +75,7 @@ def fit(
 def fit_report(
   key: Array,
   x_ND: Array,
-  num_words: int,
+  num_codewords: int,
   *,
   num_iterations: int = 10,
   init: str = "random",
@@ -89,7 +89,7 @@ def fit_report(
   Args:
     key: Draws the start, nothing else.
     x_ND: Vectors; the caller has checked that they are finite.
-    num_words: K, at most N.
+    num_codewords: K, at most N.
     num_iterations: Rounds of assignment and update; 0 returns the start.
     init: "random" takes distinct rows, with a probability that grows with
       their weight; "k-means++" takes rows far from those taken before.
@@ -102,7 +102,11 @@ def fit_report(
   check_shape("x", x_ND, (None, None))
   n = x_ND.shape[0]
   check_range(
-    "num_words", num_words, 1, n, f"{n} vectors cannot fill {num_words} words"
+    "num_codewords",
+    num_codewords,
+    1,
+    n,
+    f"{n} vectors cannot fill {num_codewords} codewords",
   )
   check_range("num_iterations", num_iterations, 0, 100_000)
   if init not in INITS:
@@ -114,7 +118,7 @@ def fit_report(
     key,
     jnp.asarray(x_ND, jnp.float32),
     jnp.asarray(weights_N, jnp.float32),
-    num_words=num_words,
+    num_codewords=num_codewords,
     num_iterations=num_iterations,
     init=init,
     block_size=block_size,
@@ -126,7 +130,7 @@ def lloyd_step(
 ) -> KMeans:
   """One assignment to `words_KD` and one update, as a report of length 1."""
   nearest_fn = make_nearest_fn(words_KD)
-  num_words = words_KD.shape[0]
+  num_codewords = words_KD.shape[0]
   centre_1D = centre_of(words_KD)[None]
 
   def body(carry, block):
@@ -134,11 +138,11 @@ def lloyd_step(
     x_ND, weights_N = block
     ids_N = nearest_fn(x_ND)
     error_N = sq_norms(x_ND - words_KD[ids_N])
-    more_KD, more_K = _sums(ids_N, x_ND - centre_1D, weights_N, num_words)
+    more_KD, more_K = _sums(ids_N, x_ND - centre_1D, weights_N, num_codewords)
     counts_2K = add_exactly(counts_2K, more_K)
     return (sums_KD + more_KD, counts_2K), error_N * weights_N
 
-  zeros = jnp.zeros_like(words_KD), jnp.zeros((2, num_words), jnp.float32)
+  zeros = jnp.zeros_like(words_KD), jnp.zeros((2, num_codewords), jnp.float32)
   (sums_KD, counts_2K), error_N = scan_blocks(
     body, zeros, (x_ND, weights_N), block_size=block_size
   )
@@ -228,14 +232,15 @@ def pass_over(
 
 
 @partial(
-  jax.jit, static_argnames=("num_words", "num_iterations", "init", "block_size")
+  jax.jit,
+  static_argnames=("num_codewords", "num_iterations", "init", "block_size"),
 )
 def _fit(
-  key, x_ND, weights_N, *, num_words, num_iterations, init, block_size
+  key, x_ND, weights_N, *, num_codewords, num_iterations, init, block_size
 ) -> KMeans:
   """`fit_report` after its checks."""
   start_fn = _start_random if init == "random" else _start_spread
-  words_KD = start_fn(key, x_ND, weights_N, num_words)
+  words_KD = start_fn(key, x_ND, weights_N, num_codewords)
 
   def body(state, _):
     words_KD, _, num_refilled = state
@@ -244,27 +249,31 @@ def _fit(
     state = step.words_KD, step.counts_K, num_refilled
     return state, step.objectives[0]
 
-  state = words_KD, jnp.zeros(num_words, jnp.float32), jnp.zeros((), jnp.int32)
+  state = (
+    words_KD,
+    jnp.zeros(num_codewords, jnp.float32),
+    jnp.zeros((), jnp.int32),
+  )
   state, objectives = lax.scan(body, state, length=num_iterations)
   words_KD, counts_K, num_refilled = state
   return KMeans(words_KD, counts_K, objectives, num_refilled)
 
 
-def sums_by_scatter(ids_N, x_ND, weights_N, num_words: int):
+def sums_by_scatter(ids_N, x_ND, weights_N, num_codewords: int):
   """Weighted sum `[K, D]` and weight `[K]` of the rows of each codeword."""
-  add = partial(jax.ops.segment_sum, num_segments=num_words)
+  add = partial(jax.ops.segment_sum, num_segments=num_codewords)
   return add(x_ND * weights_N[:, None], ids_N), add(weights_N, ids_N)
 
 
-def sums_by_product(ids_N, x_ND, weights_N, num_words: int):
+def sums_by_product(ids_N, x_ND, weights_N, num_codewords: int):
   """The same as a product with one-hot rows."""
-  is_word_KN = jnp.arange(num_words)[:, None] == ids_N[None]
+  is_word_KN = jnp.arange(num_codewords)[:, None] == ids_N[None]
   hot_KN = is_word_KN.astype(jnp.float32) * weights_N[None]
   sums_KD = jnp.matmul(hot_KN, x_ND, precision="highest")
   return sums_KD, jnp.sum(hot_KN, axis=1)
 
 
-def _sums(ids_N, x_ND, weights_N, num_words):
+def _sums(ids_N, x_ND, weights_N, num_codewords):
   """The faster one on a CPU, by a factor of 2 to 4; elsewhere the product.
 
   On a GPU the order in which a scatter adds, and with it the result, changes
@@ -274,8 +283,8 @@ def _sums(ids_N, x_ND, weights_N, num_words):
     ids_N,
     x_ND,
     weights_N,
-    cpu=partial(sums_by_scatter, num_words=num_words),
-    default=partial(sums_by_product, num_words=num_words),
+    cpu=partial(sums_by_scatter, num_codewords=num_codewords),
+    default=partial(sums_by_product, num_codewords=num_codewords),
   )
 
 
@@ -291,15 +300,15 @@ def _refill(words_KD, is_empty_K, x_ND, error_N):
   return lax.cond(jnp.any(is_empty_K), refill, lambda: words_KD)
 
 
-def _start_random(key, x_ND, weights_N, num_words):
+def _start_random(key, x_ND, weights_N, num_codewords):
   """Distinct rows, drawn one after another in proportion to their weight."""
   # Reference: the Gumbel-top-k trick, arXiv 1903.06059.
   noise_N = jax.random.gumbel(key, weights_N.shape)
-  _, rows_K = lax.top_k(jnp.log(weights_N) + noise_N, num_words)
+  _, rows_K = lax.top_k(jnp.log(weights_N) + noise_N, num_codewords)
   return x_ND[rows_K]
 
 
-def _start_spread(key, x_ND, weights_N, num_words):
+def _start_spread(key, x_ND, weights_N, num_codewords):
   """Rows drawn in proportion to weight times squared distance to the drawn."""
 
   def draw(i, words_KD, chance_N):
@@ -313,6 +322,6 @@ def _start_spread(key, x_ND, weights_N, num_words):
     words_KD, new_N = draw(i, words_KD, weights_N * error_N)
     return words_KD, jnp.minimum(error_N, new_N)
 
-  words_KD = jnp.zeros((num_words, x_ND.shape[1]), jnp.float32)
+  words_KD = jnp.zeros((num_codewords, x_ND.shape[1]), jnp.float32)
   state = draw(0, words_KD, weights_N)
-  return lax.fori_loop(1, num_words, body, state)[0]
+  return lax.fori_loop(1, num_codewords, body, state)[0]

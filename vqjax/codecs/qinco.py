@@ -240,7 +240,7 @@ def check_rule(params: QincoParams | QincoTables, rule: SearchRule) -> None:
   sizes = codebook_sizes(params)
   rule_lib.check(
     rule,
-    num_words=sizes[-1],
+    num_codewords=sizes[-1],
     num_codes=len(sizes) - params.is_ivf,
     can_preselect=params.preselect_TKD is not None,
   )

@@ -160,8 +160,8 @@ def loss(
     ),
   )
   errors_M, preselect_T = decode_losses(tables, z_ND, codes_NM, dtype)
-  num_words = params.codebooks_TKD.shape[1]
-  used_MK = jax.vmap(partial(jnp.bincount, length=num_words))(codes_NM.T)
+  num_codewords = params.codebooks_TKD.shape[1]
+  used_MK = jax.vmap(partial(jnp.bincount, length=num_codewords))(codes_NM.T)
   if params.is_ivf:
     errors_M, used_MK = errors_M[1:], used_MK[1:]
   stats = WordStats(used_MK.astype(jnp.int32))

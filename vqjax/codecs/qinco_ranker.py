@@ -96,8 +96,8 @@ def fit(
 def _make_rule(tables, beam_size, num_joint, dtype) -> SearchRule:
   """The search without a ranker; raises ValueError where it can have none."""
   check_range("networks", tables.base_TKE.shape[0], 1, 1 << 20)
-  num_words = tables.base_TKE.shape[1]
-  check_range("codebook_size", num_words, 2, MAX_WORDS, "of a ranker")
+  num_codewords = tables.base_TKE.shape[1]
+  check_range("codebook_size", num_codewords, 2, MAX_WORDS, "of a ranker")
   check_range("num_joint_candidates", num_joint, 1, 1 << 20)
   rule = SearchRule(
     num_candidates=0,

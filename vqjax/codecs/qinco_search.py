@@ -117,22 +117,22 @@ def _select(weights, residual_NFD, error_NF, rule):
   """
   n, f, _ = residual_NFD.shape
   preselect_KD = weights["preselect_TKD"]
-  num_words = weights["base_TKE"].shape[0]
+  num_codewords = weights["base_TKE"].shape[0]
   num_joint, num_candidates = rule.num_joint_candidates, rule.num_candidates
-  if not num_joint and num_candidates in (0, num_words):
-    flat_C = jnp.arange(f * num_words, dtype=jnp.int32)
-    parents_C, ids_C = jnp.divmod(flat_C, num_words)
-    spread = lambda x_C: jnp.broadcast_to(x_C, (n, f * num_words))
+  if not num_joint and num_candidates in (0, num_codewords):
+    flat_C = jnp.arange(f * num_codewords, dtype=jnp.int32)
+    parents_C, ids_C = jnp.divmod(flat_C, num_codewords)
+    spread = lambda x_C: jnp.broadcast_to(x_C, (n, f * num_codewords))
     return spread(parents_C), spread(ids_C), None
   # Without |residual|^2, which is the same for all codewords of a hypothesis.
   score_NFK = sq_norms(preselect_KD)[None, None] - 2 * matmul(
     residual_NFD, preselect_KD.T, rule.dtype
   )
   if num_joint:
-    num_joint = min(num_joint, f * num_words)  # One hypothesis has fewer.
-    score_NC = (score_NFK + error_NF[..., None]).reshape(n, f * num_words)
+    num_joint = min(num_joint, f * num_codewords)  # One hypothesis has fewer.
+    score_NC = (score_NFK + error_NF[..., None]).reshape(n, f * num_codewords)
     negative_NC, flat_NC = lax.top_k(-score_NC, num_joint)
-    return *jnp.divmod(flat_NC, num_words), -negative_NC
+    return *jnp.divmod(flat_NC, num_codewords), -negative_NC
   _, ids_NFA = lax.top_k(-score_NFK, num_candidates)
   parents_NFA = jnp.broadcast_to(
     jnp.arange(f, dtype=jnp.int32)[:, None], ids_NFA.shape
@@ -276,6 +276,6 @@ def _search(steps, left, z_ND, beam, codes_MNF, rule):
     beam,
     beam_size=1,
   )
-  ids_TN, slot_N = beam_lib.trace(*history, parents_N1[:, 0])
+  ids_TN, slot_N = beam_lib.backtrack(*history, parents_N1[:, 0])
   more_MN1 = jnp.concatenate([ids_TN[..., None], ids_N1[None]])
   return _extend(codes_MNF, slot_N[:, None], more_MN1)

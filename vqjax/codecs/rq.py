@@ -157,7 +157,7 @@ def _encode_beam(codebooks_MKD: Array, x_ND: Array, beam_size: int) -> Array:
   start = _start(x_ND, beam_size)
   _, steps = beam_lib.advance_all(_propose, codebooks_MKD, x_ND, start)
   best_N = jnp.zeros(x_ND.shape[0], jnp.int32)
-  return beam_lib.trace(*steps, best_N)[0].T.astype(jnp.int32)
+  return beam_lib.backtrack(*steps, best_N)[0].T.astype(jnp.int32)
 
 
 def _start(x_ND: Array, beam_size: int) -> beam_lib.Beam:

@@ -42,15 +42,15 @@ class SearchRule:
     """Returns the rule with other values."""
     return dataclasses.replace(self, **values)
 
-  def joint(self, num_words: int) -> "SearchRule":
+  def joint(self, num_codewords: int) -> "SearchRule":
     """Returns the joint rule that reaches the error of this published one.
 
     B=48 C=128 for A=16 B=32 (docs/performance.md); a joint rule stays.
     """
     if self.num_joint_candidates:
       return self
-    beam_size = min(3 * self.beam_size // 2, num_words)
-    joint = min(4 * self.beam_size, beam_size * num_words)
+    beam_size = min(3 * self.beam_size // 2, num_codewords)
+    joint = min(4 * self.beam_size, beam_size * num_codewords)
     return self.replace(beam_size=beam_size, num_joint_candidates=joint)
 
   def published(self) -> "SearchRule":
@@ -105,7 +105,7 @@ def from_dict(values: dict, default: SearchRule | None = None) -> SearchRule:
 def check(
   rule: SearchRule,
   *,
-  num_words: int,
+  num_codewords: int,
   num_codes: int,
   can_preselect: bool = True,
 ) -> None:
@@ -113,17 +113,29 @@ def check(
 
   Args:
     rule: The search.
-    num_words: K, codewords per position.
+    num_codewords: K, codewords per position.
     num_codes: M, code positions, the list number not counted.
     can_preselect: Whether the codec has pre-selection codebooks.
   """
   b, c, f = rule.beam_size, rule.num_joint_candidates, rule.num_ranked
   # Name, whether it is set, least, most, why.
   ranges = (
-    ("beam_size", True, 1, num_words, "the first step has no more codewords"),
-    ("num_candidates", True, 0, num_words, "codewords of a step; 0 for all"),
+    (
+      "beam_size",
+      True,
+      1,
+      num_codewords,
+      "the first step has no more codewords",
+    ),
+    (
+      "num_candidates",
+      True,
+      0,
+      num_codewords,
+      "codewords of a step; 0 for all",
+    ),
     ("num_steps", rule.num_steps is not None, 1, num_codes, "code positions"),
-    ("num_joint_candidates", c, b, b * num_words, "beam_size to all pairs"),
+    ("num_joint_candidates", c, b, b * num_codewords, "beam_size to all pairs"),
     ("num_ranked", f and c, b, c, "beam_size to num_joint_candidates"),
   )
   for name, is_set, low, high, why in ranges:

@@ -60,7 +60,7 @@ def make_encode_fn(
     ValueError: The rule does not fit the codec.
   """
   spec.check_rule(tables, rule)
-  tables = devices.local(tables)
+  tables = devices.to_local_devices(tables)
   if assign_fn is None:
     encode_fn = devices.data_parallel(
       lambda tables, x_ND: spec.encode(tables, x_ND, None, rule)
@@ -128,7 +128,7 @@ def make_decode_fn(
   It takes all devices of this process; `dtype` is that of `decoder`.
   """
   decode_fn = devices.data_parallel(decoder(spec, dtype))
-  decode_fn = functools.partial(decode_fn, devices.local(tables))
+  decode_fn = functools.partial(decode_fn, devices.to_local_devices(tables))
   return batches.in_blocks(decode_fn, block_size or decode_block())
 
 

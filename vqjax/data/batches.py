@@ -331,7 +331,7 @@ def _read_block(vectors, start: int, stop: int, block_size: int) -> np.ndarray:
   return np.pad(x_ND, ((0, block_size - len(x_ND)), (0, 0)), "edge")
 
 
-def spread(num_rows: int, most: int) -> np.ndarray:
+def evenly_spaced_rows(num_rows: int, most: int) -> np.ndarray:
   """At most so many of the rows, at equal distances, int64."""
   num = min(num_rows, most)
   return np.unique(np.linspace(0, num_rows - 1, num, dtype=np.int64))
@@ -346,10 +346,10 @@ def check_training(vectors, num_rows: int | None = None) -> None:
   """
   num_rows = len(vectors) if num_rows is None else num_rows
   most = max(_CHECKED_BYTES // (4 * vectors.shape[1]), 1)
-  rows_N = spread(num_rows, most)
+  rows_N = evenly_spaced_rows(num_rows, most)
   for start in range(0, len(rows_N), _CHECKED_ROWS):
     read_rows(vectors, rows_N[start : start + _CHECKED_ROWS])
-  sample_ND = np.asarray(vectors[spread(num_rows, _COMPARED_ROWS)])
+  sample_ND = np.asarray(vectors[evenly_spaced_rows(num_rows, _COMPARED_ROWS)])
   values.check_spread(sample_ND, name=formats.name_of(vectors))
 
 

@@ -45,6 +45,6 @@ def make_assign_fn(
   assign_fn = devices.data_parallel(
     lambda centroids_LD, x_ND: nearest(x_ND, centroids_LD)
   )
-  centroids_LD = devices.local(jnp.asarray(centroids_LD))
+  centroids_LD = devices.to_local_devices(jnp.asarray(centroids_LD))
   num_rows = _BLOCK * jax.local_device_count()
   return functools.partial(assign_fn, centroids_LD), num_rows

@@ -114,7 +114,7 @@ def distances_to(
 
 def fit_kmeans(
   x_ND: np.ndarray,
-  num_words: int,
+  num_codewords: int,
   *,
   num_iterations: int = 10,
   seed: int = 0,
@@ -124,7 +124,7 @@ def fit_kmeans(
 
   Args:
     x_ND: Vectors, of any numeric type; no sample of them is taken.
-    num_words: K, at most N.
+    num_codewords: K, at most N.
     num_iterations: Rounds of assignment and update.
     seed: Draws the start where none is given, and splits empty codewords.
     start_KD: Codewords to start from; None for rows drawn at random.
@@ -135,20 +135,24 @@ def fit_kmeans(
   x_ND = float_rows("x", x_ND)
   n, d = x_ND.shape
   check_range(
-    "num_words", num_words, 1, n, f"{n} vectors cannot fill {num_words} words"
+    "num_codewords",
+    num_codewords,
+    1,
+    n,
+    f"{n} vectors cannot fill {num_codewords} codewords",
   )
   check_range("num_iterations", num_iterations, 1, 100_000)
   if start_KD is not None:
-    check_shape("start", start_KD, (num_words, d))
+    check_shape("start", start_KD, (num_codewords, d))
     start_KD = float_rows("start", start_KD)
   centre_D = far_centre(x_ND)
   kmeans = faiss.Kmeans(
     d,
-    num_words,
+    num_codewords,
     niter=num_iterations,
     seed=seed,
     min_points_per_centroid=1,
-    max_points_per_centroid=-(-n // num_words),
+    max_points_per_centroid=-(-n // num_codewords),
   )
   if start_KD is not None:
     start_KD = less(start_KD, centre_D)
@@ -418,12 +422,13 @@ def _metric_type(metric: str) -> int:
   return METRICS[metric]
 
 
-def _num_bits(num_words: int) -> int:
-  if num_words < 2 or num_words & (num_words - 1):
+def _num_bits(num_codewords: int) -> int:
+  if num_codewords < 2 or num_codewords & (num_codewords - 1):
     raise ValueError(
-      f"faiss needs a power of two of words per position, got {num_words}."
+      "faiss needs a power of two as the number of codewords per position, "
+      f"got {num_codewords}."
     )
-  return num_words.bit_length() - 1
+  return num_codewords.bit_length() - 1
 
 
 def _new_opq(dim: int, num_codes: int, num_bits: int):

@@ -198,10 +198,10 @@ def make_rows_fn(contents: Contents):
   The list is packed into the bits of the code, as its first position.
   """
   num_lists, dim = contents.centroids_LD.shape
-  num_codes, num_words, _ = contents.codebooks_MKD.shape
+  num_codes, num_codewords, _ = contents.codebooks_MKD.shape
   num_bits = faiss.UInt64Vector()
   list_bits = max((num_lists - 1).bit_length(), 1)
-  for bits in (list_bits, *[num_words.bit_length() - 1] * num_codes):
+  for bits in (list_bits, *[num_codewords.bit_length() - 1] * num_codes):
     num_bits.push_back(bits)
   padding = np.zeros(((1 << list_bits) - num_lists, dim), np.float32)
   words = [contents.centroids_LD, padding, *contents.codebooks_MKD]

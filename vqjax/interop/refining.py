@@ -151,14 +151,14 @@ def fastscan(
   """
   order_N = np.argsort(contents.ids_N, kind="stable")
   num = len(order_N)
-  xt_ND = read_fn(order_N[batches.spread(num, _MAX_TRAINED)])
+  xt_ND = read_fn(order_N[batches.evenly_spaced_rows(num, _MAX_TRAINED)])
   index = faiss_fastscan.fit(like, xt_ND, num_parts=num_parts)
   for start in range(0, num, _BLOCK):
     rows_n = order_N[start : start + _BLOCK]
     faiss_fastscan.add(index, read_fn(rows_n), contents.ids_N[rows_n])
     if progress is not None:
       progress(start + len(rows_n), num)
-  rows_n = order_N[batches.spread(num, _NUM_COMPARED)]
+  rows_n = order_N[batches.evenly_spaced_rows(num, _NUM_COMPARED)]
   errors = _errors(index, contents, rows_n, read_fn(rows_n), decode_fn)
   return index, _fit_weights(errors)
 

@@ -191,10 +191,10 @@ def _scores(lists, num_tiles, table_C, of_list_P, probes_P):
   step_I = lists.step_L[at(probes_P, probe_I)]
   norm_IS = run(lists.norm_N).astype(jnp.float32) * step_I[:, None]
   score_IS = at(of_list_P, probe_I)[:, None] - norm_IS
-  num_words = len(table_C) // lists.num_codes
+  num_codewords = len(table_C) // lists.num_codes
   codes = _unpack(run(lists.packed_NW), lists.num_codes, lists.num_bits)
   for position, code_IS in enumerate(codes):
-    score_IS = score_IS + at(table_C, code_IS + position * num_words)
+    score_IS = score_IS + at(table_C, code_IS + position * num_codewords)
   is_code_IS = jnp.arange(TILE)[None] < num_I[:, None]
   score_IS = jnp.where(is_code_IS, score_IS, -jnp.inf)
   return score_IS.reshape(-1), rows_I, probe_I

@@ -51,7 +51,7 @@ def measure(
     )
   points = {name: [] for name in search_fns}
   for setting in settings:
-    timed = take_turns(search_fns, setting, num_rounds=num_rounds)
+    timed = time_interleaved(search_fns, setting, num_rounds=num_rounds)
     for name, (seconds, results) in timed.items():
       recall = float(recall_fn(results[0]))
       points[name].append(Point(dict(setting), recall, num_queries / seconds))
@@ -60,7 +60,7 @@ def measure(
   return points
 
 
-def take_turns(
+def time_interleaved(
   search_fns: dict[Hashable, Callable[[dict], Any]],
   setting: dict,
   *,

@@ -251,8 +251,8 @@ class Searcher:
       for whole, part in zip(out, found, strict=True):
         whole[block.rows] = np.asarray(part)[: len(block.rows)]
 
-    num_words = self.parts.lists.words_DC.shape[1]
-    most = max(_TABLE_BYTES // (4 * num_words), _LEAST_QUERIES)
+    num_codewords = self.parts.lists.words_DC.shape[1]
+    most = max(_TABLE_BYTES // (4 * num_codewords), _LEAST_QUERIES)
     blocks = _blocks(order_Q, tiles_Q, num_best, most)
     # Side by side: XLA does the selection of one block on one core.
     map_fn = self._pool.map if len(blocks) > 1 else map

@@ -98,7 +98,7 @@ def check(
     ValueError: They fit none of them. The message says what they fit instead.
   """
   at = np.flatnonzero(ids_QG[:, 0] >= 0)
-  at = at[batches.spread(len(at), _NUM_QUERIES)]
+  at = at[batches.evenly_spaced_rows(len(at), _NUM_QUERIES)]
   xq_QD = batches.read_rows(unit.raw(files.queries), at)
   largest, misfit, sample = int(ids_QG.max()), None, None
   for size in sorted(set(sizes)):
@@ -113,7 +113,10 @@ def check(
 
 
 def _read(files: Files, xq_QD, size: int) -> _Sample:
-  base, rows_N = unit.raw(files.base), batches.spread(size, _NUM_SAMPLED)
+  base, rows_N = (
+    unit.raw(files.base),
+    batches.evenly_spaced_rows(size, _NUM_SAMPLED),
+  )
   return _Sample(xq_QD, rows_N, batches.read_rows(base, rows_N), base, size)
 
 

@@ -57,7 +57,7 @@ def make_batch_fn(
 
   def batch_fn(step):
     rows = batches.batch_rows(seed, step, batch_size, num_rows)
-    return take(samples, rows[devices.share(batch_size)])
+    return take(samples, rows[devices.process_rows(batch_size)])
 
   return batch_fn
 
@@ -149,7 +149,7 @@ def validation(
   params: hakes.HakesParams, samples: Samples, rows: slice, knobs: dict
 ) -> dict[str, float]:
   """Returns the parts of the loss over some rows of the queries."""
-  params, total, num = devices.local(params), {}, 0
+  params, total, num = devices.to_local_devices(params), {}, 0
   for start in range(rows.start, rows.stop, _VALIDATION_BLOCK):
     part = slice(start, min(start + _VALIDATION_BLOCK, rows.stop))
     size = part.stop - part.start

@@ -77,7 +77,7 @@ def make_learner(
   prepare_fn, errors_fn = jax.jit(qinco.prepare), devices.data_parallel(errors)
 
   def validate(params):
-    tables = prepare_fn(devices.local(params))
+    tables = prepare_fn(devices.to_local_devices(params))
     size = runner.encode_block(qinco.CODEC, tables, rule)
     return mean_of_rows(partial(errors_fn, tables), held_out, size)
 
@@ -100,7 +100,7 @@ def mean_of_rows(
   Every process computes its share, and all return the same; `progress` is
   told of the rows done and those in the share.
   """
-  mine = devices.share(len(vectors))
+  mine = devices.process_rows(len(vectors))
   blocks = batches.map_blocks(
     fn, vectors, block_size=block_size, rows=mine, progress=progress
   )

@@ -159,7 +159,7 @@ def make_train_step(
 
   def train_step(state, wish_N, x_ND):
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    stats, metrics, grads, order = devices.on_shares(on_device)(
+    stats, metrics, grads, order = devices.shard_map_over_data(on_device)(
       state.params, key, state.stats, (wish_N, x_ND)
     )
     learned = learned_fn(state.params)

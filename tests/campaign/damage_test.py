@@ -5,6 +5,7 @@ others that have no checksum may hold other numbers: nothing in them could tell.
 """
 
 import functools
+import json
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -17,7 +18,12 @@ from experiments.lib import codecs, errors
 from experiments.lib import inputs as inputs_lib
 from tests.campaign import outcomes, subjects
 from vqjax.data import formats
-from vqjax.interop import faiss_fastscan, faiss_ivf
+from vqjax.interop import (
+  faiss_fastscan,
+  faiss_ivf,
+  hakes_files,
+  torch_qinco,
+)
 from vqjax.storage import codec_file, decoder_file, refiner_file
 from vqjax.training import writers
 
@@ -180,10 +186,6 @@ def _run_folder(folder):
   return found.name, found.params
 
 
-def _metrics(folder):
-  return len(writers.read_rows(folder / "metrics.jsonl")) > 0
-
-
 TARGETS = {
   "codec.safetensors": Target("rq/codec.safetensors", _codec),
   "codec.json": Target("rq/codec.json", _codec),
@@ -236,5 +238,66 @@ def source(inputs, tmp_path_factory):
 def test_damaged_files_of_ours(source, tmp_path, number):
   table = outcomes.Table("damage", COLUMNS)
   for name, target in TARGETS.items():
+    _attack(table, name, target, source, tmp_path, number)
+  table.check()
+
+
+def _released(folder, name):
+  name, params, info = torch_qinco.load_checkpoint(folder / name)
+  return name, params, info["encode"]
+
+
+def _metrics(folder):
+  """What a resumed training takes from it; a damaged line is left out."""
+  rows = writers.read_rows(folder / "metrics.jsonl")
+  return [row for row in rows if row["step"] < 0]
+
+
+def _vectors_in(name, folder):
+  return np.asarray(formats.open_vectors(folder / name)[:])
+
+
+def _write_vectors(folder) -> None:
+  x_ND = np.random.default_rng(3).normal(size=(40, 6)).astype(np.float32)
+  for suffix in (".npy", ".fvecs", ".fbin", ".h5"):
+    formats.write_vectors(folder / f"x{suffix}", x_ND)
+  np.savez(folder / "x.npz", x_ND)
+  lines = [{"step": i, "loss": 0.5, "seconds": i} for i in range(9)]
+  text = "".join(json.dumps(line) + "\n" for line in lines)
+  (folder / "metrics.jsonl").write_text(text)
+
+
+_PT = "ivf_qinco2_tiny.pt"
+OTHERS = {
+  "metrics.jsonl": Target("metrics.jsonl", _metrics),
+  "released .pt": Target(_PT, functools.partial(_released, name=_PT)),
+  "released .pt, QINCo1": Target(
+    "v1_qinco.pt", functools.partial(_released, name="v1_qinco.pt")
+  ),
+  "findex.bin": Target(
+    "hakes_l2_findex.bin",
+    lambda folder: hakes_files.load(folder / "hakes_l2_findex.bin").side,
+    has_checksum=False,
+  ),
+  **{
+    name: Target(
+      name, functools.partial(_vectors_in, name), has_checksum=name == "x.npz"
+    )
+    for name in ("x.npy", "x.fvecs", "x.fbin", "x.h5", "x.npz")
+  },
+}
+
+
+@pytest.mark.parametrize(
+  "number", [_FEW, pytest.param(_MANY, marks=pytest.mark.slow)]
+)
+def test_damaged_files_of_others(tmp_path, number):
+  table = outcomes.Table("damage", COLUMNS)
+  source = tmp_path / "whole"
+  source.mkdir()
+  _write_vectors(source)
+  for name in (_PT, "v1_qinco.pt", "hakes_l2_findex.bin"):
+    shutil.copy(GOLDEN / name, source)
+  for name, target in OTHERS.items():
     _attack(table, name, target, source, tmp_path, number)
   table.check()

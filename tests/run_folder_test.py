@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import time
@@ -93,3 +94,18 @@ def test_a_lock_is_touched_while_its_process_lives(tmp_path, monkeypatch):
         break
       time.sleep(0.01)
     assert path.stat().st_mtime > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="writes into /proc")
+def test_a_folder_that_cannot_be_is_named(tmp_path):
+  with (
+    pytest.raises(OSError, match="/proc/x cannot be written: .*choose another"),
+    run_folder.locked(pathlib.Path("/proc/x")),
+  ):
+    pass
+  (tmp_path / "a").write_text("")
+  with (
+    pytest.raises(NotADirectoryError, match="a is a file, not a folder"),
+    run_folder.locked(tmp_path / "a" / "run"),
+  ):
+    pass

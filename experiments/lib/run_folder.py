@@ -149,6 +149,7 @@ class _Lock:
   """run.lock: made at once or not at all, touched while its process lives."""
 
   def __init__(self, workdir: pathlib.Path):
+    files.check_folder(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     self._path = workdir / LOCK_NAME
     self._text = json.dumps(_who() | {"token": secrets.token_hex(8)}) + "\n"

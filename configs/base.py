@@ -97,7 +97,7 @@ def make_learned(
 
 
 def _published() -> config_dict.ConfigDict:
-  """Returns QINCo2-S as in the paper, but for idle words and joint rule."""
+  """Returns QINCo2-S as in the paper, except unused codewords and rule."""
   return config_dict.create(
     seed=0,
     codec="qinco",
@@ -111,7 +111,7 @@ def _published() -> config_dict.ConfigDict:
       is_qinco1=False,
       beam_size=32,  # B
       num_joint_candidates=64,  # C; 0 is the published rule, with A.
-      num_candidates=16,  # A; without effect beside C.
+      num_candidates=16,  # A; without effect if C is set.
     ),
     # Lists with frozen centroids before the M steps; 0: none.
     ivf=dict(
@@ -146,8 +146,8 @@ def _published() -> config_dict.ConfigDict:
       cut_patience=10,  # Epochs, of the schedule "plateau".
       stop_patience=20,
       log_every=50,  # Steps.
-      checkpoint_minutes=10.0,  # Beside every end of an epoch.
-      keep_checkpoints=2,  # Latest ones, beside the best.
+      checkpoint_minutes=10.0,  # And at the end of every epoch.
+      keep_checkpoints=2,  # Latest ones, in addition to the best.
       tensorboard=False,
     ),
   )

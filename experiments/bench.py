@@ -7,7 +7,7 @@ r"""Measures how fast this machine encodes, decodes, trains and clusters.
 
 A trained --codec is measured on its own vectors. A --config is measured without
 training: its codewords are a residual k-means of the vectors, so that the
-search resembles that of a trained codec, and its network changes them by a few
+search resembles a trained codec's, and its network changes them by a few
 percent. Its vectors are standard normal numbers unless --data names a file.
 
   encode   by the published rule (A) and at the codec's own sizes (B and C),
@@ -15,7 +15,7 @@ percent. Its vectors are standard normal numbers unless --data names a file.
   decode   random codes; the vectors stay on the device
   train    a step of the training loop, compared with its encode and its
            gradient (with --config; its ratio is to the sum of these two)
-  kmeans   compared with that of faiss, from the same start
+  kmeans   compared with faiss's, from the same start
 
 GFLOP/s count two operations per multiply-add of the matrix products that remain
 once the tables are made; a training step counts as its encode and three
@@ -166,7 +166,7 @@ def _encode(config, subject, dtype, peak):
   for rule in bench_subjects.searches(subject, config, dtype):
     sizes = bench_subjects.sizes(subject.codec, rule)
     about = _about(subject, "encode", dtype, sizes)
-    # Fitted to others, where there are any, than those whose error is told.
+    # Fitted to vectors other than the measured ones, if there are any.
     others_ND = bench_subjects.rows(subject, 3 * _MSE_ROWS)[_MSE_ROWS:]
     codec, work = encoders.with_ranker(subject.codec, rule, others_ND), None
     if codec.name == "qinco":
@@ -214,7 +214,7 @@ def _plain_codes(encode_fn, x_ND, block: int) -> np.ndarray:
 
 
 def _measure(config, contenders, peak) -> list[dict]:
-  """Times ours, the first, beside the others, which need rests in between."""
+  """Times ours (the first) next to the others, with rests in between."""
   rest = bench_timing.REST if len(contenders) > 1 else 0.0
   return bench_timing.measure(
     contenders, peak, repeats=config.repeats, rest=rest
@@ -270,7 +270,7 @@ def _torch(config, subject, dtype, rule: SearchRule) -> dict:
 
 @contextlib.contextmanager
 def _left_out(name: str):
-  """Goes on without a program that does not compile or fit in memory."""
+  """Leaves out a program that does not compile or fit in memory."""
   try:
     yield
   except RuntimeError as error:

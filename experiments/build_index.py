@@ -291,7 +291,7 @@ def _join(rows) -> list[list[int]]:
 
 
 def _report(config, info: dict) -> dict:
-  """Says what was written, what is missing, and how to go on."""
+  """Says what was written, what is missing, and what to run next."""
   output, num_rows = config.output, info["num_rows"]
   logging.info(
     "%d vectors in %d lists: %s, %.1f bytes per vector, %.1f MB in all; what "

@@ -106,7 +106,7 @@ def run(config) -> dict:
 
 
 def _share(config) -> tuple[int, list[int]]:
-  """Number of shards, 0 for a single file, and those of this process."""
+  """Number of shards, 0 for a single file, and the ones of this process."""
   count = jax.process_count()
   if config.shard is None:
     num = config.shards

@@ -205,7 +205,7 @@ def _num_bits(sizes) -> int:
 
 
 def _baseline_sizes(codec, num_steps) -> tuple[int, ...]:
-  """Words at each position of a baseline of as many bytes."""
+  """Codewords at each position of a baseline of as many bytes."""
   return codec.codebook_sizes[codec.is_ivf :][:num_steps]
 
 

@@ -59,7 +59,7 @@ class _Subject(NamedTuple):
   index: Any
   decode_fn: Callable
   sizes: tuple[int, ...]
-  made_of: dict  # What the description says besides the codec.
+  made_of: dict  # What the description says in addition to the codec.
 
 
 @cli.takes(OPTIONS)

@@ -47,7 +47,7 @@ def run(
 ) -> dict | None:
   """Runs all stages or one; returns the evaluation, None when interrupted.
 
-  Where there is nothing to evaluate, or not yet, the result is empty.
+  If there is nothing to evaluate yet, the result is empty.
 
   Args:
     config: A configuration, or its name or file, as --config takes it.
@@ -69,7 +69,7 @@ def run(
     )
     for name in list(STAGES) if stage is None else [stage]:
       if not _run_stage(name, config, data, workdir):
-        logging.warning("Stopped. To go on, run the same command again.")
+        logging.warning("Stopped. Run the same command again to resume.")
         return None
     return _read_evaluation(workdir) or {}
 

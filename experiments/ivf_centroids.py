@@ -211,7 +211,7 @@ def _find_state(config, checkpoint: pathlib.Path, meta: dict) -> State | None:
   for name, a, b in files.differences(found, meta):
     raise ValueError(
       f"{checkpoint} is of a run that was stopped, with {name}={a}, now it is "
-      f"{b}: go on with the same data and options, or begin anew with "
+      f"{b}: resume with the same data and options, or start again with "
       "--overwrite."
     )
   wanted = (meta["num_centroids"], meta["dim"])
@@ -225,7 +225,7 @@ def _find_state(config, checkpoint: pathlib.Path, meta: dict) -> State | None:
       f"{checkpoint} has done {len(errors)} iterations, more than "
       f"--num_iterations={config.num_iterations}."
     )
-  logging.info("Going on after %d iterations.", len(errors))
+  logging.info("Resuming after %d iterations.", len(errors))
   return State(words_KD, errors)
 
 
@@ -360,7 +360,7 @@ def _start_in_two(vectors, num_codewords: int, seed: int) -> np.ndarray:
 
 
 def _fit_group(vectors, seed: int, rows, num_codewords: int) -> np.ndarray:
-  """Codewords of one coarse cluster, from at most so many of its rows."""
+  """Codewords of one coarse cluster, from a limited number of its rows."""
   if not num_codewords:
     return np.empty((0, vectors.shape[1]), np.float32)
   most = min(len(rows), _START_VECTORS * num_codewords)

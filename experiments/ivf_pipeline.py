@@ -74,7 +74,7 @@ OPTIONS = {
 
 
 def run(config, workdir, **options):
-  """Returns what `search.run` does; None when the training was interrupted.
+  """Returns what `search.run` does; None if training was interrupted.
 
   Args:
     config: A configuration, or its name or file, as --config takes it.
@@ -149,7 +149,7 @@ def _check_baselines(config, dataset, options) -> None:
 
 
 def _find_centroids(config, workdir, dataset) -> None:
-  """Makes centroids.npy unless they are given, and tells the training."""
+  """Makes centroids.npy unless they are given, and hands them to training."""
   if config.ivf.centroids:
     return
   path = workdir / "centroids.npy"
@@ -300,7 +300,7 @@ def _is_there(path, *, is_described: bool = True) -> bool:
   if not path.exists():
     return False
   if is_described and not files.description_path(path).exists():
-    logging.warning("%s has no description beside it: made again.", path)
+    logging.warning("%s has no description next to it: it is made again.", path)
     return False
   logging.info("%s is there already.", path)
   return True
@@ -321,7 +321,7 @@ def _described(path) -> dict:
 
 
 def _check_made_of(path, found: dict, wanted: dict) -> None:
-  """Raises ValueError where a file is of something else than is there now."""
+  """Raises ValueError if a file was made of something else."""
   for name, value in wanted.items():
     if found.get(name) != value:
       raise ValueError(

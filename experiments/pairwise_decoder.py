@@ -308,7 +308,7 @@ def _measure(decode_fn, held: decoders.Sample) -> tuple[float, float]:
 
 
 def _report(config, info, rows, seconds, about_tables: str) -> None:
-  """Says how good the decoders are, and how to go on."""
+  """Says how good the decoders are, and what to run next."""
   logging.info(
     "Fitted to %d vectors. On %d others, squared distances in data units:\n%s",
     info["num_training_codes"],

@@ -26,7 +26,7 @@ all queries; coarse (which finds the lists), scan, refine, pairwise and network
 are the microseconds per query of each stage. decoded is the number of vectors
 that the network decoded per query; one that several queries share counts once.
 
-Times are those of all threads; --threads=1 keeps JAX and faiss to one CPU.
+Times are with all threads; --threads=1 keeps JAX and faiss to one CPU.
 Bytes are those of a vector in the lists, without its id. IVF-RaBitQ takes one
 bit for each dimension of the randomly rotated vector, plus 8 bytes.
 
@@ -76,7 +76,7 @@ OPTIONS = {
     str, None, "Refiner of the command refiner, for --num_refined."
   ),
   "queries": cli.Option(
-    str, None, "Queries; those of the codec's data set if unset."
+    str, None, "Queries; if unset, from the codec's data set."
   ),
   "groundtruth": cli.Option(
     str,
@@ -127,7 +127,7 @@ OPTIONS = {
     f"{','.join(faiss_baselines.NAMES)}. They need --data.",
   ),
   "train": cli.Option(
-    str, None, "Training vectors of the baselines; those of the codec if unset."
+    str, None, "Training vectors of the baselines; if unset, from the codec."
   ),
   "decode_all": cli.Option(
     bool, False, "Search exactly among all --codes, decoded; no index."
@@ -139,7 +139,7 @@ OPTIONS = {
   ),
   "overwrite": cli.Option(bool, False, "Replace existing outputs."),
 }
-_LEAST_RECALL = 0.02  # Below it a ground truth that nobody checked is doubted.
+_LEAST_RECALL = 0.02  # Below it an unchecked ground truth is doubted.
 
 
 @cli.takes(OPTIONS)
@@ -256,7 +256,7 @@ def _baseline_fns(config, names, ranges, like, train, data, record) -> dict:
 
 
 def _header(config, codec, info, data, train, num_threads) -> dict:
-  """What points must share to be compared; `Record` goes on with no others."""
+  """What points must share to be compared; `Record` resumes with no others."""
   sha256 = lambda path: path and files.sha256(path)
   return {
     "codec": codec.fingerprint,

@@ -61,8 +61,8 @@ def run(config) -> dict:
   codec = codecs.open_codec(config.codec)
   if getattr(codec.tables, "preselect_TKD", None) is None:
     raise ValueError(
-      "Only a QINCo2 has words pre-selected for its network: there is nothing "
-      f"to trade in this {codec.name} codec."
+      "Only a QINCo2 has codewords pre-selected for its network: there is "
+      f"nothing to trade in this {codec.name} codec."
     )
   dataset = codecs.resolve_data(codec, config, base=config.data)
   x_ND, others_ND = _read(config, dataset)

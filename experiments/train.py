@@ -138,7 +138,7 @@ def _train_learned(config, workdir, dataset, xt_ND, this, finish: bool):
     found = checkpoints.restore_latest(like)
     if found is not None:
       step, state = found
-      logging.info("Going on from step %d of %d.", step, plan.total_steps)
+      logging.info("Resuming from step %d of %d.", step, plan.total_steps)
     if state is None:  # Killed before the first checkpoint.
       state = learned.start()
     writer = writers.Writer(
@@ -151,7 +151,7 @@ def _train_learned(config, workdir, dataset, xt_ND, this, finish: bool):
       curves.plot_curves(workdir, scale=dataset.scale, unit=_unit(dataset))
     if not outcome.is_done:
       logging.warning(
-        "Stopped at step %d of %d. To go on, run the same command again.",
+        "Stopped at step %d of %d. Run the same command again to resume.",
         int(outcome.state.step),
         plan.total_steps,
       )
@@ -176,7 +176,7 @@ def _best(workdir, checkpoints, like, seconds: float):
       "same command without --finish."
     )
   step, state = found
-  logging.info("The best validation error is that of step %d.", step)
+  logging.info("The best validation error is at step %d.", step)
   ended = {"step": step, "last_step": last, "seconds": seconds}
   return devices.to_local_devices(state.params), ended
 
@@ -261,8 +261,8 @@ if __name__ == "__main__":
       "resume": cli.Option(
         bool,
         False,
-        "Also go on with a run that --finish has ended early. Any other run "
-        "goes on without it.",
+        "Also resume a run that --finish has ended early. Any other run "
+        "resumes without it.",
       ),
       "finish": cli.Option(
         bool,

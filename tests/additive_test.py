@@ -91,7 +91,7 @@ def test_refuses_what_does_not_fit():
     additive.fit(codes_NM, target_ND, 4, ridge=0)
   with pytest.raises(ValueError, match="at least 1 vector, got 0"):
     additive.fit_blocks([], 4)
-  with pytest.raises(ValueError, match="3 codes of 8000 words are 24000 unkno"):
+  with pytest.raises(ValueError, match="3 codes of 8000 codewords are 24000"):
     additive.fit(codes_NM, target_ND, 8000)
   with pytest.raises(ValueError, match=r"codes must have shape \(None, 3\)"):
     additive.decode(additive.fit(codes_NM, target_ND, 4), codes_NM[:, :2])

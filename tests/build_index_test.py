@@ -347,7 +347,7 @@ def test_decoders_and_codes_of_fewer_steps_are_refused(ivf_files, tmp_path):
   path = tmp_path / "decoders.safetensors"
   short = words.replace(codebooks_MKD=words.codebooks_MKD[1:])
   decoder_file.save(path, short, codec_fingerprint=codec.fingerprint, info={})
-  with pytest.raises(ValueError, match="has 3 codebooks of 8 words in 6 dim"):
+  with pytest.raises(ValueError, match="has 3 codebooks of 8 codewords in 6"):
     _run(tmp_path / "a", ivf_files, decoders=str(path))
   np.save(tmp_path / "codes.npy", np.load(ivf_files["codes"])[:, :-1])
   with pytest.raises(ValueError, match="has 4 codes per vector, but .* has 5"):

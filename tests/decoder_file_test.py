@@ -105,7 +105,7 @@ def test_refuses_what_it_cannot_save(tmp_path):
     (dict(pairs_R2=pairwise.pairs_R2 + 1), "pairs must be .* 0 to 3, got"),
     (dict(list_codes_LV=pairwise.list_codes_LV + 1), "0 to 3, got int32 .* 4"),
     (dict(list_codes_LV=jnp.ones((7, 1))), "must be integers .* got float32"),
-    (dict(num_codes=2), "for 2 codes, the additive words for 3"),
+    (dict(num_codes=2), "for 2 codes, the additive codewords for 3"),
   ):
     with pytest.raises(ValueError, match=said):
       _save(path, additive, pairwise.replace(**change))

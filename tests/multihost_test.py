@@ -103,7 +103,7 @@ def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path):
       process.send_signal(signal.SIGKILL)
   assert not (tmp_path / "summary.json").exists()
   with _two(*command) as running:
-    assert "Going on from step" in _finish(running)[0]
+    assert "Resuming from step" in _finish(running)[0]
   _assert_same_run(whole, tmp_path)
 
 
@@ -118,7 +118,7 @@ def test_a_signal_to_one_stops_both_at_the_same_step(whole, tmp_path):
   assert steps[0] == steps[1]
   assert int(steps[0]) < STEPS
   with _two(*command) as running:
-    assert f"Going on from step {steps[0]} of" in _finish(running)[0]
+    assert f"Resuming from step {steps[0]} of" in _finish(running)[0]
   _assert_same_run(whole, tmp_path)
 
 

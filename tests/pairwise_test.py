@@ -210,7 +210,7 @@ def test_numbers_of_tables():
     pairwise.check_sizes(256, 8, 0, 29)
   with pytest.raises(ValueError, match="A pair needs 2 codes, got 1"):
     pairwise.check_sizes(256, 1)
-  with pytest.raises(ValueError, match="number of words .* 1024, got 4096"):
+  with pytest.raises(ValueError, match="number of codewords .* 1024, got 4096"):
     pairwise.check_sizes(4096, 8)
 
 

@@ -173,7 +173,7 @@ SIZES = dict(d=4, K=8, L=1, M=2, h=3, _parameters={}, _modules={})
     (module("QINCo", SIZES | {"_modules": 3}), "whose _modules are no dict"),
     (module("IVFQINCo", SIZES), "must give K_IVF as a positive integer"),
     (module("PQ_QINCo", SIZES), "has no modules sub_quantizer_0"),
-    (module("PQ_QINCo", SIZES | {"db_scale": 2}), "has a db_scale beside"),
+    (module("PQ_QINCo", SIZES | {"db_scale": 2}), "has a db_scale in addition"),
     (
       module("PQ_QINCo", {"_modules": {"sub_quantizer_1": tensor()}}),
       "has no modules sub_quantizer_0",

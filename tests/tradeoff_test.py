@@ -87,7 +87,7 @@ def test_tradeoff_refuses_a_codec_without_preselection(tmp_path):
   params = qinco_cases.make_params(**qinco_cases.CASES["qinco1"])
   codec_file.save_codec(tmp_path / "codec", "qinco", params, info={})
   config = _config(codec=str(tmp_path / "codec"), output="x.png")
-  with pytest.raises(ValueError, match="Only a QINCo2 has words pre-selected"):
+  with pytest.raises(ValueError, match="Only a QINCo2 has codewords pre-"):
     tradeoff.run(config)
 
 

@@ -87,7 +87,7 @@ def test_a_finished_pq_knows_its_vectors_too(tmp_path):
 def test_the_same_command_goes_on_from_a_moved_folder(made, folder, caplog):
   _stop_after_the_first_epoch(folder)
   summary = _train(folder)  # Both the file and the run have other paths.
-  assert "Going on from step 4 of 8" in caplog.text
+  assert "Resuming from step 4 of 8" in caplog.text
   assert _fingerprint(folder) == _fingerprint(made)
   metrics = lambda at: [
     {**row, "seconds": 0}
@@ -146,9 +146,7 @@ def test_an_unfinished_run_is_a_codec(folder, caplog):
   params = saved.restore_tree(4)["params"]
   saved.close()
   loaded = codec_file.load_codec(folder / "run")
-  assert "not finished: taking its best checkpoint, that of step 4" in (
-    caplog.text
-  )
+  assert "not finished. Using its best checkpoint, of step 4" in (caplog.text)
   np.testing.assert_array_equal(
     loaded.params.codebooks_TKD, params["codebooks_TKD"]
   )
@@ -180,7 +178,7 @@ def test_a_damaged_checkpoint_is_not_taken(made, folder, caplog):
   _train(folder)
   assert "step 8 in" in caplog.text
   assert "damaged" in caplog.text
-  assert "Taking that of step 4." in caplog.text
+  assert "Using the checkpoint of step 4 instead." in caplog.text
   assert _fingerprint(folder) == _fingerprint(made)
   again = checkpoints.Checkpoints(folder / "run" / "checkpoints")
   again.restore_tree(8)  # Made again.

@@ -98,7 +98,7 @@ def limit_cpus(count: int) -> None:
   CPUs. Where the system cannot do it (macOS) nothing happens.
 
   Raises:
-    ValueError: The process may not run on so many.
+    ValueError: The process has fewer CPUs.
   """
   check_range("--threads", count, 1, num_cpus(), "CPUs of this process")
   if hasattr(os, "sched_setaffinity"):
@@ -109,7 +109,7 @@ def limit_cpus(count: int) -> None:
 
 
 def check_platforms() -> None:
-  """Raises ValueError where JAX_PLATFORMS asks for what JAX has not here."""
+  """Raises ValueError if JAX lacks what JAX_PLATFORMS asks for."""
   asked = jax.config.jax_platforms
   if not asked:
     return
@@ -120,7 +120,7 @@ def check_platforms() -> None:
     raise ValueError(
       f"JAX_PLATFORMS={asked} asks for devices that JAX cannot use here "
       f"({reason}). For NVIDIA GPUs install vqjax[cuda]; with "
-      "JAX_PLATFORMS=cpu, or without it, the work is done on what there is."
+      "JAX_PLATFORMS=cpu everything runs on the CPU."
     ) from error
 
 
@@ -196,8 +196,8 @@ def data_parallel(fn: Callable) -> Callable:
   """Returns a jitted `(tree, rows) -> rows` over this process's devices.
 
   Every device runs the program of a single one on its rows, `rows / devices`
-  at once, so the results are those of one device. Rows are an array or a tree
-  of arrays; where the devices cannot share them evenly, the last row is
+  at once, so the results are the same as on one device. Rows are an array or
+  a tree of arrays; if the devices cannot share them evenly, the last row is
   repeated. A tree placed by `to_local_devices` is not copied again.
   """
   mapped_fn = jax.jit(

@@ -37,7 +37,7 @@ from vqjax.storage import codec_file, decoder_file, index_folder, refiner_file
 METRICS = ("l2", "ip", "cosine")
 _PER_LIST = 256  # Vectors that k-means looks at, for each list.
 _LEAST_PER_LIST = 39  # Fewer make poor centroids.
-_ONE_LIST = 2_500  # Below so many vectors lists save no time.
+_ONE_LIST = 2_500  # Below this number of vectors lists save no time.
 _MOST_FITTED = 200_000  # Vectors that decoders are fitted to.
 _BLOCK = 65_536
 

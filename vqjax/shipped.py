@@ -1,8 +1,8 @@
 """What comes with the library: commands, configurations and sample vectors.
 
-They lie beside `vqjax/` in a clone and in `vqjax/_clone/` of an installed
+They lie next to `vqjax/` in a clone and in `vqjax/_clone/` of an installed
 wheel, under the same names: `experiments/`, `configs/`, `third_party/`. A
-wheel has no other top-level name than `vqjax`, so it meets nobody's own
+wheel has no other top-level name than `vqjax`, so it meets no user's own
 `configs` or `experiments`.
 """
 
@@ -83,7 +83,7 @@ def read_config(value: str):
 def import_configs(path: str | os.PathLike) -> None:
   """Makes `import configs` mean the folder of this file, then the shipped one.
 
-  So `from configs import base` finds the base that lies beside the file, and
+  So `from configs import base` finds the base next to the file, and
   never that of the folder in which a program happens to be started.
   """
   own = root() / "configs"

@@ -50,7 +50,7 @@ def load(config) -> list[Subject]:
 
 
 def rows(subject: Subject, num: int) -> np.ndarray:
-  """Returns the first rows, from the start again where there are too few."""
+  """Returns the first rows, repeated if there are too few."""
   return batches.read_rows(subject.x_ND, np.arange(num) % len(subject.x_ND))
 
 

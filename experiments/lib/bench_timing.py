@@ -47,7 +47,7 @@ class Peak(NamedTuple):
 def contender(make_fn, blocks, work: Work | None) -> Contender:
   """Returns what makes calls long enough to time, at the best block size.
 
-  `make_fn(num_vectors, block)` returns a function that works on so many
+  `make_fn(num_vectors, block)` returns a function that works on as many
   vectors, `block` at a time; its first call for a block compiles. Block sizes
   grow; larger ones gain nothing once one takes a second.
   """

@@ -12,7 +12,7 @@ _CACHE_BYTES = 1 << 30  # Of compiled programs.
 def keep_compiled() -> None:
   """Keeps compiled programs between runs, in the user's cache folder.
 
-  Where there is none or it cannot be written, programs are compiled again.
+  If there is none or it cannot be written, programs are compiled again.
   The oldest go when the folder holds more than a gigabyte.
   """
   if jax.config.jax_compilation_cache_dir is not None:

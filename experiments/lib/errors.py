@@ -52,15 +52,15 @@ def _is_ours(file: str) -> bool:
 
 
 @contextlib.contextmanager
-def user_errors(how_to_go_on: str = "Run the same command again."):
+def user_errors(how_to_resume: str = "Run the same command again."):
   """Turns errors that tell a user what to do into one line, exit code 1.
 
   Such are errors of the system (OSError, MemoryError, ImportError), and those
   that a `raise` of vqjax, its commands or configurations raised: whoever wrote
   it wrote a message. Any other error, such as a KeyError or a ValueError of
-  NumPy that nobody foresaw, is a fault of ours and keeps its traceback.
+  NumPy that was not foreseen, is a fault of ours and keeps its traceback.
 
-  SIGTERM acts like Ctrl-C: the program cleans up and says how to go on.
+  SIGTERM acts like Ctrl-C: the program cleans up and says how to resume.
   """
   before = signal.signal(signal.SIGTERM, signal.default_int_handler)
   try:
@@ -70,7 +70,7 @@ def user_errors(how_to_go_on: str = "Run the same command again."):
       raise
     reason = str(e).splitlines()[0][:300]
     logging.error(
-      "Lost another process of the run: %s. %s", reason, how_to_go_on
+      "Lost another process of the run: %s. %s", reason, how_to_resume
     )
     leave(1)
   except Exception as e:
@@ -80,7 +80,7 @@ def user_errors(how_to_go_on: str = "Run the same command again."):
     logging.error("%s\n(--verbosity=1 shows where this comes from.)", text)
     leave(1)
   except KeyboardInterrupt:
-    logging.warning("Stopped. %s", how_to_go_on)
+    logging.warning("Stopped. %s", how_to_resume)
     leave(130)
   finally:
     signal.signal(signal.SIGTERM, before)

@@ -1,6 +1,6 @@
 """The stages of a HAKES run up to the index; each writes what the next reads.
 
-base       findex.bin           OPQ, lists and 4-bit words, by faiss
+base       findex.bin           OPQ, lists, 4-bit codewords, by faiss
 samples    samples.npz          training queries and their neighbours
 learn      learned.bin          query side, with the centroids of the training
 centroids  uindex.bin           query side with the centroids to search by
@@ -28,7 +28,7 @@ _SAMPLE_PASS = 1 << 61  # Of the permutation that draws training queries.
 
 
 def base(config, data, workdir: pathlib.Path) -> bool:
-  """Learns the base side, or takes that of `config.base.path`."""
+  """Learns the base side, or takes the one in `config.base.path`."""
   knobs = config.base.to_dict()
   path, num_max = knobs.pop("path"), knobs.pop("max_vectors")
   if path:
@@ -240,7 +240,7 @@ def _loop(config, workdir, params, learner, batch_fn, plan):
     found = checkpoints.restore_latest(devices.abstract(state))
     if found is not None:
       step, state = found
-      logging.info("Going on from step %d of %d.", step, plan.total_steps)
+      logging.info("Resuming from step %d of %d.", step, plan.total_steps)
     writer = writers.Writer(workdir, first_step=step)
     outcome = loop.train(
       learner,
@@ -255,7 +255,7 @@ def _loop(config, workdir, params, learner, batch_fn, plan):
     if not outcome.is_done:
       return None
     best, state = checkpoints.restore_best(outcome.state)
-    logging.info("The best held-out KL is that of step %d.", best)
+    logging.info("The best held-out KL is at step %d.", best)
     return state.params
   finally:
     if writer is not None:

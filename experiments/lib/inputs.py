@@ -57,7 +57,7 @@ def check_codec(config, codec, meta: dict) -> None:
 def check_data(path, data: dict | None, vectors) -> None:
   """Raises ValueError where `data` says that codes are of other vectors.
 
-  It is what `files.identify` found; None where nobody knows.
+  It is what `files.identify` found; None if unknown.
   """
   if data is None:
     return
@@ -145,9 +145,9 @@ def decoders(config, codec) -> decoder_file.Decoders:
   sizes = list(codec.codebook_sizes[codec.is_ivf :])
   if ([k] * m, d) != (sizes, codec.dim):
     raise ValueError(
-      f"{config.decoders} has {m} codebooks of {k} words in {d} dimensions, "
-      f"the codec has codebooks of {sizes} in {codec.dim}; fit decoders to all "
-      "codes of this codec."
+      f"{config.decoders} has {m} codebooks of {k} codewords in {d} "
+      f"dimensions, but the codec has codebooks of {sizes} in {codec.dim}. Fit "
+      "decoders to all codes of this codec."
     )
   return found
 

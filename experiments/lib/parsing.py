@@ -14,7 +14,7 @@ _ASK_FOR_HELP = ("-h", "-help", "--help", "--helpshort")
 
 
 def parse(argv, doc: str, options: dict, required):
-  """Returns what is left of `argv`; whoever asks for help gets it."""
+  """Returns `argv` without the flags; prints help if asked for."""
   if any(arg in _ASK_FOR_HELP for arg in argv[1:]):
     sys.stdout.write(help_text(doc, options, required))
     sys.exit(0)

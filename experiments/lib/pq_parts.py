@@ -186,7 +186,7 @@ def load_rotation(folder, prepared: dict) -> np.ndarray | None:
   rotation_DD = read_rotation(path)
   if _checksum(rotation_DD) != prepared["rotation_checksum"]:
     raise ValueError(
-      f"{path} is not the rotation that the parts beside it were made with: "
+      f"{path} is not the rotation that the parts next to it were made with: "
       f"its checksum is {_checksum(rotation_DD)}, {PREPARED_NAME} has "
       f"{prepared['rotation_checksum']}."
     )

@@ -43,7 +43,7 @@ class _Steady:
   def write(self, text: str) -> int:
     try:
       self._stream.write(text)
-      self._stream.flush()  # Else it fails later, where nobody can catch it.
+      self._stream.flush()  # Or it fails later, where it cannot be caught.
     except (OSError, ValueError) as error:  # ValueError: it is closed.
       self._report(error)
     return len(text)

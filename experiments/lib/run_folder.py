@@ -38,13 +38,13 @@ def read_json(path: pathlib.Path, how_to_go_on: str) -> dict:
 
 
 def read_config(workdir: pathlib.Path) -> dict | None:
-  """Returns what config.json says of the run; None where there is no run."""
+  """Returns what config.json says of the run; None without a run."""
   path = workdir / CONFIG_NAME
   if path.exists():
     return read_json(
       path,
-      "Put back a copy of it, or choose another --workdir; without it nobody "
-      "knows what the checkpoints beside it are of.",
+      "Put back a copy of it, or choose another --workdir; without it "
+      "the origin of the checkpoints next to it is unknown.",
     )
   if (workdir / "checkpoints").exists():
     raise ValueError(

@@ -28,7 +28,7 @@ def open_data(codec, config, path, num_vectors: int, is_of) -> Data:
   """Opens queries and true neighbours among the first `num_vectors`.
 
   The codes in `path` are of these vectors; `is_of` tells them from others,
-  None where nobody knows.
+  None if unknown.
   """
   dataset = _resolve(codec, config)
   base = None

@@ -15,7 +15,7 @@ from vqjax.search.operating_points import Point
 
 _STAGES = pipeline.STAGES
 _MAX_ROWS = 40
-_JOINED = ("bytes", "baselines")  # Of the header, {} where there are none.
+_JOINED = ("bytes", "baselines")  # Of the header, {} if there are none.
 
 
 _NUMBER = (int, float)
@@ -42,7 +42,7 @@ class Record:
   """
 
   def __init__(self, path, header: dict, *, resume: bool):
-    """Opens an earlier record to go on with, or begins one.
+    """Opens an earlier record to resume, or begins one.
 
     Raises:
       ValueError: The earlier record was measured with something else.
@@ -52,7 +52,7 @@ class Record:
     if resume and self.path.exists():
       self.points, self.latency = _read(self.path, header)
       logging.info(
-        "Going on after the %d points in %s.", len(self.points), path
+        "Resuming after the %d points in %s.", len(self.points), path
       )
 
   @property

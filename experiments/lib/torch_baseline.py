@@ -43,7 +43,7 @@ def programs(
   weights = jax.tree.map(
     lambda leaf: torch.tensor(np.asarray(leaf), device=device), params
   )
-  torch.compiler.reset()  # It compiles for so many sizes of block, no more.
+  torch.compiler.reset()  # It compiles for a limited number of block sizes.
   fns = _make_fns(weights, num_candidates, beam_size)
   eager = [_on_device(fn, device, dtype) for fn in fns]
   compiled = [

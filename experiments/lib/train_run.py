@@ -1,6 +1,6 @@
-"""What a training run is: its plan, its record, and whether it may go on.
+"""What a training run is: its plan, its record, and whether it may resume.
 
-The same command run again goes on, or says that all is done. A run refuses
+The same command run again resumes, or says that all is done. A run refuses
 other training vectors and other settings, except for more epochs, what is only
 reported, and another split of the same batch over devices.
 """

@@ -59,7 +59,7 @@ class Truth:
     return int(np.count_nonzero(~metrics.has_neighbour(self.ids_QG)))
 
   def names(self, num_results: int) -> list[str]:
-    """The kinds of recall that so many results and the neighbours allow."""
+    """The kinds of recall that the numbers of results and neighbours allow."""
     names = [f"1-recall@{r}" for r in RANKS if r <= num_results]
     if min(num_results, self.ids_QG.shape[1]) >= OVERLAP:
       names.append(f"knn_recall@{OVERLAP}")

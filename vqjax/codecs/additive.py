@@ -76,7 +76,7 @@ def fit(
     codes_NM: integers `[N, M]`, list numbers not among them.
     target_ND: what the codewords add up to, in data units.
     codebook_size: K, codewords per position.
-    ridge: pulls codewords towards zero as so many vectors of zeros would do,
+    ridge: pulls codewords to zero like this number of zero vectors,
       each with that codeword alone. It must be positive, as codewords are found
       up to constants that move from one position to another.
     block_size: rows that are summed up at a time.
@@ -129,7 +129,7 @@ def fit_blocks(
     )
     first_row += len(codes_NM)
   if not first_row:
-    raise ValueError("Fitting words needs at least 1 vector, got 0.")
+    raise ValueError("Fitting codewords needs at least 1 vector, got 0.")
   words_MKD = _solve(pairs_MKMK, sums_MKD, ridge)
   words_MKD[0] += centre_D
   return AdditiveParams(jnp.asarray(words_MKD))
@@ -161,10 +161,10 @@ def decode(params: AdditiveParams, codes_NM: Array) -> Array:
 
 
 def check_unknowns(num_codes: int, codebook_size: int) -> None:
-  """Raises ValueError where there are too many words to solve for."""
+  """Raises ValueError if there are too many codewords to solve for."""
   if num_codes * codebook_size > MAX_UNKNOWNS:
     raise ValueError(
-      f"{num_codes} codes of {codebook_size} words are "
+      f"{num_codes} codes of {codebook_size} codewords are "
       f"{num_codes * codebook_size} unknowns; least squares takes at most "
       f"{MAX_UNKNOWNS}. Use a codec of fewer or smaller codebooks."
     )

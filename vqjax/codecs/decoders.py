@@ -85,7 +85,7 @@ def most_tables(
     sizes: Codewords at each code position, without the list number.
     num_lists: L, 0 for a codec without lists.
     num_train: Vectors to fit to.
-    num_tables: A number that is asked for; None for 2M, and at most so many
+    num_tables: Number of tables; None for 2M, and at most as many
       that they have 8 rows for each training vector.
 
   Returns:

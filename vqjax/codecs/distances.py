@@ -1,4 +1,4 @@
-"""Squared L2 distances, and the nearest of many words in bounded memory.
+"""Squared L2 distances, and the nearest of many codewords in bounded memory.
 
 Distances are in squared data units and computed from float32 products at full
 precision: the default of JAX may be TF32 or bfloat16 on accelerators.
@@ -96,7 +96,7 @@ def make_nearest_fn(
 
     def compare(best, block):
       number_k, y_kD, half_k = block
-      # Centred here, block by block: no second copy of many words.
+      # Centred here, block by block: no second copy of all codewords.
       ids_N, half_N = argmin_rows(half_scores(x_ND, y_kD - centre_1D, half_k))
       ids_N = jnp.where(half_N < best[1], number_k[0] + ids_N, best[0])
       return (ids_N, jnp.minimum(half_N, best[1])), None

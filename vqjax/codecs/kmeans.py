@@ -172,11 +172,11 @@ def assign(
     x_ND: Vectors.
     words_KD: Codewords; the lower of two that are equally near wins.
     block_size: Vectors that are compared at a time,
-    num_at_once: with so many words, None for all. Memory is that many
+    num_at_once: codewords per block, None for all. Memory is that many
       numbers; few of both stay in the caches.
   """
   check_shape("x", x_ND, (None, None))
-  check_shape("words", words_KD, (None, x_ND.shape[1]))
+  check_shape("codewords", words_KD, (None, x_ND.shape[1]))
   words_KD = jnp.asarray(words_KD)
   nearest_fn = make_nearest_fn(words_KD, num_at_once)
 
@@ -202,7 +202,7 @@ def pass_over(
     block_size: Rows read and assigned at a time.
     progress: Called with `(rows done, rows in all)` after each block.
   """
-  check_shape("words", words_KD, (None, vectors.shape[1]))
+  check_shape("codewords", words_KD, (None, vectors.shape[1]))
   sums_KD = np.zeros(words_KD.shape)
   counts_K = np.zeros(len(words_KD), np.int64)
   error_N = np.empty(len(vectors), np.float32)

@@ -74,7 +74,7 @@ def check_sizes(
   Raises:
     ValueError: Where there can be no such decoder; `num_lists` 0 is no lists.
   """
-  check_range("The number of words", codebook_size, 1, MAX_WORDS)
+  check_range("The number of codewords", codebook_size, 1, MAX_WORDS)
   num_all = num_codes + _num_levels(num_lists, codebook_size)
   num_pairs = num_all * (num_all - 1) // 2
   if not num_pairs:
@@ -275,7 +275,7 @@ def decode(
   Args:
     params: Tables.
     codes_NM: integers `[N, M]`, list numbers not among them.
-    lists_N: list of each vector; only looked at where there are lists.
+    lists_N: list of each vector; used only if there are lists.
     centroids_LD: of the lists, to be added, or the centre without lists: the
       sum is then the vector, and else what these leave.
   """

@@ -396,7 +396,9 @@ def _check_sizes(
   check_range(
     "num_steps", num_steps, 2, 256, "M code positions; one alone is k-means"
   )
-  check_range("codebook_size", codebook_size, 2, 65536, "K words per step")
+  check_range(
+    "codebook_size", codebook_size, 2, 65536, "K codewords per position"
+  )
   check_range("hidden_dim", hidden_dim, 1, 65536)
   check_range("num_blocks", num_blocks, 1, 256, "residual blocks L")
   check_range("network_dim", e, 1, 65536, "d_e, or None for the data's")

@@ -67,7 +67,7 @@ def fit(
 
   Raises:
     ValueError: Where a size breaks a rule of `qinco.check_rule`, the codec
-      has no pre-selection or too many words.
+      has no pre-selection or too many codewords.
   """
   check_shape("x", x_ND, (None, qinco.dim(tables)))
   check_range("number of vectors", len(x_ND), 1, 1 << 40)

@@ -18,7 +18,7 @@ from vqjax.data import formats, values
 _FEISTEL_ROUNDS = 8
 _SUBSAMPLE_ROUND = 1 << 62  # No pass over the data has this number.
 _BLOCKS_AT_ONCE = 2  # In work, see `map_blocks`.
-# Before a training: bytes that are read, rows at a time, rows that must differ.
+# Before training: bytes that are read, rows at a time, rows that must differ.
 _CHECKED_BYTES, _CHECKED_ROWS, _COMPARED_ROWS = 1 << 28, 65_536, 4096
 
 
@@ -121,7 +121,7 @@ class WithColumn:
     """Joins them; nothing is read yet."""
     if len(column_N) and int(np.max(column_N)) >= 1 << 24:
       raise ValueError(
-        f"Numbers beside the vectors must be below {1 << 24}, where float32 is "
+        f"List numbers of vectors must be below {1 << 24}, where float32 is "
         f"exact, got {np.max(column_N)}; use fewer lists."
       )
     self.vectors, self._column_N = vectors, column_N
@@ -332,7 +332,7 @@ def _read_block(vectors, start: int, stop: int, block_size: int) -> np.ndarray:
 
 
 def evenly_spaced_rows(num_rows: int, most: int) -> np.ndarray:
-  """At most so many of the rows, at equal distances, int64."""
+  """At most `most` of the rows, at equal distances, int64."""
   num = min(num_rows, most)
   return np.unique(np.linspace(0, num_rows - 1, num, dtype=np.int64))
 
@@ -359,7 +359,7 @@ def subsample(
   """A random sample of `num` of the first `num_rows` rows, float32 `[num, D]`.
 
   No row comes twice; the rows keep the order of the file. The same seed gives
-  the same sample. All rows are taken where there are no more than `num`.
+  the same sample. All rows are taken if there are at most `num`.
   """
   num_rows = len(vectors) if num_rows is None else num_rows
   if num < 1 or not 1 <= num_rows <= len(vectors):

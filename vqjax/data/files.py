@@ -60,7 +60,7 @@ def atomic_output(
   Args:
     path: The file.
     overwrite: Replaces an existing file instead of refusing.
-    description: Written beside the file, with its `bytes` and `sha256`, which
+    description: Written next to the file, with its `bytes` and `sha256`, which
       are added to this dict. The block may add to it too.
 
   Raises:
@@ -292,7 +292,7 @@ def check_space(folder, num_bytes: int, name) -> None:
 
 
 def _refuse(path: pathlib.Path, overwrite: bool) -> None:
-  """Raises where there is a file already, or what is none."""
+  """Raises if the path exists or cannot be a file."""
   if path.exists() and not path.is_file():
     raise ValueError(f"{path} must name a regular file to write, not a folder.")
   if path.exists() and not overwrite:
@@ -349,18 +349,18 @@ def find_made(
 ) -> dict | None:
   """Returns the description of an output that was made of `wanted` already.
 
-  None where there is no whole output, or where it is to be replaced.
+  None if there is no complete output, or if it is to be replaced.
 
   Args:
     path: The file.
     wanted: What a new description would say, results left out.
     overwrite: Whether an existing file is to be replaced.
     read_fn: Returns what the file at `path` says of itself, where that is not
-      beside it; raises ValueError where it is no such file.
+      next to it; raises ValueError if it is no such file.
 
   Raises:
     FileExistsError: It was made of something else, which the message names, or
-      nobody knows of what.
+      of unknown origin.
     ValueError: It is damaged.
   """
   path = pathlib.Path(path)
@@ -408,7 +408,7 @@ def description_path(path) -> pathlib.Path:
 
 
 def read_description(path, kind: tuple[str, int]) -> dict:
-  """Returns the description beside a file, empty without one.
+  """Returns the description next to a file, empty without one.
 
   Raises ValueError where it is damaged, of another kind, or of a file of
   another size; `check_file` compares the checksum, too.

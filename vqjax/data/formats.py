@@ -43,7 +43,7 @@ def open_vectors(path, *, max_vectors: int | None = None, role=None):
 
   Args:
     path: the file; its suffix tells the format. `~` is the home folder.
-    max_vectors: shows only the first so many; a shorter file is no error.
+    max_vectors: shows only the first ones; a shorter file is no error.
     role: what the vectors are to the user, for messages: "queries".
 
   Raises:

@@ -140,7 +140,7 @@ def scan(
   turned_QD = turn.apply(float_rows("queries", queries_QD, index.d))
   ids_QK = np.full((len(turned_QD), k), -1, np.int64)
   distances_QK = np.empty(ids_QK.shape, np.float32)
-  # faiss reads memory that nobody wrote where some of the lists are -1.
+  # faiss reads uninitialised memory if some of the lists are -1.
   num_Q = np.count_nonzero(probes_QP >= 0, axis=1)
   for num in np.unique(num_Q[num_Q > 0]):
     rows = np.flatnonzero(num_Q == num)

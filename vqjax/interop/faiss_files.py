@@ -59,8 +59,8 @@ def load(
     raise FileNotFoundError(f"There is no file {path}; check the name.")
   info = files.read_description(path, kind)
   if info:
-    beside = files.description_path(path)
-    json_files.check_fields(beside, info, {"bytes": int, "sha256": str})
+    described = files.description_path(path)
+    json_files.check_fields(described, info, {"bytes": int, "sha256": str})
     files.check_file(path, info, is_thorough=not mmap)
   flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY if mmap else 0
   try:

@@ -2,7 +2,7 @@
 
 An index is a linear transform with bias, inverted lists over 4-bit fast-scan
 codes of the reduced vectors, and the full vectors to refine with. Its lists and
-codes are those of the base side; its transform, centroids and words are those
+codes are those of the base side; its transform, centroids, codewords are those
 of the side that searches. faiss reads and searches the file without vqjax, but
 vectors are to be added by `add`, which takes the base side for it.
 """
@@ -37,9 +37,9 @@ def fit_base(
   kmeans_iterations: int = 25,
   seed: int = 1234,
 ) -> HakesSide:
-  """Base parameters of a sample `[N, D]`: OPQ that reduces, lists and words.
+  """Base parameters of a sample `[N, D]`: OPQ that reduces, lists, codewords.
 
-  Lists are by spherical k-means for "ip". Words are of the reduced vectors.
+  Lists are by spherical k-means for "ip". Codewords are of reduced vectors.
 
   Raises:
     ValueError: Where sizes do not fit each other or the sample.
@@ -106,7 +106,7 @@ def make_index(
   e, d = base.reduction_ED.shape
   m, k, _ = base.codebooks_MKS.shape
   if k != 1 << NUM_BITS:
-    raise ValueError(f"Fast scan needs 16 words per position, got {k}.")
+    raise ValueError(f"Fast scan needs 16 codewords per position, got {k}.")
   num_lists = len(base.centroids_LE)
   quantizer = faiss.IndexFlat(e, METRICS[metric])
   lists = faiss.IndexIVFPQFastScan(
@@ -162,7 +162,7 @@ def side_of(index: faiss.Index) -> HakesSide:
 def add(
   index: faiss.Index, base: HakesSide, blocks: Iterable[np.ndarray]
 ) -> None:
-  """Adds blocks of vectors `[n, D]` by the base side; ids go on counting."""
+  """Adds blocks of vectors `[n, D]` by the base side; ids count on."""
   searched_by = side_of(index)
   set_side(index, base)
   try:
@@ -180,14 +180,14 @@ def search(
   num_probes: int,
   refine_factor: float,
 ) -> np.ndarray:
-  """Ids `[Q, k]` of the nearest found; -1 where there are none.
+  """Ids `[Q, k]` of the nearest found; -1 for empty slots.
 
   Args:
     index: From `make_index` or `fit_factory`.
     queries_QD: Float32.
     k: Results.
     num_probes: Lists looked into.
-    refine_factor: k'/k; so many times k candidates are compared in full.
+    refine_factor: k'/k; this many times k candidates are compared in full.
   """
   inner = faiss.SearchParametersPreTransform(
     index_params=faiss.SearchParametersIVF(nprobe=num_probes)

@@ -194,7 +194,7 @@ def train_opq(
     num_bits: Slices are coded by `2 ** num_bits` codewords in training; the
       right rotation depends on it.
     num_iterations: Rounds of codebooks and rotation in turn.
-    max_vectors: A sample of at most so many rows is used.
+    max_vectors: Number of rows in the sample, at most.
   """
   x_ND = float_rows("x", x_ND)
   d = x_ND.shape[1]
@@ -317,7 +317,7 @@ def to_codec(
 ) -> FaissCodec:
   """Wraps a trained index whose codes have `num_codes` equal positions.
 
-  It codes what is left of vectors after the subtraction of `centre_D`.
+  It codes vectors minus `centre_D`.
   """
   dim = index.d
   code_size = (num_codes * num_bits + 7) // 8
@@ -347,7 +347,7 @@ def add_codes(index: faiss.Index, codes_NM: np.ndarray) -> None:
   check_shape("codes", codes_NM, (None, m))
   packed = faiss.pack_bitstrings(np.asarray(codes_NM, np.int32), num_bits)
   inner.add_sa_codes(packed)
-  index.ntotal = inner.ntotal  # That of a transform in front.
+  index.ntotal = inner.ntotal  # Of the transform in front.
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ MANY_LISTS = 16384  # From here on a graph finds the lists of a query sooner.
 
 
 def default_coarse(num_lists: int) -> str:
-  """Returns how so many lists are found best: "flat" or "hnsw"."""
+  """Returns how this number of lists is found best: "flat" or "hnsw"."""
   return "flat" if num_lists < MANY_LISTS else "hnsw"
 
 
@@ -204,7 +204,7 @@ def merge(parts: Iterable[faiss.Index]) -> faiss.Index:
   """Moves all vectors into the first index, which it returns, with their ids.
 
   The other parts are left empty; none needs to exist before its turn. The
-  range of the norms becomes that of all parts, see `fit_norms`.
+  range of the norms becomes the one of all parts, see `fit_norms`.
 
   Raises:
     ValueError: A part has other centroids or codewords than the first.
@@ -251,7 +251,7 @@ def coarse_search(
     index: From `make_index` or `load`.
     queries_QD: Queries.
     nprobe: P, lists.
-    ef_search: Effort in a graph, None for that of the file; a flat quantiser
+    ef_search: Effort in a graph, None for the file's; a flat quantiser
       takes no notice of it.
   """
   index = faiss_lists.check_index(index)
@@ -270,8 +270,8 @@ def search(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Searches as any faiss program would: distances and ids, `[Q, k]`.
 
-  The order is that of the additive decoder. Where there are fewer vectors the
-  slots left have id -1. Options are those of `coarse_search`.
+  Ordered by the additive decoder. If there are fewer vectors, the
+  remaining slots have id -1. For the options see `coarse_search`.
   """
   index = faiss_lists.check_index(index)
   check_range("k", k, 1, 2**31 - 1)
@@ -330,7 +330,7 @@ def load(path, *, mmap: bool = False, require_sidecar: bool = True) -> Loaded:
     mmap: Leaves lists on disk, read-only, until they are searched. The
       checksum, which would read them all, is not compared then.
     require_sidecar: False also takes an index of this kind without a
-      description; nobody knows then which codec it is of.
+      description, so its codec is unknown.
 
   Raises:
     FileNotFoundError: One of them is missing.
@@ -340,8 +340,8 @@ def load(path, *, mmap: bool = False, require_sidecar: bool = True) -> Loaded:
   index = faiss_lists.check_index(index, path)
   if require_sidecar and not info:
     raise FileNotFoundError(
-      f"{path} has no description {files.description_path(path).name} beside "
-      "it, so nobody knows which codec it is of: copy it too, or build the "
+      f"{path} has no description {files.description_path(path).name} next to "
+      "it, so its codec is unknown. Copy the description too, or build the "
       "index again; require_sidecar=False in Python does without."
     )
   found = describe(index)

@@ -62,7 +62,7 @@ def make_coarse(
     kind: "flat" compares with all of them; "hnsw" walks a graph, made here in
       minutes for a million centroids, and may miss the nearest.
     metric: "l2" or "ip".
-    progress: Called with `(centroids done, centroids in all)` now and then.
+    progress: Called from time to time with `(centroids done, all centroids)`.
   """
   if kind not in COARSE:
     raise ValueError(f"coarse must be one of {COARSE}, got {kind!r}.")

@@ -134,8 +134,8 @@ def save(parameters: HakesFile, path, *, overwrite: bool = False) -> None:
   m, k, _ = side.codebooks_MKS.shape
   if k < 2 or k & (k - 1):
     raise ValueError(
-      f"The file counts words in bits, so their number must be a power of "
-      f"two, got {k}."
+      "The file stores log2 of the number of codewords, which must be a power "
+      f"of two, got {k}."
     )
   raw = lambda x: np.ascontiguousarray(x, "<f4").tobytes()
   metric, num_lists = _BYTE_OF_METRIC[parameters.metric], len(side.centroids_LE)

@@ -188,7 +188,7 @@ def _from_v1(archive: Archive, root: Module):
 def _v1_pq_qinco(archive: Archive, root: Module) -> pq_qinco.PqQincoParams:
   """Converts a PQ-QINCo; `opq_matrix` multiplies from the left."""
   if _attribute(root, "db_scale", 1) != 1:
-    raise Refused("has a db_scale beside those of its sub-quantizers.")
+    raise Refused("has a db_scale in addition to those of its sub-quantizers.")
   children = _named(root, "_modules", Module)
   subs = []
   while f"sub_quantizer_{len(subs)}" in children:

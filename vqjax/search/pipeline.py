@@ -59,7 +59,7 @@ class Parts(NamedTuple):
   pairwise_fn: Callable | None  # -> x_ND, by the pairwise decoder.
   distances_fn: Callable  # (xq_QD, x_UD, rows_QR) -> squared distances [Q, R].
   refiner: Refiner | None = None  # Of the rows of `lists`.
-  # For "ip" all distances are -2 times inner products: what is left of squared
+  # For "ip" all distances are -2 times inner products: the remainder of squared
   # distances without the norms.
   metric: str = "l2"
   is_cosine: bool = False  # Vectors are of length 1; queries are made so.
@@ -265,7 +265,7 @@ class Searcher:
     """Candidates by the codes of the refiner.
 
     As many parts of the queries as there are threads are searched in parallel.
-    Seconds are those of a part, the mean of all.
+    Seconds are the mean over the parts.
     """
     num = len(queries_QD)
     size = max(-(-num // devices.num_cpus()), _LEAST_PART)
@@ -407,7 +407,7 @@ class _Block(NamedTuple):
 
 
 def _blocks(order_Q, tiles_Q, num_best: int, num_queries: int) -> list[_Block]:
-  """All queries, in falling order of tiles, at most so many in a block."""
+  """All queries, in falling order of tiles, in blocks of limited size."""
   least = -(-num_best // ivf.TILE)
   blocks, start = [], 0
   while start < len(order_Q):

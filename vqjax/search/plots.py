@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from vqjax.data.files import atomic_output
 from vqjax.search.operating_points import Point, front
 
-# Where a label may stand beside its point: offset in points, alignment.
+# Where a label may stand next to its point: offset in points, alignment.
 _PLACES = (
   ((4, 3), "left", "bottom"),
   ((4, -3), "left", "top"),

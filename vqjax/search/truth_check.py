@@ -1,4 +1,4 @@
-"""Tells a ground truth from that of other files, and says what it is instead.
+"""Recognises a ground truth of other files, and says what it is instead.
 
 Some queries are compared: none of the rows that the file names as nearest may
 be farther than others that are at hand, which are the other rows that it names
@@ -13,8 +13,8 @@ from vqjax.data import batches, unit
 from vqjax.data.datasets import METRICS
 
 _NUM_QUERIES = 64  # That are compared with
-_NUM_SAMPLED = 20_000  # so many rows of the base,
-_NUM_CHECKED = 10  # and of their neighbours so many.
+_NUM_SAMPLED = 20_000  # Rows of the base,
+_NUM_CHECKED = 10  # and neighbours of each query.
 _NOISE = 1e-5  # Of squared norms: how exact other programs have distances.
 _BLANK = 0xFFFFFFFF  # -1 of 32 bits that was read as unsigned.
 
@@ -43,7 +43,7 @@ def read_ids(files: Files) -> np.ndarray:
   """The ids of the ground truth, int64 `[Q, G]`, -1 if there are no more.
 
   Raises:
-    ValueError: They are no ids, or not of so many queries.
+    ValueError: They are no ids, or of another number of queries.
   """
   name, truth = files.names["groundtruth"], files.groundtruth
   num = len(files.queries)
@@ -72,7 +72,7 @@ def _check_blanks(name, ids_QG) -> None:
     q, r = np.argwhere(ids_QG < -1)[0]
     raise ValueError(
       f"{name} has id {ids_QG[q, r]} for query {q}; ids are rows of the base, "
-      "or -1 where there are no more neighbours."
+      "or -1 for missing neighbours."
     )
   is_late_QG = (ids_QG[:, :-1] < 0) & (ids_QG[:, 1:] >= 0)
   if is_late_QG.any():
@@ -244,7 +244,7 @@ def _explain(files: Files, ids_QG, at, sample: _Sample, slack) -> str:
             return f"{said} {what}".strip()
   return (
     "They fit no metric in any order: the file is of other queries or of "
-    "another base; give that of these files."
+    "another base. Give the ground truth of these files."
   )
 
 
@@ -279,7 +279,7 @@ def _say(wanted: str, metric: str, shift: int, order: str) -> str:
 
 
 def _reverse(ids_QG) -> np.ndarray:
-  """Rows in reverse, with -1 at the end as before."""
+  """Rows in reverse; -1 stays at the end."""
   reversed_QG = ids_QG[:, ::-1]
   order_QG = np.argsort(reversed_QG < 0, axis=1, kind="stable")
   return np.take_along_axis(reversed_QG, order_QG, axis=1)

@@ -120,8 +120,8 @@ def _find(path: pathlib.Path) -> pathlib.Path:
     return path / TENSORS_NAME
   if (path / "checkpoints").is_dir() or (path / "config.json").is_file():
     raise FileNotFoundError(
-      f"{path} holds no {TENSORS_NAME} yet, and no checkpoint to take instead: "
-      "the training has not come that far. Run its command again to go on: "
+      f"{path} has no {TENSORS_NAME} and no checkpoint yet: the training run "
+      "has not come that far. Run its command again to resume: "
       f"vqjax train --config=CONFIG --workdir={path}."
     )
   suffixes = (".safetensors", *_RELEASED)
@@ -153,16 +153,16 @@ def _check_json(path: pathlib.Path, header: dict) -> None:
   json_path = path.with_name(HEADER_NAME)
   if path.name != TENSORS_NAME or not json_path.is_file():
     return
-  beside = _parse_header(json_path, json_path.read_bytes())
-  if beside["fingerprint"] != header["fingerprint"]:
+  described = _parse_header(json_path, json_path.read_bytes())
+  if described["fingerprint"] != header["fingerprint"]:
     raise ValueError(
-      f"{json_path} describes codec {beside['fingerprint']}, but {path.name} "
-      f"beside it is codec {header['fingerprint']}; remove {HEADER_NAME} to "
+      f"{json_path} describes codec {described['fingerprint']}, but "
+      f"{path.name} next to it is codec {header['fingerprint']}; remove {HEADER_NAME} to "
       f"use {path.name}, which is complete without it."
     )
-  for name, a, b in files.differences(beside["info"], header["info"]):
+  for name, a, b in files.differences(described["info"], header["info"]):
     raise ValueError(
-      f"{json_path} says {name}={a}, but {path.name} beside it says {b}; "
+      f"{json_path} says {name}={a}, but {path.name} next to it says {b}; "
       f"remove {HEADER_NAME} to use {path.name}, which is complete without it."
     )
 
@@ -238,7 +238,7 @@ def _of_unfinished(folder: pathlib.Path) -> LoadedCodec | None:
   arrays = {k: v for k, v in state["params"].items() if v is not None}
   params = _rebuild(params_class, arrays, static)
   logging.warning(
-    "The training in %s has not finished: taking its best checkpoint, that of "
+    "The training run in %s has not finished. Using its best checkpoint, of "
     "step %d.",
     *(folder, step),
   )

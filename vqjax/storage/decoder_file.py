@@ -6,7 +6,7 @@
 
 Both decode what the centroid of a list leaves; a codec without lists has one
 list, whose centroid is zero. Arrays lie under `additive.` and `pairwise.` and
-the names of their fields. The header says, besides what `tensors` needs:
+the names of their fields. The header says, in addition to what `tensors` needs:
 
   codec_fingerprint   of the codec whose codes these decode
   num_codes, codebook_size, dim, num_lists   sizes; num_lists 0 without lists
@@ -168,7 +168,9 @@ def _rebuild(path, arrays: dict, static: dict):
 
 def _check_sizes(additive, pairwise) -> dict:
   """Sizes for the header; raises ValueError where shapes or ids do not fit."""
-  check_shape("The additive words", additive.codebooks_MKD, (None, None, None))
+  check_shape(
+    "The additive codewords", additive.codebooks_MKD, (None, None, None)
+  )
   m, k, d = additive.codebooks_MKD.shape
   sizes = {"num_codes": m, "codebook_size": k, "dim": d, "num_lists": 0}
   if pairwise is None:
@@ -179,8 +181,8 @@ def _check_sizes(additive, pairwise) -> dict:
   check_shape("The scales", pairwise.scale_R, (r,))
   if pairwise.num_codes != m:
     raise ValueError(
-      f"The tables are for {pairwise.num_codes} codes, the additive words for "
-      f"{m}."
+      f"The tables are for {pairwise.num_codes} codes, the additive "
+      f"codewords for {m}."
     )
   if pairwise.list_codes_LV is not None:
     check_shape("The codes of the lists", pairwise.list_codes_LV, (None, None))

@@ -6,7 +6,7 @@
 
 They are in the order of the rows of that index, and of no other. Arrays lie
 under the names of the fields of `residual_bits.ResidualBits`. The header says,
-beside what `tensors` needs:
+in addition to what `tensors` needs:
 
   of_index                checksum of the index file
   vqjax_version, created

@@ -37,7 +37,7 @@ class Checkpoints:
   def __init__(
     self, folder: pathlib.Path, *, num_latest: int = 2, read_only: bool = False
   ):
-    """Opens them; `read_only` beside a process that is still training."""
+    """Opens them; `read_only` if a process may still be training."""
     keep = checkpoint_managers.AnyPreservationPolicy(
       [
         checkpoint_managers.LatestN(num_latest),
@@ -189,7 +189,9 @@ class Checkpoints:
       # All processes take the same.
       if not devices.gather(error is not None).any():
         if first_error is not None:
-          logging.warning("%s Taking that of step %d.", first_error, step)
+          logging.warning(
+            "%s Using the checkpoint of step %d instead.", first_error, step
+          )
         return step, state
       first_error = first_error or error
     if first_error is not None:

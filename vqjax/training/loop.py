@@ -51,7 +51,7 @@ class Learner(NamedTuple):
   end_epoch_fn: Callable  # (params, key, stats) -> (params, stats, report)
   usage_fn: Callable  # stats -> report
   validate_fn: Callable  # params -> squared error per vector, float
-  # params -> tree of bools: True where there are neither gradients nor moments.
+  # params -> tree of bools: True for leaves without gradients and moments.
   frozen_fn: Callable = _none_frozen
 
 
@@ -313,7 +313,7 @@ def _stop_on(name, value, step, checkpoints):
   kept = (
     "There is no checkpoint yet."
     if good is None
-    else f"The last good checkpoint is that of step {good}."
+    else f"The last good checkpoint is of step {good}."
   )
   raise FloatingPointError(
     f"The {name} of step {step} is {value}. {kept} A lower train.peak_lr, a "

@@ -220,7 +220,7 @@ def test_refuses_missing_files(tmp_path):
 def test_refuses_unfinished_runs(tmp_path, kind):
   place = tmp_path / kind
   place.write_text("{}") if "." in kind else place.mkdir()
-  said = "no checkpoint to take instead.* Run its command again .*--workdir="
+  said = "no checkpoint yet.* Run its command again .*--workdir="
   with pytest.raises(FileNotFoundError, match=said):
     load_codec(tmp_path)
 

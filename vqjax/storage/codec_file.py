@@ -157,8 +157,8 @@ def _check_json(path: pathlib.Path, header: dict) -> None:
   if described["fingerprint"] != header["fingerprint"]:
     raise ValueError(
       f"{json_path} describes codec {described['fingerprint']}, but "
-      f"{path.name} next to it is codec {header['fingerprint']}; remove {HEADER_NAME} to "
-      f"use {path.name}, which is complete without it."
+      f"{path.name} next to it is codec {header['fingerprint']}; remove "
+      f"{HEADER_NAME} to use {path.name}, which is complete without it."
     )
   for name, a, b in files.differences(described["info"], header["info"]):
     raise ValueError(

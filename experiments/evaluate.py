@@ -25,11 +25,11 @@ import numpy as np
 from absl import logging
 
 from experiments.lib import cli, codecs, encoders, truth
-from vqjax import devices
+from vqjax import devices, evaluation
 from vqjax.data import batches, datasets, files
 from vqjax.interop import faiss_io
 
-_NAMES = [f"1-recall@{r}" for r in truth.RANKS]
+_NAMES = [f"1-recall@{r}" for r in evaluation.RANKS]
 _BASELINE_BLOCK = 16384
 
 REQUIRED = ("codec",)
@@ -64,7 +64,7 @@ class Search(NamedTuple):
   """A base, and queries with their true neighbours, or None."""
 
   xb_ND: Any  # Array or open file.
-  truth: truth.Truth | None
+  truth: evaluation.Truth | None
   metric: str
 
 
@@ -161,12 +161,12 @@ def _validation_size(codec) -> int:
   return codec.info.get("data", {}).get("validation_size", 10_000)
 
 
-def _open_truth(config, dataset, xb_ND) -> truth.Truth | None:
+def _open_truth(config, dataset, xb_ND) -> evaluation.Truth | None:
   """Queries and their true neighbours; None where recall is not measured."""
   if config.split != "base" or not dataset.queries:
     return None
   opened, sizes = truth.of_dataset(dataset)
-  return truth.open_truth(opened, len(xb_ND), xb_ND, sizes, num=1)
+  return evaluation.open_truth(opened, len(xb_ND), xb_ND, sizes, num=1)
 
 
 def _measure(codec, rule, search) -> dict:
@@ -262,8 +262,8 @@ def _quality(codes_NM, decode_fn, search, seconds) -> dict:
     for _ in decoded():
       pass
   else:
-    ids_QR = truth.find(
-      *(search.truth.xq_QD, decoded(), max(truth.RANKS)),
+    ids_QR = evaluation.find(
+      *(search.truth.xq_QD, decoded(), max(evaluation.RANKS)),
       *(num_base, search.metric),
     )
     found = search.truth.recalls(ids_QR, _NAMES)

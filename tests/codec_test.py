@@ -128,6 +128,20 @@ def test_evaluate_measures_error_and_recall(case):
   assert set(codec.evaluate(x_ND)) == {"mse", "encode_us", "decode_us"}
 
 
+def test_evaluate_counts_equally_near_vectors_alike(case):
+  codec, _ = case
+  x_ND, queries_QD = np.tile(_vectors(), (2, 1)), _vectors(20, 1)
+  distances_QN = ((queries_QD[:, None] - _vectors()) ** 2).sum(-1)
+  near_Q1 = distances_QN.argmin(1)[:, None]
+  found = [
+    codec.evaluate(x_ND, queries=queries_QD, true_ids=true_ids)
+    for true_ids in (None, near_Q1, near_Q1 + len(_vectors()))
+  ]
+  assert found[0]["1-recall@10"] > 0
+  for name in ("1-recall@1", "1-recall@10", "1-recall@100"):
+    assert found[0][name] == found[1][name] == found[2][name]
+
+
 def test_settings_take_the_place_of_those_stored():
   codec, _ = _make("qinco")
   codes_NM = codec.encode(_vectors(), beam_size=2, num_steps=2)

@@ -252,3 +252,21 @@ def test_a_damaged_folder_says_what_is_wrong(codecs, tmp_path):
   (folder / "manifest.json").write_text("{")
   with pytest.raises(ValueError, match="manifest.json is damaged"):
     load_index(folder)
+
+
+def test_evaluate_measures_its_search(codecs):
+  x_ND, xq_QD = _vectors(_NUM, 1), _vectors(20, 2)
+  ids_N = np.random.default_rng(0).permutation(_NUM) + 1000
+  index = build_index(codecs["rq", "l2"], x_ND, 4, ids=ids_N)
+  error_QN = np.square(xq_QD[:, None] - x_ND).sum(axis=2)
+  true_QG = ids_N[error_QN.argsort(axis=1)[:, :10]]
+  found = index.evaluate(xq_QD, true_QG, nprobe=4)
+  _, ids_QR = index.search(xq_QD, nprobe=4)
+  for r in (1, 10):
+    want = (ids_QR[:, :r] == true_QG[:, :1]).any(axis=1).mean()
+    assert found[f"1-recall@{r}"] == pytest.approx(want)
+  assert found["knn_recall@10"] > 0.3
+  assert found["queries_per_second"] > 0
+  assert "1-recall@10" not in index.evaluate(xq_QD, true_QG, k=3)
+  with pytest.raises(ValueError, match="true_ids must have a row for each"):
+    index.evaluate(xq_QD, true_QG[:3])

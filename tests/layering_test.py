@@ -15,6 +15,7 @@ LAYERS = {
   "storage": 4,
   "interop": 4,
   "codec": 5,
+  "evaluation": 5,
   "fitting": 5,
   "ivf_lists": 5,
   "index": 5,

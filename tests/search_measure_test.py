@@ -5,7 +5,8 @@ import types
 import numpy as np
 
 from experiments import search
-from experiments.lib import cli, search_data, search_measure, truth
+from experiments.lib import cli, search_data, search_measure
+from vqjax import evaluation
 from vqjax.search import operating_points, pipeline
 
 
@@ -21,7 +22,7 @@ def test_times_of_repeated_calls_are_those_of_one(monkeypatch):
   clock = types.SimpleNamespace(perf_counter=lambda: now)
   monkeypatch.setattr(operating_points, "time", clock)
   monkeypatch.setattr(search_measure, "_MIN_SECONDS", 2.0)
-  found = truth.Truth(np.zeros((5, 2)), np.zeros((5, 1), int))
+  found = evaluation.Truth(np.zeros((5, 2)), np.zeros((5, 1), int))
   data = search_data.Data(found.xq_QD, found, None, "l2")
   config = cli.get_config(search.OPTIONS, rounds=1)
   (point,) = search_measure._measure(

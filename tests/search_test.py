@@ -433,7 +433,7 @@ def test_a_part_is_refused(small, ivf, tmp_path):
     "output": str(tmp_path / "part.faiss"),
   }
   build_index.run(cli.get_config(build_index.OPTIONS, **part))
-  message = "part.faiss is a part, rows 300:500 of 500, .* merge all parts"
+  message = "part.faiss is a part, rows 300:500 of 500, .* Merge all parts"
   with pytest.raises(ValueError, match=message):
     _run(small | {"index": part["output"]})
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from experiments.lib import truth
+from vqjax import evaluation
 from vqjax.data import datasets
 from vqjax.search import truth_check
 
@@ -36,7 +37,7 @@ def _check(folder, x_ND, xq_QD, ids_QG, metric="l2", num_vectors=N, **limits):
     files[name] = str(folder / f"{name}.npy")
   dataset = datasets.own_dataset(**files, metric=metric, **limits)
   opened, sizes = truth.of_dataset(dataset)
-  return truth.read_ids(opened, num_vectors, sizes)
+  return evaluation.read_ids(opened, num_vectors, sizes)
 
 
 @pytest.mark.parametrize("offset", [0.0, 300.0])

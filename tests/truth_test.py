@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.lib import truth
+from vqjax import evaluation
 from vqjax.data import batches, unit
 from vqjax.search import truth_check
 
@@ -49,8 +49,8 @@ def _open(base, queries, ids_QG, metric="l2"):
   if metric == "cosine":
     base, queries = unit.UnitVectors(base), unit.UnitVectors(queries)
   names = {"groundtruth": "gt", "base": "b", "queries": "q"}
-  files = truth.Files(queries, base, ids_QG, metric, names)
-  return truth.open_truth(files, len(base), base)
+  files = truth_check.Files(queries, base, ids_QG, metric, names)
+  return evaluation.open_truth(files, len(base), base)
 
 
 @pytest.mark.parametrize("num_listed", [None, 1, 10, 30])
@@ -95,14 +95,14 @@ def test_queries_without_neighbours_are_left_out(caplog):
 def test_without_the_base_ids_alone_count():
   x_ND, xq_QD = _case(2)
   ids_QG = _errors(xq_QD, x_ND, "l2").argsort(axis=1, kind="stable")[:, :1]
-  files = truth.Files(xq_QD, None, ids_QG, "l2", {"groundtruth": "gt"})
-  found = truth.open_truth(files, N)
+  files = truth_check.Files(xq_QD, None, ids_QG, "l2", {"groundtruth": "gt"})
+  found = evaluation.open_truth(files, N)
   assert found.recalls(ids_QG) == {"1-recall@1": 1.0}
   assert found.recalls((ids_QG + N // 2) % N) == {"1-recall@1": 0.0}
   with pytest.raises(ValueError, match="names vectors beyond the 7 that are"):
-    truth.open_truth(files, 7)
+    evaluation.open_truth(files, 7)
   with pytest.raises(ValueError, match="no ground truth; give the vectors"):
-    truth.open_truth(files._replace(groundtruth=None), N)
+    evaluation.open_truth(files._replace(groundtruth=None), N)
 
 
 def test_the_base_is_not_read_as_a_whole():

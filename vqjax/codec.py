@@ -8,7 +8,6 @@ Vectors are an array, a memory map, anything that becomes an array, or the path
 of a file of vectors; results are numpy arrays.
 """
 
-import contextlib
 import dataclasses
 import functools
 import os
@@ -21,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vqjax import evaluation
 from vqjax import progress as progress_lib
 from vqjax.codecs import registry, runner
 from vqjax.codecs import rule as rule_lib
@@ -30,7 +30,7 @@ from vqjax.core import check_range, check_shape
 from vqjax.data import batches, formats, unit
 from vqjax.data import codes as codes_lib
 from vqjax.interop import faiss_assign, faiss_io
-from vqjax.search import metrics, truth_check
+from vqjax.search import truth_check
 from vqjax.storage import codec_file
 
 _BLOCK = 16384  # Vectors decoded and searched at once.
@@ -192,7 +192,9 @@ class Codec:
     if not len(vectors):
       return codes_NM
     row = 0
-    with _line(len(vectors), "encode", progress) as done:
+    with progress_lib.progress(
+      len(vectors), "encode", is_shown=progress
+    ) as done:
       for block_NM in runner.encode(
         self.spec,
         self.tables,
@@ -239,7 +241,7 @@ class Codec:
         f"codes must have shape (N, 1 to {len(sizes)}), got {codes.shape}."
       )
     x_ND, row = np.empty((len(codes), self.dim), np.float32), 0
-    with _line(len(codes), "decode", progress) as done:
+    with progress_lib.progress(len(codes), "decode", is_shown=progress) as done:
       for block_ND in runner.decode(
         self.spec,
         self.tables,
@@ -272,8 +274,8 @@ class Codec:
         none; an array or a path. Found by exact search where left out.
       metric: "l2", "ip", or "cosine" for a codec that was trained for it; None
         for that of the codec.
-      ranks: R of each 1-recall@R, the share of queries whose nearest neighbour
-        is among the first R found.
+      ranks: R of each 1-recall@R, the share of queries whose nearest neighbour,
+        or a vector as near, is among the first R found.
       progress: Shows progress lines.
       **settings: As for `encode`.
 
@@ -300,30 +302,32 @@ class Codec:
       for _ in errors:
         pass
     else:
-      opened = self._open(queries, "queries")
-      queries_QD = batches.read_rows(opened, np.arange(len(opened)))
-      if true_ids is not None:
-        true_ids = _check_truth(opened, vectors, true_ids, metric)
-      # The cosine is the inner product of vectors of length 1.
-      metric = "ip" if metric == "cosine" else metric
-      if true_ids is None:
-        blocks = batches.map_blocks(
-          lambda x_ND: x_ND, vectors, block_size=_BLOCK
-        )
-        blocks = (x_ND for _, x_ND in blocks)
-        true_ids = faiss_io.knn(queries_QD, blocks, 1, metric)[1]
       num = min(max(ranks), len(vectors))
-      ids_QR = faiss_io.knn(queries_QD, iter(errors), num, metric)[1]
-      recalls = {
-        f"1-recall@{r}": metrics.nn_recall_at(ids_QR, true_ids, min(r, num))
-        for r in ranks
-      }
+      true = self._open_truth(vectors, queries, true_ids, metric, progress)
+      ids_QR = faiss_io.knn(
+        *(true.xq_QD, iter(errors), num, evaluation.faiss_metric(metric))
+      )[1]
+      names = {f"1-recall@{r}": f"1-recall@{min(r, num)}" for r in ranks}
+      values = true.recalls(ids_QR, set(names.values()))
+      recalls = {name: values[names[name]] for name in names}
     return {
       "mse": errors.total / len(vectors),
       **recalls,
       **found,
       "decode_us": errors.seconds / len(vectors) * 1e6,
     }
+
+  def _open_truth(self, base, queries, true_ids, metric, is_shown):
+    """Queries and their neighbours; raises where `true_ids` are not these."""
+    if true_ids is not None:
+      true_ids = open_array(true_ids, name="true_ids")
+    names = {"queries": "queries", "base": "base", "groundtruth": "true_ids"}
+    files = truth_check.Files(
+      self._open(queries, "queries"), base, true_ids, metric, names
+    )
+    return evaluation.open_truth(
+      files, len(base), base, num=1, is_shown=is_shown
+    )
 
   def _open(self, x, name: str = "x"):
     """Opens vectors, which are of length 1 for a codec of the cosine."""
@@ -358,16 +362,6 @@ class Codec:
           f"{', '.join(knobs)}."
         )
     return settings
-
-
-def _check_truth(queries, base, true_ids, metric: str) -> np.ndarray:
-  """The ids as int64; raises ValueError where they are not the nearest."""
-  true_ids = open_array(true_ids, name="true_ids")
-  names = {"queries": "queries", "base": "base", "groundtruth": "true_ids"}
-  files = truth_check.Files(queries, base, true_ids, metric, names)
-  ids_QG = truth_check.read_ids(files)
-  truth_check.check(files, ids_QG, [len(base)])
-  return ids_QG
 
 
 class _Errors:
@@ -431,10 +425,3 @@ def open_array(x, dim: int | None = None, name: str = "x"):
 def smallest_type(sizes) -> np.dtype:
   """Returns the smallest unsigned type for codes below these sizes."""
   return np.min_scalar_type(max(sizes) - 1)
-
-
-def _line(total: int, what: str, is_shown: bool):
-  """A progress line, or nothing where it is not to be shown."""
-  if not is_shown:
-    return contextlib.nullcontext()
-  return progress_lib.progress(total, what)

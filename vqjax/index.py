@@ -14,10 +14,12 @@ A saved index is a folder: `manifest.json` names its files, by default
 
 import math
 import pathlib
+import time
 
 import jax
 import numpy as np
 
+from vqjax import evaluation
 from vqjax.codec import Codec, open_array
 from vqjax.codec import load as load_codec
 from vqjax.codecs import additive, kmeans
@@ -31,7 +33,7 @@ from vqjax.interop import (
   refining,
   searchers,
 )
-from vqjax.search import refiners, residual_bits
+from vqjax.search import refiners, residual_bits, truth_check
 from vqjax.storage import codec_file, decoder_file, index_folder, refiner_file
 
 METRICS = ("l2", "ip", "cosine")
@@ -260,6 +262,33 @@ class Index:
       np.pad(distances_QR, missing, constant_values=none).astype(np.float32),
       np.pad(found.ids_QR, missing, constant_values=-1),
     )
+
+  def evaluate(self, queries, true_ids, k: int = 10, **settings) -> dict:
+    """Measures the recall and the speed of `search`.
+
+    Args:
+      queries: As for `search`.
+      true_ids: Ids `[Q, G]` of their true neighbours, nearest first, -1 for
+        none; an array or a path.
+      k: Results.
+      **settings: Of `search`, as `nprobe=16`.
+
+    Returns:
+      `1-recall@R` for R of 1, 10 and 100 up to `k`, `knn_recall@10` where `k`
+      and G are 10 or more, and `queries_per_second`.
+    """
+    opened = _open(queries, self.dim, self.metric, "queries")
+    true_ids = open_array(true_ids, name="true_ids")
+    names = {"groundtruth": "true_ids"}
+    ids_QG = truth_check.read_ids(
+      truth_check.Files(opened, None, true_ids, self.metric, names)
+    )
+    self.search(queries, k, **settings)  # Compiles.
+    began = time.perf_counter()
+    _, ids_QR = self.search(queries, k, **settings)
+    seconds = time.perf_counter() - began
+    recalls = evaluation.Truth(opened, ids_QG).recalls(ids_QR)
+    return {**recalls, "queries_per_second": len(opened) / seconds}
 
   def add(self, x, ids=None, *, progress: bool = False) -> None:
     """Encodes more vectors `[n, D]` and adds them; what is there stays.

@@ -26,7 +26,12 @@ def progress_bar(
 
 
 @contextlib.contextmanager
-def progress(total: int, what: str, *, unit: str = "vec"):
-  """Yields a `(done, total)` callback behind a progress line."""
+def progress(
+  total: int, what: str, *, unit: str = "vec", is_shown: bool = True
+):
+  """Yields a `(done, total)` callback of a progress line, or None."""
+  if not is_shown:
+    yield None
+    return
   with progress_bar(total, what, unit=unit) as bar:
     yield lambda done, _: bar.update(done - bar.n)

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.lib import truth
+from vqjax import evaluation
 from vqjax.data import batches, datasets, files, unit
 from vqjax.interop import faiss_io, hakes_files
 from vqjax.search import truth_check
@@ -78,7 +78,7 @@ def open_data(config) -> Data:
     ),
     queries=open_file(paths["queries"], limit=data.num_queries),
     groundtruth=open_file(paths["groundtruth"], data.groundtruth_dim, "<i4"),
-    metric=truth.faiss_metric(metric),
+    metric=evaluation.faiss_metric(metric),
     is_cosine=metric == "cosine",
     paths=paths,
     whole=open_file(paths["base"]) if data.num_base else None,
@@ -87,16 +87,20 @@ def open_data(config) -> Data:
   return opened
 
 
-def read_truth(data: Data, k: int) -> truth.Truth:
+def read_truth(data: Data, k: int) -> evaluation.Truth:
   """The queries and their true neighbours, `k` of each."""
   num = len(data.base)
-  return truth.open_truth(_files(data), num, data.base, _sizes(data), num=k)
+  return evaluation.open_truth(
+    _files(data), num, data.base, _sizes(data), num=k
+  )
 
 
-def _files(data: Data) -> truth.Files:
+def _files(data: Data) -> truth_check.Files:
   metric = "cosine" if data.is_cosine else data.metric
   base = data.base if data.whole is None else data.whole
-  return truth.Files(data.queries, base, data.groundtruth, metric, data.paths)
+  return truth_check.Files(
+    data.queries, base, data.groundtruth, metric, data.paths
+  )
 
 
 def _sizes(data: Data) -> list[int]:
@@ -142,7 +146,7 @@ def _check(data: Data) -> None:
   if data.train_neighbours is not None:
     _check_training(data)
   if data.groundtruth is not None:
-    truth.read_ids(_files(data), len(data.base), _sizes(data))
+    evaluation.read_ids(_files(data), len(data.base), _sizes(data))
 
 
 def _check_training(data: Data) -> None:

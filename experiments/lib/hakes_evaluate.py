@@ -6,7 +6,8 @@ import pathlib
 import jax
 from absl import logging
 
-from experiments.lib import cli, hakes_data, hakes_stages, truth
+from experiments.lib import cli, hakes_data, hakes_stages
+from vqjax import evaluation
 from vqjax.data import files
 from vqjax.interop import faiss_hakes, hakes_files
 from vqjax.search import operating_points, plots
@@ -55,7 +56,7 @@ def evaluate(config, data, workdir: pathlib.Path) -> bool:
   return True
 
 
-def _truth(data, workdir, k: int) -> truth.Truth | None:
+def _truth(data, workdir, k: int) -> evaluation.Truth | None:
   """Queries and at least `k` true neighbours; None without any queries."""
   if data.queries is not None:
     return hakes_data.read_truth(data, k)
@@ -67,7 +68,7 @@ def _truth(data, workdir, k: int) -> truth.Truth | None:
   logging.info("Searching the true neighbours of %d queries.", len(xq_QD))
   ids_QG = hakes_data.neighbours(data, xq_QD, min(k + 1, len(data.base)))
   metric = "cosine" if data.is_cosine else data.metric
-  return truth.Truth(xq_QD, ids_QG, data.base, metric, num=k)
+  return evaluation.Truth(xq_QD, ids_QG, data.base, metric, num=k)
 
 
 def _factory(data, path: pathlib.Path, name: str):

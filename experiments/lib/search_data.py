@@ -6,6 +6,7 @@ import numpy as np
 from absl import logging
 
 from experiments.lib import cli, codecs, inputs, truth
+from vqjax import evaluation
 from vqjax.core import check_range, check_shape
 from vqjax.data import batches, codes, datasets, files
 from vqjax.interop import faiss_baselines, faiss_io
@@ -19,7 +20,7 @@ class Data(NamedTuple):
   """Queries, their true neighbours, and the base where it is given."""
 
   xq_QD: np.ndarray
-  truth: truth.Truth
+  truth: evaluation.Truth
   base: Any | None  # Open file of as many vectors as are searched.
   metric: str
 
@@ -41,7 +42,7 @@ def open_data(codec, config, path, num_vectors: int, is_of) -> Data:
       )
     inputs.check_data(path, is_of, base)
   opened, sizes = truth.of_dataset(dataset)
-  found = truth.open_truth(opened, num_vectors, base, sizes)
+  found = evaluation.open_truth(opened, num_vectors, base, sizes)
   return Data(found.xq_QD, found, base, dataset.metric)
 
 
@@ -150,5 +151,5 @@ def search_decoded(codec, config, data: Data, found: codes.Codes, seconds):
   decode_fn(np.asarray(found[:1]).repeat(size, axis=0))  # Compiles.
   with cli.progress(num, "decode") as done, cli.timed(seconds, "search"):
     blocks = inputs.decoded(decode_fn, found, sizes, size, done)
-    metric = truth.faiss_metric(data.metric)
+    metric = evaluation.faiss_metric(data.metric)
     return faiss_io.knn(data.xq_QD, blocks, config.k, metric)[1]

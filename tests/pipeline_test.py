@@ -157,7 +157,7 @@ def test_where_lists_are_short_slots_stay_empty(case):
 
 
 def _limit_queries(case, monkeypatch, num):
-  num_codewords = case.searcher.parts.lists.words_DC.shape[1]
+  num_codewords = case.searcher.parts.lists.words_DZ.shape[1]
   monkeypatch.setattr(pipeline, "_TABLE_BYTES", 4 * num_codewords * num)
   monkeypatch.setattr(pipeline, "_LEAST_QUERIES", 1)
 

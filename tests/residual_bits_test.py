@@ -76,23 +76,23 @@ def test_distances_are_what_loops_find():
   x_ND, xhat_ND, scanned_N = _case()
   made = _make(x_ND, xhat_ND, scanned_N)
   xq_QD = np.random.default_rng(5).normal(size=(4, 5)).astype(np.float32)
-  rows_QS = np.array([[3, 8, 7], [0, 89, -1], [5, 5, 2], [-1, 1, -1]], np.int32)
-  given_QS = np.arange(12, dtype=np.float32).reshape(4, 3)
-  found_QS = np.asarray(residual_bits.distances(made, xq_QD, rows_QS, given_QS))
+  rows_QC = np.array([[3, 8, 7], [0, 89, -1], [5, 5, 2], [-1, 1, -1]], np.int32)
+  given_QC = np.arange(12, dtype=np.float32).reshape(4, 3)
+  found_QC = np.asarray(residual_bits.distances(made, xq_QD, rows_QC, given_QC))
   (low_f, step_f), (low_o, step_o) = made.range_22
   for q, x_D in enumerate(xq_QD):
     turned_E = x_D @ made.rotation_DE
-    for s, row in enumerate(rows_QS[q]):
+    for s, row in enumerate(rows_QC[q]):
       if row < 0:
-        assert found_QS[q, s] == np.inf
+        assert found_QC[q, s] == np.inf
         continue
       sign_E, _, _ = _expected(
         x_ND[row], xhat_ND[row], scanned_N[row], made.rotation_DE
       )
       scale = low_f + step_f * made.scale_N[row]
       offset = low_o + step_o * made.offset_N[row]
-      want = given_QS[q, s] + offset - 2 * scale * (sign_E @ turned_E)
-      assert found_QS[q, s] == pytest.approx(want, rel=1e-4, abs=1e-4)
+      want = given_QC[q, s] + offset - 2 * scale * (sign_E @ turned_E)
+      assert found_QC[q, s] == pytest.approx(want, rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize("scale", [2.0**-20, 2.0**20])
@@ -119,11 +119,11 @@ def test_a_vector_that_words_meet_exactly():
   x_ND, _, _ = _case(num=3)
   made = _make(x_ND, x_ND, np.sum(x_ND**2, axis=1))
   np.testing.assert_array_equal(made.bits_NW, 0)
-  given_QS = np.array([[1.0, 2.0]], np.float32)
-  found_QS = residual_bits.distances(
-    made, x_ND[:1], np.array([[0, 2]]), given_QS
+  given_QC = np.array([[1.0, 2.0]], np.float32)
+  found_QC = residual_bits.distances(
+    made, x_ND[:1], np.array([[0, 2]]), given_QC
   )
-  np.testing.assert_allclose(found_QS, given_QS, atol=1e-5)
+  np.testing.assert_allclose(found_QC, given_QC, atol=1e-5)
 
 
 def _signs_of(arrays, seed=0):
@@ -148,13 +148,13 @@ def test_a_refiner_takes_any_number_of_queries():
   refiner = refiners.rabitq(made)
   rng = np.random.default_rng(5)
   xq_QD = rng.normal(size=(5, 5)).astype(np.float32)
-  rows_QS = rng.integers(-1, 90, size=(5, 4)).astype(np.int32)
-  given_QS = rng.random((5, 4)).astype(np.float32)
-  want_QS = residual_bits.distances(made, xq_QD, rows_QS, given_QS)
+  rows_QC = rng.integers(-1, 90, size=(5, 4)).astype(np.int32)
+  given_QC = rng.random((5, 4)).astype(np.float32)
+  want_QC = residual_bits.distances(made, xq_QD, rows_QC, given_QC)
   for num in range(1, 6):
-    found_QS = refiner.distances_fn(xq_QD[:num], rows_QS[:num], given_QS[:num])
-    assert found_QS.shape == (num, 4)
-    np.testing.assert_allclose(found_QS, want_QS[:num], rtol=1e-5, atol=1e-5)
+    found_QC = refiner.distances_fn(xq_QD[:num], rows_QC[:num], given_QC[:num])
+    assert found_QC.shape == (num, 4)
+    np.testing.assert_allclose(found_QC, want_QC[:num], rtol=1e-5, atol=1e-5)
 
 
 def test_signs_come_nearer_to_the_truth():

@@ -243,8 +243,8 @@ def gather(x) -> np.ndarray:
   x = np.asarray(x)
   # As bytes: JAX would make float32 of float64.
   bytes_N = np.frombuffer(x.tobytes(), np.uint8)
-  all_PN = np.asarray(multihost_utils.process_allgather(bytes_N))
-  return np.frombuffer(all_PN.tobytes(), x.dtype).reshape(-1, *x.shape)
+  all_bytes = np.asarray(multihost_utils.process_allgather(bytes_N))
+  return np.frombuffer(all_bytes.tobytes(), x.dtype).reshape(-1, *x.shape)
 
 
 def gather_rows(x_N, num_rows: int) -> np.ndarray:
@@ -252,10 +252,10 @@ def gather_rows(x_N, num_rows: int) -> np.ndarray:
   x_N = np.asarray(x_N)
   longest = -(-num_rows // jax.process_count())
   padding = [(0, longest - len(x_N))] + [(0, 0)] * (x_N.ndim - 1)
-  lengths_P = gather(len(x_N))
+  lengths = gather(len(x_N))
   parts = gather(np.pad(x_N, padding))
   return np.concatenate(
-    [part[:n] for part, n in zip(parts, lengths_P, strict=True)]
+    [part[:n] for part, n in zip(parts, lengths, strict=True)]
   )
 
 

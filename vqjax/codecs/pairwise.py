@@ -358,8 +358,8 @@ def _fit_table(all_NM, left_ND, pair_2, codebook_size: int):
   """Rows `[K, K, D]` of a pair, and what vectors leave when left out."""
   cells_N = _cells(all_NM, pair_2, codebook_size)
   sums_ZD, counts_Z, squares_Z = _sums(cells_N, left_ND, codebook_size**2)
-  errors_S = _left_out_errors(sums_ZD, counts_Z, squares_Z)
-  weight_Z = counts_Z + jnp.array(SHRINKAGES, jnp.float32)[errors_S.argmin()]
+  errors = _left_out_errors(sums_ZD, counts_Z, squares_Z)
+  weight_Z = counts_Z + jnp.array(SHRINKAGES, jnp.float32)[errors.argmin()]
   rows_ZD = sums_ZD / weight_Z[:, None]
   outside_Z = weight_Z / (weight_Z - 1)
   left_ND = (left_ND - rows_ZD[cells_N]) * outside_Z[cells_N][:, None]

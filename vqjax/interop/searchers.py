@@ -200,9 +200,9 @@ def _make_rows_of(ids_N):
   """Returns `ids -> rows`, int32; -1 stays -1."""
   most = int(ids_N.max()) + 1
   if most <= 4 * len(ids_N):  # Several times as fast as to search.
-    row_of_I = np.full(most + 1, -1, np.int32)
-    row_of_I[ids_N] = np.arange(len(ids_N), dtype=np.int32)
-    return lambda ids: row_of_I[ids]
+    row_of_id = np.full(most + 1, -1, np.int32)
+    row_of_id[ids_N] = np.arange(len(ids_N), dtype=np.int32)
+    return lambda ids: row_of_id[ids]
   order_N = np.argsort(ids_N).astype(np.int32)
   sorted_N = ids_N[order_N]
 

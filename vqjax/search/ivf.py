@@ -41,7 +41,7 @@ class Lists:
   norm_N: Array  # uint8 b: |c + r|^2 - |c|^2 is about low + b * step.
   low_L: Array
   step_L: Array
-  words_DC: Array  # Twice the codewords of all positions, `C = M * K`.
+  words_DZ: Array  # Twice the codewords of all positions, `C = M * K`.
   centre_D: Array  # Is subtracted from queries.
   num_codes: int = struct.field(pytree_node=False)
   num_bits: int = struct.field(pytree_node=False)  # 8 or 16 for each code.
@@ -90,7 +90,7 @@ def make_lists(
     norm_N=jnp.asarray(np.pad(np.asarray(norm_N, np.uint8), (0, TILE))),
     low_L=jnp.asarray(low_L, jnp.float32),
     step_L=jnp.asarray(step_L, jnp.float32),
-    words_DC=jnp.asarray(2 * codebooks_MKD.reshape(m * k, d).T, dtype),
+    words_DZ=jnp.asarray(2 * codebooks_MKD.reshape(m * k, d).T, dtype),
     centre_D=jnp.asarray(
       np.zeros(d) if centre_D is None else centre_D, jnp.float32
     ),
@@ -153,17 +153,17 @@ def scan(
   num_slots = num_tiles * TILE
   queries_QD = queries_QD - lists.centre_D[None]
   check_range("num_best", num_best, 1, num_slots, "slots to choose from")
-  tables_QC = jnp.matmul(
-    queries_QD.astype(lists.words_DC.dtype),
-    lists.words_DC,
+  tables_QZ = jnp.matmul(
+    queries_QD.astype(lists.words_DZ.dtype),
+    lists.words_DZ,
     precision="highest",
     preferred_element_type=jnp.float32,
   )
   # With the sign for top_k.
   of_list_QP = -distances_QP - lists.low_L[probes_QP]
   score_fn = jax.vmap(partial(_scores, lists, num_tiles))
-  score_QT, rows_QI, probe_QI = score_fn(tables_QC, of_list_QP, probes_QP)
-  score_QR, slots_QR = lax.top_k(score_QT, num_best)
+  score_QC, rows_QI, probe_QI = score_fn(tables_QZ, of_list_QP, probes_QP)
+  score_QR, slots_QR = lax.top_k(score_QC, num_best)
   tile_QR, at_QR = jnp.divmod(slots_QR, TILE)
   take = lambda x_QI, i_QR: jnp.take_along_axis(x_QI, i_QR, axis=1)
   found_QR = ~jnp.isneginf(score_QR)
@@ -178,8 +178,8 @@ def count_tiles(sizes):
   return -(-sizes // TILE)
 
 
-def _scores(lists, num_tiles, table_C, of_list_P, probes_P):
-  """The negative squared distances `[T]` of one query to its codes.
+def _scores(lists, num_tiles, table_Z, of_list_P, probes_P):
+  """The negative squared distances `[C]` of one query to its codes.
 
   Also the first row of each tile and which probe it is of.
   """
@@ -189,15 +189,15 @@ def _scores(lists, num_tiles, table_C, of_list_P, probes_P):
     lambda row: lax.dynamic_slice_in_dim(x_N, row, TILE)
   )(rows_I)
   step_I = lists.step_L[at(probes_P, probe_I)]
-  norm_IS = run(lists.norm_N).astype(jnp.float32) * step_I[:, None]
-  score_IS = at(of_list_P, probe_I)[:, None] - norm_IS
-  num_codewords = len(table_C) // lists.num_codes
+  norm_IB = run(lists.norm_N).astype(jnp.float32) * step_I[:, None]
+  score_IB = at(of_list_P, probe_I)[:, None] - norm_IB
+  num_codewords = len(table_Z) // lists.num_codes
   codes = _unpack(run(lists.packed_NW), lists.num_codes, lists.num_bits)
-  for position, code_IS in enumerate(codes):
-    score_IS = score_IS + at(table_C, code_IS + position * num_codewords)
-  is_code_IS = jnp.arange(TILE)[None] < num_I[:, None]
-  score_IS = jnp.where(is_code_IS, score_IS, -jnp.inf)
-  return score_IS.reshape(-1), rows_I, probe_I
+  for position, code_IB in enumerate(codes):
+    score_IB = score_IB + at(table_Z, code_IB + position * num_codewords)
+  is_code_IB = jnp.arange(TILE)[None] < num_I[:, None]
+  score_IB = jnp.where(is_code_IB, score_IB, -jnp.inf)
+  return score_IB.reshape(-1), rows_I, probe_I
 
 
 def _tiles(lists, probes_P, num_tiles):

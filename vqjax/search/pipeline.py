@@ -57,7 +57,7 @@ class Parts(NamedTuple):
   coarse_fn: Callable  # (xq_QD, nprobe, ef_search) -> lists and distances.
   decode_fn: Callable  # -> x_ND, by the network.
   pairwise_fn: Callable | None  # -> x_ND, by the pairwise decoder.
-  distances_fn: Callable  # (xq_QD, x_UD, rows_QR) -> squared distances [Q, R].
+  distances_fn: Callable  # (xq_QD, x_ND, rows_QR) -> squared distances [Q, R].
   refiner: Refiner | None = None  # Of the rows of `lists`.
   # For "ip" all distances are -2 times inner products: the remainder of squared
   # distances without the norms.
@@ -113,7 +113,7 @@ class Searcher:
   @property
   def dim(self) -> int:
     """Dimensions of the vectors."""
-    return self.parts.lists.words_DC.shape[0]
+    return self.parts.lists.words_DZ.shape[0]
 
   def search(
     self,
@@ -251,7 +251,7 @@ class Searcher:
       for whole, part in zip(out, found, strict=True):
         whole[block.rows] = np.asarray(part)[: len(block.rows)]
 
-    num_codewords = self.parts.lists.words_DC.shape[1]
+    num_codewords = self.parts.lists.words_DZ.shape[1]
     most = max(_TABLE_BYTES // (4 * num_codewords), _LEAST_QUERIES)
     blocks = _blocks(order_Q, tiles_Q, num_best, most)
     # Side by side: XLA does the selection of one block on one core.
@@ -334,33 +334,33 @@ class Searcher:
     """`_rerank` of some queries."""
     head = Candidates(*(x_QC[:, :num_head] for x_QC in found))
     is_there = head.rows_QC >= 0
-    rows_U, first_U, back = np.unique(
+    rows_N, first_N, back = np.unique(
       head.rows_QC[is_there], return_index=True, return_inverse=True
     )
-    if not len(rows_U):
+    if not len(rows_N):
       return found, 0
-    x_UD = self._decode(decode_fn, rows_U, head.lists_QC[is_there][first_U])
+    x_ND = self._decode(decode_fn, rows_N, head.lists_QC[is_there][first_N])
     at_QC = np.full(head.rows_QC.shape, -1, np.int64)
     at_QC[is_there] = back
-    distances_QC = self.parts.distances_fn(queries_QD, x_UD, at_QC)
-    return _reorder(found, distances_QC, weight), len(rows_U)
+    distances_QC = self.parts.distances_fn(queries_QD, x_ND, at_QC)
+    return _reorder(found, distances_QC, weight), len(rows_N)
 
-  def _decode(self, decode_fn, rows_U, lists_U) -> np.ndarray:
-    """Vectors `[U, D]` of rows, in blocks of few sizes."""
-    out_UD = np.empty((len(rows_U), self.dim), np.float32)
+  def _decode(self, decode_fn, rows_N, lists_N) -> np.ndarray:
+    """Vectors `[N, D]` of rows, in blocks of few sizes."""
+    out_ND = np.empty((len(rows_N), self.dim), np.float32)
     waiting = []
-    for start in range(0, len(rows_U), _DECODE_ROWS):
-      block = slice(start, min(start + _DECODE_ROWS, len(rows_U)))
+    for start in range(0, len(rows_N), _DECODE_ROWS):
+      block = slice(start, min(start + _DECODE_ROWS, len(rows_N)))
       size = block.stop - start
       pad = (0, round_up(size) - size)
       codes_NM = ivf.codes_at(
-        self.parts.lists, np.pad(rows_U[block], pad, "edge")
+        self.parts.lists, np.pad(rows_N[block], pad, "edge")
       )
-      x_ND = decode_fn(codes_NM, np.pad(lists_U[block], pad, "edge"))
+      x_ND = decode_fn(codes_NM, np.pad(lists_N[block], pad, "edge"))
       waiting.append((block, x_ND))
     for block, x_ND in waiting:
-      out_UD[block] = np.asarray(x_ND)[: block.stop - block.start]
-    return out_UD
+      out_ND[block] = np.asarray(x_ND)[: block.stop - block.start]
+    return out_ND
 
 
 class _Clock:

@@ -35,7 +35,7 @@ class Refiner(NamedTuple):
   """
 
   kind: str
-  distances_fn: Callable  # (xq_QD, rows_QS, scanned_QS) -> distances [Q, S].
+  distances_fn: Callable  # (xq_QD, rows_QC, scanned_QC) -> distances [Q, C].
   network_weight: float
   scan_fn: Callable | None = None  # (xq_QD, probes_QP, k) -> rows, distances.
   map_fn: Callable | None = None
@@ -45,11 +45,11 @@ def rabitq(bits: residual_bits.ResidualBits) -> Refiner:
   """Returns the refiner of residual bits, which lie on the device."""
   compiled_fn = jax.jit(residual_bits.distances)
 
-  def distances(queries_QD, rows_QS, scanned_QS):
+  def distances(queries_QD, rows_QC, scanned_QC):
     # Padded to few sizes, so that few are compiled.
     num = len(queries_QD)
     pad = ((0, round_up(num) - num), (0, 0))
-    args = (np.pad(x, pad, "edge") for x in (queries_QD, rows_QS, scanned_QS))
+    args = (np.pad(x, pad, "edge") for x in (queries_QD, rows_QC, scanned_QC))
     return np.asarray(compiled_fn(bits, *args))[:num]
 
   return Refiner("rabitq", distances, _RABITQ_NETWORK_WEIGHT)
@@ -69,29 +69,29 @@ def fastscan(
   Args:
     scan_fn: `(xq_QD, probes_QP, k)` to rows and squared distances `[Q, k]`.
     codewords_fn: Rows `[n]` to vectors `[n, D]`, the sums of their codewords.
-    distances_to_fn: `(xq_QD, x_UD, at_QS)` to squared distances `[Q, S]`.
+    distances_to_fn: `(xq_QD, x_ND, at_QC)` to squared distances `[Q, C]`.
     map_fn: See `Refiner`.
     codewords_weight: Of distances by codewords against those of the scan.
     network_weight: See `Refiner`.
   """
 
-  def distances(queries_QD, rows_QS, scanned_QS):
+  def distances(queries_QD, rows_QC, scanned_QC):
     # A vector of several queries is decoded for each: cheaper than finding it.
-    x_UD = codewords_fn(np.maximum(rows_QS, 0).ravel())
-    at_QS = np.arange(rows_QS.size).reshape(rows_QS.shape)
-    by_codewords_QS = distances_to_fn(
-      queries_QD, x_UD, np.where(rows_QS < 0, -1, at_QS)
+    x_ND = codewords_fn(np.maximum(rows_QC, 0).ravel())
+    at_QC = np.arange(rows_QC.size).reshape(rows_QC.shape)
+    by_codewords_QC = distances_to_fn(
+      queries_QD, x_ND, np.where(rows_QC < 0, -1, at_QC)
     )
-    return weighted(by_codewords_QS, scanned_QS, codewords_weight)
+    return weighted(by_codewords_QC, scanned_QC, codewords_weight)
 
   return Refiner("fastscan", distances, network_weight, scan_fn, map_fn)
 
 
-def weighted(new_QS, old_QS, weight: float):
+def weighted(new_QC, old_QC, weight: float):
   """The mean of two estimates of distances, by the `weight` of the new."""
   if weight == 1:
-    return new_QS
-  return weight * new_QS + (1 - weight) * old_QS
+    return new_QC
+  return weight * new_QC + (1 - weight) * old_QC
 
 
 def round_up(size: int, num_steps: int = 2) -> int:

@@ -156,27 +156,27 @@ def _to_bytes(value_N) -> tuple[np.ndarray, tuple]:
 
 
 def distances(
-  bits: ResidualBits, queries_QD: Array, rows_QS: Array, scanned_QS: Array
+  bits: ResidualBits, queries_QD: Array, rows_QC: Array, scanned_QC: Array
 ) -> Array:
-  """Squared distances `[Q, S]` of rows of the lists, better than the scan's.
+  """Squared distances `[Q, C]` of rows of the lists, better than the scan's.
 
   Args:
     bits: On the device.
     queries_QD: Queries.
-    rows_QS: Rows from `ivf.scan`, -1 for none.
-    scanned_QS: Their distances from there.
+    rows_QC: Rows from `ivf.scan`, -1 for none.
+    scanned_QC: Their distances from there.
   """
   turned_QE = jnp.matmul(queries_QD, bits.rotation_DE, precision="highest")
-  at = lambda x_N: x_N[jnp.maximum(rows_QS, 0)]
-  is_up_QSWB = (at(bits.bits_NW)[..., None] >> _PLACE_11B[None]) & 1 == 1
-  is_up_QSE = is_up_QSWB.reshape(*rows_QS.shape, -1)
+  at = lambda x_N: x_N[jnp.maximum(rows_QC, 0)]
+  is_up_QCWB = (at(bits.bits_NW)[..., None] >> _PLACE_11B[None]) & 1 == 1
+  is_up_QCE = is_up_QCWB.reshape(*rows_QC.shape, -1)
   turned_Q1E = turned_QE[:, None]
-  along_QS = jnp.sum(jnp.where(is_up_QSE, turned_Q1E, -turned_Q1E), axis=-1)
-  scale_QS, offset_QS = (
+  along_QC = jnp.sum(jnp.where(is_up_QCE, turned_Q1E, -turned_Q1E), axis=-1)
+  scale_QC, offset_QC = (
     low + step * at(x_N).astype(jnp.float32)
     for (low, step), x_N in zip(
       bits.range_22, (bits.scale_N, bits.offset_N), strict=True
     )
   )
-  found_QS = scanned_QS + offset_QS - 2 * scale_QS * along_QS
-  return jnp.where(rows_QS < 0, jnp.inf, found_QS)
+  found_QC = scanned_QC + offset_QC - 2 * scale_QC * along_QC
+  return jnp.where(rows_QC < 0, jnp.inf, found_QC)

@@ -169,9 +169,9 @@ def _misfit(
   """A query, a row it has and one that is nearer; None if there is none."""
   ids_QG = ids_QG[:, :_NUM_CHECKED]
   num = ids_QG.shape[1]
-  near_QS = _near(sample, metric, _NUM_CHECKED, sign)
-  is_known_QS = (near_QS[:, :, None] == ids_QG[:, None]).any(axis=2)
-  rows_QR = np.hstack([ids_QG, np.where(is_known_QS, -1, near_QS)])
+  near_QC = _near(sample, metric, _NUM_CHECKED, sign)
+  is_known_QC = (near_QC[:, :, None] == ids_QG[:, None]).any(axis=2)
+  rows_QR = np.hstack([ids_QG, np.where(is_known_QC, -1, near_QC)])
   x_ND = batches.read_rows(sample.base, np.maximum(rows_QR, 0).ravel())
   x_QRD = x_ND.reshape(*rows_QR.shape, -1)
   error_QR = sign * errors(sample.xq_QD, x_QRD, metric)

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vqjax import devices
 from vqjax.codecs import hakes
-from vqjax.training import hakes_learner
+from vqjax.training import hakes_learner, loop
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "third_party" / "golden"
 RELEASED_SCORE = {"ip": "ip", "l2": "l2_released"}
@@ -158,13 +159,25 @@ def test_no_gradient_goes_through_the_ratio_of_the_terms():
   np.testing.assert_allclose(grad_fn(-1.0), grad_fn(ratio), rtol=1e-4)
 
 
-def test_the_base_side_never_learns():
+@pytest.mark.parametrize(
+  "parts", [("reduction", "codebooks"), ("reduction", "codebooks", "centroids")]
+)
+def test_a_step_moves_the_parts_that_learn_and_no_other(parts):
   params, batch = _random()
-  grads = jax.grad(lambda p: hakes.loss(p, batch, neighbour_side="base")[0])(
-    params
+  knobs = dict(neighbour_side="base", list_temperature=0.5)
+  learner = hakes_learner.make_learner(None, slice(0), knobs, parts)
+  schedules = {name: lambda step: 0.1 for name in parts}
+  tx = hakes_learner.make_optimiser(schedules, weight_decay=0.9)
+  state = loop.make_state(
+    params, tx, (), hakes_learner.METRICS, learner.frozen_fn
   )
-  assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads.base))
-  assert np.any(grads.query.reduction_ED)
+  step_fn = loop.make_train_step(learner, tx, lambda step: 0.1, seed=0)
+  wish = np.zeros(jax.device_count(), np.int32)
+  state, _, _ = step_fn(state, *devices.shard((wish, batch)))
+  params, _ = _random()  # The state was donated.
+  moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), state.params, params)
+  assert not any(jax.tree.leaves(moved.base))
+  assert moved.query == hakes.HakesSide(True, True, True, "centroids" in parts)
 
 
 def test_lists_move_the_centroids_and_nothing_else():

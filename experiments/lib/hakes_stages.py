@@ -172,8 +172,11 @@ def learn(config, data, workdir: pathlib.Path) -> bool:
   batch_fn = hakes_learner.make_batch_fn(
     table, num, train.batch_size, config.seed
   )
-  learner = hakes_learner.make_learner(table, held_out, knobs)
-  params = _loop(config, workdir, params, learner, batch_fn, plan)
+  rates = {"reduction": train.reduction_lr, "codebooks": train.codebook_lr}
+  if train.list_temperature:
+    rates["centroids"] = train.centroid_lr
+  learner = hakes_learner.make_learner(table, held_out, knobs, tuple(rates))
+  params = _loop(config, workdir, params, learner, batch_fn, plan, rates)
   if params is None:
     return False
   after = hakes_learner.validation(params, table, held_out, knobs)
@@ -222,18 +225,17 @@ def _look_up(side, data, queries_ND, near_NG) -> hakes_learner.Samples:
   )
 
 
-def _loop(config, workdir, params, learner, batch_fn, plan):
+def _loop(config, workdir, params, learner, batch_fn, plan, rates):
   """Runs or resumes the training loop: the best parameters, or None."""
   train = config.train
-  rates = {"reduction": train.reduction_lr, "codebooks": train.codebook_lr}
-  if train.list_temperature:
-    rates["centroids"] = train.centroid_lr
   schedules = {
     name: hakes_learner.make_schedule(rate, plan.total_steps, train.warm_up)
     for name, rate in rates.items()
   }
   tx = hakes_learner.make_optimiser(schedules, weight_decay=train.weight_decay)
-  state = loop.make_state(params, tx, (), hakes_learner.METRICS)
+  state = loop.make_state(
+    params, tx, (), hakes_learner.METRICS, learner.frozen_fn
+  )
   checkpoints = checkpoints_lib.Checkpoints(workdir / "checkpoints")
   step, writer = 0, None
   try:

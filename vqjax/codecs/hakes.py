@@ -217,7 +217,6 @@ def loss(
     The loss, and its parts `{"reduced_kl", "coded_kl", "list_loss"}`.
   """
   _check_loss(params, batch, score, neighbour_side, temperature)
-  params = params.replace(base=lax.stop_gradient(params.base))
   full_QG, reduced_QG, coded_QG = _scores(params, batch, score, neighbour_side)
   target_QG = jax.nn.log_softmax(full_QG / temperature)
 

@@ -141,11 +141,6 @@ def loss(
   """
   del key
   qinco.check_lists(params, x_ND, lists_N)
-  params = params.replace(
-    mean_D=lax.stop_gradient(params.mean_D), std=lax.stop_gradient(params.std)
-  )
-  if params.is_ivf:
-    params = params.replace(first_KD=lax.stop_gradient(params.first_KD))
   tables = qinco.prepare(params)
   z_ND = qinco.normalise(params, x_ND)
   codes_NM = qinco_search.encode_normalised(

@@ -5,8 +5,10 @@ looked up once: they do not change while the query side learns.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -20,6 +22,12 @@ from vqjax.training import loop
 
 METRICS = ["loss", "reduced_kl", "coded_kl", "list_loss"]
 _VALIDATION_BLOCK = 256
+_PARTS = hakes.HakesSide(
+  reduction_ED="reduction",
+  bias_E="reduction",
+  codebooks_MKS="codebooks",
+  centroids_LE="centroids",
+)
 
 
 class Samples(NamedTuple):
@@ -84,29 +92,30 @@ def make_optimiser(
   """Returns AdamW with a schedule for each part of the query side.
 
   Args:
-    schedules: Of "reduction" (with its bias), "codebooks" and "centroids"; a
-      part without one stays as it is, as the base side does.
+    schedules: Of the parts that learn, among "reduction" (with its bias),
+      "codebooks" and "centroids"; see `frozen`.
     weight_decay: Of the reduction and the codebooks, times the learning rate;
       published 0.999.
   """
   check_range("weight_decay", weight_decay, 0, 1000)
-  parts = {"frozen": optax.set_to_zero()}
+  parts = {}
   for name, schedule in schedules.items():
     decay = 0 if name == "centroids" else weight_decay
     parts[name] = optax.adamw(schedule, weight_decay=decay)
-  known = lambda name: name if name in schedules else "frozen"
-  query = hakes.HakesSide(
-    reduction_ED=known("reduction"),
-    bias_E=known("reduction"),
-    codebooks_MKS=known("codebooks"),
-    centroids_LE=known("centroids"),
-  )
-  base = hakes.HakesSide(*["frozen"] * 4)
+  known = lambda name: name if name in schedules else None
+  query = jax.tree.map(known, _PARTS)
+  base = hakes.HakesSide(*[None] * 4)
   return optax.partition(parts, hakes.HakesParams(base, query))
 
 
+def frozen(params: hakes.HakesParams, parts) -> hakes.HakesParams:
+  """Returns a tree of bools: False for these parts of the query side."""
+  query = jax.tree.map(lambda name: name not in parts, _PARTS)
+  return hakes.HakesParams(hakes.HakesSide(*[True] * 4), query)
+
+
 def make_learner(
-  samples: Samples, held_out: slice, knobs: dict
+  samples: Samples, held_out: slice, knobs: dict, parts
 ) -> loop.Learner:
   """Returns what `loop.train` asks of HAKES.
 
@@ -117,6 +126,7 @@ def make_learner(
     samples: Queries to learn from and to validate on.
     held_out: The latter.
     knobs: Keyword values of `hakes.loss`.
+    parts: Those of the query side that learn, as the names of `make_optimiser`.
   """
 
   def loss_fn(params, key, batch):
@@ -142,6 +152,7 @@ def make_learner(
     end_epoch_fn=lambda params, key, stats: (params, stats, {}),
     usage_fn=lambda stats: {},
     validate_fn=validate,
+    frozen_fn=partial(frozen, parts=parts),
   )
 
 

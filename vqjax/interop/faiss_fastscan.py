@@ -14,6 +14,8 @@ References: arXiv 1704.07355 for the scan in registers, CVPR 2013 (Ge et al.)
 for the rotation.
 """
 
+import hashlib
+import json
 from typing import NamedTuple
 
 import faiss
@@ -202,6 +204,7 @@ def save(
     overwrite: Replaces existing files instead of refusing.
   """
   meta = {**info, "of_index": of_index, **describe(index)}
+  meta["weights_digest"] = _digest_weights(info)
   return faiss_files.save(index, path, meta, kind=_KIND, overwrite=overwrite)
 
 
@@ -227,7 +230,20 @@ def load(path, index_info: dict) -> Loaded:
       f"this index has {index_info.get('sha256')}; make its own by vqjax "
       "refiner --kind=fastscan."
     )
+  wanted = info.get("weights_digest")  # Older descriptions have none.
+  if wanted is not None and wanted != _digest_weights(info):
+    raise ValueError(
+      f"{path}.json is damaged: its weights do not match their checksum. Make "
+      "the refiner again by vqjax refiner --kind=fastscan."
+    )
   return Loaded(index, info)
+
+
+def _digest_weights(info: dict) -> str:
+  """A checksum of what nothing else in a description can tell."""
+  weights = {k: v for k, v in info.items() if k.endswith("_weight")}
+  text = json.dumps(weights, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _is_refiner(index) -> bool:

@@ -134,7 +134,7 @@ def _check(config) -> tuple[list[str], list[str]]:
 
 
 def _check_searches(config, subjects) -> None:
-  """Raises ValueError where a size of the search does not fit a codec."""
+  """Raises ValueError if a size of the search does not fit a codec."""
   for subject in subjects:
     for rule in bench_subjects.searches(subject, config):
       subject.codec.spec.check_rule(subject.codec.params, rule)

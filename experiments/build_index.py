@@ -114,7 +114,7 @@ def _prepare(config):
     raise ValueError("Give either --codes or --data, what the index is of.")
   codec = codecs.open_codec(config.codec)
   is_cosine = codecs.check_cosine(codec, config.metric)
-  words = _words(config, codec)
+  codewords = _words(config, codec)
   source = (
     _open_codes(config, codec) if config.codes else _encode(config, codec)
   )
@@ -122,7 +122,7 @@ def _prepare(config):
   info = {
     "codec": codec.name,
     "codec_fingerprint": codec.fingerprint,
-    "decoders_fingerprint": codec_file.fingerprint(words),
+    "decoders_fingerprint": codec_file.fingerprint(codewords),
     "num_rows": source.num_rows,
     "rows": [[rows.start, rows.stop]],
     "metric": _metric(config),
@@ -131,13 +131,13 @@ def _prepare(config):
     **source.made_of,
   }
   # Codes, norms and ids; centroids and a graph of them take more.
-  num_bytes = len(rows) * (len(words.codebooks_MKD) + 9)
-  return info, num_bytes, lambda: _fill(config, codec, words, source, rows)
+  num_bytes = len(rows) * (len(codewords.codebooks_MKD) + 9)
+  return info, num_bytes, lambda: _fill(config, codec, codewords, source, rows)
 
 
-def _fill(config, codec, words, source: _Source, rows: range):
+def _fill(config, codec, codewords, source: _Source, rows: range):
   """Returns the filled index."""
-  index = _empty_index(config, codec, words)
+  index = _empty_index(config, codec, codewords)
   with cli.progress(len(rows), "add") as done:
     first = rows.start
     for codes_NM in source.blocks(rows):
@@ -215,11 +215,11 @@ def _parse_rows(text: str | None, num_rows: int) -> range:
   )
 
 
-def _empty_index(config, codec, words: additive.AdditiveParams):
+def _empty_index(config, codec, codewords: additive.AdditiveParams):
   """Returns the index to fill; parts of the same codes get equal ones."""
   centroids_LD = codec.centroids
   num_lists = len(centroids_LD)
-  codebooks_MKD = np.asarray(words.codebooks_MKD)
+  codebooks_MKD = np.asarray(codewords.codebooks_MKD)
   with cli.progress(num_lists, "lists", unit="list") as done:
     return faiss_ivf.make_index(
       centroids_LD,

@@ -88,7 +88,7 @@ def _describe(config, codec, found: codes.Codes, width: int) -> dict:
 
 
 def _write(config, codec, found: codes.Codes, width: int, meta: dict) -> None:
-  """Decodes all codes into the output; its description goes beside it."""
+  """Decodes all codes into the output; its description goes next to it."""
   num, sizes = len(found), codec.codebook_sizes[:width]
   decode_fn = codecs.make_decode_fn(codec, meta["dtype"])
   with cli.progress(num, "decode") as done:

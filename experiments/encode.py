@@ -184,7 +184,7 @@ class _Meter:
   """A progress callback that knows how long a vector takes.
 
   Measured from the end of the second block on: the first two are in work at
-  once, and wait for what compiles. With them where there are no more.
+  once, and wait for compilation; with them if there are no more.
   """
 
   def __init__(self, done_fn):

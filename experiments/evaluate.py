@@ -162,7 +162,7 @@ def _validation_size(codec) -> int:
 
 
 def _open_truth(config, dataset, xb_ND) -> evaluation.Truth | None:
-  """Queries and their true neighbours; None where recall is not measured."""
+  """Queries and their true neighbours; None if recall is not measured."""
   if config.split != "base" or not dataset.queries:
     return None
   opened, sizes = truth.of_dataset(dataset)

@@ -142,7 +142,7 @@ def _subject(config, codec, metric: str) -> _Subject:
     raise ValueError(
       f"faiss cannot decode a {codec.name} codec, which needs its network: "
       "vqjax build_index makes an index that is searched by "
-      "additive words, and --decoders=decoders.safetensors exports these alone."
+      "additive codewords; --decoders=decoders.safetensors exports these alone."
     )
   return _Subject(
     codec.name,

@@ -95,7 +95,7 @@ def _run_stage(name: str, config, data, workdir: pathlib.Path) -> bool:
 
 
 def _read_evaluation(workdir: pathlib.Path) -> dict | None:
-  """The evaluation; None where it is not there, or damaged."""
+  """The evaluation; None if it is not there, or damaged."""
   path = workdir / STAGES["evaluate"][1]
   if not path.exists():
     return None

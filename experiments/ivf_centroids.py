@@ -348,15 +348,15 @@ def _start_in_two(vectors, num_codewords: int, seed: int) -> np.ndarray:
     progress_bar(num_codewords, "start", unit="centroid") as bar,
     faiss_io.thread_pool() as pool,
   ):
-    words = []
+    codewords = []
     try:
       for words_KD in pool.map(fit_fn, *zip(*jobs, strict=True)):
-        words.append(words_KD)
+        codewords.append(words_KD)
         bar.update(len(words_KD))
     except BaseException:
       pool.shutdown(cancel_futures=True)
       raise
-  return np.concatenate(words)
+  return np.concatenate(codewords)
 
 
 def _fit_group(vectors, seed: int, rows, num_codewords: int) -> np.ndarray:

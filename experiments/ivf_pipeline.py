@@ -225,10 +225,10 @@ def _build_index(workdir) -> None:
   path, decoders = workdir / "index.faiss", workdir / "decoders.safetensors"
   if _is_there(path):
     manifest = codes.load_manifest(workdir / "codes")
-    words = decoder_file.load(decoders).additive
+    codewords = decoder_file.load(decoders).additive
     wanted = {
       "codec_fingerprint": manifest["codec_fingerprint"],
-      "decoders_fingerprint": codec_file.fingerprint(words),
+      "decoders_fingerprint": codec_file.fingerprint(codewords),
       "data": manifest["data"],
       "rows": [[0, manifest["shape"][0]]],
     }

@@ -9,8 +9,7 @@ the network. This command fits both decoders to vectors and their codes from
 encode; without --codes the vectors are encoded first.
 
 They are fitted to at most 1,000,000 vectors, drawn from the whole file, and
-measured on others. Memory is twice that of these vectors in float32, plus the
-tables.
+measured on others. Memory is twice their size in float32, plus the tables.
 
 A table of the pairwise decoder has K x K rows of D numbers in float16: 16 MiB
 for 256 codewords and 128 dimensions, 48 MiB for 384. If --num_tables is unset,
@@ -249,15 +248,15 @@ def _fit(codec, sizes, train, held_out, num_tables: int, seconds):
     cli.progress(len(train.target_ND), "additive") as done,
     cli.timed(seconds, "additive"),
   ):
-    words = decoders.fit_additive(codec.tables, sizes, train, done)
+    codewords = decoders.fit_additive(codec.tables, sizes, train, done)
   if not num_tables:
-    return words, None
+    return codewords, None
   with (
     cli.progress(num_tables, "pairwise", unit="table") as done,
     cli.timed(seconds, "pairwise"),
   ):
     tables = decoders.fit_pairwise(
-      words,
+      codewords,
       sizes,
       train,
       held_out,
@@ -265,7 +264,7 @@ def _fit(codec, sizes, train, held_out, num_tables: int, seconds):
       centroids_LD=codec.centroids,
       progress=done,
     )
-  return words, tables
+  return codewords, tables
 
 
 def _decode_fns(codec, config, additive_params, pairwise_params) -> dict:

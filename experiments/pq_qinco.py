@@ -146,7 +146,7 @@ def _find_parts(config, folder):
 
 
 def _open_source(config, prepared: dict):
-  """Opens the vectors that the parts were cut from; None where not known."""
+  """Opens the vectors that the parts were cut from; None if not known."""
   path = config.data or prepared.get("source")
   if path is None:
     return None

@@ -225,7 +225,7 @@ def _check_rows(config, ids_N) -> None:
 
 
 def _check_whole(config, info: dict) -> None:
-  """Raises ValueError where the index lacks rows of the base."""
+  """Raises ValueError if the index lacks rows of the base."""
   rows, num_rows = info.get("rows"), info.get("num_rows")
   if rows not in (None, [[0, num_rows]]):
     shown = ", ".join(f"{first}:{stop}" for first, stop in rows)
@@ -402,7 +402,7 @@ def _summarise(config, record, data) -> None:
 
 
 def _doubt(data, recall: float) -> None:
-  """Warns where the true neighbours may be those of others, unchecked."""
+  """Warns if the true neighbours may be those of others, unchecked."""
   if data.base is None and recall < _LEAST_RECALL:
     logging.warning(
       "The best 1-recall@1 is %.4f: does --groundtruth belong to --queries and "

@@ -168,11 +168,15 @@ def test_senseless_arguments_are_refused():
     faiss_io.knn(x_ND, x_ND[:, :7], 3)
   with pytest.raises(ValueError, match="divide the 8 dimensions .* got 3"):
     faiss_io.train_opq(x_ND, 3)
-  with pytest.raises(ValueError, match="got 10: each position has 2.8 words"):
+  with pytest.raises(
+    ValueError, match="got 10: each position has 2.8 codewords"
+  ):
     faiss_io.train_opq(x_ND[:10], 4)
   with pytest.raises(ValueError, match="got 'IVF'"):
     faiss_io.fit_additive("IVF", x_ND, 4)
-  with pytest.raises(ValueError, match="got 100: each position has 2.8 words"):
+  with pytest.raises(
+    ValueError, match="got 100: each position has 2.8 codewords"
+  ):
     faiss_io.fit_additive("RQ", x_ND[:100], 4)
   with pytest.raises(ValueError, match="power of two .* got 6"):
     faiss_io.rq_to_faiss(rq.RQParams(jnp.zeros((2, 6, 8))))

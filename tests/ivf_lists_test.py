@@ -147,7 +147,7 @@ def test_so_many_lists_that_memory_would_not_do_are_refused(tmp_path):
   x_ND = np.broadcast_to(np.float32(0), (70_000, 2))
   with pytest.raises(
     ValueError,
-    match=r"experiments.ivf_centroids .*--num_vectors=69000 "
+    match=r"vqjax ivf_centroids .*--num_vectors=69000 "
     r"--num_centroids=65537 .*--config.ivf.centroids=centroids.npy",
   ):
     ivf_lists.prepare(_config(num_lists=65537), tmp_path, x_ND, 69_000)

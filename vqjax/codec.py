@@ -123,7 +123,7 @@ class Codec:
   def make_assign_fn(
     self, assign: str = "auto", progress: Callable | None = None
   ) -> Callable | None:
-    """Returns `x_ND -> (x_ND, lists_N)`; None where encoding compares all.
+    """Returns `x_ND -> (x_ND, lists_N)`; None if encoding compares all.
 
     A graph of a million centroids takes minutes: make it once.
     """
@@ -273,7 +273,7 @@ class Codec:
       true_ids: Ids `[Q, G]` of their true neighbours, nearest first, -1 for
         none; an array or a path. Found by exact search where left out.
       metric: "l2", "ip", or "cosine" for a codec that was trained for it; None
-        for that of the codec.
+        for the codec's.
       ranks: R of each 1-recall@R, the share of queries whose nearest neighbour,
         or a vector as near, is among the first R found.
       progress: Shows progress lines.

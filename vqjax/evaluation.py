@@ -124,7 +124,7 @@ class Truth:
     return self.ids_QG.shape[1] <= self._asked
 
   def _errors(self, found_QR) -> np.ndarray:
-    """Errors of results; inf where they cannot be as near as the list."""
+    """Errors of results; inf if they cannot be as near as the list."""
     out_QR = np.full(found_QR.shape, np.inf)
     for g in range(self._num):
       is_it_QR = (found_QR == self.ids_QG[:, g : g + 1]) & (found_QR >= 0)
@@ -173,7 +173,7 @@ def faiss_metric(metric: str) -> str:
 
 
 def read_ids(files: Files, num_vectors: int, sizes=()) -> np.ndarray | None:
-  """The checked ids of the ground truth; None where a search must find them.
+  """The checked ids of the ground truth; None if a search must find them.
 
   That is if there is none, or one of more rows than `num_vectors`.
 
@@ -196,7 +196,7 @@ def read_ids(files: Files, num_vectors: int, sizes=()) -> np.ndarray | None:
         "neighbours by exact search."
       )
     logging.warning(
-      "%s is taken as it is: without the base, --data, nobody can check that "
+      "%s is not checked: without the base, --data, it cannot be known that "
       "it belongs to these queries and vectors.",
       name,
     )
@@ -227,7 +227,7 @@ def open_truth(
   Args:
     files: See `read_ids`, as `num_vectors` and `sizes`.
     num_vectors: The number of vectors that are searched.
-    base: These vectors, an open file; None where they are not at hand.
+    base: These vectors, an open file; None if they are not at hand.
     sizes: Other numbers of rows that the ground truth may be of.
     num: The most neighbours of a query that a recall asks for.
     is_shown: Whether an exact search shows a progress line.

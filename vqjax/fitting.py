@@ -146,7 +146,7 @@ def _override(config, name: str, value) -> None:
 
 
 def check_words(config, num_rows: int) -> None:
-  """Raises ValueError where the vectors cannot fill the codebooks."""
+  """Raises ValueError if the vectors cannot fill the codebooks."""
   num = min(num_rows, config.init.max_vectors)
   check_range(
     "--config.model.codebook_size",
@@ -321,7 +321,7 @@ def make_learner(config, held_out, schedule):
 
 
 def check_model(config, plan: loop.Plan, shape) -> None:
-  """Raises ValueError where model and searches do not fit `[N, D]` vectors."""
+  """Raises ValueError if model and searches do not fit `[N, D]` vectors."""
   make_fn = partial(make_state, config, make_schedule(config, plan), None)
   # Without lists, which change nothing here and may take long to make.
   abstract = jax.eval_shape(make_fn, jax.ShapeDtypeStruct(shape, jnp.float32))

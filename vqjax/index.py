@@ -67,7 +67,7 @@ def build_index(
       get lists by k-means; None for about four times the square root of N, and
       one list for fewer than 2,500 vectors.
     ids: Distinct integers `[N]`, 0 or more; None for 0, 1, ...
-    metric: "l2", "ip" or "cosine"; None for that of the codec.
+    metric: "l2", "ip" or "cosine"; None for the codec's.
     refiner: "rabitq" for more recall, "fastscan" for more speed, None for none;
       see `vqjax.search.refiners`.
     coarse: "flat" or "hnsw", how lists are found; None for flat below 16,384.
@@ -100,10 +100,12 @@ def build_index(
   centroids_LD = codec.centroids
   if not codec.is_ivf and num_lists > 1:
     centroids_LD = _fit_centroids(vectors, num_lists, seed)
-  words, pairwise_params = _fit_decoders(codec, vectors, codes_NM, num_tables)
+  codewords, pairwise_params = _fit_decoders(
+    codec, vectors, codes_NM, num_tables
+  )
   faiss_index = faiss_ivf.make_index(
     centroids_LD,
-    np.asarray(words.codebooks_MKD),
+    np.asarray(codewords.codebooks_MKD),
     coarse=coarse or faiss_ivf.default_coarse(num_lists),
     metric="ip" if metric == "ip" else "l2",
     by_residual=codec.is_ivf,
@@ -537,22 +539,22 @@ def _fit_decoders(codec: Codec, vectors, codes_NM, num_tables: int | None):
     num_train, _ = batches.split(len(rows_N))
     held_out = sample.cut(slice(num_train, None))
   train = sample.cut(slice(num_train))
-  words = decoders_lib.fit_additive(codec.params, sizes, train)
+  codewords = decoders_lib.fit_additive(codec.params, sizes, train)
   if additive.from_codec(codec.params) is not None and num_tables is None:
-    return words, None  # Exact already.
+    return codewords, None  # Exact already.
   num_lists = codec.codebook_sizes[0] if codec.is_ivf else 0
   most = decoders_lib.most_tables(sizes, num_lists, num_train, num_tables)
   if not most:
-    return words, None
+    return codewords, None
   tables = decoders_lib.fit_pairwise(
-    words,
+    codewords,
     sizes,
     train,
     None if num_tables else held_out,
     num_tables=most,
     centroids_LD=codec.centroids,
   )
-  return words, tables
+  return codewords, tables
 
 
 def _make_read_fn(vectors, ids_N, contents):

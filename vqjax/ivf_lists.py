@@ -1,8 +1,8 @@
 """The lists of an IVF model in training: their centroids, who is in which.
 
 Both are made once, before the first step, and lie in the run folder, so that a
-resumed run goes on with the same: `centroids.npy` float32 `[L, D]` in data
-units and `lists.npy` int32 `[N]`, the list of every training vector. Beside
+resumed run uses the same: `centroids.npy` float32 `[L, D]` in data
+units and `lists.npy` int32 `[N]`, the list of every training vector. Next to
 each, in `*.npy.json`, is what it was made of; until the first checkpoint it is
 made anew where that has changed.
 """
@@ -87,7 +87,7 @@ def _kept(path: pathlib.Path, made_of: dict, make_fn) -> np.ndarray:
   except ValueError as error:
     raise ValueError(
       f"{error} Or remove {path} and {files.description_path(path).name} "
-      "beside it: the same command makes them again."
+      "next to it: the same command makes them again."
     ) from error
 
 
@@ -104,7 +104,7 @@ def _is_made_of(path: pathlib.Path, made_of: dict) -> bool:
 
 
 def _check_made_of(path: pathlib.Path, made_of: dict) -> None:
-  """Raises ValueError where an array is damaged or, so described, another."""
+  """Raises ValueError if an array is damaged or, so described, another."""
   beside = files.description_path(path)
   if not beside.exists():
     return
@@ -151,7 +151,7 @@ def _centroids(config, xt_ND, num_rows: int):
 
 
 def _check_unit(path, centroids_LD, xt_ND) -> None:
-  """Raises ValueError where they cannot be means of vectors of length 1."""
+  """Raises ValueError if they cannot be means of vectors of length 1."""
   norm = float(np.linalg.norm(centroids_LD, axis=1).max())
   if isinstance(xt_ND, unit.UnitVectors) and norm > 1.001:
     raise ValueError(
@@ -161,7 +161,7 @@ def _check_unit(path, centroids_LD, xt_ND) -> None:
 
 
 def _check_memory(config, num_rows: int) -> None:
-  """Raises ValueError where k-means would need too many vectors at once."""
+  """Raises ValueError if k-means would need too many vectors at once."""
   num_lists = config.ivf.num_lists
   if num_lists > _MOST_LISTS:
     data = shlex.quote(str(config.data.train or "TRAINING-VECTORS"))

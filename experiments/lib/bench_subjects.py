@@ -33,7 +33,7 @@ class Subject(NamedTuple):
 
 
 def load(config) -> list[Subject]:
-  """Returns the codec of --codec, or those of the configurations."""
+  """Returns the codec of --codec, or the configurations' codecs."""
   if config.codec:
     codec = codecs.open_codec(config.codec)
     dataset = codecs.resolve_data(codec, config, base=config.data)

@@ -145,7 +145,7 @@ def _of_kind(name: str, kind: type, value):
 def takes(options: dict[str, Option]) -> Callable:
   """Lets the `run(config)` of a command take a dict, or keywords, instead.
 
-  What is left out has its default.
+  Options that are not given have their defaults.
   """
 
   def decorate(run):

@@ -73,7 +73,7 @@ def _of_kind(codec: Codec, kind: str | None) -> SearchRule:
 
 
 def saving(codec: Codec, rule: SearchRule) -> str | None:
-  """Says what --rule=joint would save; None where it would save nothing."""
+  """Says what --rule=joint would save; None if it would save nothing."""
   knobs = codec.spec.knobs
   is_joint = rule.num_joint_candidates or not rule.num_candidates
   if "num_joint_candidates" not in knobs or is_joint:
@@ -155,7 +155,7 @@ def resolve_data(
 def check_cosine(codec: Codec, metric: str) -> bool:
   """Whether the codec is of vectors of length 1, which it was trained on.
 
-  Raises ValueError where the metric asked for is cosine and it is not.
+  Raises ValueError if the metric asked for is cosine and it is not.
   """
   own = codec.info.get("metric") or "l2"
   if metric == "cosine" and own != "cosine":

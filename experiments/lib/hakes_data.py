@@ -150,7 +150,7 @@ def _check(data: Data) -> None:
 
 
 def _check_training(data: Data) -> None:
-  """Raises ValueError where the training neighbours are not of these files.
+  """Raises ValueError if the training neighbours are not of these files.
 
   They may be those of an approximate search.
   """

@@ -45,7 +45,7 @@ def describe_codes(config, found: codes.Codes) -> dict:
 
 
 def check_codec(config, codec, meta: dict) -> None:
-  """Raises ValueError where --codes say that another codec made them."""
+  """Raises ValueError if --codes say that another codec made them."""
   if meta and meta["codec_fingerprint"] != codec.fingerprint:
     raise ValueError(
       f"{config.codes} was made by codec {meta['codec_fingerprint']}, but "
@@ -55,7 +55,7 @@ def check_codec(config, codec, meta: dict) -> None:
 
 
 def check_data(path, data: dict | None, vectors) -> None:
-  """Raises ValueError where `data` says that codes are of other vectors.
+  """Raises ValueError if `data` says that codes are of other vectors.
 
   It is what `files.identify` found; None if unknown.
   """
@@ -98,7 +98,7 @@ def _check_rows(config, found: codes.Codes, vectors) -> None:
     raise ValueError(
       f"{config.codes} has {len(found)} rows, {config.data} has "
       f"{len(vectors)}: give the vectors that were encoded, or with "
-      "--num_vectors the first so many of them."
+      "--num_vectors only the first of them."
     )
 
 
@@ -153,7 +153,7 @@ def decoders(config, codec) -> decoder_file.Decoders:
 
 
 def refuse_search(config, names) -> None:
-  """Raises ValueError where these options say how to encode what is encoded."""
+  """Raises ValueError if these options say how to encode what is encoded."""
   for name in names:
     if config[name] not in (None, "auto"):
       raise ValueError(

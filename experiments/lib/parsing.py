@@ -65,7 +65,7 @@ def _take_unset(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _unset(config, names: list[str]) -> None:
-  """Sets values to None where they may be: in `data`, or None by default."""
+  """Sets values to None if they may be: in `data`, or None by default."""
   for name in names:
     *path, last = name.split(".")
     group = functools.reduce(lambda group, part: group[part], path, config)

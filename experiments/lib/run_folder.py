@@ -55,7 +55,7 @@ def read_config(workdir: pathlib.Path) -> dict | None:
 
 
 def read_summary(workdir: pathlib.Path) -> dict | None:
-  """Returns the summary of a finished run; None where it is not finished."""
+  """Returns the summary of a finished run; None if it is not finished."""
   path = workdir / SUMMARY_NAME
   if not path.exists():
     return None
@@ -236,7 +236,7 @@ def _machine() -> str:
 
 
 def _start_of(pid: int) -> str | None:
-  """When a process began, in ticks of its machine; None where not known."""
+  """When a process began, in ticks of its machine; None if not known."""
   with contextlib.suppress(OSError, IndexError):
     text = pathlib.Path(f"/proc/{pid}/stat").read_text()
     state, *fields = text.rpartition(")")[2].split()

@@ -61,7 +61,7 @@ class Record:
     return _picture(self.path)
 
   def find(self, series: str, setting: dict) -> dict | None:
-    """Returns the point of a series at a setting; None where it is missing."""
+    """Returns the point of a series at a setting; None if it is missing."""
     known = lambda at: {k: v for k, v in at.items() if v is not None}
     same = lambda p: (
       p["series"] == series and known(p["setting"]) == known(setting)

@@ -32,7 +32,7 @@ def programs(
 ) -> dict[str, Program]:
   """Returns the same network eager and compiled, on a GPU if PyTorch has one.
 
-  `dtype` is that of the products, by autocast. A compiled program compiles at
+  `dtype` is for the products, by autocast. A compiled program compiles at
   its first call, which raises RuntimeError where that does not work.
   """
   if params.is_ivf:

@@ -25,7 +25,7 @@ def of_dataset(dataset) -> tuple[Files, list[int]]:
 
 
 def check_dataset(dataset) -> None:
-  """Raises ValueError where the ground truth is not of queries and base."""
+  """Raises ValueError if the ground truth is not of queries and base."""
   if dataset.groundtruth and dataset.queries and dataset.base:
     files, sizes = of_dataset(dataset)
     evaluation.read_ids(files, min(sizes), sizes)

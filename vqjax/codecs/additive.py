@@ -82,7 +82,7 @@ def fit(
     block_size: rows that are summed up at a time.
 
   Raises:
-    ValueError: Where shapes do not fit, or a code is no id of its codebook.
+    ValueError: If shapes do not fit, or a code is no id of its codebook.
   """
   check_shape("codes", codes_NM, (None, None))
   check_shape("target", target_ND, (codes_NM.shape[0], None))

@@ -27,13 +27,13 @@ class CodecSpec:
   knobs: tuple[str, ...]  # Fields of `SearchRule` that `encode` looks at.
   rule: SearchRule = SearchRule()  # Where nothing else is stored.
   check_rule: Callable = lambda params, rule: None  # Raises ValueError.
-  # (key, x_ND, *, num_codes, ...) -> params; None where it is trained.
+  # (key, x_ND, *, num_codes, ...) -> params; None if it is trained.
   fit: Callable | None = None
   is_ivf: Callable = lambda params: False  # Whether codes begin with a list.
   centroids: Callable | None = None  # -> those of the lists, in data units
 
   def __post_init__(self):
-    """Raises ValueError where a knob is no field of a rule."""
+    """Raises ValueError if a knob is no field of a rule."""
     unknown = set(self.knobs) - set(vars(SearchRule()))
     if unknown:
       raise ValueError(f"{self.name} has unknown knobs: {sorted(unknown)}.")

@@ -112,7 +112,7 @@ def make_nearest_fn(
 def half_scores(x_ND: Array, y_KD: Array, half_K: Array) -> Array:
   """Half of the squared distances, less `|x|^2 / 2`: `[N, K]`.
 
-  That term is the same for all codewords, so the order is that of the
+  That term is the same for all codewords, so the order is as for the
   distances. `half_K` is `sq_norms(y_KD) / 2`.
   """
   return half_K[None] - jnp.matmul(x_ND, y_KD.T, precision="highest")

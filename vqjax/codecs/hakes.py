@@ -97,10 +97,10 @@ def reduce(side: HakesSide, x_ND: Array) -> Array:
 
 def encode(side: HakesSide, x_ND: Array) -> Array:
   """Codes `[N, M]` int32 of `[N, D]`; an index keeps those of the base side."""
-  words = pq.PQParams(side.codebooks_MKS)
+  codewords = pq.PQParams(side.codebooks_MKS)
 
   def body(_, x_ND):
-    return None, pq.encode(words, reduce(side, x_ND))
+    return None, pq.encode(codewords, reduce(side, x_ND))
 
   return scan_blocks(body, None, x_ND, block_size=_BLOCK)[1]
 
@@ -120,7 +120,7 @@ def list_scores(side: HakesSide, x_NE: Array, metric: str) -> Array:
 
 
 def assign(side: HakesSide, x_ND: Array, metric: str) -> Array:
-  """List `[N]`, int32, of each vector `[N, D]`: that of the best centroid."""
+  """List `[N]`, int32, of each vector `[N, D]`: the best centroid."""
 
   def body(_, x_ND):
     score_NL = list_scores(side, reduce(side, x_ND), metric)
@@ -264,7 +264,7 @@ def _check_loss(params, batch, score, neighbour_side, temperature):
 
 
 def _ratio(coded, reduced, axis_name):
-  """Size of the second term over that of the first, over the whole batch."""
+  """Size of the second term over the first, over the whole batch."""
   if axis_name is not None:
     coded, reduced = lax.pmean((coded, reduced), axis_name)
   tiny = jnp.finfo(jnp.float32).tiny
@@ -290,8 +290,10 @@ def _scores(params, batch, score, neighbour_side):
   x_QD, v_QGD = batch.queries_QD, batch.neighbours_QGD
   q, g, m = batch.codes_QGM.shape
   x_QE = reduce(params.query, x_QD)
-  words = pq.PQParams(params.query.codebooks_MKS)
-  coded_QGE = pq.decode(words, batch.codes_QGM.reshape(-1, m)).reshape(q, g, -1)
+  codewords = pq.PQParams(params.query.codebooks_MKS)
+  coded_QGE = pq.decode(codewords, batch.codes_QGM.reshape(-1, m)).reshape(
+    q, g, -1
+  )
   if score == "ip":
     # <R(x), A v + b> is <A' R(x), v> and a constant: the query goes back to
     # full size instead of every neighbour to the reduced one.

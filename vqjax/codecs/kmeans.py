@@ -97,7 +97,7 @@ def fit_report(
     block_size: Rows that are compared with all codewords at a time.
 
   Raises:
-    ValueError: Where a size or a name makes no sense.
+    ValueError: If a size or a name makes no sense.
   """
   check_shape("x", x_ND, (None, None))
   n = x_ND.shape[0]

@@ -72,7 +72,7 @@ def check_sizes(
   """Returns the number of tables, 2M for None or all pairs if there are fewer.
 
   Raises:
-    ValueError: Where there can be no such decoder; `num_lists` 0 is no lists.
+    ValueError: If there can be no such decoder; `num_lists` 0 is no lists.
   """
   check_range("The number of codewords", codebook_size, 1, MAX_WORDS)
   num_all = num_codes + _num_levels(num_lists, codebook_size)
@@ -146,7 +146,7 @@ def fit(
   """Finds pairs and their tables for targets `[N, D]`, greedily.
 
   With vectors held out it ends where a further table would lower their error by
-  less than `min_gain` of it, and returns None where tables do not pay at all.
+  less than `min_gain` of it, and returns None if tables do not pay at all.
 
   Args:
     additive: the additive decoder of the same codes, from `additive.fit`.
@@ -163,10 +163,10 @@ def fit(
     progress: called with `(tables found, tables in all)`.
 
   Raises:
-    ValueError: Where shapes or sizes do not fit, or codes are out of range.
+    ValueError: If shapes or sizes do not fit, or codes are out of range.
   """
-  _, words = additive_lib.split_centre(additive)
-  words_MKD = np.asarray(words.codebooks_MKD)
+  _, codewords = additive_lib.split_centre(additive)
+  words_MKD = np.asarray(codewords.codebooks_MKD)
   m, k, d = words_MKD.shape
   num_lists = 0 if list_codes_LV is None else len(list_codes_LV)
   num_tables = check_sizes(k, m, num_lists, num_tables)

@@ -67,7 +67,7 @@ def recombine(
   """Makes one codec of a QINCo per block, trained apart.
 
   Raises:
-    ValueError: Where the blocks differ in anything but their numbers.
+    ValueError: If the blocks differ in anything but their numbers.
   """
   if not blocks:
     raise ValueError("A PQ-QINCo needs at least one block, got none.")

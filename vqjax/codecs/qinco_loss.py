@@ -73,7 +73,7 @@ def init(
     num_iterations: k-means iterations per level.
 
   Raises:
-    ValueError: Where a size breaks a rule of the method.
+    ValueError: If a size breaks a rule of the method.
   """
   d = xt_ND.shape[1]
   e = d if network_dim is None else network_dim
@@ -272,7 +272,7 @@ def usage(stats: WordStats) -> dict:
 
 
 def frozen(params: QincoParams) -> QincoParams:
-  """Returns a tree of bools like `params`: True where nothing is learned."""
+  """Returns a tree of bools like `params`: True if nothing is learned."""
   is_frozen = jax.tree.map(lambda leaf: False, params)
   return is_frozen.replace(mean_D=True, std=True, first_KD=params.is_ivf)
 

@@ -66,7 +66,7 @@ def fit(
     progress: Is told of the vectors done, and of all.
 
   Raises:
-    ValueError: Where a size breaks a rule of `qinco.check_rule`, the codec
+    ValueError: If a size breaks a rule of `qinco.check_rule`, the codec
       has no pre-selection or too many codewords.
   """
   check_shape("x", x_ND, (None, qinco.dim(tables)))

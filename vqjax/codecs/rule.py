@@ -22,7 +22,7 @@ _OLD_NAMES = {"num_finalists": "num_ranked"}
 class SearchRule:
   """Sizes of a search. The joint rule replaces A by C where C is set.
 
-  References: A and B are those of arXiv 2501.03078.
+  References: A and B are as in arXiv 2501.03078.
   """
 
   num_candidates: int = 16  # A, codewords per hypothesis; 0 for all.
@@ -90,7 +90,7 @@ def from_dict(values: dict, default: SearchRule | None = None) -> SearchRule:
   """Makes a rule of stored values, those of old codec files too.
 
   Raises:
-    ValueError: A name is that of no field.
+    ValueError: A name is no field.
   """
   values = {_OLD_NAMES.get(name, name): v for name, v in values.items()}
   known = [field.name for field in dataclasses.fields(SearchRule)]

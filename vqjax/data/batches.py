@@ -338,7 +338,7 @@ def evenly_spaced_rows(num_rows: int, most: int) -> np.ndarray:
 
 
 def check_training(vectors, num_rows: int | None = None) -> None:
-  """Raises ValueError where nothing can be learned from the first rows.
+  """Raises ValueError if nothing can be learned from the first rows.
 
   All of them are read where they take at most 256 MiB, else a sample: numbers
   that are no finite float32, or too large to be squared, are named by row.

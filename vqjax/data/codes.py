@@ -139,7 +139,7 @@ def load_manifest(folder) -> dict:
 def parse_description(path) -> dict:
   """Returns a manifest, or the description of a file of codes.
 
-  Raises ValueError where it is damaged, or of another kind.
+  Raises ValueError if it is damaged, or of another kind.
   """
   found = files.parse_description(path, KIND)
   fields = {"shape": [int], "codebook_sizes": [int], "encode": dict}
@@ -158,7 +158,7 @@ def parse_description(path) -> dict:
 def read_description(path) -> dict:
   """Returns the description next to a file of codes, empty without one.
 
-  Raises ValueError where it is damaged, or of a file of another size.
+  Raises ValueError if it is damaged, or of a file of another size.
   """
   beside = files.description_path(path)
   if not beside.is_file():
@@ -207,7 +207,7 @@ def unfinished(folder, manifest: dict, shards) -> list[int]:
 
 
 def find_problems(folder, *, is_thorough: bool = True, progress=None) -> dict:
-  """Returns `{shard: what is wrong with it}`; empty where all is well.
+  """Returns `{shard: what is wrong with it}`; empty if all is well.
 
   Args:
     folder: a folder of shards.
@@ -275,7 +275,7 @@ class Codes:
     """Joins arrays of rows; for shards `unpack_fn` follows from `meta`.
 
     Args:
-      parts: arrays `[n, ...]`, the rows of one after those of the other.
+      parts: arrays `[n, ...]`, the rows of one after the other.
       meta: description of the codes.
       sizes: codebook sizes, where `meta` does not have them.
       unpack_fn: turns rows of a part into codes `[n, M]`.
@@ -401,7 +401,7 @@ def _open_shard(path, manifest: dict, num: int) -> np.ndarray:
 
 
 def check_described(path, meta: dict, shape) -> None:
-  """Raises ValueError where a description is that of another file of codes."""
+  """Raises ValueError if a description is of another file of codes."""
   if meta and meta["shape"] != list(shape):
     raise ValueError(
       f"{files.description_path(path)} describes codes of shape "
@@ -411,7 +411,7 @@ def check_described(path, meta: dict, shape) -> None:
 
 
 def check_ids(codes_NM, sizes, first_row: int = 0) -> None:
-  """Raises ValueError where a code is not an id of its codebook.
+  """Raises ValueError if a code is not an id of its codebook.
 
   Args:
     codes_NM: integers of any type.

@@ -1,6 +1,6 @@
 """Files that leave a program: whole or not at all, and saying what they are.
 
-Every output is written under a temporary name and renamed. Beside it, in
+Every output is written under a temporary name and renamed. Next to it, in
 `NAME.json`, lies its description: shapes, the codec and the data that made it,
 and the bytes and the checksum of the file.
 
@@ -229,7 +229,7 @@ def check_output(
 
 
 def _refuse_foreign(path, overwrite: bool) -> None:
-  """Raises where what lies in the place of a description is none of ours."""
+  """Raises if what lies in the place of a description is none of ours."""
   beside = description_path(path)
   if not overwrite and beside.exists() and not _is_ours(beside):
     raise FileExistsError(
@@ -278,7 +278,7 @@ def check_folder(folder, *, num_bytes: int = 0, name=None) -> None:
 
 
 def check_space(folder, num_bytes: int, name) -> None:
-  """Raises OSError where a folder has no room; `name` is of the output."""
+  """Raises OSError if a folder has no room; `name` is of the output."""
   if not hasattr(os, "statvfs"):
     return
   found = os.statvfs(folder)
@@ -337,7 +337,7 @@ def differences(found: dict, wanted: dict, prefix: str = ""):
 
 
 def check_same(where, found: dict, wanted: dict) -> None:
-  """Raises ValueError where codes differ from those wanted, and names it."""
+  """Raises ValueError if codes differ from those wanted, and names it."""
   for name, a, b in differences(found, wanted):
     raise ValueError(
       f"{where} holds other codes: their {name} is {a}, now it is {b}."
@@ -410,7 +410,7 @@ def description_path(path) -> pathlib.Path:
 def read_description(path, kind: tuple[str, int]) -> dict:
   """Returns the description next to a file, empty without one.
 
-  Raises ValueError where it is damaged, of another kind, or of a file of
+  Raises ValueError if it is damaged, of another kind, or of a file of
   another size; `check_file` compares the checksum, too.
   """
   beside = description_path(path)
@@ -422,7 +422,7 @@ def read_description(path, kind: tuple[str, int]) -> dict:
 
 
 def check_file(path, found: dict, *, is_thorough: bool = True) -> None:
-  """Raises ValueError where a file is not the one that `found` describes.
+  """Raises ValueError if a file is not the one that `found` describes.
 
   Old descriptions have no bytes or checksum: nothing is compared then.
 
@@ -450,7 +450,7 @@ def check_file(path, found: dict, *, is_thorough: bool = True) -> None:
 def parse_description(path: pathlib.Path, kind: tuple[str, int]) -> dict:
   """Returns the description in a file; `kind` is name and version of a format.
 
-  Raises ValueError where it is damaged, or of another kind.
+  Raises ValueError if it is damaged, or of another kind.
   """
   name, version = kind
   found = read_json(path)

@@ -215,7 +215,7 @@ def write_vectors(
     dtype: type of the numbers; only .npy and HDF5 leave a choice, None takes
       that of the first block.
     overwrite: replaces an existing file instead of refusing.
-    description: written beside it, see `files.atomic_output`.
+    description: written next to it, see `files.atomic_output`.
   """
   path, part = _split_path(path)
   suffix = _output_suffix(path)
@@ -373,8 +373,8 @@ def to_float32(
 ) -> np.ndarray:
   """Host array `[N, D]` as float32, in C order.
 
-  Raises ValueError where a number is not finite as float32 or too large to be
-  squared, or an integer would become another. Args are those of
+  Raises ValueError if a number is not finite as float32 or too large to be
+  squared, or an integer would become another. Args are as in
   `check_vectors`.
   """
   with np.errstate(over="ignore"):  # Becomes Inf, which is refused below.

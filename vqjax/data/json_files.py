@@ -78,7 +78,7 @@ def parse_json(text: bytes | str, path) -> dict:
 
 
 def _check_depth(value) -> None:
-  """Raises RecursionError where objects lie too deep in one another."""
+  """Raises RecursionError if objects lie too deep in one another."""
   level = [value]
   for _ in range(_MAX_DEPTH):
     level = [

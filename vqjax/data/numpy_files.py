@@ -172,7 +172,7 @@ def _check_size(name: str, size: int, offset: int, shape, dtype) -> None:
 
 
 def _check_memory(name: str, num_bytes: int) -> None:
-  """Raises ValueError where an array would fill half of the memory."""
+  """Raises ValueError if an array would fill half of the memory."""
   memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
   if num_bytes > memory // 2:
     raise _Refused(

@@ -79,7 +79,7 @@ class Rows:
     return self.shape[0]
 
   def __getitem__(self, rows) -> np.ndarray:
-    """Reads rows; memory and time are those of what is asked for."""
+    """Reads rows; memory and time grow with their number alone."""
     if isinstance(rows, slice):
       start, stop, step = rows.indices(len(self))
       if step == 1:

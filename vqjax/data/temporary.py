@@ -42,7 +42,7 @@ def beside(target: pathlib.Path):
 
 @contextlib.contextmanager
 def folder_beside(target: pathlib.Path):
-  """Yields a new folder beside `target`; it is removed at the end."""
+  """Yields a new folder next to `target`; it is removed at the end."""
   path = _name(target)
   _mine.add(path)
   try:

@@ -13,7 +13,7 @@ _MOST_LOST = 1e-4  # Of the variance, by the cast to float32.
 
 
 def check_size(x_ND, *, name="vectors", first_row: int = 0, rows=None) -> None:
-  """Raises ValueError where a finite number is too large to be squared.
+  """Raises ValueError if a finite number is too large to be squared.
 
   Args:
     x_ND: a numpy array.

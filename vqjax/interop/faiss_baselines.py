@@ -32,7 +32,7 @@ def fit(name: str, like: faiss.Index, x_ND: np.ndarray) -> faiss.Index:
     x_ND: Training vectors, of any numeric type.
 
   Raises:
-    ValueError: Where a name is unknown or a size does not fit.
+    ValueError: If a name is unknown or a size does not fit.
   """
   if name not in NAMES:
     raise ValueError(f"A baseline must be one of {NAMES}, got {name!r}.")

@@ -52,7 +52,7 @@ def fit(
     num_parts: P, a divisor of D; None for parts of 4 dimensions.
 
   Raises:
-    ValueError: Where sizes do not fit each other, or the metric is not l2.
+    ValueError: If sizes do not fit each other, or the metric is not l2.
   """
   dim = like.d
   num_parts = check_parts(dim, num_parts)

@@ -42,7 +42,7 @@ def fit_base(
   Lists are by spherical k-means for "ip". Codewords are of reduced vectors.
 
   Raises:
-    ValueError: Where sizes do not fit each other or the sample.
+    ValueError: If sizes do not fit each other or the sample.
   """
   _check_metric(metric)
   x_ND = _float_rows("x", x_ND)
@@ -55,16 +55,16 @@ def fit_base(
       f"num_codes must divide the {reduced_dim} reduced dimensions, got "
       f"{num_codes}."
     )
-  words = faiss.ProductQuantizer(reduced_dim, num_codes, NUM_BITS)
-  words.cp.min_points_per_centroid = 1
+  codewords = faiss.ProductQuantizer(reduced_dim, num_codes, NUM_BITS)
+  codewords.cp.min_points_per_centroid = 1
   opq = faiss.OPQMatrix(d, num_codes, reduced_dim)
-  opq.pq, opq.niter = words, opq_iterations
+  opq.pq, opq.niter = codewords, opq_iterations
   opq.train(x_ND)
   opq.pq = None  # Do not outlive the loan.
   reduced_NE = opq.apply(x_ND)
-  words.cp.niter = kmeans_iterations
-  words.cp.max_points_per_centroid = -(-n // (1 << NUM_BITS))
-  words.train(reduced_NE)
+  codewords.cp.niter = kmeans_iterations
+  codewords.cp.max_points_per_centroid = -(-n // (1 << NUM_BITS))
+  codewords.train(reduced_NE)
   clusters = faiss.Kmeans(
     reduced_dim,
     num_lists,
@@ -77,7 +77,7 @@ def fit_base(
   return HakesSide(
     faiss.vector_to_array(opq.A).reshape(reduced_dim, d).copy(),
     np.zeros(reduced_dim, np.float32),
-    faiss.vector_to_array(words.centroids)
+    faiss.vector_to_array(codewords.centroids)
     .reshape(num_codes, 1 << NUM_BITS, -1)
     .copy(),
     clusters.centroids.copy(),

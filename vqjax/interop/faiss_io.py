@@ -61,7 +61,7 @@ def knn(
     metric: "l2" for squared distances, "ip" for inner products.
 
   Raises:
-    ValueError: Where the metric is unknown or dimensions differ.
+    ValueError: If the metric is unknown or dimensions differ.
   """
   metric_type = _metric_type(metric)
   check_range("k", k, 1, 2**31 - 1)
@@ -93,7 +93,7 @@ def distances_to(
   A negative row stands for none and is at distance inf.
 
   Raises:
-    ValueError: Where shapes do not fit, or a row is beyond the base.
+    ValueError: If shapes do not fit, or a row is beyond the base.
   """
   queries_QD = float_rows("queries", queries_QD)
   base_ND = float_rows("base", base_ND, queries_QD.shape[1])
@@ -130,7 +130,7 @@ def fit_kmeans(
     start_KD: Codewords to start from; None for rows drawn at random.
 
   Raises:
-    ValueError: Where a size makes no sense.
+    ValueError: If a size makes no sense.
   """
   x_ND = float_rows("x", x_ND)
   n, d = x_ND.shape
@@ -224,7 +224,7 @@ def fit_additive(
     beam_size: Of "RQ", in training and in encoding.
 
   Raises:
-    ValueError: Where a name or a size makes no sense.
+    ValueError: If a name or a size makes no sense.
   """
   if name not in ADDITIVE:
     raise ValueError(f"name must be one of {ADDITIVE}, got {name!r}.")
@@ -258,8 +258,8 @@ def pq_to_faiss(params: PQParams, *, metric: str = "l2") -> faiss.Index:
   """A trained, empty `IndexPQ`, behind the rotation if there is one."""
   m, k, s = params.codebooks_MKS.shape
   index = faiss.IndexPQ(m * s, m, _num_bits(k), _metric_type(metric))
-  words = np.ascontiguousarray(params.codebooks_MKS, np.float32)
-  faiss.copy_array_to_vector(words.ravel(), index.pq.centroids)
+  codewords = np.ascontiguousarray(params.codebooks_MKS, np.float32)
+  faiss.copy_array_to_vector(codewords.ravel(), index.pq.centroids)
   index.is_trained = True
   if params.rotation_DD is None:
     return index
@@ -289,8 +289,8 @@ def rq_to_faiss(
   """
   m, k, d = params.codebooks_MKD.shape
   index = faiss.IndexResidualQuantizer(d, m, _num_bits(k), _metric_type(metric))
-  words = np.ascontiguousarray(params.codebooks_MKD, np.float32)
-  faiss.copy_array_to_vector(words.ravel(), index.rq.codebooks)
+  codewords = np.ascontiguousarray(params.codebooks_MKD, np.float32)
+  faiss.copy_array_to_vector(codewords.ravel(), index.rq.codebooks)
   index.rq.max_beam_size = beam_size
   index.rq.is_trained = index.is_trained = True
   return index
@@ -406,7 +406,7 @@ def float_rows(name: str, x_ND, dim: int | None = None) -> np.ndarray:
 
 
 def far_centre(x_ND: np.ndarray) -> np.ndarray | None:
-  """The centre of float32 rows, None where they lie near the origin."""
+  """The centre of float32 rows, None if they lie near the origin."""
   centre_D = centre_of(x_ND) if len(x_ND) else np.zeros(1)
   return centre_D if centre_D.any() else None
 
@@ -441,7 +441,7 @@ def _new_opq(dim: int, num_codes: int, num_bits: int):
 
 
 def check_parts(name: str, dim: int, num_codes: int) -> None:
-  """Raises ValueError where the baseline `name` cannot cut vectors as it must.
+  """Raises ValueError if the baseline `name` cannot cut vectors as it must.
 
   Product quantisers cut `dim` dimensions into `num_codes` equal parts.
   """
@@ -453,7 +453,7 @@ def check_parts(name: str, dim: int, num_codes: int) -> None:
 
 
 def _check_training(n, dim, num_codes, num_bits, *, has_slices):
-  """Raises ValueError where a codec of these sizes cannot be trained."""
+  """Raises ValueError if a codec of these sizes cannot be trained."""
   check_range("num_codes", num_codes, 1, 4096)
   check_range("num_bits", num_bits, 1, 16)
   check_range(
@@ -461,7 +461,7 @@ def _check_training(n, dim, num_codes, num_bits, *, has_slices):
     n,
     2**num_bits,
     np.inf,
-    f"each position has 2^{num_bits} words",
+    f"each position has 2^{num_bits} codewords",
   )
   if has_slices and dim % num_codes:
     raise ValueError(

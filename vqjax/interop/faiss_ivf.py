@@ -78,17 +78,17 @@ def make_index(
     progress: See `make_coarse`.
 
   Raises:
-    ValueError: Where sizes do not fit each other, or faiss.
+    ValueError: If sizes do not fit each other, or faiss.
   """
   m, k, d = codebooks_MKD.shape
   check_shape("centroids", centroids_LD, (None, d))
-  words = AdditiveParams(codebooks_MKD)
+  codewords = AdditiveParams(codebooks_MKD)
   if by_residual:
-    centre_D, words = split_centre(words)
-    codebooks_MKD = np.asarray(words.codebooks_MKD)
+    centre_D, codewords = split_centre(codewords)
+    codebooks_MKD = np.asarray(codewords.codebooks_MKD)
     if np.any(centre_D):
       centroids_LD = centroids_LD + np.asarray(centre_D)
-  words = faiss_io.rq_to_faiss(words)
+  codewords = faiss_io.rq_to_faiss(codewords)
   low, high = norm_range or (0.0, _largest_norm(codebooks_MKD))
   if not 0 <= low <= high < np.inf:
     raise ValueError(
@@ -109,7 +109,7 @@ def make_index(
   quantizer.this.disown()
   index.own_fields = True
   rq = index.rq
-  rq.codebooks = words.rq.codebooks
+  rq.codebooks = codewords.rq.codebooks
   # Tables of (M K)^2 numbers, which no search needs, made by whoever reads it.
   rq.train_type |= faiss.ResidualQuantizer.Skip_codebook_tables
   _set_norm_range(index, low, high)
@@ -171,7 +171,7 @@ def add_codes(
   What is stored is what faiss stores for vectors that it gives these codes.
 
   Raises:
-    ValueError: Where shapes do not fit, or a number is out of range; nothing
+    ValueError: If shapes do not fit, or a number is out of range; nothing
       is added then.
   """
   index = faiss_lists.check_index(index)
@@ -352,7 +352,7 @@ def load(path, *, mmap: bool = False, require_sidecar: bool = True) -> Loaded:
 
 
 def check_codec(path, info: dict, fingerprint: str) -> None:
-  """Raises ValueError where an index is of another codec than `fingerprint`."""
+  """Raises ValueError if an index is of another codec than `fingerprint`."""
   found = info.get("codec_fingerprint")
   if found != fingerprint:
     raise ValueError(

@@ -138,8 +138,8 @@ def contents(index: faiss.Index) -> Contents:
   if not index.by_residual:
     centroids_LD = np.zeros_like(centroids_LD)
     if index.metric_type == _L2:
-      shift_D, words = split_centre(AdditiveParams(words_MKD))
-      words_MKD = np.asarray(words.codebooks_MKD)
+      shift_D, codewords = split_centre(AdditiveParams(words_MKD))
+      words_MKD = np.asarray(codewords.codebooks_MKD)
       centroids_LD += np.asarray(shift_D)
   centre_D = centre_of(centroids_LD)
   near_LD = centroids_LD - centre_D if centre_D.any() else centroids_LD
@@ -176,8 +176,8 @@ def sizes_of(index) -> tuple[int, int, int]:
 
 def words_of(rq) -> np.ndarray:
   """The codewords of a quantiser, `[M, K, D]`."""
-  words = faiss.vector_to_array(rq.codebooks)
-  return words.reshape(rq.M, -1, rq.d)
+  codewords = faiss.vector_to_array(rq.codebooks)
+  return codewords.reshape(rq.M, -1, rq.d)
 
 
 def centroids_of(index) -> np.ndarray:
@@ -188,8 +188,8 @@ def centroids_of(index) -> np.ndarray:
 def make_decode_fn(codebooks_MKD):
   """Returns `codes_NM -> r_ND`, the sums of their codewords."""
   m, k, _ = codebooks_MKD.shape
-  words = faiss_io.rq_to_faiss(RQParams(codebooks_MKD))
-  return faiss_io.to_codec(words, m, k.bit_length() - 1).decode
+  codewords = faiss_io.rq_to_faiss(RQParams(codebooks_MKD))
+  return faiss_io.to_codec(codewords, m, k.bit_length() - 1).decode
 
 
 def make_rows_fn(contents: Contents):
@@ -204,10 +204,10 @@ def make_rows_fn(contents: Contents):
   for bits in (list_bits, *[num_codewords.bit_length() - 1] * num_codes):
     num_bits.push_back(bits)
   padding = np.zeros(((1 << list_bits) - num_lists, dim), np.float32)
-  words = [contents.centroids_LD, padding, *contents.codebooks_MKD]
+  codewords = [contents.centroids_LD, padding, *contents.codebooks_MKD]
   rq = faiss.ResidualQuantizer(dim, num_bits)
-  words = np.concatenate(words).astype(np.float32)
-  faiss.copy_array_to_vector(words.ravel(), rq.codebooks)
+  codewords = np.concatenate(codewords).astype(np.float32)
+  faiss.copy_array_to_vector(codewords.ravel(), rq.codebooks)
   rq.is_trained = True
   packed = np.empty((len(contents.codes_NM), rq.code_size), np.uint8)
   for i in range(0, len(packed), BLOCK):

@@ -126,8 +126,8 @@ def _left_out(index, contents, pairwise_params):
   centroids_LD = jnp.asarray(contents.centroids_LD)
   if pairwise_params.list_codes_LV is not None:
     return centroids_LD
-  words = additive.AdditiveParams(faiss_lists.words_of(index.rq))
-  centre_D, _ = additive.split_centre(words)
+  codewords = additive.AdditiveParams(faiss_lists.words_of(index.rq))
+  centre_D, _ = additive.split_centre(codewords)
   return jnp.broadcast_to(centre_D, centroids_LD.shape)
 
 

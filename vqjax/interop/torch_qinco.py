@@ -36,7 +36,7 @@ def load_checkpoint(path) -> tuple[str, Any, dict]:
   file, `info["epoch"]` the epoch that ended when a v2 file was written.
 
   Raises:
-    ValueError: Where the file is none of these checkpoints, is damaged, or
+    ValueError: If the file is none of these checkpoints, is damaged, or
       names anything that such a checkpoint does not use.
   """
   with open_archive(path) as (archive, root):

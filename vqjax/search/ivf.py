@@ -72,7 +72,7 @@ def make_lists(
     dtype: Type of their products with queries; sums are float32.
 
   Raises:
-    ValueError: Where shapes do not fit each other.
+    ValueError: If shapes do not fit each other.
   """
   m, k, d = codebooks_MKD.shape
   n = len(codes_NM)

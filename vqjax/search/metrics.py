@@ -21,7 +21,7 @@ SAME = 1e-7  # Relative: as exact as distances in float32 are.
 class Errors(NamedTuple):
   """What is less for nearer rows: squared distances, or minus inner products.
 
-  Those of each id of `found` and `true`, in float64; inf for ids of -1 and for
+  Of each id of `found` and `true`, in float64; inf for ids of -1 and for
   results that are known to be farther than the true neighbours.
   """
 

@@ -71,7 +71,7 @@ class Result(NamedTuple):
   Distances are squared, inf if there are no more; for "ip" they are inner
   products, the largest first and -inf if there are no more.
 
-  A distance is that of the last stage that saw the candidate, but never less
+  A distance is from the last stage that saw the candidate, but never less
   than that of a result before it: a stage orders its own candidates, and those
   that it did not see come after them. `seconds` are those of the stages,
   `num_decoded` the vectors that the network decoded.

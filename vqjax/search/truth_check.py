@@ -67,7 +67,7 @@ def read_ids(files: Files) -> np.ndarray:
 
 
 def _check_blanks(name, ids_QG) -> None:
-  """Raises ValueError where a row is no list of ids with -1 at its end."""
+  """Raises ValueError if a row is no list of ids with -1 at its end."""
   if (ids_QG < -1).any():
     q, r = np.argwhere(ids_QG < -1)[0]
     raise ValueError(
@@ -121,7 +121,7 @@ def _read(files: Files, xq_QD, size: int) -> _Sample:
 
 
 def _check_twice(files: Files, ids_QG) -> None:
-  """Raises ValueError where a row comes twice for a query."""
+  """Raises ValueError if a row comes twice for a query."""
   sorted_QG = np.sort(ids_QG, axis=1)
   is_twice_QG = (np.diff(sorted_QG, axis=1) == 0) & (sorted_QG[:, 1:] >= 0)
   if is_twice_QG.any():

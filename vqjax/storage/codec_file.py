@@ -175,7 +175,7 @@ def load_codec(path) -> LoadedCodec:
 
   Raises:
     FileNotFoundError: If there is no codec.
-    ValueError: Where the file is no codec, damaged or changed.
+    ValueError: If the file is no codec, damaged or changed.
   """
   path = files.user_path(path)
   if (unfinished := _of_unfinished(path)) is not None:

@@ -30,7 +30,7 @@ _FORMAT, _VERSION = "vqjax decoders", 1
 
 
 class Decoders(NamedTuple):
-  """Decoders of the codes of one codec; `pairwise` None where it is left out.
+  """Decoders of the codes of one codec; `pairwise` None if it is left out.
 
   `path` is the file they are from.
   """
@@ -64,7 +64,7 @@ def save(
     overwrite: replaces a file that is there instead of refusing.
 
   Raises:
-    ValueError: Where the two do not fit each other.
+    ValueError: If the two do not fit each other.
   """
   check_path(path)
   sizes = _check_sizes(additive, pairwise)
@@ -88,7 +88,7 @@ def save(
 def describe(path) -> dict:
   """Returns what a file of decoders was made of, and its `info`.
 
-  Raises ValueError where it is no such file, damaged or changed.
+  Raises ValueError if it is no such file, damaged or changed.
   """
   found, header = _load(path)
   made_of = header.get("made_of")
@@ -110,7 +110,7 @@ def load(path) -> Decoders:
 
   Raises:
     FileNotFoundError: If there is no such file.
-    ValueError: Where it is no file of decoders, damaged or changed.
+    ValueError: If it is no file of decoders, damaged or changed.
   """
   return _load(path)[0]
 

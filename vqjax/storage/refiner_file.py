@@ -66,7 +66,7 @@ def save(
 def describe(path) -> dict:
   """Returns what a file of residual bits says of itself.
 
-  Raises ValueError where it is no such file, damaged or changed.
+  Raises ValueError if it is no such file, damaged or changed.
   """
   header, _ = _load(path)
   return {**header["info"], "of_index": header.get("of_index")}
@@ -107,7 +107,7 @@ def load(path, index_info: dict) -> ResidualBits:
 
 
 def _check(bits: ResidualBits, num_vectors: int, dim: int) -> None:
-  """Raises ValueError where arrays are not of this many vectors."""
+  """Raises ValueError if arrays are not of this many vectors."""
   num = num_numbers(dim)
   for name, shape in (
     ("bits_NW", (num_vectors, num)),

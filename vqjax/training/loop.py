@@ -115,7 +115,7 @@ def make_state(
 
 
 def _learned(params, frozen_fn: Callable):
-  """The parameters, None where they are frozen."""
+  """The parameters, None if they are frozen."""
   take_fn = lambda leaf, is_frozen: None if is_frozen else leaf
   return jax.tree.map(take_fn, params, frozen_fn(params))
 
@@ -322,7 +322,7 @@ def _stop_on(name, value, step, checkpoints):
 
 
 def _is_stale(state, plan) -> bool:
-  """True where the validation error has not fallen for long enough."""
+  """True if the validation error has not fallen for long enough."""
   if not plan.stop_patience:
     return False
   return int(state.plateau.since_best) >= plan.stop_patience

@@ -98,7 +98,7 @@ def read_rows(path: pathlib.Path) -> list[dict]:
 
 
 def _parse(line: bytes) -> dict | None:
-  """The row of a line; None where it is none."""
+  """The row of a line; None if it is none."""
   try:
     row = json.loads(line)
   except (ValueError, RecursionError):

@@ -157,7 +157,7 @@ def test_an_additive_decoder_is_exported(folder, tmp_path, decoders):
   want_ND = sum(books_MKD[m][codes_NM[:, m]] for m in range(4))
   index = faiss.read_index(str(path))
   np.testing.assert_allclose(index.reconstruct_n(0, 200), want_ND, atol=1e-4)
-  with pytest.raises(ValueError, match="experiments.encode and give --codes"):
+  with pytest.raises(ValueError, match="vqjax encode and give --codes"):
     _run(
       folder,
       tmp_path,

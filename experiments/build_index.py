@@ -30,7 +30,7 @@ from absl import logging
 
 from experiments.lib import cli, codecs, encoders, inputs
 from vqjax.codecs import additive
-from vqjax.data import datasets, files
+from vqjax.data import files
 from vqjax.interop import faiss_ivf
 from vqjax.storage import codec_file
 
@@ -190,16 +190,8 @@ def _open_codes(config, codec) -> _Source:
 
 def _encode(config, codec) -> _Source:
   """Codes of vectors that are encoded when asked for."""
-  dataset = codecs.resolve_data(codec, config, base=config.data)
-  x_ND = datasets.open_split(dataset, "base")
-  encoder = encoders.make_encoder(codec, config, x_ND)
-  made_of = {
-    "data": files.identify(x_ND),
-    "encode": encoders.settings(
-      codec, encoder.rule, config.get("assign", "auto")
-    ),
-  }
-  return _Source(len(x_ND), encoder.blocks, made_of)
+  encoder, made_of = encoders.of_data(codec, config)
+  return _Source(len(encoder.vectors), encoder.blocks, made_of)
 
 
 def _parse_rows(text: str | None, num_rows: int) -> range:

@@ -183,16 +183,8 @@ def _blocks(config, codec, sizes):
     return len(found), blocks, inputs.describe_codes(config, found)
   if not config.data:
     return 0, (), {}
-  dataset = codecs.resolve_data(codec, config, base=config.data)
-  x_ND = datasets.open_split(dataset, "base")
-  encoder = encoders.make_encoder(codec, config, x_ND)
-  made_of = {
-    "data": files.identify(x_ND),
-    "encode": encoders.settings(
-      codec, encoder.rule, config.get("assign", "auto")
-    ),
-  }
-  return len(x_ND), encoder.blocks(), made_of
+  encoder, made_of = encoders.of_data(codec, config)
+  return len(encoder.vectors), encoder.blocks(), made_of
 
 
 def _compare(config, subject: _Subject, num: int, first, index) -> dict:

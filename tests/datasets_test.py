@@ -67,7 +67,6 @@ def test_named_from_root(tmp_path, monkeypatch):
   monkeypatch.setenv("VQJAX_DATA", str(tmp_path))
   dataset = datasets.get_dataset("bigann10M")
   assert (dataset.num_base, dataset.scale) == (10_000_000, 1e-4)
-  assert dataset.units == "squared L2 x 0.0001"
   assert datasets.open_split(dataset, "train").shape == (30, 128)
   got = datasets.open_split(dataset, "train", max_vectors=7)
   assert got.shape == (7, 128)

@@ -172,14 +172,14 @@ def test_an_additive_decoder_is_exported(folder, tmp_path, decoders):
 
 def test_lists_and_networks_are_refused(tmp_path):
   golden = ROOT / "third_party" / "golden"
-  with pytest.raises(ValueError, match="qinco codec.*experiments.build_index"):
+  with pytest.raises(ValueError, match="qinco codec.*vqjax build_index"):
     _run(golden, tmp_path, "qinco2_tiny.pt")
   codec = codecs.open_codec(str(golden / "ivf_qinco2_tiny.pt"))
   m, d = len(codec.codebook_sizes) - 1, 8
   params = additive.AdditiveParams(jnp.zeros((m, 8, d)))
   path = tmp_path / "decoders.safetensors"
   decoder_file.save(path, params, codec_fingerprint=codec.fingerprint, info={})
-  with pytest.raises(ValueError, match="has lists.*experiments.build_index"):
+  with pytest.raises(ValueError, match="has lists.*vqjax build_index"):
     _run(golden, tmp_path, "ivf_qinco2_tiny.pt", decoders=path)
 
 

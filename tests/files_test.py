@@ -67,7 +67,8 @@ def test_a_kill_leaves_nothing_or_a_whole_output(tmp_path, is_there):
     if is_there or state is None:  # The same command again.
       write(path, "new text", overwrite=is_there)
     assert read(path) == ("new text", "new text")
-    assert files.is_whole(path)
+    found = files.read_json(files.description_path(path))
+    assert found["bytes"] == path.stat().st_size
   assert number > 6
   assert states == {None, *([("old", "old")] if is_there else [])} | {
     ("new text", "new text")

@@ -9,7 +9,7 @@ from experiments.lib import cli, codecs
 from vqjax.codec import Codec
 from vqjax.codecs import qinco_ranker
 from vqjax.codecs.rule import SearchRule
-from vqjax.data import batches
+from vqjax.data import batches, datasets, files
 
 SAMPLE = 512  # Vectors that a ranker is fitted to.
 
@@ -48,6 +48,18 @@ def make_encoder(codec: Codec, config, x_ND) -> Encoder:
   if rule.num_steps is not None:
     sizes = sizes[: rule.num_steps + codec.is_ivf]
   return Encoder(encode_fn, num_rows, x_ND, rule, sizes)
+
+
+def of_data(codec: Codec, config) -> tuple[Encoder, dict]:
+  """An encoder of --data, and what its codes are made of."""
+  dataset = codecs.resolve_data(codec, config, base=config.data)
+  x_ND = datasets.open_split(dataset, "base")
+  encoder = make_encoder(codec, config, x_ND)
+  assign = config.get("assign", "auto")
+  return encoder, {
+    "data": files.identify(x_ND),
+    "encode": settings(codec, encoder.rule, assign),
+  }
 
 
 def with_ranker(codec: Codec, rule: SearchRule, x_ND) -> Codec:

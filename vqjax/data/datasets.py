@@ -55,11 +55,6 @@ class Dataset:
   scale: float = 1.0
   how_to_get: str = ""
 
-  @property
-  def units(self) -> str:
-    """What a reported error is measured in."""
-    return "squared L2" + ("" if self.scale == 1 else f" x {self.scale:g}")
-
 
 _CLONE = (
   "The samples come with a clone of the vqjax repository, in its folder "

@@ -392,16 +392,6 @@ def find_made(
   return found
 
 
-def is_whole(path) -> bool:
-  """Whether a file and its description are there, and fit by their bytes."""
-  beside = description_path(path)
-  if not (os.path.isfile(path) and beside.is_file()):
-    return False
-  return read_json(beside).get("bytes", os.path.getsize(path)) == (
-    os.path.getsize(path)
-  )
-
-
 def description_path(path) -> pathlib.Path:
   """Returns where the description of a file lies."""
   return pathlib.Path(f"{os.fspath(path)}.json")

@@ -456,7 +456,7 @@ def test_stopped_it_says_how_to_go_on(small):
   flags = [f"--{name}={value}" for name, value in small.items()]
   flags += ["--rounds=20", "--nprobe=1,2,3,4,5,6"]
   message = commands.stop_once(output.exists, "search", *flags)
-  assert "To go on, add --resume to the same command." in message
+  assert "Run the same command again." in message
   assert json.loads(output.read_text())["points"]
 
 

@@ -173,7 +173,7 @@ def main(
   doc: str,
   *,
   required: tuple[str, ...] = (),
-  how_to_go_on: str = "Run the same command again.",
+  how_to_resume: str = "Run the same command again.",
   multihost: bool = False,
 ) -> None:
   """Runs a command from its flags; errors of the user end in one line.
@@ -183,7 +183,7 @@ def main(
   _define(options)
 
   def main_fn():
-    with user_errors(how_to_go_on):
+    with user_errors(how_to_resume):
       run(get_config(options, **_given(options)))
 
   _start(main_fn, doc, options, required, multihost)
@@ -194,7 +194,7 @@ def run_config(
   options: dict[str, Option],
   config_help: str,
   *,
-  how_to_go_on: str = "Run the same command again.",
+  how_to_resume: str = "Run the same command again.",
   multihost: bool = False,
 ) -> None:
   """Runs `run(config, workdir, **options)` from --config=NAME[:ARGUMENT].
@@ -211,7 +211,7 @@ def run_config(
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     given = _given(options)
     workdir = given.pop("workdir") or default_workdir(file)
-    with user_errors(how_to_go_on):
+    with user_errors(how_to_resume):
       _expand_config(flags.FLAGS.config)
       if run(flags.FLAGS.config, workdir, **given) is None:
         sys.exit(130)

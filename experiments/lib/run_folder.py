@@ -29,12 +29,12 @@ _BEAT, _DEAD = 15.0, 120.0  # Seconds: a sign of life, and without any.
 _WATCH = 1.0  # Seconds between looks at the lock of another host.
 
 
-def read_json(path: pathlib.Path, how_to_go_on: str) -> dict:
+def read_json(path: pathlib.Path, how_to_resume: str) -> dict:
   """Reads a file of a run folder; ValueError where it is damaged."""
   try:
     return json_files.read_json(path)
   except ValueError as error:
-    raise ValueError(f"{error} {how_to_go_on}") from error
+    raise ValueError(f"{error} {how_to_resume}") from error
 
 
 def read_config(workdir: pathlib.Path) -> dict | None:

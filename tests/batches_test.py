@@ -133,10 +133,12 @@ def test_read_rows(tmp_path, suffix):
 
 def test_read_rows_refused():
   x = np.ones((50, 3), np.float64)
-  x[40, 1], x[7, 0] = np.nan, 1e300
+  x[40, 1], x[7, 0], x[8, 0] = np.nan, np.inf, 1e300
   np.testing.assert_array_equal(batches.read_rows(x, [3, 1]), x[:2])
   with pytest.raises(ValueError, match="2 of 4 rows, first in row 7, 40;"):
     batches.read_rows(x, [40, 9, 7, 2])
+  with pytest.raises(ValueError, match=r"has 1e\+300 in row 8, column 0"):
+    batches.read_rows(x, [9, 8])
   with pytest.raises(ValueError, match="between 0 and 49, got 3 to 50"):
     batches.read_rows(x, [50, 3])
 

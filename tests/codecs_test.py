@@ -376,7 +376,8 @@ def test_7_codes_are_int32_in_range(row):
 def test_7_types_stay_where_the_program_has_64_bits(row):
   x_ND = _vectors()
   module = registry.get(row.codec)
-  encode_fn = jax.jit(lambda p, x_ND: module.encode(p, x_ND, **dict(row.knobs)))
+  rule = _rule(row)
+  encode_fn = jax.jit(lambda p, x_ND: module.encode(p, x_ND, None, rule))
   # Strict promotion is too much for a choice with weights of JAX itself.
   with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
     params = row.make_fn() if row.is_fitted else _params(row)

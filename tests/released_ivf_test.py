@@ -70,6 +70,7 @@ def _files(request, tmp_path_factory):
     data=at("base.npy"),
     codes=made["codes"],
     num_held_out=40,
+    num_tables=np.load(made["codes"]).shape[1],
     output=made["decoders"],
   )
   is_ivf = NUM_LISTS[request.param] > 1

@@ -6,23 +6,32 @@ Encodes the same vectors at growing beam sizes B by the published rule (A
 codewords of each hypothesis go through the network) and by the joint rule (the
 best C of all pairs), and draws both curves. For deep networks it also draws the
 joint rule with a ranker, which keeps F of the C. A JSON file next to the
-picture has the figures. Without --data the codec's own base is encoded.
+picture has the figures. Without --data the codec's own base is encoded. The
+vectors are spread over the file.
+
+It recommends the rule that sends the fewest candidates through the network, of
+those whose error is within --loss percent of the best. --write stores that rule
+with the codec: all commands and `codec.encode` use it from then on. Rules with
+a ranker are only measured, as a ranker is not stored with a codec.
 """
 
 import json
 import pathlib
+import shlex
 import time
 
 import jax
 import numpy as np
 from absl import logging
 
+import vqjax
 from experiments.lib import cli, codecs, encoders
 from vqjax.codecs import qinco_ranker
 from vqjax.codecs.rule import SearchRule
 from vqjax.core import check_range
 from vqjax.data import batches, datasets, files
 from vqjax.search import plots
+from vqjax.storage import codec_file
 
 REQUIRED = ("codec", "output")
 _DEEP = 4  # Residual blocks from which on a ranker saves more than it costs.
@@ -39,6 +48,10 @@ OPTIONS = {
   ),
   "dtype": cli.SEARCH_OPTIONS["dtype"],
   "repeats": cli.Option(int, 3, "Timed runs; their median is reported."),
+  "loss": cli.Option(
+    float, 0.2, "Percent above the least MSE that fewer candidates may cost."
+  ),
+  "write": cli.Option(bool, False, "Store the recommended rule in --codec."),
   "output": cli.Option(str, None, "Picture to write (.png, .svg, .pdf)."),
   "overwrite": cli.Option(bool, False, "Replace existing outputs."),
 }
@@ -56,6 +69,8 @@ def run(config) -> dict:
     )
   check_range("--repeats", config.repeats, 1, 1000)
   check_range("--num_vectors", config.num_vectors, 1, 1 << 40)
+  check_range("--loss", config.loss, 0, 1000, "percent")
+  folder = _folder(config.codec) if config.write else None
   for path in (picture, figures):
     files.check_output(path, overwrite=config.overwrite)
   codec = codecs.open_codec(config.codec)
@@ -77,12 +92,20 @@ def run(config) -> dict:
       done(len(rows), len(sizes))
   rows.sort(key=lambda row: (row["rule"], row["encode_us"]))
   logging.info("%s", _table(rows))
+  chosen = recommend(rows, config.loss)
+  logging.info(
+    "Recommended: %s, the fewest candidates (%d a step) of all rules whose MSE "
+    "is at most %g %% above the least.",
+    *(_sizes_text(chosen), chosen["evaluations"], config.loss),
+  )
   device = jax.devices()[0].device_kind
   result = {
     "device": f"{device} x {jax.local_device_count()}",
     "jax": jax.__version__,
     "num_vectors": len(x_ND),
     "fingerprint": codec.fingerprint,
+    "before": codec.rule.to_dict(codec.spec.knobs),
+    "recommended": chosen,
     "rows": rows,
   }
   with files.atomic_output(figures, config.overwrite) as path:
@@ -90,20 +113,79 @@ def run(config) -> dict:
   with files.atomic_output(picture, config.overwrite) as path:
     _draw(rows, dataset.scale, path, picture.suffix[1:])
   logging.info("Written: %s, %s", picture, figures)
+  if folder is not None:
+    _store(folder, codec, chosen)
   return result
+
+
+def recommend(rows: list[dict], loss: float) -> dict:
+  """The row of fewest evaluations whose error is within `loss` percent.
+
+  Of equal ones that of the least error. Rows with a ranker do not count.
+  """
+  rows = [row for row in rows if not row["F"]]
+  most = min(row["mse"] for row in rows) * (1 + loss / 100)
+  fit = [row for row in rows if row["mse"] <= most]
+  return min(fit, key=lambda row: (row["evaluations"], row["mse"], row["B"]))
+
+
+def _folder(codec: str) -> pathlib.Path:
+  """The folder of a codec that can be written; ValueError for another."""
+  path = files.user_path(codec)
+  folder = path.parent if path.name == codec_file.TENSORS_NAME else path
+  if not (folder / codec_file.TENSORS_NAME).is_file():
+    raise ValueError(
+      f"--write stores the rule in a folder with {codec_file.TENSORS_NAME}, "
+      f"which --codec={codec} is not. Make one in Python, "
+      f"vqjax.load({codec!r}).save(FOLDER), and give --codec=FOLDER."
+    )
+  return folder
+
+
+def _store(folder: pathlib.Path, measured, row: dict) -> None:
+  """Stores the rule of a row with a codec, and says what it was before."""
+  codec = vqjax.load(folder)  # It may have changed in the meantime.
+  if codec.fingerprint != measured.fingerprint:
+    raise ValueError(
+      f"{folder} has another codec, {codec.fingerprint}, than the one that was "
+      f"measured, {measured.fingerprint}: run the command again."
+    )
+  new = codec.with_rule(
+    num_candidates=row["A"] or codec.rule.num_candidates,
+    beam_size=row["B"],
+    num_joint_candidates=row["C"] or 0,
+    num_ranked=0,
+  )
+  knobs, old = codec.spec.knobs, codec.rule
+  if new.rule == old:
+    logging.info("%s has this rule already.", folder)
+    return
+  new.save(folder, overwrite=True)
+  sizes = {name: getattr(old, name) for name in codecs.SIZES[:3]}
+  words = ", ".join(f"{name}={value}" for name, value in sizes.items())
+  path = str(folder.resolve())
+  python = f"import vqjax; c = vqjax.load({path!r}); " + (
+    f"c.with_rule({words}).save({path!r}, overwrite=True)"
+  )
+  logging.info(
+    "%s is encoded by %s from now on; it was %s. To restore that:\n"
+    "  python -c %s",
+    *(folder, new.rule.describe(knobs), old.describe(knobs)),
+    shlex.quote(python),
+  )
 
 
 def _read(config, dataset) -> tuple[np.ndarray, np.ndarray]:
   """The vectors to encode, and others to fit rankers to, if there are any."""
-  some_ND = datasets.open_split(
-    dataset,
-    "base",
-    max_vectors=config.num_vectors + encoders.SAMPLE,
-    role="vectors to encode",
-  )
-  some_ND = batches.read_rows(some_ND, range(len(some_ND)))
-  x_ND, others_ND = np.split(some_ND, [config.num_vectors])
-  return x_ND, others_ND if len(others_ND) == encoders.SAMPLE else x_ND
+  vectors = datasets.open_split(dataset, "base", role="vectors to encode")
+  num, most = len(vectors), config.num_vectors + encoders.SAMPLE
+  if num < most:  # All serve for both.
+    rows = batches.evenly_spaced_rows(num, config.num_vectors)
+    x_ND = batches.read_rows(vectors, rows)
+    return x_ND, x_ND
+  some_ND = batches.read_rows(vectors, batches.evenly_spaced_rows(num, most))
+  others = batches.evenly_spaced_rows(most, encoders.SAMPLE)
+  return np.delete(some_ND, others, axis=0), some_ND[others]
 
 
 def _sizes(config, codec) -> list[dict]:

@@ -44,6 +44,46 @@ def _case(request):
   return _make(request.param)
 
 
+def test_a_codec_shows_what_it_is_in_a_line():
+  codec, _ = _make("rq")
+  want = "Codec(rq, 6 dimensions, 3 codes, 1.5 bytes, fingerprint "
+  assert repr(codec) == f"{want}{codec.fingerprint})"
+  codec, _ = _make("ivf")
+  codec.info["data"] = {"train": "x.npy"}
+  assert "qinco, 6 dimensions, 300 lists, 3 codes, 1.5 bytes" in repr(codec)
+  assert repr(codec).endswith(", trained on x.npy)")
+
+
+def test_a_saved_rule_is_that_of_encode(tmp_path):
+  codec, _ = _make("qinco")
+  new = codec.with_rule(beam_size=3, num_joint_candidates=6)
+  new.save(tmp_path)
+  loaded = vqjax.load(tmp_path)
+  assert loaded.rule == codec.rule.replace(beam_size=3, num_joint_candidates=6)
+  assert loaded.fingerprint == codec.fingerprint
+  want_NM = codec.encode(_vectors(), beam_size=3, num_joint_candidates=6)
+  np.testing.assert_array_equal(loaded.encode(_vectors()), want_NM)
+  assert codec.rule.beam_size == 5  # As it was.
+
+
+@pytest.mark.parametrize(
+  ("name", "settings", "message"),
+  [
+    ("rq", dict(num_candidates=4), "num_candidates means nothing to a rq"),
+    ("qinco", dict(beam_size=17), "beam_size must lie between 1 and 16"),
+    (
+      "qinco",
+      dict(num_joint_candidates=8, num_ranked=6),
+      "A ranker is not stored with a codec",
+    ),
+  ],
+)
+def test_rules_that_do_not_fit_are_refused(name, settings, message):
+  codec, _ = _make(name)
+  with pytest.raises(ValueError, match=message):
+    codec.with_rule(**settings)
+
+
 def test_codes_are_those_of_the_module_and_of_the_smallest_type(case):
   codec, want_NM = case
   codes_NM = codec.encode(_vectors())

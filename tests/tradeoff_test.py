@@ -2,21 +2,24 @@
 
 import functools
 import json
+import shlex
 
 import jax
 import numpy as np
 import pytest
 
+import vqjax
 from experiments import encode, tradeoff
 from experiments.lib import cli, encoders
 from tests import qinco_cases
 from vqjax.codec import Codec
 from vqjax.codecs import qinco
-from vqjax.data import formats
+from vqjax.data import datasets, formats
 from vqjax.interop import faiss_ivf
 from vqjax.storage import codec_file
 
 PUBLISHED = dict(num_candidates=10, beam_size=8)
+KNOBS = qinco.CODEC.knobs
 
 
 def _codec(preselect_fn):
@@ -81,6 +84,82 @@ def test_tradeoff_measures_both_rules(tmp_path):
   assert row["mse"] == pytest.approx((error_ND**2).sum(1).mean(), rel=1e-5)
   with pytest.raises(FileExistsError, match="tradeoff.png"):
     tradeoff.run(config)
+
+
+def _saved(tmp_path, num=320):
+  """A codec by the published rule and vectors, as options of a command."""
+  params, _ = _codec(lambda codewords_TKD: codewords_TKD)
+  info = {"encode": PUBLISHED, "metric": "l2"}
+  codec_file.save_codec(tmp_path / "codec", "qinco", params, info=info)
+  formats.write_vectors(tmp_path / "x.fvecs", _vectors(num), dtype=np.float32)
+  return dict(codec=str(tmp_path / "codec"), data=str(tmp_path / "x.fvecs"))
+
+
+def test_write_stores_the_recommended_rule(tmp_path, caplog):
+  caplog.set_level("INFO", "absl")
+  paths, before = _saved(tmp_path), codec_file.load_codec(tmp_path / "codec")
+  asked = dict(
+    num_candidates="2", beam_sizes="2", joint_factors="1",
+    output=str(tmp_path / "t.png"), loss=1000.0, overwrite=True,
+  )  # fmt: skip
+  found = tradeoff.run(_config(**paths, **asked))["recommended"]
+  assert (found["B"], found["C"]) == (2, 2)
+  assert codec_file.load_codec(tmp_path / "codec").info == before.info
+  tradeoff.run(_config(**paths, **asked, write=True))
+  assert "B=2 C=2 from now on; it was A=10 B=8. To restore" in caplog.text
+  codec = vqjax.load(tmp_path / "codec")
+  assert codec.fingerprint == before.fingerprint
+  assert codec.info["metric"] == "l2"
+  out = str(tmp_path / "codes.npy")
+  encode.run(cli.get_config(encode.OPTIONS, **paths, output=out))
+  want_NM = codec.encode(_vectors(), beam_size=2, num_joint_candidates=2)
+  np.testing.assert_array_equal(np.load(out), want_NM)
+  tradeoff._store(tmp_path / "codec", codec, found)
+  assert "has this rule already" in caplog.text
+  # What the message says restores the rule.
+  command = caplog.text.partition("python -c ")[2].partition("\n")[0]
+  exec(shlex.split(command)[0], {})
+  assert vqjax.load(tmp_path / "codec").rule.describe(KNOBS) == "A=10 B=8"
+
+
+def test_write_needs_a_codec_of_its_own(tmp_path):
+  paths = _saved(tmp_path) | {"codec": str(tmp_path / "x.pt")}
+  config = _config(**paths, output=str(tmp_path / "t.png"), write=True)
+  with pytest.raises(ValueError, match=r"x\.pt is not\. .*save\(FOLDER\)"):
+    tradeoff.run(config)
+
+
+def test_write_leaves_a_codec_that_was_trained_again(tmp_path):
+  paths, (_, other) = _saved(tmp_path), _codec(lambda words_TKD: words_TKD / 2)
+  before = other.params.replace(std=2 * other.params.std)
+  row = {"A": 2, "B": 4, "C": None}
+  with pytest.raises(ValueError, match="another codec.*run the command again"):
+    tradeoff._store(tmp_path / "codec", Codec("qinco", before), row)
+  assert vqjax.load(paths["codec"]).rule.beam_size == 8
+
+
+@pytest.mark.parametrize(("loss", "best"), [(0, 3), (0.2, 2), (5, 1)])
+def test_recommended_are_the_fewest_evaluations_within_the_loss(loss, best):
+  values = [(8, 1.2, 0), (16, 1.04, 0), (32, 1.001, 0), (64, 1.0, 0)]
+  rows = [
+    dict(evaluations=n, mse=mse, F=f, B=4)
+    for n, mse, f in (*values, (16, 1.045, 0), (4, 0.9, 4))
+  ]
+  assert tradeoff.recommend(rows, loss) is rows[best]
+
+
+def test_vectors_are_spread_over_the_file(tmp_path, monkeypatch):
+  monkeypatch.setattr(encoders, "SAMPLE", 30)
+  paths = _saved(tmp_path)
+  dataset = datasets.own_dataset(base=paths["data"])
+  x_ND, others_ND = tradeoff._read(_config(num_vectors=70), dataset)
+  assert (len(x_ND), len(others_ND)) == (70, 30)
+  rows = {row.tobytes(): i for i, row in enumerate(_vectors())}
+  at = [rows[row.tobytes()] for row in (*x_ND, *others_ND)]
+  assert len(set(at)) == 100
+  for part in at[:70], at[70:]:
+    assert min(part) < 10
+    assert max(part) > 310
 
 
 def test_tradeoff_refuses_a_codec_without_preselection(tmp_path):

@@ -36,7 +36,7 @@ from vqjax.storage import codec_file
 _BLOCK = 16384  # Vectors decoded and searched at once.
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Codec:
   """A trained codec: parameters, and the settings that are stored with them.
 
@@ -54,6 +54,17 @@ class Codec:
     if self.fingerprint is None:
       found = codec_file.fingerprint(self.params)
       object.__setattr__(self, "fingerprint", found)
+
+  def __repr__(self) -> str:
+    """Says what it is in a line."""
+    data = self.info.get("data", {})
+    trained_on = data.get("train") or data.get("name")
+    lists = f"{self.codebook_sizes[0]:,} lists, " if self.is_ivf else ""
+    return (
+      f"Codec({self.name}, {self.dim} dimensions, {lists}{self.num_codes} "
+      f"codes, {self.num_bytes:g} bytes, fingerprint {self.fingerprint}"
+      + (f", trained on {trained_on})" if trained_on else ")")
+    )
 
   @property
   def spec(self) -> CodecSpec:
@@ -109,6 +120,24 @@ class Codec:
     if not self.is_ivf:
       return np.zeros((1, self.dim), np.float32)
     return np.asarray(self.spec.centroids(self.params))
+
+  def with_rule(self, **settings) -> "Codec":
+    """Returns the codec with these settings of its search, to be saved.
+
+    Those that are left out stay as they are; the fingerprint stays too.
+
+    Raises:
+      ValueError: The codec has no such setting, or a value does not fit.
+    """
+    rule = self.rule.replace(**self.check_settings(settings))
+    self.spec.check_rule(self.params, rule)
+    if rule.num_ranked:
+      raise ValueError(
+        "A ranker is not stored with a codec: give num_ranked to each command "
+        f"that encodes, not to with_rule; got {rule.num_ranked}."
+      )
+    stored = {**self.info.get("encode", {}), **settings}
+    return dataclasses.replace(self, info={**self.info, "encode": stored})
 
   def with_tables(self, tables) -> "Codec":
     """Returns the codec with these tables."""

@@ -93,22 +93,25 @@ def run(config) -> dict:
   cli.require(config, *REQUIRED)
   files.check_output(config.output, config.overwrite, described=True)
   prepared = _prepare_merge(config) if config.merge else _prepare(config)
-  info, num_bytes, make_fn = prepared
+  info, num_bytes, make_fn, data_flags = prepared
   made = files.find_made(config.output, info, config.overwrite)
   if made:
     logging.info("%s is made already.", config.output)
-    return _report(config, made)
+    return _report(config, made, data_flags)
   files.check_output(
     config.output, config.overwrite, num_bytes=num_bytes, described=True
   )
   info = faiss_ivf.save(
     make_fn(), config.output, info, overwrite=config.overwrite
   )
-  return _report(config, info)
+  return _report(config, info, data_flags)
 
 
 def _prepare(config):
-  """Returns the description of an index, its bytes, and what builds it."""
+  """Returns the description of an index, its bytes, and what builds it.
+
+  And the flags of a search for what the codec does not know.
+  """
   cli.require(config, "codec")
   if bool(config.codes) == bool(config.data):
     raise ValueError("Give either --codes or --data, what the index is of.")
@@ -132,7 +135,8 @@ def _prepare(config):
   }
   # Codes, norms and ids; centroids and a graph of them take more.
   num_bytes = len(rows) * (len(codewords.codebooks_MKD) + 9)
-  return info, num_bytes, lambda: _fill(config, codec, codewords, source, rows)
+  make_fn = lambda: _fill(config, codec, codewords, source, rows)
+  return info, num_bytes, make_fn, _data_flags(config, codec)
 
 
 def _fill(config, codec, codewords, source: _Source, rows: range):
@@ -241,7 +245,7 @@ def _prepare_merge(config):
     with cli.progress(len(paths), "merge", unit="part") as done:
       return faiss_ivf.merge(load(done))
 
-  return info, sum(map(os.path.getsize, paths)), merge
+  return info, sum(map(os.path.getsize, paths)), merge, _data_flags(config)
 
 
 def _join_descriptions(paths) -> dict:
@@ -282,14 +286,14 @@ def _join(rows) -> list[list[int]]:
   return joined
 
 
-def _report(config, info: dict) -> dict:
+def _report(config, info: dict, data_flags: str) -> dict:
   """Says what was written, what is missing, and what to run next."""
   output, num_rows = config.output, info["num_rows"]
   logging.info(
-    "%d vectors in %d lists: %s, %.1f bytes per vector, %.1f MB in all; what "
-    "it is in %s.",
-    *(info["num_vectors"], info["num_lists"], output),
-    *(info["bytes"] / info["num_vectors"], info["bytes"] / 1e6),
+    "%d vectors in %s: %s, %d bytes per vector for code, norm and id, %.1f MB "
+    "with centroids and codewords; what it is in %s.",
+    *(info["num_vectors"], _lists_text(info["num_lists"]), output),
+    *(faiss_ivf.code_bytes(info) + 8, info["bytes"] / 1e6),
     files.description_path(output),
   )
   stops = [0, *[stop for _, stop in info["rows"]]]
@@ -307,9 +311,9 @@ def _report(config, info: dict) -> dict:
     )
   else:
     logging.info(
-      "Next:\n  vqjax search --codec=%s --index=%s%s",
+      "Next:\n  vqjax search --codec=%s --index=%s%s%s --output=search.json",
       *(shlex.quote(config.codec or "CODEC"), shlex.quote(output)),
-      _decoders_flag(config, info),
+      *(_decoders_flag(config, info), data_flags),
     )
   return {"output": output, **{name: info[name] for name in _REPORTED}}
 
@@ -319,6 +323,19 @@ def _decoders_flag(config, info: dict) -> str:
   if config.decoders:
     return f" --decoders={shlex.quote(config.decoders)}"
   return "" if info["codec"] in additive.CODECS else " --decoders=DECODERS"
+
+
+def _data_flags(config, codec=None) -> str:
+  """The flags of a search where the codec does not know base and queries."""
+  trained_on = codec.info.get("data", {}) if codec else {}
+  if trained_on.get("name") or trained_on.get("queries"):
+    return ""
+  base = shlex.quote(config.data) if config.data else "BASE"
+  return f" --queries=QUERIES --data={base}"
+
+
+def _lists_text(num_lists: int) -> str:
+  return "one list" if num_lists == 1 else f"{num_lists} lists"
 
 
 if __name__ == "__main__":

@@ -156,8 +156,8 @@ def _check_output(config, num_shards: int) -> None:
     )
   if (output.suffix == ".npy") == config.raw:
     raise ValueError(
-      "--output must end in .npy, and in anything else with --raw; got "
-      f"{output}."
+      "--output must end in .npy, and in anything else with --raw; a folder "
+      f"needs --shards=n; got {output}."
     )
   files.check_output(output, config.overwrite, described=True)
 

@@ -38,7 +38,7 @@ from experiments import (
   search,
   train,
 )
-from experiments.lib import cli, search_data, truth
+from experiments.lib import cli, errors, search_data, truth
 from vqjax import fitting
 from vqjax.data import batches, codes, datasets, files, json_files
 from vqjax.interop import faiss_fastscan, faiss_io, faiss_ivf
@@ -103,8 +103,9 @@ def run(config, workdir, **options):
   _find_centroids(config, workdir, dataset)
   codec = workdir / "codec"
   has_begun = (codec / "config.json").exists()
-  if train.run(config, str(codec), resume=has_begun) is None:
-    return None
+  with errors.without_next_steps():
+    if train.run(config, str(codec), resume=has_begun) is None:
+      return None
   _encode(config, workdir, dataset)
   _fit_decoders(config, workdir, dataset)
   _build_index(workdir)
@@ -339,7 +340,8 @@ def _run(command, **values):
   ]
   name = command.__spec__.name.rpartition(".")[2]
   logging.info("%s", shlex.join(["vqjax", name, *flags]))
-  return command.run(values)
+  with errors.without_next_steps():
+    return command.run(values)
 
 
 if __name__ == "__main__":

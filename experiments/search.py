@@ -35,7 +35,6 @@ the decoded vectors exactly.
 """
 
 import itertools
-import math
 
 import jax
 import numpy as np
@@ -50,6 +49,7 @@ from experiments.lib import (
   search_record,
 )
 from vqjax import __version__
+from vqjax.codecs import additive
 from vqjax.core import check_range
 from vqjax.data import files
 from vqjax.interop import (
@@ -60,7 +60,7 @@ from vqjax.interop import (
 )
 from vqjax.storage import index_folder
 
-REQUIRED = ("index",)  # Or --decode_all and --codes.
+REQUIRED = ("index", "output")  # Or --decode_all and --codes.
 OPTIONS = {
   "codec": cli.CODEC_OPTION,
   "index": cli.Option(
@@ -133,7 +133,11 @@ OPTIONS = {
     bool, False, "Search exactly among all --codes, decoded; no index."
   ),
   "codes": cli.Option(str, None, "Codes of the base, for --decode_all."),
-  "output": cli.Option(str, None, "JSON file of the points."),
+  "output": cli.Option(
+    str,
+    None,
+    "JSON file of the points; search.json in --index if that is a folder.",
+  ),
   "resume": cli.Option(
     bool, False, "With --overwrite: keep the points that are there."
   ),
@@ -281,8 +285,7 @@ def _header(config, codec, info, data, train, num_threads) -> dict:
 
 def _code_bytes(config, info: dict) -> int:
   """Bytes of a vector: its codes, a byte for the norm, and the refiner."""
-  bits = (info["codebook_size"] - 1).bit_length()
-  num_bytes = math.ceil(info["num_codes"] * bits / 8) + 1
+  num_bytes = faiss_ivf.code_bytes(info)
   if config.refiner:
     num_bytes += searchers.refiner_bytes(config.refiner, info)
   return num_bytes
@@ -304,6 +307,8 @@ def _ranges(config, info, parts) -> dict[str, list]:
   if num_lists > 1:
     probes = [2**i for i in range(13) if 4**i <= 4 * num_lists]
     network = [0, 2, 5, 10, 20, 50]
+  if info["codec"] in additive.CODECS:
+    network = [0]  # It has none: the scan has its decoded vectors already.
   ranges = {
     "nprobe": _numbers(config, "nprobe", 1, num_lists) or probes,
     "ef_search": _numbers(config, "ef_search", 1, 1 << 20) or [32, 128, 512],
@@ -393,8 +398,9 @@ def _summarise(config, record, data) -> None:
   if record.header["dtype"] != "float32":
     options += f", dtype={record.header['dtype']!r}"
   logging.info(
-    "Written: %s, %s\nTo search with a setting, in Python:\n  searcher = "
-    "vqjax.interop.searchers.open_searcher(%r, %r%s)\n  searcher.search("
+    "Written: %s, %s\nTo search with a setting, in Python:\n  from "
+    "vqjax.interop.searchers import open_searcher\n  searcher = "
+    "open_searcher(%r, %r%s)\n  searcher.search("
     "queries_QD, k=%d, %s)",
     *(record.path, record.picture, config.codec, config.index, options),
     *(config.k, at),

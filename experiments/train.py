@@ -92,6 +92,11 @@ def _train(config, workdir, dataset, xt_ND, this, finish: bool):
     this.held_out.stop - this.held_out.start,
     dataset.dim,
   )
+  if this.num_rows < dataset.dim:
+    logging.warning(
+      "There are fewer training vectors than dimensions: is the array "
+      "transposed? Each row is a vector."
+    )
   began = time.monotonic()
   ended = {"seconds": 0}
   if this.plan is None:
@@ -211,14 +216,15 @@ def _finish(config, workdir, dataset, xt_ND, params, this, ended: dict):
     workdir, config.codec, params, info=info, overwrite=True
   )
   files.write_json(workdir / run_folder.SUMMARY_NAME, summary, overwrite=True)
+  sizes = ", ".join(f"{k}={v}" for k, v in knobs.items())
   logging.info(
-    "Done in %.0f s. MSE%s of the %d held-out vectors, encoded with %s: %s\n"
+    "Done in %.0f s. MSE%s of the %d held-out vectors%s: %s\n"
     "Written to %s: %s\nNext:\n"
     "  vqjax evaluate --codec=%s%s%s",
     seconds,
     _unit(dataset),
     num_held_out,
-    ", ".join(f"{k}={v}" for k, v in knobs.items()) or "the only search",
+    f", encoded with {sizes}" if sizes else "",
     cli.number(validation * dataset.scale),
     workdir,
     ", ".join(

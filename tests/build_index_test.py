@@ -190,7 +190,7 @@ def test_an_additive_codec_brings_its_own_codewords(name, tmp_path, said):
   index = faiss.read_index(str(path))
   index.make_direct_map()
   np.testing.assert_allclose(index.reconstruct_n(0, NUM), x_ND, atol=1e-5)
-  assert said[-1].endswith(f"--codec={given['codec']} --index={path}")
+  assert f"--codec={given['codec']} --index={path} --queries=" in said[-1]
 
 
 def _read_words(path):
@@ -263,13 +263,15 @@ def test_parts_merge_to_the_whole(files, tmp_path, said):
 def test_the_summary_names_the_next_command(files, tmp_path, said):
   output = tmp_path / "my index"
   info = _run(output, files).info
-  each = output.stat().st_size / NUM
-  assert f"{NUM} vectors in {info['num_lists']} lists" in said[-2]
-  assert f"{each:.1f} bytes per vector" in said[-2]
+  lists = {1: "one list"}.get(info["num_lists"], f"{info['num_lists']} lists")
+  each = faiss.read_index(str(output)).code_size + 8  # And the id.
+  assert f"{NUM} vectors in {lists}: " in said[-2]
+  assert f"{each} bytes per vector for code, norm and id" in said[-2]
   assert f"{output}.json" in said[-2]
   assert (
     f"vqjax search --codec={files['codec']} "
-    f"--index={shlex.quote(str(output))} --decoders={files['decoders']}"
+    f"--index={shlex.quote(str(output))} --decoders={files['decoders']} "
+    "--queries=QUERIES --data=BASE --output=search.json"
   ) in said[-1]
 
 
@@ -388,3 +390,12 @@ def test_parts_that_do_not_fit_are_refused(ivf_files, tmp_path, monkeypatch):
   with pytest.raises(FileNotFoundError, match="has no description"):
     _run(d, {}, merge=f"{a},{b}")
   assert not pathlib.Path(d).exists()
+
+
+def test_the_next_search_needs_no_data_that_the_codec_knows(tmp_path):
+  known = {"data": {"name": "sample_sift"}}
+  codec = codecs.Codec("pq", None, known, fingerprint="0" * 16)
+  config = cli.get_config(build_index.OPTIONS, data="my base.npy")
+  assert build_index._data_flags(config, codec) == ""
+  flags = " --queries=QUERIES --data='my base.npy'"
+  assert build_index._data_flags(config) == flags

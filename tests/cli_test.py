@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
+from absl import logging as absl_logging
 
 from configs import qinco2_s
 from experiments.lib import cli, compiled, errors, parsing, process
@@ -217,6 +218,9 @@ def test_wrong_flags_are_one_line_with_a_suggestion():
   for args, words in (
     (["--confg=pq"], "'confg'. Did you mean: config? See --help."),
     (["config=pq"], "Unexpected argument 'config=pq'. Flags begin with --."),
+    (["--config=pq", "--data=x"], "has --config.data.train and --config.data."),
+    (["--config=pq", "--config.data.trian=x"], 'trian\'. Did you mean "train"'),
+    (["--config=pq", "--config.model.num_steps=8"], "config.model has codeb"),
   ):
     done = commands.run("train", *args, check=False)
     assert done.returncode == 1
@@ -264,3 +268,13 @@ def test_a_setting_can_be_unset():
 )
 def test_small_figures_keep_their_digits(value, text):
   assert cli.number(value) == text
+
+
+def test_a_pipeline_does_not_say_what_to_run_next():
+  handler = absl_logging.get_absl_handler()
+  record = std_logging.LogRecord(
+    "absl", std_logging.INFO, __file__, 1, "%d%% done.\nNext:\n  x", (9,), None
+  )
+  with errors.without_next_steps():
+    assert handler.filter(record)
+  assert record.getMessage() == "9% done."

@@ -102,3 +102,8 @@ def test_a_forgotten_key_is_one_sentence(module):
       TypeError, match=r"a random key first.*jax\.random\.key"
     ):
       module.fit(*args, num_codes=2, codebook_size=8)
+
+
+def test_a_transposed_array_is_doubted():
+  with pytest.warns(UserWarning, match="300 dimensions: is .* transposed"):
+    vqjax.fit(_vectors(200, 300), "pq", num_codes=4, **SMALL)

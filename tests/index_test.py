@@ -202,12 +202,17 @@ def test_results_that_there_are_not(codecs):
     ({"metric": "cosine"}, ValueError, "trained for l2: for the cosine"),
     ({"refiner": "bits"}, ValueError, "refiner must be one of rabitq, fast"),
     ({"refiner": "fastscan", "metric": "ip"}, ValueError, "for l2 and cosine"),
-    ({"num_lists": 50}, ValueError, "num_lists must lie between 1 and 40"),
+    (
+      {"num_lists": 50},
+      ValueError,
+      "between 1 and 40, got 50: there are no",
+    ),
     ({"ids": np.arange(39)}, ValueError, r"ids must have shape \(40,\)"),
     ({"ids": np.arange(40) - 1}, ValueError, "got -1 in row 0"),
     ({"ids": np.arange(40) // 2}, ValueError, "ids must be distinct, got"),
     ({"ids": np.arange(40.0)}, TypeError, "ids must be integers, got float"),
-    ({"beam_sise": 3}, ValueError, "beam_sise means nothing to a rq codec"),
+    ({"beam_sise": 3}, ValueError, "means nothing to a rq .*'beam_size'"),
+    ({"lists": 3}, ValueError, "lists means nothing to .*'num_lists'"),
   ],
 )
 def test_what_does_not_fit_is_refused(codecs, values, error, message):

@@ -33,10 +33,10 @@ def test_training_names_the_next_commands(name, names, tmp_path, monkeypatch):
   text, *args = said[-1]
   lines = (text % tuple(args)).partition("Next:\n")[2].splitlines()
   for name, line in zip(names, lines, strict=True):
-    _, _, module, *flags = shlex.split(line)
-    assert module == f"experiments.{name}"
+    program, command, *flags = shlex.split(line)
+    assert (program, command) == ("vqjax", name)
     flags = dict(flag.split("=") for flag in flags)
-    known = importlib.import_module(module).OPTIONS
+    known = importlib.import_module(f"experiments.{name}").OPTIONS
     assert {flag.removeprefix("--") for flag in flags} <= set(known)
     assert flags["--codec"] == run_dir
     assert pathlib.Path(flags.get("--data", SAMPLE)).exists()

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -300,6 +301,13 @@ def test_a_codec_without_lists(plain, tmp_path):
   assert best["setting"]["nprobe"] == 1
 
 
+def test_a_codec_without_network_is_searched_without():
+  info = {"num_lists": 1, "num_vectors": 9, "coarse": "flat", "codec": "rq"}
+  parts = types.SimpleNamespace(refiner=None, pairwise_fn=None)
+  config = cli.get_config(search.OPTIONS)
+  assert search._ranges(config, info, parts)["num_network"] == [0]
+
+
 @pytest.mark.parametrize("kind", ["ivf", "plain"])
 def test_decode_all_is_exact_search(kind, request, tmp_path):
   files = request.getfixturevalue(kind)
@@ -446,6 +454,7 @@ def test_the_snippet_searches_as_was_measured(small, dtype, monkeypatch):
   )
   _run(small | {"num_pairwise": "0", "num_network": "0", "dtype": dtype})
   (snippet,) = [text for text in said if "open_searcher(" in text]
+  assert "  from vqjax.interop.searchers import open_searcher\n" in snippet
   end = {"float32": "", "bfloat16": ", dtype='bfloat16'"}[dtype]
   assert f"{small['decoders']!r}{end})\n" in snippet
 

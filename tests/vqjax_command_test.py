@@ -9,6 +9,7 @@ import types
 
 import pytest
 
+import vqjax
 from experiments.lib import front
 from vqjax import __version__, shipped
 
@@ -148,3 +149,28 @@ def test_a_copy_in_the_wheel_goes_before_the_folder_above(
   (tmp_path / "vqjax/_clone").mkdir(parents=True)
   monkeypatch.setattr(shipped, "__file__", str(tmp_path / "vqjax/shipped.py"))
   assert shipped.root() == tmp_path / "vqjax/_clone"
+
+
+def test_completion_sees_what_is_loaded_on_demand():
+  assert set(vqjax.__all__) <= set(dir(vqjax))
+
+
+def test_a_name_in_capitals_gets_a_suggestion():
+  with pytest.raises(ValueError, match="'PQ': did you mean 'pq'"):
+    shipped.find_config("PQ")
+
+
+def test_ctrl_c_while_modules_are_imported_ends_at_once(tmp_path):
+  """Whatever a library makes of a KeyboardInterrupt."""
+  program = (
+    "import os, signal, sys, vqjax.__main__ as main, experiments.lib.front\n"
+    "def swallow(arguments):\n"
+    "  try: os.kill(os.getpid(), signal.SIGINT)\n"
+    "  except KeyboardInterrupt: pass\n"
+    "experiments.lib.front.main = swallow\n"
+    "main.main()\n"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+  )
+  assert (done.returncode, done.stderr) == (130, "")

@@ -30,3 +30,8 @@ def __getattr__(name: str):
 
   cpu.prepare_libraries()  # Before what follows imports faiss.
   return getattr(importlib.import_module(_DOORS[name]), name)
+
+
+def __dir__() -> list[str]:
+  """Names what `__getattr__` knows too, for completion in a notebook."""
+  return sorted({*globals(), *_DOORS})

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vqjax import evaluation
+from vqjax import evaluation, shipped
 from vqjax import progress as progress_lib
 from vqjax.codecs import registry, runner
 from vqjax.codecs import rule as rule_lib
@@ -381,13 +381,19 @@ class Codec:
       path, self.name, self.params, info=self.info, overwrite=overwrite
     )
 
-  def check_settings(self, settings: dict) -> dict:
-    """Returns the settings; raises ValueError unless the codec has them all."""
+  def check_settings(
+    self, settings: dict, others: tuple[str, ...] = ()
+  ) -> dict:
+    """Returns the settings; raises ValueError unless the codec has them all.
+
+    `others` are arguments that a caller takes besides, for the message.
+    """
     knobs = self.spec.knobs
     for name in settings:
       if name not in knobs:
+        near = shipped.did_you_mean(name, (*knobs, *others))
         raise ValueError(
-          f"{name} means nothing to a {self.name} codec; it has "
+          f"{name} means nothing to a {self.name} codec{near} It has "
           f"{', '.join(knobs)}."
         )
     return settings

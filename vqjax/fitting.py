@@ -10,6 +10,7 @@ import os
 import pathlib
 import tempfile
 import time
+import warnings
 from functools import partial
 
 import jax
@@ -72,6 +73,12 @@ def fit(
   num_rows, held_out = batches.split(len(vectors), config.data.validation_size)
   batches.check_training(vectors, num_rows)
   check_words(config, num_rows)
+  if num_rows < vectors.shape[1]:
+    warnings.warn(
+      f"fit got {len(vectors)} vectors of {vectors.shape[1]} dimensions: is "
+      "the array transposed? Each row is a vector.",
+      stacklevel=2,
+    )
   began = time.monotonic()
   if config.codec != "qinco":
     params = fit_closed(config, vectors, num_rows)

@@ -37,6 +37,10 @@ from vqjax.search import refiners, residual_bits, truth_check
 from vqjax.storage import codec_file, decoder_file, index_folder, refiner_file
 
 METRICS = ("l2", "ip", "cosine")
+_ARGUMENTS = (  # Of `build_index`, for whoever misspells one.
+  *("num_lists", "ids", "metric", "refiner", "coarse", "num_tables", "seed"),
+  "progress",
+)
 _PER_LIST = 256  # Vectors that k-means looks at, for each list.
 _LEAST_PER_LIST = 39  # Fewer make poor centroids.
 _ONE_LIST = 2_500  # Below this number of vectors lists save no time.
@@ -90,7 +94,7 @@ def build_index(
       f"metric={metric!r} does not fit a codec that was trained for {own}: for "
       "the cosine vectors are made of length 1. Train a codec for this metric."
     )
-  codec.check_settings(settings)
+  codec.check_settings(settings, _ARGUMENTS)
   decoders_lib.check_sizes(codec.codebook_sizes[codec.is_ivf :], codec.name)
   vectors = _open(x, codec.dim, metric)
   ids_N = _check_ids(ids, len(vectors), np.empty(0, np.int64))
@@ -513,7 +517,7 @@ def _check_lists(codec: Codec, num_lists: int | None, num: int) -> int:
       return 1
     power = round(math.log2(4 * math.sqrt(num)))
     return min(1 << power, max(num // _LEAST_PER_LIST, 1))
-  check_range("num_lists", num_lists, 1, num, "vectors")
+  check_range("num_lists", num_lists, 1, num, "there are no more vectors")
   return num_lists
 
 

@@ -147,5 +147,6 @@ def import_experiments() -> None:
 
 def did_you_mean(name: str, known) -> str:
   """Returns `: did you mean "train"?` for a near miss, else a full stop."""
-  near = difflib.get_close_matches(name, known, n=1)
-  return f": did you mean {near[0]!r}?" if near else "."
+  spelt = {each.lower(): each for each in known}
+  near = difflib.get_close_matches(name.lower(), spelt, n=1)
+  return f": did you mean {spelt[near[0]]!r}?" if near else "."

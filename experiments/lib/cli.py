@@ -278,6 +278,7 @@ def _start(main_fn, doc: str, options: dict, required, multihost: bool) -> None:
   logging.get_absl_handler().addFilter(errors.is_for_people)
   parse_fn = lambda argv: parsing.parse(argv, doc, options, required)
   work_fn = lambda _: _work(main_fn, multihost)
+  process.raise_on_ctrl_c()  # It ended at once while modules were imported.
   try:
     app.run(work_fn, flags_parser=parse_fn)
   except KeyboardInterrupt:  # A second one, while the first was answered.

@@ -135,10 +135,12 @@ def resolve_data(
     root = config.get("data_root") or trained_on.pop("root", None)
     dataset = datasets.resolve(**{**trained_on, "root": root})
     if needs_base and not dataset.base:
+      also = " (and --queries=FILE)" if "queries" in config else ""
+      if "split" in config:
+        also += ", or measure the held-out vectors with --split=validation"
       raise ValueError(
-        "The codec was trained on a file without a base: give --data=FILE "
-        "(and --queries=FILE), or measure the held-out vectors with "
-        "--split=validation."
+        "The codec was trained on a file without a base: give "
+        f"--data=FILE{also}."
       )
   else:
     raise ValueError(

@@ -52,6 +52,23 @@ def _is_ours(file: str) -> bool:
 
 
 @contextlib.contextmanager
+def without_next_steps():
+  """Leaves out what commands say to run next: a pipeline runs it."""
+
+  def cut(record):
+    record.msg = record.getMessage().partition("\nNext:\n")[0]
+    record.args = ()
+    return True
+
+  handler = logging.get_absl_handler()
+  handler.addFilter(cut)
+  try:
+    yield
+  finally:
+    handler.removeFilter(cut)
+
+
+@contextlib.contextmanager
 def user_errors(how_to_resume: str = "Run the same command again."):
   """Turns errors that tell a user what to do into one line, exit code 1.
 

@@ -33,7 +33,8 @@ def parse(argv, doc: str, options: dict, required):
       _unset(flags.FLAGS.config, unset)
   except (flags.Error, FileNotFoundError) as error:
     text = str(error).replace(" ?", "?")  # absl's "Did you mean: config ?"
-    sys.exit(f"{text}{'' if text[-1] in '.?' else '.'} See --help.")
+    text += "" if text[-1] in ".?" else "."
+    sys.exit(f"{text}{_field_hint(error)} See --help.")
   except OSError as error:
     sys.exit(f"The configuration cannot be read: {error}")
   except (AttributeError, KeyError, TypeError) as error:
@@ -42,9 +43,9 @@ def parse(argv, doc: str, options: dict, required):
     while isinstance(reason, Exception) and reason.args:
       reason = reason.args[0]  # str() of a KeyError would escape it.
     sys.exit(
-      f"A --config option does not fit the configuration: {reason}. Its file "
-      f"and {shipped.root() / 'configs/base.py'} list the fields and their "
-      "types."
+      f"A --config option does not fit the configuration: {_one_line(reason)} "
+      f"Its file and {shipped.root() / 'configs/base.py'} list the fields and "
+      f"their types.{_fields_beside(argv, reason)}"
     )
   if len(rest) > 1:
     hint = " Flags begin with --." if rest[1].split("=")[0] in options else ""
@@ -55,6 +56,52 @@ def parse(argv, doc: str, options: dict, required):
       f"{', '.join(shipped.config_names())}; see --help."
     )
   return rest
+
+
+def _one_line(reason) -> str:
+  """ConfigDict's message as a sentence."""
+  text = ". ".join(str(reason).splitlines()).replace("?.", "?")
+  return text + ("" if text[-1] in ".?" else ".")
+
+
+def _fields_beside(argv, reason) -> str:
+  """The fields of the group in which one was not found, as a sentence."""
+  missing = str(reason).splitlines()[0].strip("'")
+  for arg in argv:
+    match = re.match(r"--?config\.(.+)=", arg)
+    *path, last = match[1].split(".") if match else ("", "")
+    if not match or last != missing:
+      continue
+    config = _read_config(argv)
+    for name in path:
+      config = config.get(name, None) if hasattr(config, "get") else None
+    if hasattr(config, "keys"):
+      group = ".".join(["config", *path])
+      return f" {group} has {', '.join(sorted(config.keys()))}."
+  return ""
+
+
+def _read_config(argv):
+  """The configuration of --config=FILE; absl has not kept what it refused."""
+  given = [arg.partition("=")[2] for arg in argv if arg.startswith("--config=")]
+  return shipped.read_config(given[-1]) if given else None
+
+
+def _field_hint(error) -> str:
+  """Names the fields of the configuration that a wrong flag may mean."""
+  name = getattr(error, "flagname", None)
+  config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+  if name is None or config is None:
+    return ""
+  names = {"data": ("train", "base")}.get(name, (name,))
+  found = [
+    f"--config.{group}.{field}"
+    for group, fields in config.items()
+    if hasattr(fields, "keys")
+    for field in names
+    if field in fields
+  ]
+  return f" The configuration has {' and '.join(found)}." if found else ""
 
 
 def _take_unset(argv: list[str]) -> tuple[list[str], list[str]]:

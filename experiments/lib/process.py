@@ -22,6 +22,12 @@ def prepare() -> None:
     sys.stdout = _Steady(sys.stdout or _nowhere(), "Standard output")
 
 
+def raise_on_ctrl_c() -> None:
+  """Lets Ctrl-C raise KeyboardInterrupt, unless it is to be ignored."""
+  if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def end_at_once_on_ctrl_c() -> None:
   """Lets Ctrl-C end the process silently: everything is written."""
   signal.signal(signal.SIGINT, lambda *_: os._exit(130))

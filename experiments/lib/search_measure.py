@@ -73,8 +73,8 @@ def explore(config, record, ours: str, ranges, search_fns, data) -> None:
     if jobs := of_probe(setting):  # Where none of ours was worth trying.
       measure(jobs)
   logging.info(
-    "Measured %d of %d settings; the others cannot be on a front, are none, or "
-    "were measured before.",
+    "Measured %d of %d settings. The others cannot be the best at any recall, "
+    "have stages that undo each other, or were measured before.",
     num_tried,
     grid.num_settings,
   )

@@ -15,6 +15,7 @@ the file, its description `index.faiss.json` says which codec made the codes.
 Reference: arXiv 2501.03078, section 3.4.
 """
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -301,6 +302,12 @@ def describe(index: faiss.Index) -> dict:
     "coarse": "hnsw" if isinstance(coarse, faiss.IndexHNSW) else "flat",
     "by_residual": bool(index.by_residual),
   }
+
+
+def code_bytes(info: dict) -> int:
+  """Returns the bytes of a vector in a described index: codes and norm."""
+  bits = (info["codebook_size"] - 1).bit_length()
+  return math.ceil(info["num_codes"] * bits / 8) + 1
 
 
 def save(

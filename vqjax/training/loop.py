@@ -386,7 +386,7 @@ def _epoch_text(row, plan, step):
   text = f"epoch {step // plan.steps_per_epoch}/{plan.num_epochs}, "
   text += f"{plan.measure.upper()} {error:.4g}"
   if "dead_words" in row:
-    text += f", {int(row['dead_words'])} dead"
+    text += f", {int(row['dead_words'])} unused"
   return text
 
 

@@ -26,7 +26,6 @@ import json
 import os
 import pathlib
 import shlex
-import threading
 import time
 from typing import NamedTuple
 
@@ -50,7 +49,7 @@ from vqjax.data import (
 from vqjax.interop import faiss_io
 from vqjax.progress import progress_bar
 
-METHODS, STARTS = ("jax", "faiss"), ("two-level", "random")
+STARTS = ("two-level", "random")
 REQUIRED = ("data", "num_centroids", "output")
 OPTIONS = {
   "data": cli.DATA_OPTIONS["data"],
@@ -72,13 +71,7 @@ OPTIONS = {
   "start": cli.Option(
     str, "two-level", "two-level, or random: K of the vectors."
   ),
-  "method": cli.Option(
-    str,
-    "jax",
-    "What finds the nearest centroids: jax or faiss. They agree; on 2 CPU "
-    "threads they took equally long for 1,024 to 1,048,576 centroids, and this "
-    "faiss runs on CPUs alone.",
-  ),
+  "method": cli.Option(str, None, "Gone: leave it out."),
   "seed": cli.Option(int, 0, "The same seed gives the same centroids."),
   "output": cli.Option(str, None, "File to write, .npy."),
   "resume": cli.Option(
@@ -149,11 +142,15 @@ def run(config) -> dict:
 def _check(config):
   """Opens the vectors; raises before any work where something is wrong."""
   cli.require(config, *REQUIRED)
-  for name, known in (("method", METHODS), ("start", STARTS)):
-    if config[name] not in known:
-      raise ValueError(
-        f"--{name} must be one of {', '.join(known)}; got {config[name]!r}."
-      )
+  if config.method is not None:
+    raise ValueError(
+      "--method is gone: JAX finds the nearest centroids, as fast as faiss "
+      "did; leave it out."
+    )
+  if config.start not in STARTS:
+    raise ValueError(
+      f"--start must be one of {', '.join(STARTS)}; got {config.start!r}."
+    )
   if not config.output.endswith(".npy"):
     raise ValueError(f"--output must end in .npy, got {config.output}.")
   files.check_output(config.output, config.overwrite, described=True)
@@ -199,7 +196,7 @@ def describe(config, vectors) -> dict:
     **files.identify(vectors),
     "seed": config.seed,
     "start": config.start,
-    "method": config.method,
+    "method": "jax",  # As of files made when there was another.
   }
 
 
@@ -263,7 +260,7 @@ def _iterate(config, vectors, state: State, checkpoint, meta):
         step = kmeans.pass_over(
           vectors,
           state.words_KD,
-          _make_assign_fn(meta["method"], state.words_KD),
+          _make_assign_fn(state.words_KD),
           block_size=_block_size(config.num_centroids),
           progress=lambda done, _, at=before: bar.update(at + done - bar.n),
         )
@@ -289,18 +286,8 @@ def _block_size(num_codewords: int) -> int:
   return int(np.clip(_BLOCK_DISTANCES // num_codewords, 1, 65536))
 
 
-def _make_assign_fn(method: str, words_KD):
-  """Returns `x_ND -> (ids_N, squared distances_N)` by JAX or by faiss."""
-  if method == "faiss":
-    alone = threading.Lock()  # Two calls at once would share its threads.
-
-    def assign(x_ND):
-      with alone:
-        _, ids_N1 = faiss_io.knn(x_ND, words_KD, 1)
-      ids_N = ids_N1[:, 0]
-      return ids_N, np.sum((x_ND - words_KD[ids_N]) ** 2, axis=1)
-
-    return assign
+def _make_assign_fn(words_KD):
+  """Returns `x_ND -> (ids_N, squared distances_N)`."""
   is_cpu = jax.default_backend() == "cpu"
   num_at_once = min(_WORDS_AT_ONCE, len(words_KD)) if is_cpu else len(words_KD)
   budget = _CPU_BUDGET if is_cpu else _DEVICE_BUDGET
@@ -331,7 +318,7 @@ def _start_in_two(vectors, num_codewords: int, seed: int) -> np.ndarray:
   coarse_KD = faiss_io.fit_kmeans(
     sample_ND, num_groups, num_iterations=_START_ITERATIONS, seed=seed
   )
-  assign_fn = _make_assign_fn("jax", coarse_KD)
+  assign_fn = _make_assign_fn(coarse_KD)
   with cli.progress(len(vectors), "coarse clusters") as done:
     blocks = batches.map_blocks(
       lambda x_ND: assign_fn(x_ND)[0],

@@ -414,19 +414,17 @@ def test_files_that_do_not_fit_are_refused(harm, match, tmp_path):
     faiss_ivf.load(path)
 
 
-def test_a_description_can_be_done_without(tmp_path):
-  case, path = _case(), tmp_path / "index.faiss"
-  index = _filled(case)
-  faiss.write_index(index, str(path))
-  loaded = faiss_ivf.load(path, require_sidecar=False)
-  assert loaded.info == {}
-  assert _stored(loaded.index) == _stored(index)
+def test_an_index_without_a_description_is_refused(tmp_path):
+  path = tmp_path / "index.faiss"
+  faiss.write_index(_filled(_case()), str(path))
+  with pytest.raises(FileNotFoundError, match="so its codec is unknown"):
+    faiss_ivf.load(path)
   path.write_bytes(path.read_bytes()[:100])
   with pytest.raises(ValueError, match="no index file, or is truncated"):
-    faiss_ivf.load(path, require_sidecar=False)
+    faiss_ivf.load(path)
   faiss.write_index(faiss.IndexFlat(D), str(path))
   with pytest.raises(ValueError, match="norm, as IVF1024,RQ8x8_Nqint8; got"):
-    faiss_ivf.load(path, require_sidecar=False)
+    faiss_ivf.load(path)
 
 
 @pytest.mark.parametrize(

@@ -85,10 +85,9 @@ def test_kmeans_fit_reports_what_its_words_leave(offset):
   assert want < 1.05 * reached.min(axis=1).sum()
 
 
-@pytest.mark.parametrize("method", ivf_centroids.METHODS)
-def test_pass_over(offset, method):
+def test_pass_over(offset):
   x_ND, y_KD = _pair(offset)
-  assign_fn = ivf_centroids._make_assign_fn(method, y_KD)
+  assign_fn = ivf_centroids._make_assign_fn(y_KD)
   got = kmeans.pass_over(x_ND, y_KD, assign_fn, block_size=128)
   words, _, objective = oracles.kmeans_step(x_ND, np.ones(400), y_KD)
   np.testing.assert_allclose(got.words_KD, words, rtol=2e-7, atol=1e-5)

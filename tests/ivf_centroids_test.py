@@ -49,14 +49,13 @@ def _stop_after(monkeypatch, num_passes):
   monkeypatch.setattr(kmeans, "pass_over", interrupted)
 
 
-@pytest.mark.parametrize("method", ["jax", "faiss"])
 @pytest.mark.parametrize("block_size", [37, 65536])
-def test_a_pass_matches_loops(method, block_size):
+def test_a_pass_matches_loops(block_size):
   rng = np.random.default_rng(1)
   x_ND = rng.normal(size=(120, 4)).astype(np.float32)
   # Nobody chooses the two far words.
   words_KD = np.concatenate([x_ND[:5], np.full((2, 4), 1e3, np.float32)])
-  assign_fn = ivf_centroids._make_assign_fn(method, words_KD)
+  assign_fn = ivf_centroids._make_assign_fn(words_KD)
   got = kmeans.pass_over(x_ND, words_KD, assign_fn, block_size=block_size)
   words, counts, objective = oracles.kmeans_step(x_ND, np.ones(120), words_KD)
   # Distances are float32, and the refilled words follow their order.
@@ -97,31 +96,9 @@ def test_many_centroids_go_in_blocks_of_seconds(data, monkeypatch):
   assert sizes == {50}
 
 
-def test_faiss_is_called_by_one_thread_at_a_time(monkeypatch):
-  inside, most = [], []
-
-  def knn(x_ND, words_KD, k):
-    inside.append(1)
-    most.append(len(inside))
-    time.sleep(0.05)
-    inside.pop()
-    return np.zeros((len(x_ND), k)), np.zeros((len(x_ND), k), np.int64)
-
-  monkeypatch.setattr(ivf_centroids.faiss_io, "knn", knn)
-  assign_fn = ivf_centroids._make_assign_fn("faiss", np.zeros((3, 2)))
-  kmeans.pass_over(
-    np.zeros((8, 2), np.float32),
-    np.zeros((3, 2), np.float32),
-    assign_fn,
-    block_size=1,
-  )
-  assert most == [1] * 8
-
-
 @pytest.mark.parametrize("start", ivf_centroids.STARTS)
-@pytest.mark.parametrize("method", ["jax", "faiss"])
-def test_the_record_is_that_of_the_file(start, method, data):
-  config = _config(data, start=start, method=method)
+def test_the_record_is_that_of_the_file(start, data):
+  config = _config(data, start=start)
   record = ivf_centroids.run(config)
   words_KD, x_ND = np.load(config.output), np.load(data)
   assert words_KD.dtype == np.float32
@@ -138,7 +115,7 @@ def test_the_record_is_that_of_the_file(start, method, data):
   assert record["lists"]["imbalance"] == pytest.approx(
     9 * ((counts_K / 300) ** 2).sum()
   )
-  assert (record["num_iterations"], record["method"]) == (4, method)
+  assert record["num_iterations"] == 4
   errors = record["mean_squared_errors"]
   assert (np.diff(errors) <= 1e-6).all()
   assert not _checkpoint(config).exists()
@@ -210,7 +187,6 @@ def test_iterations_save(data, monkeypatch):
     (dict(num_centroids=8), "with num_centroids=9, now it is 8"),
     (dict(num_vectors=299), "with num_vectors=300, now it is 299"),
     (dict(start="random"), "with start=two-level, now it is random"),
-    (dict(method="faiss"), "with method=jax, now it is faiss"),
     (dict(num_iterations=2), "done 3 iterations, more than .*=2"),
   ],
 )
@@ -251,7 +227,7 @@ def test_resume_refuses_other_data_and_damage(data, monkeypatch):
     (dict(num_centroids=301), "between 1 and 300, got 301: .*300 vectors"),
     (dict(num_centroids=0), "--num_centroids is needed"),
     (dict(num_vectors=5), "between 1 and 5, got 9"),
-    (dict(method="gpu"), "--method must be one of jax, .* got 'gpu'"),
+    (dict(method="faiss"), "--method is gone: .* leave it out"),
     (dict(start="best"), "--start must be one of two-level.* got 'best'"),
     (dict(output="centroids.txt"), r"must end in \.npy"),
     (dict(num_iterations=-1), "between 0 and 100000, got -1"),

@@ -12,8 +12,6 @@ cannot raise it.
 
 `fit` takes vectors in memory, as one program; `pass_over` makes one iteration
 over a file, and sums in float64 on the host.
-
-Reference: k-means++ start, Arthur and Vassilvitskii, SODA 2007.
 """
 
 from functools import partial
@@ -32,8 +30,6 @@ from vqjax.codecs.distances import (
 )
 from vqjax.core import Array, add_exactly, check_range, check_shape
 from vqjax.data import batches
-
-INITS = ("random", "k-means++")
 
 
 @struct.dataclass
@@ -56,7 +52,6 @@ def fit(
   num_codewords: int,
   *,
   num_iterations: int = 10,
-  init: str = "random",
   weights_N: Array | None = None,
   block_size: int = 4096,
 ) -> Array:
@@ -66,7 +61,6 @@ def fit(
     x_ND,
     num_codewords,
     num_iterations=num_iterations,
-    init=init,
     weights_N=weights_N,
     block_size=block_size,
   ).words_KD
@@ -78,7 +72,6 @@ def fit_report(
   num_codewords: int,
   *,
   num_iterations: int = 10,
-  init: str = "random",
   weights_N: Array | None = None,
   block_size: int = 4096,
 ) -> KMeans:
@@ -91,8 +84,6 @@ def fit_report(
     x_ND: Vectors; the caller has checked that they are finite.
     num_codewords: K, at most N.
     num_iterations: Rounds of assignment and update; 0 returns the start.
-    init: "random" takes distinct rows, with a probability that grows with
-      their weight; "k-means++" takes rows far from those taken before.
     weights_N: Not negative, at least K of them positive; None for all equal.
     block_size: Rows that are compared with all codewords at a time.
 
@@ -109,8 +100,6 @@ def fit_report(
     f"{n} vectors cannot fill {num_codewords} codewords",
   )
   check_range("num_iterations", num_iterations, 0, 100_000)
-  if init not in INITS:
-    raise ValueError(f"init must be one of {INITS}, got {init!r}.")
   if weights_N is None:
     weights_N = jnp.ones(n, jnp.float32)
   check_shape("weights", weights_N, (n,))
@@ -120,7 +109,6 @@ def fit_report(
     jnp.asarray(weights_N, jnp.float32),
     num_codewords=num_codewords,
     num_iterations=num_iterations,
-    init=init,
     block_size=block_size,
   )
 
@@ -233,14 +221,13 @@ def pass_over(
 
 @partial(
   jax.jit,
-  static_argnames=("num_codewords", "num_iterations", "init", "block_size"),
+  static_argnames=("num_codewords", "num_iterations", "block_size"),
 )
 def _fit(
-  key, x_ND, weights_N, *, num_codewords, num_iterations, init, block_size
+  key, x_ND, weights_N, *, num_codewords, num_iterations, block_size
 ) -> KMeans:
   """`fit_report` after its checks."""
-  start_fn = _start_random if init == "random" else _start_spread
-  words_KD = start_fn(key, x_ND, weights_N, num_codewords)
+  words_KD = _start(key, x_ND, weights_N, num_codewords)
 
   def body(state, _):
     words_KD, _, num_refilled = state
@@ -300,28 +287,9 @@ def _refill(words_KD, is_empty_K, x_ND, error_N):
   return lax.cond(jnp.any(is_empty_K), refill, lambda: words_KD)
 
 
-def _start_random(key, x_ND, weights_N, num_codewords):
+def _start(key, x_ND, weights_N, num_codewords):
   """Distinct rows, drawn one after another in proportion to their weight."""
   # Reference: the Gumbel-top-k trick, arXiv 1903.06059.
   noise_N = jax.random.gumbel(key, weights_N.shape)
   _, rows_K = lax.top_k(jnp.log(weights_N) + noise_N, num_codewords)
   return x_ND[rows_K]
-
-
-def _start_spread(key, x_ND, weights_N, num_codewords):
-  """Rows drawn in proportion to weight times squared distance to the drawn."""
-
-  def draw(i, words_KD, chance_N):
-    row = jax.random.categorical(jax.random.fold_in(key, i), jnp.log(chance_N))
-    words_KD = words_KD.at[i].set(x_ND[row])
-    # Differences and not products: a row drawn before has distance 0.
-    return words_KD, sq_norms(x_ND - x_ND[row][None])
-
-  def body(i, state):
-    words_KD, error_N = state
-    words_KD, new_N = draw(i, words_KD, weights_N * error_N)
-    return words_KD, jnp.minimum(error_N, new_N)
-
-  words_KD = jnp.zeros((num_codewords, x_ND.shape[1]), jnp.float32)
-  state = draw(0, words_KD, weights_N)
-  return lax.fori_loop(1, num_codewords, body, state)[0]

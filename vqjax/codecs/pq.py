@@ -52,7 +52,6 @@ def fit(
   codebook_size: int = 256,
   num_iterations: int = 25,
   rotation: Array | None = None,
-  init: str = "random",
   block_size: int = 4096,
 ) -> PQParams:
   """Runs k-means on each of `num_codes` equal slices of `[N, D]`.
@@ -82,7 +81,6 @@ def fit(
       x_NMS[:, m],
       codebook_size,
       num_iterations=num_iterations,
-      init=init,
       block_size=block_size,
     )
     for m in range(num_codes)

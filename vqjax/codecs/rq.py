@@ -53,7 +53,6 @@ def fit(
   codebook_size: int = 256,
   num_iterations: int = 10,
   beam_size: int = 1,
-  init: str = "random",
   block_size: int = 4096,
 ) -> RQParams:
   """Runs k-means on the residuals of `[N, D]`, step after step.
@@ -74,7 +73,6 @@ def fit(
       residual_ND,
       codebook_size,
       num_iterations=num_iterations,
-      init=init,
       weights_N=weights_N,
       block_size=block_size,
     )

@@ -329,15 +329,13 @@ def save(
   )
 
 
-def load(path, *, mmap: bool = False, require_sidecar: bool = True) -> Loaded:
+def load(path, *, mmap: bool = False) -> Loaded:
   """Reads an index file and its description, and compares them.
 
   Args:
     path: The index file.
     mmap: Leaves lists on disk, read-only, until they are searched. The
       checksum, which would read them all, is not compared then.
-    require_sidecar: False also takes an index of this kind without a
-      description, so its codec is unknown.
 
   Raises:
     FileNotFoundError: One of them is missing.
@@ -345,11 +343,11 @@ def load(path, *, mmap: bool = False, require_sidecar: bool = True) -> Loaded:
   """
   index, info = faiss_files.load(path, kind=_KIND, mmap=mmap)
   index = faiss_lists.check_index(index, path)
-  if require_sidecar and not info:
+  if not info:
     raise FileNotFoundError(
       f"{path} has no description {files.description_path(path).name} next to "
       "it, so its codec is unknown. Copy the description too, or build the "
-      "index again; require_sidecar=False in Python does without."
+      "index again."
     )
   found = describe(index)
   wanted = {name: info.get(name, value) for name, value in found.items()}

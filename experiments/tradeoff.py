@@ -150,22 +150,22 @@ def _store(folder: pathlib.Path, measured, row: dict) -> None:
       f"{folder} has another codec, {codec.fingerprint}, than the one that was "
       f"measured, {measured.fingerprint}: run the command again."
     )
+  knobs, old = codec.spec.knobs, codec.rule
   new = codec.with_rule(
-    num_candidates=row["A"] or codec.rule.num_candidates,
+    num_candidates=row["A"] or old.num_candidates,
     beam_size=row["B"],
     num_joint_candidates=row["C"] or 0,
     num_ranked=0,
   )
-  knobs, old = codec.spec.knobs, codec.rule
   if new.rule == old:
     logging.info("%s has this rule already.", folder)
     return
   new.save(folder, overwrite=True)
   sizes = {name: getattr(old, name) for name in codecs.SIZES[:3]}
   words = ", ".join(f"{name}={value}" for name, value in sizes.items())
-  path = str(folder.resolve())
-  python = f"import vqjax; c = vqjax.load({path!r}); " + (
-    f"c.with_rule({words}).save({path!r}, overwrite=True)"
+  path = json.dumps(str(folder.resolve()))  # In quotes that a shell leaves.
+  python = f"import vqjax; c = vqjax.load({path}); " + (
+    f"c.with_rule({words}).save({path}, overwrite=True)"
   )
   logging.info(
     "%s is encoded by %s from now on; it was %s. To restore that:\n"

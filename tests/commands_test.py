@@ -484,7 +484,7 @@ def test_killed_and_resumed_from_the_shell_equals_uninterrupted(tmp_path):
     lambda: commands.has_metrics(part, 70),
     *("train", *config, f"--workdir={part}"),
   )
-  assert "run the same command again" in message
+  assert "Run the same command again to resume" in message
   stopped = int(re.search(r"Stopped at step (\d+) of 186", message)[1])
   assert stopped % 62, "stopped at the end of an epoch; nothing was tested"
   assert not (part / "codec.safetensors").exists()

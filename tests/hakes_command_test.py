@@ -367,7 +367,7 @@ def test_killed_and_run_again_equals_uninterrupted(tmp_path):
   message = commands.stop_once(
     lambda: commands.has_metrics(part, 70), *command_fn(part)
   )
-  assert message.count("run the same command again") == 1
+  assert message.count("Run the same command again to resume") == 1
   assert not (part / "learned.bin").exists()
   commands.run(*command_fn(part))
   learned = [(f / "learned.bin").read_bytes() for f in (whole, part)]

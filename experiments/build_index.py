@@ -6,8 +6,14 @@ r"""Builds an index from codes, in a file that faiss programs open too.
 Codes are a folder of shards or a .npy file, both made by encode; --data=FILE
 encodes vectors instead. They go into inverted lists, with codewords of the
 additive decoder from pairwise_decoder. A PQ or RQ codec needs no --decoders,
-because its own codewords are additive. The id of a vector is its row. A codec
-without lists gets one list. index.faiss.json describes the index.
+because its own codewords are additive. The id of a vector is its row.
+index.faiss.json describes the index.
+
+A codec without lists gets one list. With --num_lists its vectors get lists by
+k-means, and --output is a folder that search and vqjax.load_index open:
+
+  vqjax build_index --codec=runs/rq --data=base.npy --num_lists=1024 \
+      --output=my_index
 
 Parts of the rows can be built at the same time and merged:
 
@@ -28,6 +34,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
+import vqjax
 from experiments.lib import cli, codecs, encoders, inputs
 from vqjax.codecs import additive
 from vqjax.data import files
@@ -39,6 +46,11 @@ OPTIONS = {
   "codec": cli.CODEC_OPTION,
   "codes": cli.Option(str, None, "Codes: folder of shards, or .npy."),
   "data": cli.Option(str, None, "Vectors to encode, instead of --codes."),
+  "num_lists": cli.Option(
+    int,
+    None,
+    "Lists for a codec that has none, of --data; --output is a folder then.",
+  ),
   "decoders": cli.Option(
     str,
     None,
@@ -62,7 +74,9 @@ OPTIONS = {
   ),
   **{k: v for k, v in cli.SEARCH_OPTIONS.items() if k != "num_steps"},
   "assign": cli.ASSIGN_OPTION,
-  "output": cli.Option(str, None, "Index file to write, index.faiss."),
+  "output": cli.Option(
+    str, None, "Index file to write, index.faiss; a folder with --num_lists."
+  ),
   "overwrite": cli.Option(bool, False, "Replace an existing output."),
 }
 _OF_SEARCH = (
@@ -91,6 +105,8 @@ class _Source(NamedTuple):
 def run(config) -> dict:
   """Writes the index; returns what was written."""
   cli.require(config, *REQUIRED)
+  if config.num_lists is not None:
+    return _build_folder(config)
   files.check_output(config.output, config.overwrite, described=True)
   prepared = _prepare_merge(config) if config.merge else _prepare(config)
   info, num_bytes, make_fn, data_flags = prepared
@@ -105,6 +121,48 @@ def run(config) -> dict:
     make_fn(), config.output, info, overwrite=config.overwrite
   )
   return _report(config, info, data_flags)
+
+
+def _build_folder(config) -> dict:
+  """Writes an index with lists for a codec that has none, as a folder."""
+  cli.require(config, "codec", "data")
+  unused = ("codes", "decoders", "rows", "merge", "rule", "dtype", "assign")
+  for name in unused:
+    if config[name] != OPTIONS[name].default:
+      raise ValueError(
+        "--num_lists makes all parts of an index of --data, by the rule of "
+        f"the codec; leave --{name} out."
+      )
+  if files.user_path(config.output).exists() and not config.overwrite:
+    raise FileExistsError(
+      f"{config.output} exists already; choose another folder, or add "
+      "--overwrite."
+    )
+  files.check_folder(files.user_path(config.output).parent)
+  codec = codecs.open_codec(config.codec)
+  is_cosine = codecs.check_cosine(codec, config.metric)
+  sizes = {name: config[name] for name in codecs.SIZES}
+  index = vqjax.build_index(
+    codec,
+    config.data,
+    config.num_lists,
+    metric="cosine" if is_cosine else config.metric,
+    coarse=config.coarse,
+    progress=True,
+    **{name: size for name, size in sizes.items() if size is not None},
+  )
+  index.save(config.output, overwrite=config.overwrite)
+  logging.info(
+    "%d vectors in %s: %s, %d bytes per vector for code, norm and id.\nNext:\n"
+    "  vqjax search --index=%s%s --output=search.json",
+    *(len(index), _lists_text(index.num_lists), config.output),
+    *(index.num_bytes, shlex.quote(config.output), _data_flags(config, codec)),
+  )
+  return {
+    "output": config.output,
+    "num_vectors": len(index),
+    "num_lists": index.num_lists,
+  }
 
 
 def _prepare(config):

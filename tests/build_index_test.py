@@ -6,6 +6,7 @@ import faiss
 import numpy as np
 import pytest
 
+import vqjax
 from experiments import build_index
 from experiments.lib import cli, codecs
 from tests import qinco_cases
@@ -399,3 +400,41 @@ def test_the_next_search_needs_no_data_that_the_codec_knows(tmp_path):
   assert build_index._data_flags(config, codec) == ""
   flags = " --queries=QUERIES --data='my base.npy'"
   assert build_index._data_flags(config) == flags
+
+
+@pytest.fixture(name="rq_run")
+def _rq_run(tmp_path):
+  rng = np.random.default_rng(0)
+  x_ND = rng.normal(size=(300, 6)).astype(np.float32)
+  np.save(tmp_path / "x.npy", x_ND)
+  vqjax.fit(x_ND, "rq", num_codes=2, codebook_size=16).save(tmp_path / "rq")
+  at = {"codec": str(tmp_path / "rq"), "data": str(tmp_path / "x.npy")}
+  return at | {"output": str(tmp_path / "my index"), "num_lists": 5}
+
+
+def test_a_codec_without_lists_gets_them(rq_run, said):
+  assert build_index.run(**rq_run)["num_lists"] == 5
+  index = vqjax.load_index(rq_run["output"])
+  assert (len(index), index.num_lists) == (300, 5)
+  assert f"search --index='{rq_run['output']}' --queries=QUERIES" in said[-1]
+  with pytest.raises(FileExistsError, match="exists already.* --overwrite"):
+    build_index.run(**rq_run)
+  build_index.run(**rq_run | {"num_lists": 3}, overwrite=True)
+  assert vqjax.load_index(rq_run["output"]).num_lists == 3
+
+
+@pytest.mark.parametrize(
+  ("values", "match"),
+  [
+    ({"data": None}, "--data is needed"),
+    ({"codes": "codes.npy"}, "leave --codes out"),
+    ({"dtype": "float32"}, "leave --dtype out"),
+    ({"num_lists": 301}, "num_lists must lie between 1 and 300"),
+  ],
+)
+def test_lists_of_codes_that_are_made_already_are_refused(
+  rq_run, values, match
+):
+  with pytest.raises(ValueError, match=match):
+    build_index.run(**rq_run | values)
+  assert not pathlib.Path(rq_run["output"]).exists()

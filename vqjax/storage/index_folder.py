@@ -63,7 +63,7 @@ def read_manifest(folder) -> tuple[dict[str, str], dict]:
   if not path.is_file():
     raise FileNotFoundError(
       f"{folder} is no folder of an index: it has no {MANIFEST}. Index.save, "
-      "vqjax build_index and vqjax ivf_pipeline make one."
+      "vqjax build_index --num_lists and vqjax ivf_pipeline make one."
     )
   info = files.parse_description(path, _KIND)
   names = info.pop("files", None)

@@ -277,4 +277,6 @@ def test_a_pipeline_does_not_say_what_to_run_next():
   )
   with errors.without_next_steps():
     assert handler.filter(record)
-  assert record.getMessage() == "9% done."
+    assert record.getMessage() == "9% done."
+    record.msg = "Next:\n  x"  # Alone.
+    assert not handler.filter(record)

@@ -177,7 +177,7 @@ def test_codes_are_made_in_shards(workdir, tmp_path, monkeypatch):
   shutil.copytree(workdir / "codec", tmp_path / "codec")
   shards, run = [], encode.run
   monkeypatch.setattr(
-    encode, "run", lambda config: shards.append(config.shards) or run(config)
+    encode, "run", lambda config: shards.append(config["shards"]) or run(config)
   )
   config = _config()
   ivf_pipeline._encode(config, tmp_path, ivf_pipeline._resolve(config))

@@ -56,9 +56,9 @@ def without_next_steps():
   """Leaves out what commands say to run next: a pipeline runs it."""
 
   def cut(record):
-    record.msg = record.getMessage().partition("\nNext:\n")[0]
-    record.args = ()
-    return True
+    said, _, _ = f"\n{record.getMessage()}".partition("\nNext:\n")
+    record.msg, record.args = said[1:], ()
+    return bool(said)
 
   handler = logging.get_absl_handler()
   handler.addFilter(cut)

@@ -1,7 +1,31 @@
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from vqjax.codecs import beam
+
+
+@pytest.mark.parametrize(
+  ("num", "k"), [(16, 1), (64, 4), (96, 16), (256, 8), (512, 512), (35, 9)]
+)
+def test_top_k_smallest_equals_a_full_sort(num, k):
+  x_NC = np.random.default_rng(num).normal(size=(12, num)).astype(np.float32)
+  values_NR, at_NR = beam.top_k_smallest(jnp.asarray(x_NC), k)
+  np.testing.assert_array_equal(at_NR, np.argsort(x_NC, axis=1)[:, :k])
+  np.testing.assert_array_equal(values_NR, np.sort(x_NC, axis=1)[:, :k])
+
+
+def test_top_k_smallest_uses_groups_where_they_pay():
+  assert beam._group_size(2048, 16) > 1
+  assert beam._group_size(16, 16) == 1
+
+
+def test_top_k_smallest_with_empty_slots():
+  x_NC = np.full((3, 64), np.inf, np.float32)
+  x_NC[:, 40] = 1
+  values_NR, at_NR = beam.top_k_smallest(jnp.asarray(x_NC), 4)
+  assert (np.asarray(at_NR)[:, 0] == 40).all()
+  assert np.isinf(np.asarray(values_NR)[:, 1:]).all()
 
 
 def _propose(words_KD, x_ND, hypotheses):

@@ -16,7 +16,7 @@ import tqdm
 
 from tests.campaign import attacks, outcomes, subjects
 
-_STEPS = [7, pytest.param(1, marks=pytest.mark.slow)]  # Between changes.
+_STEPS = [17, pytest.param(1, marks=pytest.mark.slow)]  # Between changes.
 _NEEDS_ROOM = ("open", "os.mkdir", "os.rename")
 
 

@@ -131,8 +131,8 @@ def _select(weights, residual_NFD, error_NF, rule):
   if num_joint:
     num_joint = min(num_joint, f * num_codewords)  # One hypothesis has fewer.
     score_NC = (score_NFK + error_NF[..., None]).reshape(n, f * num_codewords)
-    negative_NC, flat_NC = lax.top_k(-score_NC, num_joint)
-    return *jnp.divmod(flat_NC, num_codewords), -negative_NC
+    score_NC, flat_NC = beam_lib.top_k_smallest(score_NC, num_joint)
+    return *jnp.divmod(flat_NC, num_codewords), score_NC
   _, ids_NFA = lax.top_k(-score_NFK, num_candidates)
   parents_NFA = jnp.broadcast_to(
     jnp.arange(f, dtype=jnp.int32)[:, None], ids_NFA.shape

@@ -21,7 +21,7 @@ from vqjax.data.codes import check_ids
 # Without a network, as many vectors at once; with one, as many codewords that
 # go through it: on CPUs they stay in the caches.
 _PLAIN_ROWS = 4096
-_CPU_CODEWORDS, _DEVICE_CODEWORDS = 1 << 12, 1 << 20
+_CPU_CODEWORDS, _DEVICE_CODEWORDS = 1 << 11, 1 << 20
 _CPU_DECODE, _DEVICE_DECODE = 1 << 11, 1 << 16
 
 

@@ -49,7 +49,7 @@ def test_an_encoder_makes_one_graph_of_the_centroids(
   x_ND = _vectors(50)
   encoder = encoders.make_encoder(codec, {"assign": assign}, x_ND)
   assert len(made) == num_graphs
-  codes_NM = next(encoder.blocks(range(50)))
+  codes_NM = np.concatenate(list(encoder.blocks(range(50))))
   want_NM = qinco.encode_by(params, x_ND, None, encoder.rule)
   assert (codes_NM == want_NM).mean() > 0.9  # A graph may miss the nearest.
 

@@ -233,9 +233,9 @@ def _refuse_foreign(path, overwrite: bool) -> None:
   beside = description_path(path)
   if not overwrite and beside.exists() and not _is_ours(beside):
     raise FileExistsError(
-      f"{beside} exists already and describes no output of vqjax, but the "
-      f"description of {path} would go there; choose another name, or add "
-      "--overwrite."
+      f"{beside} exists already and is damaged, or not of vqjax, but the "
+      f"description of {path} would go there; choose another name, remove it, "
+      "or add --overwrite."
     )
 
 

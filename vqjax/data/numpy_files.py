@@ -90,7 +90,7 @@ def _damage_in_words(path):
   """Makes any error of reading a .npz one that names the file."""
   try:
     yield
-  except (_Refused, MemoryError, FileNotFoundError, PermissionError):
+  except (VectorFileError, MemoryError, FileNotFoundError, PermissionError):
     raise
   except Exception as e:  # Of zipfile, zlib, struct, NumPy's parser.
     reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
@@ -99,7 +99,7 @@ def _damage_in_words(path):
     ) from e
 
 
-class _Refused(ValueError):
+class VectorFileError(ValueError):
   """An error whose message says all, which goes out as it is."""
 
 
@@ -113,7 +113,7 @@ def _member(archive, part: str | None, path) -> zipfile.ZipInfo:
     return next(iter(members.values()))
   if part not in members:
     missing = "" if part is None else f"no array {part!r}, but "
-    raise _Refused(
+    raise VectorFileError(
       f"{path} has {missing}{len(members)} arrays, {sorted(members)[:20]}; "
       f"choose one with {path.name}#name."
     )
@@ -144,11 +144,11 @@ def _read_header(f, name: str, check_fn):
     shape, fortran, dtype = read(f)
   except Exception as e:  # NumPy parses Python: any error may come of damage.
     reason = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
-    raise _Refused(f"{name} has no valid .npy header: {reason}") from e
+    raise VectorFileError(f"{name} has no valid .npy header: {reason}") from e
   try:
     check_fn(name, shape, _stored(dtype))
   except ValueError as e:
-    raise _Refused(str(e)) from e
+    raise VectorFileError(str(e)) from e
   return shape, fortran, dtype
 
 
@@ -165,7 +165,7 @@ def _from_bfloat16(raw_ND) -> np.ndarray:
 def _check_size(name: str, size: int, offset: int, shape, dtype) -> None:
   wanted = offset + math.prod(shape) * dtype.itemsize
   if size != wanted:
-    raise _Refused(
+    raise VectorFileError(
       f"{name} is truncated or damaged: its header says {shape} {dtype}, so "
       f"expected {wanted} bytes, got {size} bytes."
     )
@@ -175,7 +175,7 @@ def _check_memory(name: str, num_bytes: int) -> None:
   """Raises ValueError if an array would fill half of the memory."""
   memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
   if num_bytes > memory // 2:
-    raise _Refused(
+    raise VectorFileError(
       f"{name} takes {num_bytes} bytes, more than half of the memory of this "
       "machine, and an array in a .npz is read whole; save it as .npy."
     )

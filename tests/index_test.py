@@ -11,7 +11,8 @@ from tests import qinco_cases
 from vqjax import index as index_lib
 from vqjax.codec import Codec
 from vqjax.codecs import pq, rq
-from vqjax.index import build_index, load_index
+from vqjax.index import load_index
+from vqjax.index_build import build_index
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 _NUM, _DIM, _MORE = 400, 8, 60

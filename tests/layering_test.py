@@ -19,6 +19,7 @@ LAYERS = {
   "fitting": 5,
   "ivf_lists": 5,
   "index": 5,
+  "index_build": 5,
   "fast_ivf": 5,
 }
 DOORS = {  # Module to the only place that may import it.

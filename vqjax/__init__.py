@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 _DOORS = {
   "Codec": "vqjax.codec",
   "Index": "vqjax.index",
-  "build_index": "vqjax.index",
+  "build_index": "vqjax.index_build",
   "fit": "vqjax.fitting",
   "load": "vqjax.codec",
   "load_index": "vqjax.index",

@@ -1,0 +1,184 @@
+"""Builds an index: encodes vectors, finds their lists, fits decoders.
+
+index = vqjax.build_index(codec, x, num_lists=1024)
+"""
+
+import math
+
+import jax
+import numpy as np
+
+from vqjax.codec import Codec
+from vqjax.codec import load as load_codec
+from vqjax.codecs import additive, kmeans
+from vqjax.codecs import decoders as decoders_lib
+from vqjax.core import check_range
+from vqjax.data import batches
+from vqjax.index import METRICS, Index, check_ids, open_for
+from vqjax.interop import faiss_fastscan, faiss_ivf
+from vqjax.search import refiners
+
+_ARGUMENTS = (  # Of `build_index`, for whoever misspells one.
+  *("num_lists", "ids", "metric", "refiner", "coarse", "num_tables", "seed"),
+  "progress",
+)
+_PER_LIST = 256  # Vectors that k-means looks at, for each list.
+_LEAST_PER_LIST = 39  # Fewer make poor centroids.
+_ONE_LIST = 2_500  # Below this number of vectors lists save no time.
+_MOST_FITTED = 200_000  # Vectors that decoders are fitted to.
+
+
+def build_index(
+  codec,
+  x,
+  num_lists: int | None = None,
+  *,
+  ids=None,
+  metric: str | None = None,
+  refiner: str | None = None,
+  coarse: str | None = None,
+  num_tables: int | None = None,
+  seed: int = 0,
+  progress: bool = False,
+  **settings,
+) -> Index:
+  """Encodes vectors and puts their codes into inverted lists.
+
+  Args:
+    codec: A `vqjax.Codec`, or the path of one.
+    x: Vectors `[N, D]`: an array, a memory map, or a path.
+    num_lists: L. A codec with lists has its own number. For others the vectors
+      get lists by k-means; None for about four times the square root of N, and
+      one list for fewer than 2,500 vectors.
+    ids: Distinct integers `[N]`, 0 or more; None for 0, 1, ...
+    metric: "l2", "ip" or "cosine"; None for the codec's.
+    refiner: "rabitq" for more recall, "fastscan" for more speed, None for none;
+      see `vqjax.search.refiners`.
+    coarse: "flat" or "hnsw", how lists are found; None for flat below 16,384.
+    num_tables: Tables of the pairwise decoder, 0 for none; None for those that
+      pay on held-out vectors. Only codecs that are no sums of codewords have
+      one.
+    seed: Of k-means and of the rotation of rabitq.
+    progress: Shows progress lines.
+    **settings: Fields of `vqjax.codecs.rule.SearchRule`, see `Codec.encode`.
+
+  Raises:
+    ValueError: Vectors, ids or settings do not fit; before any work.
+  """
+  codec = codec if isinstance(codec, Codec) else load_codec(codec)
+  own = codec.info.get("metric") or "l2"
+  metric = metric or own
+  _check_choices(metric=(metric, METRICS), refiner=(refiner, refiners.KINDS))
+  if (metric == "cosine") != (own == "cosine"):
+    raise ValueError(
+      f"metric={metric!r} does not fit a codec that was trained for {own}: for "
+      "the cosine vectors are made of length 1. Train a codec for this metric."
+    )
+  codec.check_settings(settings, _ARGUMENTS)
+  decoders_lib.check_sizes(codec.codebook_sizes[codec.is_ivf :], codec.name)
+  vectors = open_for(x, codec.dim, metric)
+  ids_N = check_ids(ids, len(vectors), np.empty(0, np.int64))
+  num_lists = _check_lists(codec, num_lists, len(vectors))
+  _check_refiner(refiner, metric, codec, len(vectors))
+  codes_NM = codec.encode(vectors, progress=progress, **settings)
+  centroids_LD = codec.centroids
+  if not codec.is_ivf and num_lists > 1:
+    centroids_LD = _fit_centroids(vectors, num_lists, seed)
+  codewords, pairwise_params = _fit_decoders(
+    codec, vectors, codes_NM, num_tables
+  )
+  faiss_index = faiss_ivf.make_index(
+    centroids_LD,
+    np.asarray(codewords.codebooks_MKD),
+    coarse=coarse or faiss_ivf.default_coarse(num_lists),
+    metric="ip" if metric == "ip" else "l2",
+    by_residual=codec.is_ivf,
+  )
+  index = Index(codec, faiss_index, metric, pairwise_params, settings=settings)
+  index.append(vectors, codes_NM, ids_N)
+  if refiner is not None:
+    index.make_refiner(refiner, vectors, ids_N, seed)
+  return index
+
+
+def _check_choices(**values) -> None:
+  """Raises ValueError unless each value is None or one of its choices."""
+  for name, (value, choices) in values.items():
+    if value is not None and value not in choices:
+      raise ValueError(
+        f"{name} must be one of {', '.join(choices)}; got {value!r}."
+      )
+
+
+def _check_refiner(refiner: str | None, metric: str, codec, num: int) -> None:
+  """Raises ValueError if vectors cannot have this refiner."""
+  if refiner != "fastscan":
+    return
+  if metric == "ip":
+    raise ValueError(
+      "A fastscan refiner is for l2 and cosine; take refiner='rabitq' for ip."
+    )
+  faiss_fastscan.check_parts(codec.dim, None)
+  check_range(
+    "The number of vectors", num, 256, 1 << 40, "for a fastscan refiner"
+  )
+
+
+def _check_lists(codec: Codec, num_lists: int | None, num: int) -> int:
+  """Returns L; raises ValueError if there are too few vectors for it."""
+  check_range("The number of vectors", num, 1, 2**31 - 1)
+  if codec.is_ivf:
+    own = codec.codebook_sizes[0]
+    if num_lists not in (None, own):
+      raise ValueError(
+        f"num_lists must be None or {own}, the number of lists that this codec "
+        f"was trained with; got {num_lists}."
+      )
+    return own
+  if num_lists is None:
+    if num < _ONE_LIST:
+      return 1
+    power = round(math.log2(4 * math.sqrt(num)))
+    return min(1 << power, max(num // _LEAST_PER_LIST, 1))
+  check_range("num_lists", num_lists, 1, num, "there are no more vectors")
+  return num_lists
+
+
+def _fit_centroids(vectors, num_lists: int, seed: int) -> np.ndarray:
+  x_ND = batches.subsample(vectors, _PER_LIST * num_lists, seed)
+  return np.asarray(kmeans.fit(jax.random.key(seed), x_ND, num_lists))
+
+
+def _fit_decoders(codec: Codec, vectors, codes_NM, num_tables: int | None):
+  """Codewords of the index, and the pairwise decoder or None."""
+  sizes = codec.codebook_sizes[codec.is_ivf :]
+  rows_N = batches.permute(
+    np.arange(min(len(vectors), _MOST_FITTED)), len(vectors), 0, 0
+  )
+  target_ND = batches.read_rows(vectors, rows_N)
+  codes_NM, lists_N = codes_NM[rows_N].astype(np.int32), None
+  if codec.is_ivf:
+    lists_N, codes_NM = codes_NM[:, 0], codes_NM[:, 1:]
+    target_ND -= codec.centroids[lists_N]
+  sample = decoders_lib.Sample(target_ND, codes_NM, lists_N)
+  num_train, held_out = len(rows_N), None
+  if len(rows_N) > 1:
+    num_train, _ = batches.split(len(rows_N))
+    held_out = sample.cut(slice(num_train, None))
+  train = sample.cut(slice(num_train))
+  codewords = decoders_lib.fit_additive(codec.params, sizes, train)
+  if additive.from_codec(codec.params) is not None and num_tables is None:
+    return codewords, None  # Exact already.
+  num_lists = codec.codebook_sizes[0] if codec.is_ivf else 0
+  most = decoders_lib.most_tables(sizes, num_lists, num_train, num_tables)
+  if not most:
+    return codewords, None
+  tables = decoders_lib.fit_pairwise(
+    codewords,
+    sizes,
+    train,
+    None if num_tables else held_out,
+    num_tables=most,
+    centroids_LD=codec.centroids,
+  )
+  return codewords, tables

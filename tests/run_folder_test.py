@@ -58,8 +58,10 @@ def test_another_process_is_named(tmp_path):
 
 def test_a_number_that_was_given_again_is_another_process(tmp_path):
   _lock_of(tmp_path, started="1")  # Of this number, but begun elsewhen.
+  before = (tmp_path / run_folder.LOCK_NAME).read_text()
   with run_folder.locked(tmp_path):
-    pass
+    assert (tmp_path / run_folder.LOCK_NAME).read_text() != before
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": null}', None])

@@ -125,7 +125,8 @@ def test_other_settings_are_refused_by_their_flag(folder, values, message):
 
 def test_a_batch_may_be_cut_otherwise(folder):
   _stop_after_the_first_epoch(folder)
-  _train(folder, batch_size=64, accumulate=2, log_every=1)
+  summary = _train(folder, batch_size=64, accumulate=2, log_every=1)
+  assert summary["last_step"] == 8  # All of the two epochs.
 
 
 def test_more_epochs_than_it_had(folder):

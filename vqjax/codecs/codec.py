@@ -31,6 +31,9 @@ class CodecSpec:
   fit: Callable | None = None
   is_ivf: Callable = lambda params: False  # Whether codes begin with a list.
   centroids: Callable | None = None  # -> those of the lists, in data units
+  # Of codecs that quantise residuals, in the space where they do so:
+  latent: Callable | None = None  # (tables, x_ND) -> z_NE
+  levels: Callable | None = None  # tables -> a codebook [K, E] per position
 
   def __post_init__(self):
     """Raises ValueError if a knob is no field of a rule."""

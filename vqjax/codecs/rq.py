@@ -232,4 +232,6 @@ CODEC = CodecSpec(
   rule=SearchRule(beam_size=1),
   check_rule=check_rule,
   fit=fit,
+  latent=lambda params, x_ND: x_ND,
+  levels=lambda params: tuple(params.codebooks_MKD),
 )

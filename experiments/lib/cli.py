@@ -37,7 +37,7 @@ _WORDS = {
   bool: "True or False",
 }
 DATA_OPTIONS = {
-  "data": Option(str, None, "Vectors (bvecs, fvecs, npy, u8bin, ...)."),
+  "data": Option(str, None, "Vectors (.npy, .bvecs, items.parquet#embedding)."),
   "data_root": Option(
     str, None, "Folder of named data sets; else $VQJAX_DATA."
   ),

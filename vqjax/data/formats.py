@@ -10,6 +10,7 @@ A file holds `N` vectors of `D` numbers. The suffix tells its layout:
   .npz                   `file.npz#name` picks an array, else the only one
   .hdf5 .h5              `file.hdf5#group/name` picks a data set, else "train"
                          or the only one
+  .parquet               `file.parquet#column`, else the only column of lists
 
 Only a .npz is read whole: else `open_vectors` costs the same for a thousand
 vectors as for a billion. A .npy in Fortran order is read where it lies, but
@@ -23,13 +24,15 @@ import re
 
 import numpy as np
 
-from vqjax.data import files, hdf5, numpy_files, rows, values
+from vqjax.data import files, hdf5, numpy_files, parquet, rows, values
 
 _VECS = {".bvecs": "<u1", ".fvecs": "<f4", ".ivecs": "<i4"}
 _BIN = {".fbin": "<f4", ".u8bin": "<u1", ".i8bin": "<i1", ".ibin": "<i4"}
 _HDF5 = (".hdf5", ".h5")
-SUFFIXES = (*_VECS, *_BIN, ".npy", *_HDF5, ".npz")
-_WITH_PART = re.compile(r"\.(hdf5|h5|npz)#", re.IGNORECASE)
+_WITH_PARTS = dict.fromkeys(_HDF5, hdf5.open_rows)
+_WITH_PARTS |= {".npz": numpy_files.open_npz, ".parquet": parquet.open_rows}
+SUFFIXES = (*_VECS, *_BIN, ".npy", *_WITH_PARTS)
+_WITH_PART = re.compile(r"\.(hdf5|h5|npz|parquet)#", re.IGNORECASE)
 _MAX_DIM = 1_000_000
 _BLOCK_BYTES = 1 << 24
 
@@ -50,7 +53,7 @@ def open_vectors(path, *, max_vectors: int | None = None, role=None):
     FileNotFoundError: There is no file; the message names one that is near.
     ValueError: It holds no vectors, or is damaged.
   """
-  path, part = _split_path(path)
+  path, part = split_path(path)
   if max_vectors is not None and max_vectors < 1:
     raise ValueError(f"max_vectors must be at least 1, got {max_vectors}.")
   suffix = _suffix(path)
@@ -67,10 +70,9 @@ def open_vectors(path, *, max_vectors: int | None = None, role=None):
 
 
 def _open(path: pathlib.Path, suffix: str, part: str | None):
-  if suffix in _HDF5:
-    return hdf5.open_rows(path, part)
-  if suffix == ".npz":
-    return numpy_files.open_npz(path, part)
+  open_part_fn = _WITH_PARTS.get(suffix)
+  if open_part_fn:
+    return open_part_fn(path, part)
   if suffix == ".npy":
     return numpy_files.open_npy(path)
   if suffix in _VECS:
@@ -80,7 +82,7 @@ def _open(path: pathlib.Path, suffix: str, part: str | None):
   return rows.mapped(vectors, str(path))
 
 
-def _split_path(path) -> tuple[pathlib.Path, str | None]:
+def split_path(path) -> tuple[pathlib.Path, str | None]:
   """Splits `file.hdf5#name`; a `#` anywhere else belongs to the file name."""
   text = os.fspath(path)
   found = list(_WITH_PART.finditer(text))
@@ -217,7 +219,7 @@ def write_vectors(
     overwrite: replaces an existing file instead of refusing.
     description: written next to it, see `files.atomic_output`.
   """
-  path, part = _split_path(path)
+  path, part = split_path(path)
   suffix = _output_suffix(path)
   fixed = _VECS.get(suffix) or _BIN.get(suffix)
   if fixed and dtype not in (None, np.dtype(fixed)):
@@ -243,7 +245,7 @@ def write_vectors(
 
 def _output_suffix(path: pathlib.Path) -> str:
   """The suffix in small letters; raises unless such files are written."""
-  suffixes = [suffix for suffix in SUFFIXES if suffix != ".npz"]
+  suffixes = [s for s in SUFFIXES if s not in (".npz", ".parquet")]
   if path.suffix.lower() not in suffixes:
     raise ValueError(
       f"{path.name!r} cannot be written: the suffix must be one of "

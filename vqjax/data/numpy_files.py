@@ -38,6 +38,26 @@ def open_array(path: pathlib.Path) -> rows.MappedRows:
   return _map(path, check)[0]
 
 
+def read_ids(path: pathlib.Path) -> np.ndarray:
+  """Reads ids of a .npy: int64 `[N]`, or text as str objects."""
+
+  def check(name, shape, dtype):
+    if dtype.kind not in "iuUS" or len(shape) != 1:
+      raise ValueError(
+        f"{name} must hold ids, integers or text of shape (N,), got {dtype} "
+        f"{shape}: save np.array(ids), a list of Python's int or str."
+      )
+
+  ids_N = np.array(_map(path, check)[0])
+  if ids_N.dtype.kind == "S":
+    ids_N = np.strings.decode(ids_N, "utf-8")
+  if ids_N.dtype.kind == "U":
+    return ids_N.astype(object)
+  if ids_N.size and int(ids_N.max()) >= 1 << 63:
+    raise ValueError(f"{path} must hold ids below 2^63, got {ids_N.max()}.")
+  return ids_N.astype(np.int64)
+
+
 def open_npz(path: pathlib.Path, part: str | None) -> rows.Rows:
   """Opens array `part` of a .npz, the only one for None.
 
@@ -90,17 +110,18 @@ def _damage_in_words(path):
   """Makes any error of reading a .npz one that names the file."""
   try:
     yield
-  except (VectorFileError, MemoryError, FileNotFoundError, PermissionError):
+  except (
+    rows.VectorFileError,
+    MemoryError,
+    FileNotFoundError,
+    PermissionError,
+  ):
     raise
   except Exception as e:  # Of zipfile, zlib, struct, NumPy's parser.
     reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
     raise ValueError(
       f"{path} is truncated, damaged or no .npz: {reason.rstrip('.')}."
     ) from e
-
-
-class VectorFileError(ValueError):
-  """An error whose message says all, which goes out as it is."""
 
 
 def _member(archive, part: str | None, path) -> zipfile.ZipInfo:
@@ -113,7 +134,7 @@ def _member(archive, part: str | None, path) -> zipfile.ZipInfo:
     return next(iter(members.values()))
   if part not in members:
     missing = "" if part is None else f"no array {part!r}, but "
-    raise VectorFileError(
+    raise rows.VectorFileError(
       f"{path} has {missing}{len(members)} arrays, {sorted(members)[:20]}; "
       f"choose one with {path.name}#name."
     )
@@ -144,11 +165,13 @@ def _read_header(f, name: str, check_fn):
     shape, fortran, dtype = read(f)
   except Exception as e:  # NumPy parses Python: any error may come of damage.
     reason = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
-    raise VectorFileError(f"{name} has no valid .npy header: {reason}") from e
+    raise rows.VectorFileError(
+      f"{name} has no valid .npy header: {reason}"
+    ) from e
   try:
     check_fn(name, shape, _stored(dtype))
   except ValueError as e:
-    raise VectorFileError(str(e)) from e
+    raise rows.VectorFileError(str(e)) from e
   return shape, fortran, dtype
 
 
@@ -165,7 +188,7 @@ def _from_bfloat16(raw_ND) -> np.ndarray:
 def _check_size(name: str, size: int, offset: int, shape, dtype) -> None:
   wanted = offset + math.prod(shape) * dtype.itemsize
   if size != wanted:
-    raise VectorFileError(
+    raise rows.VectorFileError(
       f"{name} is truncated or damaged: its header says {shape} {dtype}, so "
       f"expected {wanted} bytes, got {size} bytes."
     )
@@ -175,7 +198,7 @@ def _check_memory(name: str, num_bytes: int) -> None:
   """Raises ValueError if an array would fill half of the memory."""
   memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
   if num_bytes > memory // 2:
-    raise VectorFileError(
+    raise rows.VectorFileError(
       f"{name} takes {num_bytes} bytes, more than half of the memory of this "
       "machine, and an array in a .npz is read whole; save it as .npy."
     )

@@ -12,6 +12,10 @@ before each read; only a cut between that and the read itself goes unnoticed.
 import numpy as np
 
 
+class VectorFileError(ValueError):
+  """An error whose message says all, which goes out as it is."""
+
+
 class MappedRows(np.memmap):
   """A mapped array that knows its file; `rows[i]` checks that it is whole.
 

@@ -14,7 +14,15 @@ import numpy as np
 import pytest
 
 from tests import qinco_cases
-from vqjax.codecs import pq, pq_qinco, registry, rq, runner
+from vqjax.codecs import (
+  pq,
+  pq_qinco,
+  registry,
+  rq,
+  rqvae,
+  rqvae_loss,
+  runner,
+)
 from vqjax.codecs.rule import SearchRule
 from vqjax.storage import codec_file
 
@@ -93,6 +101,29 @@ def _make_pq_qinco():
   return pq_qinco.recombine(blocks, jnp.linalg.qr(_vectors(D, 5))[0])
 
 
+def _make_rqvae():
+  """An RQ-VAE with random networks and random codewords."""
+  sizes = dict(layers=(12,), e_dim=5, codebook_sizes=(9, 8, 7))
+  return rqvae_loss.init(KEY, D, batch_norm=True, **sizes)
+
+
+def _make_levels(codebooks):
+  """The codec without networks: RQ with levels of several sizes."""
+  nothing = rqvae.Mlp((), ())
+  return rqvae.RQVAEParams(nothing, nothing, tuple(codebooks))
+
+
+def _make_rq_levels():
+  params = _make_levels(jnp.zeros((size, D)) for size in (9, 8, 8))
+  vectors = jnp.asarray(_vectors(60, 0))
+  return rqvae_loss.start_codebooks(KEY, params, vectors, num_iterations=3)
+
+
+def _make_exact_levels():
+  books_MKD = _make_exact_rq().codebooks_MKD
+  return _make_levels(book[: 8 - m] for m, book in enumerate(books_MKD))
+
+
 def _qinco_row(name, case, num_joint_candidates=0, **sizes):
   """A QINCo with random weights; pre-selection only where it has one."""
   sizes = {**dict(dim=D), **qinco_cases.CASES[case], **sizes}
@@ -129,6 +160,21 @@ ROWS = (
     greedy=_knobs(beam_size=1),
     wider=tuple(_knobs(beam_size=size) for size in (1, 2, 4, 12)),
     exact_fn=_make_exact_rq,
+  ),
+  Row(
+    "rqvae",
+    "rqvae",
+    _make_rqvae,
+    greedy=_knobs(beam_size=1),
+    is_fitted=False,
+  ),
+  Row(
+    "rqvae_levels",
+    "rqvae",
+    _make_rq_levels,
+    greedy=_knobs(beam_size=1),
+    wider=tuple(_knobs(beam_size=size) for size in (1, 3)),
+    exact_fn=_make_exact_levels,
   ),
   _qinco_row("qinco2", "qinco2"),
   _qinco_row("qinco2_joint", "qinco2", num_joint_candidates=6),
@@ -361,6 +407,18 @@ def test_6_longer_prefixes_leave_less(row):
   assert (np.diff(errors) < 0).all()
 
 
+@_over(lambda row: registry.get(row.codec).levels)
+def test_6_greedy_codes_are_residual_codes_of_the_latent(row):
+  spec, params, x_ND = registry.get(row.codec), _params(row), _vectors()
+  residual_NE, ids = np.asarray(spec.latent(params, jnp.asarray(x_ND))), []
+  for words_KE in map(np.asarray, spec.levels(params)):
+    error_NK = ((residual_NE[:, None] - words_KE[None]) ** 2).sum(axis=2)
+    ids.append(error_NK.argmin(axis=1))
+    residual_NE = residual_NE - words_KE[ids[-1]]
+  codes_NM = _encode(row, row.greedy)(params, x_ND)
+  _assert_same(row, params, x_ND, codes_NM, np.stack(ids, axis=1))
+
+
 @_over()
 def test_7_codes_are_int32_in_range(row):
   params, x_ND = _params(row), _vectors(200)
@@ -427,6 +485,6 @@ def test_a_wrong_dimension_is_refused(row):
 
 
 def test_an_unknown_codec_is_refused():
-  with pytest.raises(ValueError, match="pq, rq, qinco, pq_qinco; got 'vq'"):
+  with pytest.raises(ValueError, match="qinco, pq_qinco, rqvae; got 'vq'"):
     registry.get("vq")
-  assert set(registry.names()) == {"pq", "rq", "qinco", "pq_qinco"}
+  assert set(registry.names()) == {"pq", "rq", "qinco", "pq_qinco", "rqvae"}

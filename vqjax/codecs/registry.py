@@ -9,6 +9,7 @@ _MODULES = {
   "rq": "vqjax.codecs.rq",
   "qinco": "vqjax.codecs.qinco",
   "pq_qinco": "vqjax.codecs.pq_qinco",
+  "rqvae": "vqjax.codecs.rqvae",
 }
 
 

@@ -7,6 +7,7 @@ of lower rate.
 References: Chen et al., Sensors 2010; beam search, arXiv 1509.05195.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -138,6 +139,27 @@ def decode(params: RQParams, codes_NM: Array) -> Array:
 
   start_ND = jnp.zeros((codes_NM.shape[0], dim(params)), jnp.float32)
   return lax.scan(body, start_ND, (codebooks_MKD, codes_NM.T))[0]
+
+
+def encode_levels(
+  codebooks: Sequence[Array], x_ND: Array, beam_size: int = 1
+) -> Array:
+  """Codes `[N, M]`, int32, by codebooks `[K, D]` that may differ in size."""
+  steps, residual_ND = [], x_ND
+  if beam_size == 1:
+    for words_KD in codebooks:
+      steps.append(nearest(residual_ND, words_KD))
+      residual_ND = residual_ND - words_KD[steps[-1]]
+    return jnp.stack(steps, axis=1)
+  beam = _start(x_ND, beam_size)
+  for words_KD in codebooks:
+    beam, step = beam_lib.advance(
+      _propose, words_KD, x_ND, beam, beam_size=beam_size
+    )
+    steps.append(step)
+  parents_MNF, ids_MNF = (jnp.stack(x) for x in zip(*steps, strict=True))
+  best_N = jnp.zeros(x_ND.shape[0], jnp.int32)
+  return beam_lib.backtrack(parents_MNF, ids_MNF, best_N)[0].T.astype(jnp.int32)
 
 
 def _encode_greedy(codebooks_MKD: Array, x_ND: Array, _) -> Array:

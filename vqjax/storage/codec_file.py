@@ -235,7 +235,7 @@ def _of_unfinished(folder: pathlib.Path) -> LoadedCodec | None:
   if found is None:
     return None
   step, state = found
-  arrays = {k: v for k, v in state["params"].items() if v is not None}
+  arrays = tensors.by_name(state["params"])
   params = _rebuild(params_class, arrays, static)
   logging.warning(
     "The training run in %s has not finished. Using its best checkpoint, of "

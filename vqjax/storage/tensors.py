@@ -27,42 +27,79 @@ from vqjax.data.files import atomic_output
 
 
 def flatten(params, prefix: str = "") -> tuple[dict, dict]:
-  """Splits parameters into arrays and static values by field path."""
+  """Splits parameters into arrays and static values by field path.
+
+  The entries of a tuple are numbered: `layers.0`, `layers.1`.
+  """
   arrays, static = {}, {}
-  for field in dataclasses.fields(params):
-    value, name = getattr(params, field.name), prefix + field.name
-    if not field.metadata.get("pytree_node", True):
-      static[name] = value
+
+  def add(name, value):
+    if isinstance(value, tuple):
+      for at, each in enumerate(value):
+        add(f"{name}.{at}", each)
     elif dataclasses.is_dataclass(value):
       inner = flatten(value, f"{name}.")
-      arrays |= inner[0]
-      static |= inner[1]
+      arrays.update(inner[0])
+      static.update(inner[1])
     elif value is not None:
       arrays[name] = np.asarray(value, order="C")
+
+  for field in dataclasses.fields(params):
+    value, name = getattr(params, field.name), prefix + field.name
+    if field.metadata.get("pytree_node", True):
+      add(name, value)
+    else:
+      static[name] = value
   return arrays, static
 
 
 def rebuild(cls: type, arrays: dict, static: dict, prefix: str = ""):
   """Inverse of `flatten`; takes what it uses out of the dicts."""
   hints, values = typing.get_type_hints(cls), {}
+
+  def take(hint, name):
+    if typing.get_origin(hint) is tuple:
+      return tuple(
+        take(typing.get_args(hint)[0], f"{name}.{at}")
+        for at in range(_count(arrays, name))
+      )
+    if dataclasses.is_dataclass(hint):
+      return rebuild(hint, arrays, static, f"{name}.")
+    if name in arrays:
+      return jnp.asarray(arrays.pop(name))
+    if type(None) in typing.get_args(hint):
+      return None
+    raise ValueError(f"it lacks the array {name}")
+
   for field in dataclasses.fields(cls):
-    hint, name = hints[field.name], prefix + field.name
-    if not field.metadata.get("pytree_node", True):
-      if name not in static:
-        raise ValueError(f"its header lacks the value {name}")
+    name = prefix + field.name
+    if field.metadata.get("pytree_node", True):
+      values[field.name] = take(hints[field.name], name)
+    elif name in static:
       values[field.name] = static.pop(name)
-    elif dataclasses.is_dataclass(hint):
-      values[field.name] = rebuild(hint, arrays, static, f"{name}.")
-    elif name in arrays:
-      values[field.name] = jnp.asarray(arrays.pop(name))
-    elif type(None) in typing.get_args(hint):
-      values[field.name] = None
     else:
-      raise ValueError(f"it lacks the array {name}")
+      raise ValueError(f"its header lacks the value {name}")
   if not prefix and (arrays or static):
     names = ", ".join(sorted([*arrays, *static]))
     raise ValueError(f"{cls.__name__} has no field for {names}")
   return cls(**values)
+
+
+def _count(arrays: dict, name: str) -> int:
+  """Entries of a tuple: numbers that follow its name, from 0 on."""
+  start = f"{name}."
+  tails = [key[len(start) :] for key in arrays if key.startswith(start)]
+  found = {tail.partition(".")[0] for tail in tails}
+  return next(at for at in range(len(found) + 1) if str(at) not in found)
+
+
+def by_name(tree, name: str = "") -> dict:
+  """Returns the arrays in nested dicts and lists by the names of `flatten`."""
+  if isinstance(tree, dict | list | tuple):
+    parts = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    found = [by_name(each, f"{name}.{key}") for key, each in parts]
+    return {key: x for each in found for key, x in each.items()}
+  return {} if tree is None else {name[1:]: tree}
 
 
 def digest(arrays: dict, static: dict) -> str:

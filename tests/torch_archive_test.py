@@ -108,7 +108,7 @@ def test_refuses_every_other_name(pt, module, name, form):
   }[form]
   write(pt, b"\x80\x04" + pickled + b".")
   with pytest.raises(
-    ValueError, match=f"names {module}.{name}, which no QINCo checkpoint uses"
+    ValueError, match=f"names {module}.{name}, which no known checkpoint uses"
   ):
     torch_qinco.load_checkpoint(pt)
 

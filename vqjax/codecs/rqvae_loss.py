@@ -65,7 +65,9 @@ def init(
 
   def codebook(level: int, size: int) -> Array:
     draw = partial(jax.random.uniform, minval=-1 / size, maxval=1 / size)
-    return draw(jax.random.fold_in(words_key, level), (size, e_dim), jnp.float32)
+    return draw(
+      jax.random.fold_in(words_key, level), (size, e_dim), jnp.float32
+    )
 
   return RQVAEParams(
     encoder=_init_mlp(encoder_key, widths, batch_norm),
@@ -383,9 +385,7 @@ def _split(key, words_KE, used_K, *, noise, min_share):
   used_K = used_K.astype(jnp.float32)
   is_dead_K = used_K <= min_share * used_K.mean()
   logits_K = jnp.log(jnp.where(is_dead_K, 0, used_K))
-  parents_K = jax.random.categorical(
-    parent_key, logits_K, shape=logits_K.shape
-  )
+  parents_K = jax.random.categorical(parent_key, logits_K, shape=logits_K.shape)
   draw_KE = jax.random.normal(noise_key, words_KE.shape, jnp.float32)
   spread_1E = jnp.std(words_KE, axis=0, keepdims=True)
   copies_KE = words_KE[parents_K] + noise * spread_1E * draw_KE

@@ -3,8 +3,8 @@
 Such a file is a zip archive: `data.pkl`, a pickle of everything but the
 numbers, and one record `data/KEY` per storage of numbers. Unpickling runs what
 the pickle names, so here it may name only what `_KNOWN` lists, the handful of
-names in the checkpoints of QINCo, and gets an inert stand-in for it. Numbers
-are read when a tensor is asked for, and only from within its storage.
+names in the checkpoints of QINCo and RQ-VAE, and gets an inert stand-in for
+it. Numbers are read when a tensor is asked for, and only from its storage.
 """
 
 import collections
@@ -152,6 +152,7 @@ def _known_names() -> dict:
   known |= {("torch", name): name for name in _STORAGES}
   return known | {
     ("collections", "OrderedDict"): collections.OrderedDict,
+    ("argparse", "Namespace"): type("Namespace", (_Inert,), {}),
     ("builtins", "set"): set,
     ("__builtin__", "set"): set,
     ("torch._utils", "_rebuild_tensor_v2"): _callable(_tensor),
@@ -172,7 +173,7 @@ class _Unpickler(pickle.Unpickler):
   def find_class(self, module, name):
     if (module, name) not in _KNOWN:
       raise Refused(
-        f"names {module}.{name}, which no QINCo checkpoint uses; "
+        f"names {module}.{name}, which no known checkpoint uses; "
         "refusing to load it."
       )
     return _KNOWN[module, name]

@@ -17,6 +17,7 @@ import numpy as np
 
 from vqjax.codecs import pq_qinco
 from vqjax.codecs.qinco import QincoParams
+from vqjax.interop import rqvae_files
 from vqjax.interop.torch_archive import (
   Archive,
   Module,
@@ -31,15 +32,18 @@ _MAX_MODULES = 100_000
 def load_checkpoint(path) -> tuple[str, Any, dict]:
   """Loads a released checkpoint: codec name, parameters, info.
 
-  The codec is "qinco" or "pq_qinco". `info["encode"]` holds the checkpoint's
-  own A and B as keyword arguments of `encode`, `info["source"]` the kind of
-  file, `info["epoch"]` the epoch that ended when a v2 file was written.
+  The codec is "qinco" or "pq_qinco"; an RQ-VAE is read by `rqvae_files`.
+  `info["encode"]` holds the checkpoint's own A and B as keyword arguments of
+  `encode`, `info["source"]` the kind of file, `info["epoch"]` the epoch that
+  ended when a v2 file was written.
 
   Raises:
     ValueError: If the file is none of these checkpoints, is damaged, or
       names anything that such a checkpoint does not use.
   """
   with open_archive(path) as (archive, root):
+    if rqvae_files.is_rqvae(root):
+      return rqvae_files.from_archive(archive, root)
     if isinstance(root, dict):
       return _from_v2(archive, root)
     if isinstance(root, Module):

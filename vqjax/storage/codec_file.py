@@ -27,7 +27,7 @@ from vqjax import __version__
 from vqjax.codecs import registry
 from vqjax.data import files
 from vqjax.data.files import atomic_output
-from vqjax.interop import torch_qinco
+from vqjax.interop import rqvae_files, torch_qinco
 from vqjax.storage import tensors
 from vqjax.storage.tensors import digest as _digest
 from vqjax.storage.tensors import flatten as _flatten
@@ -168,7 +168,7 @@ def _check_json(path: pathlib.Path, header: dict) -> None:
 
 
 def load_codec(path) -> LoadedCodec:
-  """Loads a codec from a run folder, a .safetensors or a released .pt file.
+  """Loads a codec: a run folder, a .safetensors, a released .pt, .pth or .npz.
 
   A folder may hold `codec.safetensors`, or else one such file of any name.
   Of a training run that has not finished it is the best checkpoint.
@@ -184,10 +184,13 @@ def load_codec(path) -> LoadedCodec:
   if path.suffix.lower() in _RELEASED:
     name, params, info = torch_qinco.load_checkpoint(path)
     return LoadedCodec(name, params, info, fingerprint(params))
+  if path.suffix.lower() == ".npz":
+    name, params, info = rqvae_files.load_npz(path)
+    return LoadedCodec(name, params, info, fingerprint(params))
   if path.suffix.lower() != ".safetensors":
     raise ValueError(
-      f"{path} must be a run folder, a .safetensors file or a .pt checkpoint, "
-      f"got suffix {path.suffix!r}."
+      f"{path} must be a run folder, a .safetensors file, a .pt or .pth "
+      f"checkpoint or an .npz of codebooks, got suffix {path.suffix!r}."
     )
   text, arrays = tensors.read(path)
   header = _parse_header(path, text)

@@ -328,42 +328,38 @@ def test_map_blocks_over_some_rows():
     batches.map_blocks(np.sin, x_ND, block_size=4, rows=range(15, 21))
 
 
-def test_a_column_beside_the_vectors():
+def test_vectors_are_read_with_their_lists():
   rng = np.random.default_rng(0)
   x_ND = rng.integers(0, 255, (50, 3)).astype(np.uint8)
-  lists_N = rng.integers(0, 1 << 20, 50).astype(np.int32)
-  joined = batches.WithColumn(x_ND, lists_N)
-  assert joined.shape == (50, 4)
-  assert len(joined) == 50
+  lists_N = rng.integers(0, 1 << 30, 50)
+  vectors = batches.WithLists(x_ND, lists_N)
+  assert len(vectors) == 50
   rows = np.array([7, 3, 49])
+  blocks = batches.map_blocks(batches.split_lists, vectors, block_size=50)
+  reader = batches.BatchReader(vectors, 0, 8)
   for got, at in (
-    (joined[5:9], slice(5, 9)),
-    (batches.read_rows(joined, rows), rows),
-    (batches.subsample(joined, 50, 0), slice(None)),
+    (batches.read_rows(vectors, rows), rows),
+    (reader(3), batches.batch_rows(0, 3, 8, 50)),
+    (batches.subsample(vectors, 50, 0), slice(None)),
+    (batches.WithLists(*next(blocks)[1]), slice(None)),
   ):
-    assert got.dtype == np.float32
-    np.testing.assert_array_equal(got[:, :3], x_ND[at])
-    np.testing.assert_array_equal(got[:, 3], lists_N[at])
-
-
-def test_a_column_must_be_exact_in_float32():
-  x_ND = np.zeros((2, 3), np.float32)
-  joined = batches.WithColumn(x_ND, np.array([0, (1 << 24) - 1]))
-  assert joined[:][1, 3] == (1 << 24) - 1
-  with pytest.raises(ValueError, match="below 16777216.*got 16777217"):
-    batches.WithColumn(x_ND, np.array([0, (1 << 24) + 1]))
+    got_ND, got_N = batches.split_lists(got)
+    assert (got_ND.dtype, got_N.dtype) == (np.float32, np.int32)
+    np.testing.assert_array_equal(got_ND, x_ND[at])
+    np.testing.assert_array_equal(got_N, lists_N[at])
+  assert batches.split_lists(x_ND)[1] is None
 
 
 def test_bad_rows_of_a_part_are_named_as_in_the_file(tmp_path):
   x_ND = np.zeros((50, 3), np.float32)
   x_ND[37, 1] = np.nan
   part = make_file(tmp_path, x_ND, ".fvecs")[10:][20:]
-  joined = batches.WithColumn(part, np.arange(20))
+  joined = batches.WithLists(part, np.arange(20))
   for read in (
     lambda: batches.read_rows(part, [0, 7]),
     lambda: list(batches.map_blocks(np.sin, part, block_size=5)),
     lambda: batches.read_rows(joined, [7]),
-    lambda: list(batches.map_blocks(np.sin, joined, block_size=5)),
+    lambda: list(batches.map_blocks(batches.split_lists, joined, block_size=5)),
   ):
     with pytest.raises(ValueError, match="x.fvecs must .* in row 37;"):
       read()

@@ -30,10 +30,10 @@ def _x_ND():
 
 def test_kmeans_finds_the_centroids(x_ND, tmp_path):
   config = _config(num_lists=5)
-  centroids_LD, joined = ivf_lists.prepare(config, tmp_path, x_ND, 300)
+  centroids_LD, vectors = ivf_lists.prepare(config, tmp_path, x_ND, 300)
   assert centroids_LD.shape == (5, 6)
-  rows, lists_N = batches.split_column(joined[:])
-  np.testing.assert_array_equal(rows, x_ND)
+  got_ND, lists_N = batches.split_lists(vectors)
+  np.testing.assert_array_equal(got_ND, x_ND)
   np.testing.assert_array_equal(lists_N, oracles.nearest(x_ND, centroids_LD))
   # Better than five of the vectors themselves.
   error = lambda c_LD: np.sum((x_ND - c_LD[oracles.nearest(x_ND, c_LD)]) ** 2)
@@ -47,14 +47,14 @@ def test_a_resumed_run_keeps_its_lists(x_ND, tmp_path, monkeypatch):
   monkeypatch.delattr(ivf_lists, "_fit")
   again = ivf_lists.prepare(config, tmp_path, x_ND, 300)
   np.testing.assert_array_equal(again[0], first[0])
-  np.testing.assert_array_equal(again[1][:], first[1][:])
+  np.testing.assert_array_equal(again[1].lists_N, first[1].lists_N)
 
 
 @pytest.mark.parametrize("is_begun", [False, True])
 @pytest.mark.parametrize("name", ["lists.npy", "lists.npy.json"])
 def test_a_flipped_bit_is_seen(x_ND, tmp_path, name, is_begun):
   config = _config(num_lists=5, num_iterations=2)
-  want_NE = ivf_lists.prepare(config, tmp_path, x_ND, 300)[1][:]
+  want_N = np.array(ivf_lists.prepare(config, tmp_path, x_ND, 300)[1].lists_N)
   data = bytearray((tmp_path / name).read_bytes())
   data[-8 if name.endswith("npy") else 0] ^= 1
   (tmp_path / name).write_bytes(data)
@@ -65,7 +65,7 @@ def test_a_flipped_bit_is_seen(x_ND, tmp_path, name, is_begun):
     for file in tmp_path.glob("lists.npy*"):
       file.unlink()
   again = ivf_lists.prepare(config, tmp_path, x_ND, 300)
-  np.testing.assert_array_equal(again[1][:], want_NE)
+  np.testing.assert_array_equal(again[1].lists_N, want_N)
 
 
 @pytest.mark.parametrize(
@@ -129,17 +129,17 @@ def test_lists_of_something_else_are_made_anew(x_ND, tmp_path, change, named):
   got = ivf_lists.prepare(config, tmp_path, x_ND, 300)
   want = ivf_lists.prepare(config, tmp_path / "new", x_ND, 300)
   np.testing.assert_array_equal(got[0], want[0])
-  np.testing.assert_array_equal(got[1][:], want[1][:])
+  np.testing.assert_array_equal(got[1].lists_N, want[1].lists_N)
 
 
 def test_a_changed_file_of_centroids_is_read_again(x_ND, tmp_path):
   config = _config(num_lists=0, centroids=str(tmp_path / "c.npy"))
   for first in (0, 50):
     np.save(tmp_path / "c.npy", x_ND[first : first + 7])
-    centroids_LD, joined = ivf_lists.prepare(config, tmp_path, x_ND, 300)
+    centroids_LD, vectors = ivf_lists.prepare(config, tmp_path, x_ND, 300)
     np.testing.assert_array_equal(centroids_LD, x_ND[first : first + 7])
     np.testing.assert_array_equal(
-      batches.split_column(joined[:])[1], oracles.nearest(x_ND, centroids_LD)
+      vectors.lists_N, oracles.nearest(x_ND, centroids_LD)
     )
 
 

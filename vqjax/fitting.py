@@ -162,10 +162,10 @@ def check_words(config, num_rows: int) -> None:
   )
 
 
-def sample(config, xt_ND, num_rows: int) -> np.ndarray:
-  """Returns the training vectors that a codec starts from, `[n, D]`."""
+def sample(config, vectors, num_rows: int):
+  """Returns the training vectors that a codec starts from, and their lists."""
   return batches.subsample(
-    xt_ND, config.init.max_vectors, config.seed, num_rows=num_rows
+    vectors, config.init.max_vectors, config.seed, num_rows=num_rows
   )
 
 
@@ -230,16 +230,19 @@ class Learned:
 
   def start(self) -> loop.TrainState:
     """Returns the state before the first step."""
-    rows = jnp.asarray(sample(self._config, self.vectors, self._num_rows))
+    rows = sample(self._config, self.vectors, self._num_rows)
+    rows = jax.tree.map(jnp.asarray, rows)
     return make_state(self._config, self.schedule, self.centroids_LD, rows)
 
   def abstract(self):
     """Returns the shapes of a state."""
-    shape = self._num_rows, self.vectors.shape[1]
     make_fn = partial(
       make_state, self._config, self.schedule, self.centroids_LD
     )
-    return jax.eval_shape(make_fn, jax.ShapeDtypeStruct(shape, jnp.float32))
+    to_shape = lambda x: jax.ShapeDtypeStruct(
+      (self._num_rows, *x.shape[1:]), x.dtype
+    )
+    return jax.eval_shape(make_fn, jax.tree.map(to_shape, self.held_out))
 
 
 def run_loop(config, learned, state, plan, num_rows, checkpoints, writer):
@@ -270,14 +273,14 @@ def held_out_mse(codec: Codec, rows, held_out: slice, progress=None) -> float:
 
   Lists that the rows carry are taken as they are.
   """
-  assign_fn = batches.split_column if codec.is_ivf else None
+  assign_fn = batches.split_lists if codec.is_ivf else None
   encode_fn = runner.make_encode_fn(
     codec.spec, codec.tables, codec.rule, assign_fn
   )
   decode_fn = runner.make_decode_fn(codec.spec, codec.tables)
 
   def errors(rows):
-    x_ND, _ = batches.split_column(rows) if codec.is_ivf else (rows, None)
+    x_ND, _ = batches.split_lists(rows)
     return jnp.sum((x_ND - decode_fn(encode_fn(rows))) ** 2, axis=-1)
 
   rows = batches.read_rows(rows, np.arange(held_out.start, held_out.stop))

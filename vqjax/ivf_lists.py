@@ -32,7 +32,7 @@ _MOST_LISTS = 1 << 16  # K-means in memory; 8 GiB for 128 dimensions.
 
 
 def prepare(config, workdir: pathlib.Path, xt_ND, num_rows: int):
-  """Returns the centroids, and the vectors `[N, D + 1]` with their list last.
+  """Returns the centroids, and the vectors `[N, D]` with their lists.
 
   Without lists in the configuration: None, and the vectors as they are.
   """
@@ -47,7 +47,7 @@ def prepare(config, workdir: pathlib.Path, xt_ND, num_rows: int):
     lambda: _assign(config, xt_ND, centroids_LD),
   )
   _check_lists(workdir, lists_N, (len(xt_ND),), len(centroids_LD))
-  return np.asarray(centroids_LD), batches.WithColumn(xt_ND, lists_N)
+  return np.asarray(centroids_LD), batches.WithLists(xt_ND, lists_N)
 
 
 def _check_lists(workdir, lists_N, shape, num_lists: int) -> None:

@@ -9,9 +9,11 @@ it is needed; a billion rows cost no more memory than ten.
 import concurrent.futures
 import contextlib
 import itertools
+from typing import Any
 
 import jax
 import numpy as np
+from flax import struct
 
 from vqjax.data import formats, values
 
@@ -111,48 +113,40 @@ def split(
   return num_train_rows, slice(num_train_rows, num_vectors)
 
 
-class WithColumn:
-  """Open vectors `[N, D]` and a whole number for each: float32 `[N, D + 1]`.
+@struct.dataclass
+class WithLists:
+  """Vectors, and the list that each of them is in: a batch, or a whole file.
 
-  The numbers come last. They lie below 2^24, where float32 is exact.
+  As a batch it is a tree of two arrays.
   """
 
-  def __init__(self, vectors, column_N):
-    """Joins them; nothing is read yet."""
-    if len(column_N) and int(np.max(column_N)) >= 1 << 24:
-      raise ValueError(
-        f"List numbers of vectors must be below {1 << 24}, where float32 is "
-        f"exact, got {np.max(column_N)}; use fewer lists."
-      )
-    self.vectors, self._column_N = vectors, column_N
-    self.shape = (len(vectors), vectors.shape[1] + 1)
-    self.dtype, self.ndim = np.dtype(np.float32), 2
-    self.name = formats.name_of(vectors)
+  x_ND: Any  # An open file too.
+  lists_N: Any
 
   def __len__(self) -> int:
-    """Number of rows."""
-    return self.shape[0]
-
-  def __getitem__(self, rows) -> np.ndarray:
-    """Reads a slice or an array of rows."""
-    if isinstance(rows, slice):
-      rows = np.arange(*rows.indices(len(self)))
-    x_ND = read_rows(self.vectors, rows)
-    return np.column_stack([x_ND, self._column_N[rows]]).astype(np.float32)
+    """Number of vectors."""
+    return len(self.x_ND)
 
 
-def split_column(x_ND):
-  """Takes rows of `WithColumn` apart: vectors, and int32 `[N]`."""
-  return x_ND[:, :-1], x_ND[:, -1].astype(np.int32)
+def split_lists(rows) -> tuple:
+  """Returns vectors `[N, D]` and their lists, None for vectors alone."""
+  return (
+    (rows.x_ND, rows.lists_N) if isinstance(rows, WithLists) else (rows, None)
+  )
 
 
-def read_rows(vectors, rows) -> np.ndarray:
+def read_rows(vectors, rows) -> np.ndarray | WithLists:
   """Reads rows `[N]` of an open file as float32 `[N, D]`, in their order.
+
+  Of `WithLists` they come with their lists, int32.
 
   Reads in the order of the file. Refuses NaN, Inf and integers that float32
   does not have by the name of the file and their row number.
   """
   rows = np.asarray(rows, np.int64)
+  if isinstance(vectors, WithLists):
+    lists_N = vectors.lists_N[rows].astype(np.int32)
+    return WithLists(read_rows(vectors.x_ND, rows), lists_N)
   num = len(vectors)
   if rows.size and not 0 <= rows.min() <= rows.max() < num:
     raise ValueError(
@@ -174,7 +168,7 @@ def read_rows(vectors, rows) -> np.ndarray:
 
 
 class BatchReader:
-  """`reader(step)` is this process's part of batch `step`, float32 `[n, D]`.
+  """`reader(step)` is this process's part of batch `step`, by `read_rows`.
 
   All processes draw the same batch of `batch_size` rows out of the first
   `num_rows`; process `i` of `c` reads its `i`-th part, `n = batch_size / c`.
@@ -209,7 +203,7 @@ class BatchReader:
     self._args = (batch_size, num_rows)
     self._vectors, self._seed = vectors, seed
 
-  def __call__(self, step: int) -> np.ndarray:
+  def __call__(self, step: int) -> np.ndarray | WithLists:
     """Reads this process's rows of batch number `step`."""
     rows = batch_rows(self._seed, step, *self._args)[self._mine]
     return read_rows(self._vectors, rows)
@@ -255,9 +249,9 @@ def map_blocks(
   are cut back.
 
   Args:
-    fn: takes float32 `[n, D]`, returns arrays `[n, ...]` or a pytree of them;
-      called from two threads.
-    vectors: `[N, D]`, an open file or an array.
+    fn: takes float32 `[n, D]`, or `WithLists`, returns arrays `[n, ...]` or a
+      pytree of them; called from two threads.
+    vectors: `[N, D]`, an open file or an array, or `WithLists`.
     block_size: rows per block; a shorter input is one block of its own size.
     rows: consecutive rows to go through; None for all.
     progress: called with `(rows done, rows in all)` after each block.
@@ -275,9 +269,9 @@ def map_blocks(
 def _map_blocks(fn, vectors, block_size: int, rows: range, progress):
   def make(start):
     stop = min(start + block_size, rows.stop)
-    block_ND = _read_block(vectors, start, stop, block_size)
+    block = _read_block(vectors, start, stop, block_size)
     cut_fn = lambda a: np.asarray(a)[: stop - start]
-    return start, stop, jax.tree.map(cut_fn, fn(block_ND))
+    return start, stop, jax.tree.map(cut_fn, fn(block))
 
   starts = rows[:: block_size or 1]
   made = prefetch(
@@ -321,8 +315,14 @@ def in_blocks(fn, block_size: int):
   return run
 
 
-def _read_block(vectors, start: int, stop: int, block_size: int) -> np.ndarray:
+def _read_block(vectors, start: int, stop: int, block_size: int):
   """Rows `start` to `stop` as float32; repeats the last to fill the block."""
+  if isinstance(vectors, WithLists):
+    lists_N = np.asarray(vectors.lists_N[start:stop], np.int32)
+    return WithLists(
+      _read_block(vectors.x_ND, start, stop, block_size),
+      np.pad(lists_N, (0, block_size - len(lists_N)), "edge"),
+    )
   x_ND = formats.to_float32(
     np.asarray(vectors[start:stop]),
     name=formats.name_of(vectors),
@@ -355,8 +355,8 @@ def check_training(vectors, num_rows: int | None = None) -> None:
 
 def subsample(
   vectors, num: int, seed: int, *, num_rows: int | None = None
-) -> np.ndarray:
-  """A random sample of `num` of the first `num_rows` rows, float32 `[num, D]`.
+) -> np.ndarray | WithLists:
+  """A random sample of `num` of the first `num_rows` rows, by `read_rows`.
 
   No row comes twice; the rows keep the order of the file. The same seed gives
   the same sample. All rows are taken if there are at most `num`.

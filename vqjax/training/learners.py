@@ -1,7 +1,7 @@
 """What the training loop needs to learn a QINCo.
 
-Rows of a batch are the vectors `[N, D]`; for an IVF model they carry the number
-of their list behind, see `vqjax.data.batches.WithColumn`.
+A batch is the vectors `[N, D]`, for an IVF model with the list of each:
+`vqjax.data.batches.WithLists`.
 """
 
 from collections.abc import Callable
@@ -21,11 +21,6 @@ from vqjax.training import loop
 METRICS = ["loss", "mse", "mse_loss", "preselect_loss"]
 
 
-def split_rows(params, rows):
-  """Takes rows apart: vectors `[N, D]`, and lists `[N]` or None."""
-  return batches.split_column(rows) if params.is_ivf else (rows, None)
-
-
 def make_state(
   rows,
   tx: optax.GradientTransformation,
@@ -43,11 +38,9 @@ def make_state(
     centroids_LD: Of the lists of an IVF model, in data units.
     **sizes: Of `qinco_loss.init`.
   """
-  lists = {}
-  if centroids_LD is not None:
-    rows, lists_N = batches.split_column(rows)
-    lists = dict(centroids_LD=centroids_LD, lists_N=lists_N)
-  params = qinco_loss.init(jax.random.key(seed), rows, **sizes, **lists)
+  x_ND, lists_N = batches.split_lists(rows)
+  lists = dict(centroids_LD=centroids_LD, lists_N=lists_N)
+  params = qinco_loss.init(jax.random.key(seed), x_ND, **sizes, **lists)
   return loop.make_state(
     params, tx, qinco_loss.empty_stats(params), METRICS, qinco_loss.frozen
   )
@@ -67,10 +60,10 @@ def make_learner(
   knobs = rule.to_dict(qinco_loss.KNOBS) | {"dtype": dtype}
 
   def loss(params, key, rows):
-    return qinco_loss.loss(params, key, *split_rows(params, rows), **knobs)
+    return qinco_loss.loss(params, key, *batches.split_lists(rows), **knobs)
 
   def errors(tables, rows):
-    x_ND, lists_N = split_rows(tables, rows)
+    x_ND, lists_N = batches.split_lists(rows)
     codes_NM = qinco.encode_by(tables, x_ND, lists_N, rule)
     return jnp.sum((x_ND - qinco.decode(tables, codes_NM)) ** 2, axis=-1)
 

@@ -45,7 +45,7 @@ class Learner(NamedTuple):
   loss and metrics are means over vectors.
   """
 
-  loss_fn: Callable  # (params, key, x_ND) -> (loss, {"metrics", "stats"})
+  loss_fn: Callable  # (params, key, rows) -> (loss, {"metrics", "stats"})
   join_stats_fn: Callable  # (stats of a part, name of a mesh axis) -> stats
   merge_stats_fn: Callable  # (stats, stats of a batch) -> stats
   end_epoch_fn: Callable  # (params, key, stats) -> (params, stats, report)
@@ -134,15 +134,15 @@ def make_train_step(
   seed: int,
   accumulate: int = 1,
 ) -> Callable:
-  """Returns jitted `(state, wish_N, x_ND) -> (state, metrics, order)`.
+  """Returns jitted `(state, wish_N, rows) -> (state, metrics, order)`.
 
   The state is donated. `wish_N` is a number per device, and `order` the
   greatest: what one process wants, all know at the same step.
   """
   learned_fn = lambda params: _learned(params, learner.frozen_fn)
 
-  def grads_of(params, key, stats, x_ND):
-    loss_fn = lambda learned: learner.loss_fn(_join(learned, params), key, x_ND)
+  def grads_of(params, key, stats, rows):
+    loss_fn = lambda learned: learner.loss_fn(_join(learned, params), key, rows)
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     (loss, aux), grads = grad_fn(learned_fn(params))
     new = learner.join_stats_fn(aux["stats"], devices.DATA_AXIS)
@@ -151,16 +151,16 @@ def make_train_step(
 
   compute_fn = grads_of if accumulate == 1 else _in_parts(grads_of, accumulate)
 
-  def on_device(params, key, stats, rows):
-    wish_1, x_ND = rows
-    stats, metrics, grads = compute_fn(params, key, stats, x_ND)
+  def on_device(params, key, stats, wish_and_rows):
+    wish_1, rows = wish_and_rows
+    stats, metrics, grads = compute_fn(params, key, stats, rows)
     metrics, grads = jax.lax.pmean((metrics, grads), devices.DATA_AXIS)
     return stats, metrics, grads, jax.lax.pmax(wish_1[0], devices.DATA_AXIS)
 
-  def train_step(state, wish_N, x_ND):
+  def train_step(state, wish_N, rows):
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     stats, metrics, grads, order = devices.shard_map_over_data(on_device)(
-      state.params, key, state.stats, (wish_N, x_ND)
+      state.params, key, state.stats, (wish_N, rows)
     )
     learned = learned_fn(state.params)
     updates, opt = tx.update(grads, state.opt, learned)
@@ -184,17 +184,20 @@ def make_train_step(
 def _in_parts(grads_fn: Callable, num_parts: int) -> Callable:
   """Returns `grads_fn` over parts of the rows, one at a time, averaged."""
 
-  def run(params, key, stats, x_ND):
-    parts = x_ND.reshape(num_parts, -1, x_ND.shape[-1])
+  def run(params, key, stats, rows):
+    cut_fn = lambda x: x.reshape(num_parts, -1, *x.shape[1:])
+    parts = jax.tree.map(cut_fn, rows)
 
     # Starting from the first part needs no zeros like the gradients.
-    def add(carry, x_ND):
+    def add(carry, rows):
       stats, *total = carry
-      stats, *new = grads_fn(params, key, stats, x_ND)
+      stats, *new = grads_fn(params, key, stats, rows)
       return (stats, *jax.tree.map(jnp.add, total, new)), None
 
-    first = grads_fn(params, key, stats, parts[0])
-    (stats, *total), _ = jax.lax.scan(add, first, parts[1:])
+    first = jax.tree.map(lambda x: x[0], parts)
+    rest = jax.tree.map(lambda x: x[1:], parts)
+    first = grads_fn(params, key, stats, first)
+    (stats, *total), _ = jax.lax.scan(add, first, rest)
     return stats, *jax.tree.map(lambda leaf: leaf / num_parts, total)
 
   return run
@@ -205,7 +208,7 @@ def train(
   tx: optax.GradientTransformation,
   schedule: optax.Schedule,
   state: TrainState,
-  batch_fn: Callable[[int], np.ndarray],
+  batch_fn: Callable[[int], Any],
   plan: Plan,
   *,
   checkpoints: Checkpoints,
@@ -222,7 +225,7 @@ def train(
     tx: Optimiser.
     schedule: Learning rate by step, for the report; `tx` has its own.
     state: From `make_state` or a checkpoint; consumed.
-    batch_fn: Step to this process's float32 vectors of that batch.
+    batch_fn: Step to this process's rows of that batch, an array or a tree.
     plan: Lengths and intervals.
     checkpoints: Where to save.
     writer: Where to report.
@@ -250,10 +253,10 @@ def train(
     for wish in (_GO_ON, _SAVE, _STOP)
   ]
   with contextlib.closing(batches), _catch_signals() as stop, bar:
-    for x_ND in batches:
+    for rows in batches:
       is_due = time.monotonic() - saved > 60 * plan.checkpoint_minutes
       wish = _STOP if stop.is_set() else _SAVE if is_due else _GO_ON
-      state, metrics, order = step_fn(state, wishes[wish], x_ND)
+      state, metrics, order = step_fn(state, wishes[wish], rows)
       step += 1
       pending.append((step, metrics, order))
       order = _report(pending, plan, writer, checkpoints, keep=2)

@@ -181,7 +181,7 @@ def test_a_folder_is_written_whole_or_not_at_all(codecs, tmp_path, monkeypatch):
   index.save(folder, overwrite=True)
   assert len(load_index(folder)) == _NUM + 3
   (tmp_path / "b").mkdir()
-  with pytest.raises(FileExistsError, match="is no folder of an index"):
+  with pytest.raises(FileExistsError, match="is no index folder"):
     index.save(tmp_path / "b", overwrite=True)
 
 

@@ -12,6 +12,7 @@ LAYERS = {
   "codecs": 2,
   "training": 3,
   "search": 3,
+  "ids": 3,
   "storage": 4,
   "interop": 4,
   "codec": 5,
@@ -21,6 +22,9 @@ LAYERS = {
   "index": 5,
   "index_build": 5,
   "fast_ivf": 5,
+  "semantic_ids": 5,
+  "id_making": 5,
+  "id_reports": 5,
 }
 DOORS = {  # Module to the only place that may import it.
   "faiss": "vqjax/interop/faiss_",

@@ -6,6 +6,8 @@ xhat = codec.decode(codes)
 
 index = vqjax.build_index(codec, x, num_lists=1024)
 distances, ids = index.search(queries, k=10, nprobe=16)
+
+ids = vqjax.make_ids(codec, x)
 """
 
 __version__ = "0.1.0"
@@ -15,9 +17,20 @@ _DOORS = {
   "build_index": "vqjax.index_build",
   "fit": "vqjax.fitting",
   "load": "vqjax.codec",
+  "load_ids": "vqjax.semantic_ids",
   "load_index": "vqjax.index",
+  "make_ids": "vqjax.semantic_ids",
 }
-__all__ = ["Codec", "Index", "build_index", "fit", "load", "load_index"]  # noqa: F822 (loaded on demand, below)
+__all__ = [  # noqa: F822 (loaded on demand, below)
+  "Codec",
+  "Index",
+  "build_index",
+  "fit",
+  "load",
+  "load_ids",
+  "load_index",
+  "make_ids",
+]
 
 
 def __getattr__(name: str):

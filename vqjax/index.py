@@ -31,7 +31,13 @@ from vqjax.interop import (
   searchers,
 )
 from vqjax.search import residual_bits, truth_check
-from vqjax.storage import codec_file, decoder_file, index_folder, refiner_file
+from vqjax.storage import (
+  codec_file,
+  decoder_file,
+  folders,
+  index_folder,
+  refiner_file,
+)
 
 METRICS = ("l2", "ip", "cosine")
 _BLOCK = 65_536
@@ -241,7 +247,9 @@ class Index:
       FileExistsError: There is something already, and not `overwrite`.
     """
     folder = files.user_path(folder)
-    with index_folder.new_folder(folder, overwrite=overwrite) as temporary:
+    with folders.new_folder(
+      folder, index_folder.KIND[0], overwrite=overwrite
+    ) as temporary:
       codec_file.save_codec(
         temporary, self.codec.name, self.codec.params, info=self.codec.info
       )

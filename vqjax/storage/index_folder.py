@@ -8,17 +8,14 @@ are opened: the description of the index has the fingerprint of the codec, and
 refiners have the checksum of the index.
 """
 
-import contextlib
 import os
 import pathlib
-from collections.abc import Iterator
 
 from vqjax import __version__
 from vqjax.data import files
-from vqjax.data import temporary as temporary_files
+from vqjax.storage.folders import MANIFEST
 
-MANIFEST = "manifest.json"
-_KIND = ("vqjax index folder", 1)
+KIND = ("vqjax index folder", 1)
 ROLES = ("codec", "index", "decoders", "refiner")
 
 
@@ -42,8 +39,8 @@ def write_manifest(
   if unknown:
     raise ValueError(f"Files of an index are {ROLES}, got {sorted(unknown)}.")
   value = {
-    "format": _KIND[0],
-    "version": _KIND[1],
+    "format": KIND[0],
+    "version": KIND[1],
     "files": paths,
     **info,
     "vqjax_version": __version__,
@@ -65,7 +62,7 @@ def read_manifest(folder) -> tuple[dict[str, str], dict]:
       f"{folder} is no folder of an index: it has no {MANIFEST}. Index.save, "
       "vqjax build_index --num_lists and vqjax ivf_pipeline make one."
     )
-  info = files.parse_description(path, _KIND)
+  info = files.parse_description(path, KIND)
   names = info.pop("files", None)
   if not isinstance(names, dict) or not {"codec", "index"} <= set(names):
     raise ValueError(
@@ -89,45 +86,3 @@ def _is_inside(name) -> bool:
   if not isinstance(name, str) or os.path.isabs(name):
     return False
   return ".." not in pathlib.PurePath(name).parts
-
-
-@contextlib.contextmanager
-def new_folder(path, *, overwrite: bool = False) -> Iterator[pathlib.Path]:
-  """Yields a temporary folder that becomes `path` when the block ends.
-
-  Raises:
-    FileExistsError: There is something already, and not `overwrite`; or it is
-      no folder of an index, which is never replaced.
-  """
-  path = files.user_path(path)
-  _check_new(path, overwrite)
-  files.check_folder(path.parent, name=path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with temporary_files.folder_beside(path) as temporary:
-    yield temporary
-    _check_new(path, overwrite)
-    if path.exists():
-      with temporary_files.folder_beside(path) as old:
-        os.replace(path, old / path.name)
-        try:
-          os.replace(temporary, path)
-        except BaseException:
-          os.replace(old / path.name, path)
-          raise
-    else:
-      os.replace(temporary, path)
-
-
-def _check_new(path: pathlib.Path, overwrite: bool) -> None:
-  if not path.exists():
-    return
-  if not overwrite:
-    raise FileExistsError(
-      f"{path} exists already; choose another folder, or allow replacing it by "
-      "overwrite=True."
-    )
-  if not is_folder(path):
-    raise FileExistsError(
-      f"{path} exists and is no folder of an index, so it is not replaced; "
-      "choose another folder."
-    )

@@ -1,0 +1,1 @@
+"""Semantic ids: codes of items made unique, and reported."""

@@ -118,7 +118,7 @@ def of_appended(made, items_N, published: dict) -> dict:
     "published_mse": published["mse"],
     "sharing_rate": float((counts_N[made.num_published :] > 1).mean()),
     "published_sharing_rate": published["sharing_rate"],
-    "levels": report_lib.drift(old_FL, made.raw_NL, made.sizes),
+    "levels": report_lib.drift(old_FL, made.raw_NL, made.sizes[:num_levels]),
     "added_error": float(made.errors_N.mean() - made.raw_errors_N.mean()),
   }
   found["warnings"] = _warnings(found) if num >= _LEAST_ITEMS else []
@@ -140,16 +140,20 @@ def _warnings(found: dict) -> list[str]:
       "other vectors."
     )
   for number, level in enumerate(found["levels"], 1):
-    if level["used"] < _LEAST_USED * level["expected"]:
+    expected = level["expected"]
+    least = min(_LEAST_USED * expected, expected - 3 * level["spread"])
+    if level["used"] < least:
       said.append(
         f"New items use {level['used']} codewords of level {number}, as many "
-        f"published ones {level['expected']:.0f}: they are less diverse."
+        f"published ones {expected:.0f}: they are less diverse."
       )
-  most = _MOST_SHARED * found["published_sharing_rate"] + 0.02
+  rate = found["published_sharing_rate"]
+  noise = 3 * (rate * (1 - rate) / found["items"]) ** 0.5
+  most = max(_MOST_SHARED * rate, rate + noise) + 0.02
   if found["sharing_rate"] > most:
     said.append(
       f"{found['sharing_rate']:.1%} of the new items have the code of another "
-      f"item, {found['published_sharing_rate']:.1%} of the published ones had: "
+      f"item, {rate:.1%} of the published ones had: "
       "the codec tells new items apart less well."
     )
   return said

@@ -292,8 +292,8 @@ def check_items(ids, num: int, published_F=None) -> np.ndarray:
   again = [row for row, item in enumerate(items_N.tolist()) if item in known]
   if again:
     raise ValueError(
-      f"Item {items_N[again[0]]!r} in row {again[0]} has an id already, and "
-      f"{len(again) - 1} more items; append only new ones."
+      f"{len(again)} of the new items have ids already, the first is "
+      f"{items_N[again[0]]} in row {again[0]}; append only new ones."
     )
   return items_N
 

@@ -12,7 +12,7 @@ GROUPS = {
   "Train and measure": (
     *("train", "evaluate", "tradeoff", "hakes", "pq_qinco"),
   ),
-  "Encode and decode": ("encode", "decode"),
+  "Encode and decode": ("encode", "decode", "semantic_ids"),
   "Index and search": (
     *("ivf_pipeline", "ivf_centroids", "pairwise_decoder", "build_index"),
     *("refiner", "search"),

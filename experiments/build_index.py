@@ -36,10 +36,11 @@ from absl import logging
 
 import vqjax
 from experiments.lib import cli, codecs, encoders, inputs
+from vqjax import index as index_lib
 from vqjax.codecs import additive
 from vqjax.data import files
 from vqjax.interop import faiss_ivf
-from vqjax.storage import codec_file
+from vqjax.storage import codec_file, index_folder
 
 REQUIRED = ("output",)
 OPTIONS = {
@@ -133,25 +134,42 @@ def _build_folder(config) -> dict:
         "--num_lists makes all parts of an index of --data, by the rule of "
         f"the codec; leave --{name} out."
       )
-  if files.user_path(config.output).exists() and not config.overwrite:
+  folder = files.user_path(config.output)
+  manifest = folder / index_folder.MANIFEST
+  if folder.exists() and not (manifest.is_file() or config.overwrite):
     raise FileExistsError(
       f"{config.output} exists already; choose another folder, or add "
       "--overwrite."
     )
-  files.check_folder(files.user_path(config.output).parent)
+  files.check_folder(folder.parent)
   codec = codecs.open_codec(config.codec)
   is_cosine = codecs.check_cosine(codec, config.metric)
-  sizes = {name: config[name] for name in codecs.SIZES}
-  index = vqjax.build_index(
-    codec,
-    config.data,
-    config.num_lists,
-    metric="cosine" if is_cosine else config.metric,
-    coarse=config.coarse,
-    progress=True,
-    **{name: size for name, size in sizes.items() if size is not None},
-  )
-  index.save(config.output, overwrite=config.overwrite)
+  sizes = {n: config[n] for n in codecs.SIZES if config[n] is not None}
+  values = {
+    "num_lists": config.num_lists,
+    "metric": "cosine" if is_cosine else config.metric,
+    "coarse": config.coarse,
+  }
+  x_ND = index_lib.open_for(config.data, codec.dim, values["metric"])
+  rule = codec.rule.replace(**codec.check_settings(sizes))
+  made_of = {
+    "codec_fingerprint": codec.fingerprint,
+    "num_rows": len(x_ND),
+    "data": files.identify(x_ND),
+    "encode": rule.to_dict(codec.spec.knobs),
+    **values,
+  }
+  if files.find_made(
+    manifest,
+    {"made_of": made_of},
+    config.overwrite,
+    read_fn=lambda _: index_folder.read_manifest(folder)[1],
+  ):
+    logging.info("%s is made already.", config.output)
+    index = vqjax.load_index(folder)
+  else:
+    index = vqjax.build_index(codec, x_ND, progress=True, **values, **sizes)
+    index.save(folder, overwrite=config.overwrite, made_of=made_of)
   logging.info(
     "%d vectors in %s: %s, %d bytes per vector for code, norm and id.\nNext:\n"
     "  vqjax search --index=%s%s --output=search.json",

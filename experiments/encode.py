@@ -44,6 +44,7 @@ import numpy as np
 from absl import logging
 
 from experiments.lib import cli, codecs, encoders
+from vqjax import index_build
 from vqjax.codecs import packing
 from vqjax.core import check_range
 from vqjax.data import codes, datasets, files, formats, unit
@@ -95,7 +96,7 @@ def run(config) -> dict:
     command=_command(config, encoder.rule.to_dict(codec.spec.knobs)),
     num_shards=num_shards,
   )
-  after = _after(config, codec, num_shards)
+  after = _after(config, codec, num_shards, len(x_ND))
   if num_shards:
     _write_shards(config, meta, mine, encoder, after)
   elif files.find_made(config.output, meta, config.overwrite):
@@ -282,12 +283,13 @@ def _rows_of(manifest, shard: int) -> range:
   return codes.shard_rows(manifest["shape"][0], manifest["num_shards"], shard)
 
 
-def _after(config, codec, num_shards: int) -> str:
+def _after(config, codec, num_shards: int, num_vectors: int) -> str:
   """Commands for codes that are complete."""
-  output = shlex.quote(config.output)
-  given = f"--codec={shlex.quote(config.codec)} --codes={output}"
+  flag = lambda name: f"--{name}={shlex.quote(config[name])}"
+  data, output = flag("data"), shlex.quote(config.output)
+  given = f"{flag('codec')} --codes={output}"
+  commands = [f"decode {given} --output=x.npy"]
   if codec.is_ivf and not config.raw and config.num_steps is None:
-    data = f"--data={shlex.quote(config.data)}"
     if config.num_vectors:
       data += f" --num_vectors={config.num_vectors}"
     commands = [
@@ -295,8 +297,12 @@ def _after(config, codec, num_shards: int) -> str:
       f"build_index {given} --decoders=decoders.safetensors "
       "--output=index.faiss",
     ]
-  else:
-    commands = [f"decode {given} --output=x.npy"]
+  elif not codec.is_ivf:
+    num_lists = index_build.default_lists(num_vectors)
+    commands.append(
+      f"build_index {flag('codec')} {data} --num_lists={num_lists} "
+      "--output=my_index"
+    )
   if num_shards:
     commands.insert(0, f"encode --verify --output={output}")
   return "\n  ".join(f"vqjax {c}" for c in commands)

@@ -108,7 +108,7 @@ def run(config, workdir, **options):
       return None
   _encode(config, workdir, dataset)
   _fit_decoders(config, workdir, dataset)
-  _build_index(workdir)
+  _build_index(workdir, dataset)
   if options["refiner"]:
     options["refiner"] = _make_refiner(workdir, dataset, options["refiner"])
   _write_manifest(workdir, dataset, options["refiner"])
@@ -222,7 +222,9 @@ def _fit_decoders(config, workdir, dataset) -> None:
   )
 
 
-def _build_index(workdir) -> None:
+def _build_index(workdir, dataset) -> None:
+  # Vectors of the cosine have length 1 and are compared by l2.
+  metric = "ip" if dataset.metric == "ip" else "l2"
   path, decoders = workdir / "index.faiss", workdir / "decoders.safetensors"
   if _is_there(path):
     manifest = codes.load_manifest(workdir / "codes")
@@ -232,6 +234,7 @@ def _build_index(workdir) -> None:
       "decoders_fingerprint": codec_file.fingerprint(codewords),
       "data": manifest["data"],
       "rows": [[0, manifest["shape"][0]]],
+      "metric": metric,
     }
     _check_made_of(path, faiss_ivf.load(path, mmap=True).info, wanted)
     return
@@ -240,6 +243,7 @@ def _build_index(workdir) -> None:
     codec=str(workdir / "codec"),
     codes=str(workdir / "codes"),
     decoders=str(decoders),
+    metric=metric,
     output=str(path),
     overwrite=path.exists(),
   )
@@ -278,8 +282,7 @@ def _write_manifest(workdir, dataset, refiner_path: str | None) -> None:
   }
   if refiner_path:
     paths["refiner"] = pathlib.Path(refiner_path).name
-  is_cosine = dataset.metric == "cosine"
-  info = {"metric": "cosine" if is_cosine else "l2", "encode": {}}
+  info = {"metric": dataset.metric, "encode": {}}
   index_folder.write_manifest(workdir, paths, info, overwrite=True)
 
 

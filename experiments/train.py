@@ -193,7 +193,8 @@ def _unit(dataset) -> str:
 def _finish(config, workdir, dataset, xt_ND, params, this, ended: dict):
   """Writes the portable codec and the summary, and says what to do next."""
   held_out, seconds = this.held_out, ended["seconds"]
-  knobs = config.encode.to_dict()
+  began = time.monotonic()
+  knobs = _rule_of(workdir) or config.encode.to_dict()
   codec = Codec(config.codec, params, {"encode": knobs})
   num_mine = len(devices.process_rows(held_out.stop - held_out.start))
   with cli.progress(num_mine, "validate") as done:
@@ -201,6 +202,7 @@ def _finish(config, workdir, dataset, xt_ND, params, this, ended: dict):
   num_held_out = held_out.stop - held_out.start
   training = {"seconds": seconds, "validation_mse": validation}
   info = train_run.codec_info(config, dataset, num_held_out)
+  info |= {"encode": knobs}
   info["training"] = training | {"num_held_out": num_held_out}
   summary = {
     "codec": str(workdir / "codec.safetensors"),
@@ -218,10 +220,11 @@ def _finish(config, workdir, dataset, xt_ND, params, this, ended: dict):
   files.write_json(workdir / run_folder.SUMMARY_NAME, summary, overwrite=True)
   sizes = ", ".join(f"{k}={v}" for k, v in knobs.items())
   logging.info(
-    "Done in %.0f s. MSE%s of the %d held-out vectors%s: %s\n"
+    "Trained in %.0f s, validated in %.0f s. MSE%s of the %d held-out vectors%s: %s\n"
     "Written to %s: %s\nNext:\n"
     "  vqjax evaluate --codec=%s%s%s",
     seconds,
+    time.monotonic() - began,
     _unit(dataset),
     num_held_out,
     f", encoded with {sizes}" if sizes else "",
@@ -237,6 +240,19 @@ def _finish(config, workdir, dataset, xt_ND, params, this, ended: dict):
     _to_search(workdir, dataset) if codec.is_ivf else "",
   )
   return summary
+
+
+def _rule_of(workdir) -> dict | None:
+  """The search stored with the codec of a run that is extended, else None.
+
+  `tradeoff --write` may have changed it.
+  """
+  try:
+    return codec_file.load_codec(workdir / codec_file.TENSORS_NAME).info.get(
+      "encode"
+    )
+  except (OSError, ValueError):  # There is none, or it is damaged.
+    return None
 
 
 def _to_search(workdir, dataset) -> str:

@@ -80,8 +80,8 @@ def whole(tmp_path_factory):
   folder = tmp_path_factory.mktemp("runs") / "whole"
   with _two(*TRAIN, f"--workdir={folder}") as running:
     first, second = _finish(running)
-  assert "Done in" in first
-  assert "Done in" not in second  # One of them speaks.
+  assert "Trained in" in first
+  assert "Trained in" not in second  # One of them speaks.
   return folder
 
 

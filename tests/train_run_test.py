@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+import vqjax
 from configs import pq, qinco2_s
 from experiments import evaluate, train
 from experiments.lib import cli
@@ -131,8 +132,12 @@ def test_a_batch_may_be_cut_otherwise(folder):
 
 def test_more_epochs_than_it_had(folder):
   mse = _train(folder)["validation_mse"]
+  codec = vqjax.load(folder / "run")  # As `tradeoff --write` stores a rule.
+  rule = codec.rule.replace(num_joint_candidates=30)
+  codec.with_rule(num_joint_candidates=30).save(folder / "run", overwrite=True)
   summary = _train(folder, num_epochs=3)
   assert summary["last_step"] == 12
+  assert vqjax.load(folder / "run").rule == rule  # It is kept.
   assert summary["validation_mse"] <= mse
   rows = writers.read_rows(folder / "run" / "metrics.jsonl")
   assert [row["epoch"] for row in rows if "epoch" in row] == [1, 2, 3]
@@ -190,7 +195,7 @@ def test_a_damaged_checkpoint_is_not_taken(made, folder, caplog):
 def test_damaged_records_are_told(folder, damage, caplog):
   (folder / "run" / "summary.json").write_bytes(damage)
   assert _train(folder)["last_step"] == 8  # Written again.
-  assert "summary.json is damaged" in caplog.text
+  assert caplog.text.count("summary.json is damaged") == 1
   json.loads((folder / "run" / "summary.json").read_text())
   (folder / "run" / "config.json").write_bytes(damage)
   with pytest.raises(ValueError, match="config.json is damaged.*Put back"):

@@ -240,8 +240,12 @@ class Index:
     if self._refiner is not None:
       self._extend_refiner(vectors, ids_N, before)
 
-  def save(self, folder, *, overwrite: bool = False) -> pathlib.Path:
+  def save(
+    self, folder, *, overwrite: bool = False, made_of: dict | None = None
+  ) -> pathlib.Path:
     """Writes the folder, whole or not at all, and returns its path.
+
+    `made_of` goes into the manifest: by it the same index is known again.
 
     Raises:
       FileExistsError: There is something already, and not `overwrite`.
@@ -266,9 +270,9 @@ class Index:
       paths = {"codec": "codec.safetensors", "index": "index.faiss"}
       paths |= self._save_decoders(temporary)
       paths |= self._save_refiner(temporary, info)
-      index_folder.write_manifest(
-        temporary, paths, {"metric": self.metric, "encode": self.settings}
-      )
+      about = {"metric": self.metric, "encode": self.settings}
+      about |= {"made_of": made_of} if made_of else {}
+      index_folder.write_manifest(temporary, paths, about)
     return folder
 
   def _save_decoders(self, folder) -> dict[str, str]:

@@ -136,12 +136,17 @@ def _check_lists(codec: Codec, num_lists: int | None, num: int) -> int:
       )
     return own
   if num_lists is None:
-    if num < _ONE_LIST:
-      return 1
-    power = round(math.log2(4 * math.sqrt(num)))
-    return min(1 << power, max(num // _LEAST_PER_LIST, 1))
+    return default_lists(num)
   check_range("num_lists", num_lists, 1, num, "there are no more vectors")
   return num_lists
+
+
+def default_lists(num: int) -> int:
+  """Returns L for `num` vectors: about four times the square root, or one."""
+  if num < _ONE_LIST:
+    return 1
+  power = round(math.log2(4 * math.sqrt(num)))
+  return min(1 << power, max(num // _LEAST_PER_LIST, 1))
 
 
 def _fit_centroids(vectors, num_lists: int, seed: int) -> np.ndarray:

@@ -55,15 +55,13 @@ def read_config(workdir: pathlib.Path) -> dict | None:
 
 
 def read_summary(workdir: pathlib.Path) -> dict | None:
-  """Returns the summary of a finished run; None if it is not finished."""
-  path = workdir / SUMMARY_NAME
-  if not path.exists():
-    return None
-  try:
-    return read_json(path, "It is written again.")
-  except ValueError as error:
-    logging.warning("%s", error)
-    return None
+  """Returns the summary of a finished run; None if it is not finished.
+
+  A damaged one counts for nothing: it is written again.
+  """
+  with contextlib.suppress(FileNotFoundError, ValueError):
+    return json_files.read_json(workdir / SUMMARY_NAME)
+  return None
 
 
 def differences(old: dict, new: dict) -> dict:

@@ -90,6 +90,8 @@ def begin(workdir: pathlib.Path, run: Run) -> None:
   summary = workdir / run_folder.SUMMARY_NAME
   # First: a run of more epochs must never look finished.
   if devices.is_first() and summary.exists():
+    if run_folder.read_summary(workdir) is None:
+      logging.warning("%s is damaged: it is written again.", summary)
     summary.unlink()
   run_folder.write_config(workdir, run.record)
 

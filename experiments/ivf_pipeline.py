@@ -95,6 +95,10 @@ def run(config, workdir, **options):
     )
   config = copy.deepcopy(config)  # It is told where the centroids are.
   dataset = _resolve(config)
+  if (options["refiner"], dataset.metric) == ("fastscan", "ip"):
+    raise ValueError(
+      "A fastscan refiner is for l2 and cosine; take --refiner=rabitq for ip."
+    )
   _check_baselines(config, dataset, options)
   truth.check_dataset(dataset)  # Before hours of training.
   files.check_folder(workdir)

@@ -87,7 +87,10 @@ OPTIONS = {
   **cli.DATA_OPTIONS,
   "k": cli.Option(int, 10, "Results per query."),
   "nprobe": cli.Option(
-    str, None, "Lists to search, as 1,4,16; powers of two if unset."
+    str,
+    None,
+    "Lists to search, as 1,4,16; if unset, powers of two up to twice the "
+    "square root of the number of lists, at most 4,096.",
   ),
   "ef_search": cli.Option(
     str, None, "Effort to find lists by a graph of centroids, as 32,128."

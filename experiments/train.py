@@ -10,7 +10,7 @@ r"""Trains a codec from a configuration and writes a run folder.
 Ctrl-C or SIGTERM saves and stops. The same command run again resumes from the
 last checkpoint, also after a kill, to the same result bit for bit, or says that
 the run is finished. Every field of the configuration can be set, for example
---config.train.num_epochs=10; configs/base.py lists them.
+--config.train.num_epochs=10; --print_config lists them.
 
 A finished run folder holds codec.safetensors and codec.json, which evaluate,
 encode and decode read. Of an unfinished run they read the best checkpoint;
@@ -220,7 +220,8 @@ def _finish(config, workdir, dataset, xt_ND, params, this, ended: dict):
   files.write_json(workdir / run_folder.SUMMARY_NAME, summary, overwrite=True)
   sizes = ", ".join(f"{k}={v}" for k, v in knobs.items())
   logging.info(
-    "Trained in %.0f s, validated in %.0f s. MSE%s of the %d held-out vectors%s: %s\n"
+    "Trained in %.0f s, validated in %.0f s. MSE%s of the %d held-out vectors"
+    "%s: %s\n"
     "Written to %s: %s\nNext:\n"
     "  vqjax evaluate --codec=%s%s%s",
     seconds,

@@ -239,6 +239,14 @@ def test_config_takes_a_name(args):
     parsing._find_configs(["train", "--config=pqq"])
 
 
+def test_a_configuration_is_printed_as_flags():
+  config = qinco2_s.get_config("smoke")
+  fields = list(cli._fields(config))
+  assert "--config.train.num_epochs=2" in fields
+  assert "--config.model.low_rank=None" in fields
+  assert len(fields) == len(set(fields)) > 40
+
+
 def test_a_name_that_is_no_utf8_is_refused():
   argv = ["train", "--workdir=r\udce9s"]  # Latin-1, as Python reads it.
   with pytest.raises(SystemExit, match="udce9s' is not UTF-8.* rename"):

@@ -77,7 +77,7 @@ def test_settings_go_to_the_groups_that_have_them():
       "did you mean 'num_codes'",
     ),
     (("pq", _vectors()), {}, TypeError, "takes the vectors first"),
-    ((_vectors(50), "pq"), {}, ValueError, "45 vectors cannot fill more"),
+    ((_vectors(50), "pq"), {}, ValueError, "^codebook_size .* 45 vectors"),
     ((_vectors()[0], "pq"), {}, ValueError, "x must have shape"),
     ((_vectors(), "pq"), dict(num_codes=3, **SMALL), ValueError, "must divide"),
   ],

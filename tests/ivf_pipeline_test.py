@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -189,6 +190,22 @@ def test_another_configuration_is_refused(workdir):
   config.train.num_epochs = 3
   with pytest.raises(ValueError, match="started with train.num_epochs=1"):
     ivf_pipeline.run(config, str(workdir), k=10, **FEW)
+
+
+def test_an_index_has_the_metric_of_the_data(workdir, monkeypatch):
+  made = []
+  monkeypatch.setattr(
+    ivf_pipeline, "_run", lambda *command, **values: made.append(values)
+  )
+  monkeypatch.setattr(ivf_pipeline, "_is_there", lambda *_, **__: False)
+  for metric, wanted in (("ip", "ip"), ("cosine", "l2"), ("l2", "l2")):
+    dataset = types.SimpleNamespace(metric=metric)
+    ivf_pipeline._build_index(workdir, dataset)
+    assert made[-1]["metric"] == wanted
+  config = _config()
+  config.data.metric = "ip"
+  with pytest.raises(ValueError, match="take --refiner=rabitq for ip"):
+    ivf_pipeline.run(config, workdir, refiner="fastscan")
 
 
 def test_what_cannot_be_searched_is_refused_first(tmp_path):

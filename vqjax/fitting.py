@@ -6,8 +6,10 @@ Functions take a configuration (`configs/`): this module and the commands are
 the only places that see one.
 """
 
+import contextlib
 import os
 import pathlib
+import re
 import tempfile
 import time
 import warnings
@@ -32,6 +34,19 @@ _GROUPS = ("model", "encode", "train", "init", "ivf", "data")
 _SHORT = {"opq": ("pq", {"opq": True})}  # Names for a setting of another.
 
 
+@contextlib.contextmanager
+def _keywords_in_errors():
+  """Lets errors name settings as `fit` takes them, not as flags."""
+  try:
+    yield
+  except ValueError as error:
+    text = re.sub(r"--config\.\w+\.(\w+)", r"\1", str(error))
+    if text == str(error):
+      raise
+    raise ValueError(text) from error
+
+
+@_keywords_in_errors()
 def fit(
   x,
   name: str = "qinco2_s",

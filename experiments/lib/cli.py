@@ -204,12 +204,22 @@ def run_config(
   """
   config_flags.DEFINE_config_file("config", None, config_help)
   workdir_help = "Run folder; runs/NAME-OF-THE-CONFIG if unset."
-  options = {"workdir": Option(str, None, workdir_help), **options}
+  print_help = "Only print the fields of --config, as set here."
+  options = {
+    "workdir": Option(str, None, workdir_help),
+    **options,
+    "print_config": Option(bool, False, print_help),
+  }
   _define(options)
 
   def main_fn():
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     given = _given(options)
+    if given.pop("print_config"):
+      base = shipped.root() / "configs" / "base.py"
+      lines = [*_fields(flags.FLAGS.config), f"Explained in {base}", ""]
+      sys.stdout.write("\n".join(lines))
+      return
     workdir = given.pop("workdir") or default_workdir(file)
     with user_errors(how_to_resume):
       _expand_config(flags.FLAGS.config)
@@ -219,6 +229,15 @@ def run_config(
   doc = sys.modules["__main__"].__doc__
   shown = {"config": Option(str, None, config_help), **options}
   _start(main_fn, doc, shown, ("config",), multihost)
+
+
+def _fields(config, prefix: str = "--config"):
+  """Yields all fields of a configuration as flags."""
+  for name, value in config.items():
+    if isinstance(value, config_dict.ConfigDict):
+      yield from _fields(value, f"{prefix}.{name}")
+    else:
+      yield f"{prefix}.{name}={value}"
 
 
 def default_workdir(config_file: str) -> str:

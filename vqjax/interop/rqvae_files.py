@@ -21,7 +21,7 @@ from vqjax.codecs.rqvae import Mlp, Norm, RQVAEParams
 from vqjax.data import files
 from vqjax.interop.torch_archive import Archive, Refused, Tensor
 
-_LAYER = re.compile(r"mlp_layers\.(\d+)\.weight")
+_LAYER = re.compile(r"mlp_layers\.(\d{1,4})\.weight")
 
 
 def is_rqvae(root) -> bool:
@@ -42,6 +42,7 @@ def from_archive(archive: Archive, root: dict) -> tuple[str, Any, dict]:
   """
   state = _State(archive, root["state_dict"])
   given = getattr(root.get("args"), "__dict__", {})
+  given = {k: v for k, v in given.items() if type(k) is str and _is_plain(v)}
   codebooks = state.codebooks()
   is_plus = any(name.startswith("encoder.mlp.") for name in state.names)
   encoder = state.mlp("encoder.mlp" if is_plus else "encoder")
@@ -50,37 +51,36 @@ def from_archive(archive: Archive, root: dict) -> tuple[str, Any, dict]:
     encoder = encoder.replace(skip_DE=jnp.eye(codebooks[0].shape[1]))
   params = RQVAEParams(encoder, decoder, codebooks)
   _check_chain(params)
-  epoch = root.get("epoch")
+  epoch, sk_iters = root.get("epoch"), given.get("sk_iters")
   info = {
     "encode": {"beam_size": 1},
     "source": "RQ-KMeans+" if is_plus else "RQ-VAE",
     "epoch": epoch if type(epoch) is int else None,
-    "sk_epsilons": _numbers(given.get("sk_epsilons"), len(codebooks)),
-    "sk_iters": given.get("sk_iters")
-    if type(given.get("sk_iters")) is int
-    else 50,
-    "trained_with": {k: v for k, v in given.items() if _is_plain(v)},
+    "sk_epsilons": _epsilons(given.get("sk_epsilons"), len(codebooks)),
+    "sk_iters": sk_iters if type(sk_iters) is int else 50,
+    "trained_with": given,
   }
   return "rqvae", params, info
 
 
-def _numbers(values, num_levels: int) -> list[float]:
-  """Epsilons of the levels; zeros for what is no list of numbers."""
-  values = values if isinstance(values, list) else []
-  values = [v for v in values if type(v) in (int, float) and 0 <= v < 1e6]
-  return [float(v) for v in values[:num_levels]] + [0.0] * (
-    num_levels - len(values)
-  )
+def _epsilons(values, num_levels: int) -> list[float]:
+  """Epsilons of the levels; 0 in place of what is no epsilon."""
+  values = values if type(values) is list else []
+  is_one = lambda v: type(v) in (int, float) and 0 <= v < 1e6
+  values = [float(v) if is_one(v) else 0.0 for v in values[:num_levels]]
+  return values + [0.0] * (num_levels - len(values))
 
 
 def _is_plain(value) -> bool:
-  if isinstance(value, list):
-    return all(map(_is_plain, value)) and len(value) <= 64
-  if type(value) is float:
-    return bool(np.isfinite(value))
-  return type(value) in (int, bool, type(None)) or (
-    type(value) is str and len(value) <= 1024
-  )
+  """Whether JSON has it: numbers, short text, or a list of them."""
+  if type(value) is list:
+    return len(value) <= 64 and all(
+      type(each) is not list and _is_plain(each) for each in value
+    )
+  if type(value) is str:
+    return len(value) <= 1024
+  is_number = type(value) in (int, float) and abs(value) < 1e30
+  return is_number or type(value) in (bool, type(None))
 
 
 class _State(NamedTuple):
@@ -186,10 +186,10 @@ def load_npz(path) -> tuple[str, Any, dict]:
       while f"codebook_{count}" in file.files:
         count += 1
       books = [file[f"codebook_{at}"] for at in range(count)]
-  except (OSError, ValueError, EOFError, AttributeError) as error:
-    raise ValueError(f"{path} is no archive of numpy ({error}).") from error
   except Exception as error:  # zipfile and zlib have their own.
-    raise ValueError(f"{path} is damaged ({error}).") from error
+    raise ValueError(
+      f"{path} is damaged or no archive of numpy ({error})."
+    ) from error
   if not 1 <= count <= rqvae.MAX_LEVELS:
     raise ValueError(
       f"{path} must hold 1 to {rqvae.MAX_LEVELS} arrays codebook_0, codebook_1 "
@@ -202,7 +202,7 @@ def load_npz(path) -> tuple[str, Any, dict]:
         f"{path} has codebook_{at} of shape {book.shape}, {book.dtype}; "
         "expected floats [K, D] with one D."
       )
-    if not np.isfinite(book).all():
+    if not np.isfinite(book.astype(np.float32)).all():
       raise ValueError(f"{path} has NaN or Inf in codebook_{at}.")
   info = {"encode": {"beam_size": 1}, "source": "RQ-KMeans"}
   if len({len(book) for book in books}) == 1:

@@ -29,9 +29,9 @@ _NUM_LISTS = {
 }
 
 
-def check_argument(arg: str) -> None:
+def check_argument(arg: str, *others: str) -> None:
   """Raises ValueError unless `arg` may follow the colon of `--config`."""
-  known = ("smoke", *SAMPLES, *DATASETS)
+  known = ("smoke", *others, *SAMPLES, *DATASETS)
   if arg and arg not in known:
     raise ValueError(
       f"Unknown argument {arg!r} after the colon of --config; known are "
@@ -40,9 +40,9 @@ def check_argument(arg: str) -> None:
     )
 
 
-def make_data(arg: str) -> config_dict.ConfigDict:
+def make_data(arg: str, sample: str = "sample_sift") -> config_dict.ConfigDict:
   """Returns `config.data`: a named data set, or paths of one's own."""
-  named = arg if arg and arg != "smoke" else "sample_sift"
+  named = arg if arg in SAMPLES + DATASETS else sample
   data = config_dict.create(
     name=named,
     root=config_dict.placeholder(str),  # Of named sets; else $VQJAX_DATA.
@@ -56,7 +56,8 @@ def make_data(arg: str) -> config_dict.ConfigDict:
     metric=config_dict.placeholder(str),  # "l2", "ip" or "cosine".
     scale=config_dict.placeholder(float),  # Of reported errors.
     # Last training vectors, held out. None: a tenth, at most 3,000 (of more
-    # than 300,000 vectors a hundredth, at most 10,000).
+    # than 300,000 vectors a hundredth, at most 10,000). 0: none, and the
+    # validation is on the training vectors.
     validation_size=config_dict.placeholder(int),
   )
   if arg == "smoke":
@@ -148,7 +149,7 @@ def _published() -> config_dict.ConfigDict:
       log_every=50,  # Steps.
       checkpoint_minutes=10.0,  # And at the end of every epoch.
       keep_checkpoints=2,  # Latest ones, in addition to the best.
-      tensorboard=False,
+      tracker="none",  # Or "tensorboard", "wandb"; JSON lines always.
     ),
   )
 

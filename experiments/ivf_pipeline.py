@@ -39,7 +39,7 @@ from experiments import (
   train,
 )
 from experiments.lib import cli, errors, search_data, truth
-from vqjax import fitting
+from vqjax import recipe_qinco
 from vqjax.data import batches, codes, datasets, files, json_files
 from vqjax.interop import faiss_fastscan, faiss_io, faiss_ivf
 from vqjax.search import refiners
@@ -201,7 +201,7 @@ def _encode(config, workdir, dataset) -> None:
 
 
 def _small_search(config) -> dict:
-  return {name: config.model[name] for name in fitting.SEARCH}
+  return {name: config.model[name] for name in recipe_qinco.SEARCH}
 
 
 def _fit_decoders(config, workdir, dataset) -> None:

@@ -34,7 +34,6 @@ from vqjax import devices, fitting
 from vqjax.codec import Codec
 from vqjax.data import batches, datasets, files
 from vqjax.storage import codec_file
-from vqjax.training import checkpoints as checkpoints_lib
 from vqjax.training import curves, writers
 
 
@@ -81,15 +80,13 @@ def _say_finished(workdir, summary: dict) -> dict:
 def _train(config, workdir, dataset, xt_ND, this, finish: bool):
   """`run`, with the folder locked."""
   batches.check_training(xt_ND, this.num_rows)
-  fitting.check_words(config, this.num_rows)
-  if this.plan is not None:
-    fitting.check_model(config, this.plan, (this.num_rows, dataset.dim))
+  fitting.check(config, this.plan, (this.num_rows, dataset.dim))
   train_run.begin(workdir, this)
   logging.info(
     "%s: %d training vectors, %d held out, %d dimensions.",
     dataset.name,
     this.num_rows,
-    this.held_out.stop - this.held_out.start,
+    len(xt_ND) - this.num_rows,
     dataset.dim,
   )
   if this.num_rows < dataset.dim:
@@ -118,26 +115,27 @@ def _resolve(config) -> datasets.Dataset:
 
 
 def _train_learned(config, workdir, dataset, xt_ND, this, finish: bool):
-  """Trains a QINCo: the best parameters, how it ended, and the vectors.
+  """Trains a learned codec: its best parameters, how it ended, the vectors.
 
   Those of an IVF model come with their list. The parameters are None when the
   run was interrupted.
   """
   num_rows, plan = this.num_rows, this.plan
-  learned = fitting.Learned(
-    config, workdir, xt_ND, num_rows, this.held_out, plan
+  tracker = writers.open_tracker(
+    "none" if finish else config.train.tracker, workdir, this.record
   )
-  like, xt_ND = devices.abstract(learned.abstract()), learned.vectors
+  job = fitting.prepare(config, workdir, xt_ND, num_rows, this.held_out, plan)
+  like, xt_ND = devices.abstract(job.abstract), job.vectors
   # Before there are checkpoints, so that a start that fails leaves none.
   has_begun = (workdir / "checkpoints").exists()
-  state = None if has_begun else learned.start()
-  checkpoints = checkpoints_lib.Checkpoints(
-    workdir / "checkpoints", num_latest=config.train.keep_checkpoints
+  state = None if has_begun else job.start_fn()
+  checkpoints = fitting.open_checkpoints(
+    workdir, plan, config.train.keep_checkpoints
   )
   step, writer = 0, None
   try:
     if finish:
-      best = _best(workdir, checkpoints, like, writers.seconds(workdir))
+      best = _best(workdir, checkpoints, like, plan, writers.seconds(workdir))
       best[1]["is_early"] = best[1]["last_step"] < plan.total_steps
       return (*best, xt_ND)
     found = checkpoints.restore_latest(like)
@@ -145,13 +143,9 @@ def _train_learned(config, workdir, dataset, xt_ND, this, finish: bool):
       step, state = found
       logging.info("Resuming from step %d of %d.", step, plan.total_steps)
     if state is None:  # Killed before the first checkpoint.
-      state = learned.start()
-    writer = writers.Writer(
-      workdir, first_step=step, tensorboard=config.train.tensorboard
-    )
-    outcome = fitting.run_loop(
-      config, learned, state, plan, num_rows, checkpoints, writer
-    )
+      state = job.start_fn()
+    writer = writers.Writer(workdir, first_step=step, tracker=tracker)
+    outcome = fitting.run_loop(job, state, plan, num_rows, checkpoints, writer)
     if devices.is_first():
       curves.plot_curves(workdir, scale=dataset.scale, unit=_unit(dataset))
     if not outcome.is_done:
@@ -161,7 +155,7 @@ def _train_learned(config, workdir, dataset, xt_ND, this, finish: bool):
         plan.total_steps,
       )
       return None, {}, xt_ND
-    best = _best(workdir, checkpoints, outcome.state, writer.seconds)
+    best = _best(workdir, checkpoints, outcome.state, plan, writer.seconds)
     return (*best, xt_ND)
   finally:
     if writer is not None:
@@ -169,7 +163,7 @@ def _train_learned(config, workdir, dataset, xt_ND, this, finish: bool):
     checkpoints.close()
 
 
-def _best(workdir, checkpoints, like, seconds: float):
+def _best(workdir, checkpoints, like, plan, seconds: float):
   """Parameters of the best checkpoint, and how the run ended.
 
   `seconds` are those of earlier processes.
@@ -181,7 +175,10 @@ def _best(workdir, checkpoints, like, seconds: float):
       "same command without --finish."
     )
   step, state = found
-  logging.info("The best validation error is at step %d.", step)
+  logging.info(
+    "The checkpoint with the best %s, of step %d, becomes the codec.",
+    *(plan.measure.replace("_", " "), step),
+  )
   ended = {"step": step, "last_step": last, "seconds": seconds}
   return devices.to_local_devices(state.params), ended
 
@@ -192,14 +189,14 @@ def _unit(dataset) -> str:
 
 def _finish(config, workdir, dataset, xt_ND, params, this, ended: dict):
   """Writes the portable codec and the summary, and says what to do next."""
-  held_out, seconds = this.held_out, ended["seconds"]
+  held_out, num_rows, seconds = this.held_out, this.num_rows, ended["seconds"]
   began = time.monotonic()
   knobs = _rule_of(workdir) or config.encode.to_dict()
   codec = Codec(config.codec, params, {"encode": knobs})
   num_mine = len(devices.process_rows(held_out.stop - held_out.start))
   with cli.progress(num_mine, "validate") as done:
     validation = fitting.held_out_mse(codec, xt_ND, held_out, done)
-  num_held_out = held_out.stop - held_out.start
+  num_held_out = len(xt_ND) - num_rows
   training = {"seconds": seconds, "validation_mse": validation}
   info = train_run.codec_info(config, dataset, num_held_out)
   info |= {"encode": knobs}
@@ -220,14 +217,14 @@ def _finish(config, workdir, dataset, xt_ND, params, this, ended: dict):
   files.write_json(workdir / run_folder.SUMMARY_NAME, summary, overwrite=True)
   sizes = ", ".join(f"{k}={v}" for k, v in knobs.items())
   logging.info(
-    "Trained in %.0f s, validated in %.0f s. MSE%s of the %d held-out vectors"
+    "Trained in %.0f s, validated in %.0f s. MSE%s of the %d %s vectors"
     "%s: %s\n"
     "Written to %s: %s\nNext:\n"
-    "  vqjax evaluate --codec=%s%s%s",
+    "  vqjax evaluate --codec=%s%s%s%s",
     seconds,
     time.monotonic() - began,
     _unit(dataset),
-    num_held_out,
+    *((num_held_out, "held-out") if num_held_out else (num_rows, "training")),
     f", encoded with {sizes}" if sizes else "",
     cli.number(validation * dataset.scale),
     workdir,
@@ -239,6 +236,7 @@ def _finish(config, workdir, dataset, xt_ND, params, this, ended: dict):
     shlex.quote(str(workdir)),
     "" if dataset.base else " --split=validation",
     _to_search(workdir, dataset) if codec.is_ivf else "",
+    "" if num_held_out else _to_ids(workdir, dataset),
   )
   return summary
 
@@ -275,6 +273,13 @@ def _to_search(workdir, dataset) -> str:
     f"\n  vqjax {name} {shlex.join([f'--codec={workdir}', *options])}"
     for name, options in commands.items()
   )
+
+
+def _to_ids(workdir, dataset) -> str:
+  """The command that makes ids of the items, if these were all learned from."""
+  data, ids = dataset.base or dataset.train, workdir / "ids"
+  options = [f"--codec={workdir}", f"--data={data}", f"--output={ids}"]
+  return f"\n  vqjax semantic_ids {shlex.join(options)}"
 
 
 if __name__ == "__main__":

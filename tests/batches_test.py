@@ -106,11 +106,15 @@ def test_split(num, size, want):
   assert batches.split(num, size) == (want, slice(want, num))
 
 
+def test_none_held_out_is_validation_on_all():
+  assert batches.split(7, 0) == (7, slice(0, 7))
+
+
 def test_split_refused():
   with pytest.raises(ValueError, match="at least 2 vectors.*got 1"):
     batches.split(1)
-  with pytest.raises(ValueError, match="validation_size .*got 0"):
-    batches.split(10, 0)
+  with pytest.raises(ValueError, match="validation_size .*got -1"):
+    batches.split(10, -1)
 
 
 def make_file(folder, x, suffix):

@@ -53,6 +53,38 @@ def test_the_second_best_is_taken(saved, tmp_path):
   assert saved.steps() == [1, 2, 3]
 
 
+def test_the_best_of_each_figure_and_the_latest_evaluated_are_kept(tmp_path):
+  keep = dict(
+    num_latest=1,
+    num_evaluated=2,
+    measure="collision_rate",
+    best_of=("train_loss", "utilisation"),
+  )
+  found = checkpoints.Checkpoints(tmp_path, **keep)
+  figures = {  # Collisions, training loss, utilisation.
+    1: (0.1, 3.0, 0.5),
+    2: (0.2, 1.0, 0.5),
+    3: (0.3, 2.0, 0.9),
+    4: (0.3, 2.0, 0.8),
+    6: (0.3, 2.0, 0.8),
+    7: (0.3, 2.0, 0.8),
+  }
+  names = ("collision_rate", "train_loss", "utilisation")
+  for step in range(1, 9):
+    of_step = dict(zip(names, figures.get(step, ()), strict=False))
+    validation = of_step.get("collision_rate")
+    state = {"step": jnp.int32(step)}
+    found.save(step, state, validation=validation, figures=of_step)
+  found.wait()
+  assert found.steps() == [1, 2, 3, 6, 7, 8]
+  assert found.best() == 1
+  found.close()
+  for measure, step in (("train_loss", 2), ("utilisation", 3), ("mse", 1)):
+    found = checkpoints.Checkpoints(tmp_path, **{**keep, "measure": measure})
+    assert found.restore_best()[0] == step
+    found.close()
+
+
 def test_without_a_whole_one_it_is_an_error(saved, tmp_path):
   for step in (1, 2, 3):
     _flip(tmp_path, step)

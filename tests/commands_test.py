@@ -428,7 +428,7 @@ def test_a_typo_does_not_spoil_the_run_folder(tmp_path):
 def test_other_ways_to_train(tmp_path):
   config = qinco2_s.get_config("smoke")
   config.train.update(
-    dtype="bfloat16", accumulate=2, batch_size=64, tensorboard=True
+    dtype="bfloat16", accumulate=2, batch_size=64, tracker="tensorboard"
   )
   config.model.low_rank = 4
   plain = train.run(qinco2_s.get_config("smoke"), tmp_path / "plain")

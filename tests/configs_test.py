@@ -7,10 +7,9 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import pytest
-from ml_collections import config_dict
 
 from experiments import train
-from vqjax import fitting
+from vqjax import recipe_qinco
 from vqjax.codecs import qinco_loss
 from vqjax.data import batches, datasets
 
@@ -28,9 +27,8 @@ def _config(name, arg=""):
 
 
 def test_all_are_there():
-  assert {"pq", "rq", "qinco1", "qinco2_s", "qinco2_m", "qinco2_l"} <= set(
-    NAMES
-  )
+  known = {"pq", "rq", "rqvae", "qinco1", "qinco2_s", "qinco2_m", "qinco2_l"}
+  assert known <= set(NAMES)
 
 
 # M and L differ from S in numbers alone.
@@ -62,10 +60,10 @@ def test_smoke_trains_a_codec(name, tmp_path):
 @pytest.mark.parametrize("arg", ["", "smoke", *datasets.NAMES])
 def test_arguments_give_plain_values(name, arg):
   config = _config(name, arg)
-  again = config_dict.ConfigDict(json.loads(config.to_json_best_effort()))
-  assert again.to_dict() == config.to_dict()
-  want = arg if arg in datasets.NAMES else "sample_sift"
-  assert config.data.name == want
+  again = json.loads(config.to_json_best_effort())
+  assert again == json.loads(json.dumps(config.to_dict()))
+  sample = "sample_text" if name == "rqvae" else "sample_sift"
+  assert config.data.name == (arg if arg in datasets.NAMES else sample)
 
 
 LEARNED = [name for name in NAMES if "qinco" in name]
@@ -75,13 +73,15 @@ LEARNED = [name for name in NAMES if "qinco" in name]
 @pytest.mark.parametrize("arg", ["", "sample_text", "bigann1M", "contriever1M"])
 def test_sizes_fit_the_model(name, arg):
   config = _config(name, arg)
-  sizes = {k: v for k, v in config.model.items() if k not in fitting.SEARCH}
+  sizes = {
+    k: v for k, v in config.model.items() if k not in recipe_qinco.SEARCH
+  }
   dim = {"sample_text": 384, "contriever1M": 768}.get(arg, 128)
   params = jax.eval_shape(
     lambda x_ND: qinco_loss.init(jax.random.key(0), x_ND, **sizes),
     jax.ShapeDtypeStruct((1000, dim), jnp.float32),
   )
-  fitting.check_search(config, params)
+  recipe_qinco.check_search(config, params)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -103,3 +103,17 @@ def test_the_published_setting():
   assert config.data.validation_size is None
   assert batches.split(10**8, None)[0] == 10**8 - 10_000  # As published.
   assert _config("qinco1", "bigann1M").model.num_blocks == 16
+
+
+def test_the_settings_of_the_published_rqvae_programs():
+  config = _config("rqvae", "reference")
+  assert config.model.codebook_sizes == (256, 256, 256)
+  assert config.model.layers == (2048, 1024, 512, 256, 128, 64)
+  train, init = config.train, config.init
+  assert (train.optimiser, train.peak_lr, train.clip_norm) == ("adamw", 1e-3, 1)
+  assert (train.schedule, train.ramp_epochs) == ("constant", 50)
+  assert (train.best, train.save_limit) == ("train_loss", 5)
+  assert (train.redraw, init.kmeans, init.num_iterations) == (
+    *("none", "large"),
+    100,
+  )

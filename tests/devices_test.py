@@ -16,7 +16,7 @@ from configs import qinco2_s
 from experiments import train
 from experiments.lib import codecs
 from tests import commands
-from vqjax import devices, fitting
+from vqjax import devices, fitting, recipe_qinco
 from vqjax.training import loop, writers
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -52,11 +52,10 @@ def make_figures(folder: str) -> None:
 def _compile_step(config):
   """The training step of the configuration, compiled."""
   plan = fitting.make_plan(config, 1000, 1.0)
-  schedule = fitting.make_schedule(config, plan)
   x_ND = np.random.default_rng(0).normal(size=(BATCH, 128)).astype(np.float32)
-  state = fitting.make_state(config, schedule, None, jnp.asarray(x_ND))
-  learner, tx = fitting.make_learner(config, x_ND, schedule)
-  step_fn = loop.make_train_step(learner, tx, schedule, seed=0)
+  job = fitting.prepare(config, None, x_ND, BATCH, slice(0, BATCH), plan)
+  state = recipe_qinco.make_state(config, job.tx, None, jnp.asarray(x_ND))
+  step_fn = loop.make_train_step(job.learner, job.tx, job.schedule, seed=0)
   wish_N = np.zeros(jax.device_count(), np.int32)
   args = devices.replicate(state), *devices.shard((wish_N, x_ND))
   return step_fn.lower(*args).compile()

@@ -41,7 +41,9 @@ def _learner(loss_fn=_loss, validate_fn=None):
     merge_stats_fn=lambda old, new: jax.tree.map(jnp.add, old, new),
     end_epoch_fn=_end_epoch,
     usage_fn=_usage,
-    validate_fn=validate_fn or (lambda params: float(jnp.sum(params["w_D"]))),
+    validate_fn=lambda params: {
+      "mse": float((validate_fn or jnp.sum)(params["w_D"]))
+    },
   )
 
 
@@ -119,6 +121,38 @@ def test_resumed_equals_uninterrupted(tmp_path, at_step, number):
   assert resumed.is_done
   _assert_same(resumed.state, whole.state)
   assert _rows(part) == _rows(tmp_path / "whole")
+
+
+def test_epochs_between_validations_end_without_one(tmp_path):
+  values = iter([2.0, 1.0, 3.0])
+  learner = _learner(validate_fn=lambda w_D: next(values))
+  plan = _plan(num_epochs=5, eval_epochs=2)
+  _, saved = _run(tmp_path, plan=plan, learner=learner)
+  ends = [row for row in _rows(tmp_path) if "epoch" in row]
+  assert [row.get("validation_mse") for row in ends] == [None, 2, None, 1, 3]
+  assert [row["dead_words"] for row in ends] == [32] * 5
+  saved = checkpoints_lib.Checkpoints(tmp_path / "checkpoints")
+  assert saved.steps() == [16, 20]
+  assert saved.best() == 16
+  saved.close()
+
+
+def test_a_learner_updates_parameters_by_its_statistics(tmp_path):
+  learner = _learner()._replace(
+    frozen_fn=lambda params: {"w_D": False, "seen": True},
+    update_fn=lambda params, stats: {**params, "seen": stats["seen"]},
+    loss_fn=lambda params, key, x_ND: _loss({"w_D": params["w_D"]}, key, x_ND),
+  )
+  params = {"w_D": jnp.zeros(DIM), "seen": jnp.float32(0)}
+  tx = optimisers.make_optimiser(lambda step: 0.1)
+  state = loop.make_state(
+    params, tx, {"seen": jnp.float32(0)}, METRICS, learner.frozen_fn
+  )
+  step_fn = loop.make_train_step(learner, tx, lambda step: 0.1, seed=0)
+  rows = devices.shard((np.zeros(jax.device_count(), np.int32), _batch(0)))
+  for num_steps in (1, 2):
+    state, _, _ = step_fn(state, *rows)
+    assert float(state.params["seen"]) == num_steps * BATCH
 
 
 def test_frozen_parts_have_neither_gradients_nor_moments():
@@ -242,7 +276,7 @@ def test_accumulated_parts_equal_one_batch(tmp_path):
 
 def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
   values = iter([5.0, 1.0, 4.0, 3.0, 2.0])
-  learner = _learner(validate_fn=lambda params: next(values))
+  learner = _learner(validate_fn=lambda w_D: next(values))
   outcome, _ = _run(tmp_path, plan=_plan(num_epochs=5), learner=learner)
   saved = checkpoints_lib.Checkpoints(tmp_path / "checkpoints")
   assert saved.best() == 8
@@ -254,7 +288,7 @@ def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
 
 def test_the_best_is_found_while_it_is_written(tmp_path):
   values = iter([5.0, 4.0, 3.0, 2.0, 1.0])
-  learner = _learner(validate_fn=lambda params: next(values))
+  learner = _learner(validate_fn=lambda w_D: next(values))
   outcome, _ = _run(tmp_path, plan=_plan(num_epochs=4), learner=learner)
   saved = checkpoints_lib.Checkpoints(tmp_path / "checkpoints")
   saved.save(20, outcome.state, validation=1.0)
@@ -274,8 +308,8 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 def test_the_last_epoch_redraws_nothing(tmp_path):
   calls = []
 
-  def validate(params):
-    calls.append(np.asarray(params["w_D"]))
+  def validate(w_D):
+    calls.append(np.asarray(w_D))
     return 1.0
 
   outcome, _ = _run(tmp_path, learner=_learner(validate_fn=validate))
@@ -287,7 +321,7 @@ def test_the_last_epoch_redraws_nothing(tmp_path):
 
 
 def test_plateau_stops_the_run(tmp_path):
-  learner = _learner(validate_fn=lambda params: 1.0)
+  learner = _learner(validate_fn=lambda w_D: 1.0)
   plan = _plan(num_epochs=50, stop_patience=2, cut_patience=1)
   for _ in range(2):  # Resumed, it knows that it is done.
     outcome, _ = _run(tmp_path, plan=plan, learner=learner)

@@ -9,7 +9,7 @@ from vqjax.codec import Codec
 from vqjax.codecs import runner
 from vqjax.codecs.rule import LETTERS, SearchRule
 from vqjax.data import datasets
-from vqjax.fitting import product_dtype as product_dtype
+from vqjax.recipes import product_dtype as product_dtype
 
 RULES = ("joint", "published")
 SIZES = tuple(LETTERS)  # A, B, C and F.

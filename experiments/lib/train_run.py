@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from absl import logging
 
-from experiments.lib import codecs, run_folder
-from vqjax import devices, fitting
+from experiments.lib import run_folder
+from vqjax import devices, fitting, recipes
 from vqjax.data import batches, datasets, files, formats
 from vqjax.training import loop
 
@@ -24,7 +24,7 @@ _FREE = (
   *("data.num_train", "data.num_base", "data.num_queries"),
   *("data.validation_size", "ivf.centroids", "derived.codec"),
   *("train.log_every", "train.checkpoint_minutes", "train.keep_checkpoints"),
-  "train.tensorboard",
+  *("train.tracker", "train.save_limit"),
 )
 _SAYS = {  # Of names that are no flags.
   "derived.data.train": "the checksum of the vectors in --config.data.train",
@@ -63,10 +63,7 @@ def look(config, workdir: pathlib.Path, dataset, xt_ND, **wishes) -> Run:
   run_folder.check_shared(workdir)
   old = run_folder.read_config(workdir)
   num_rows, held_out = _split(config, len(xt_ND), old)
-  plan = None
-  if config.codec == "qinco":
-    fitting.check_options(config)
-    plan = fitting.make_plan(config, num_rows, dataset.scale)
+  plan = fitting.make_plan(config, num_rows, dataset.scale)
   record = _record(config, dataset, xt_ND, plan, num_rows)
   if old is None:
     if wishes.get("finish"):
@@ -121,16 +118,14 @@ def _record(config, dataset, xt_ND, plan, num_rows: int) -> dict:
     derived |= {
       "vectors_per_step": plan.batch_size,
       "steps_per_epoch": plan.steps_per_epoch,
-      "dtype": codecs.product_dtype(config.train.dtype),
       "codec": {  # With a checkpoint it is a codec.
         "name": config.codec,
-        "static": {
-          "add_word": not config.model.is_qinco1,
-          "is_ivf": bool(ivf and (ivf.num_lists or ivf.centroids)),
-        },
+        "static": recipes.get(config.codec).static_fn(config),
         "info": codec_info(config, dataset, num_held_out),
       },
     }
+    if "dtype" in config.train:
+      derived["dtype"] = recipes.product_dtype(config.train.dtype)
   return config.to_dict() | {"derived": derived}
 
 
@@ -148,7 +143,10 @@ def codec_info(config, dataset, num_held_out: int) -> dict:
 
 
 def _check_same(workdir, old: dict, new: dict) -> bool:
-  """Whether more epochs are asked for; refuses what differs otherwise."""
+  """Whether there is more to do; refuses what differs otherwise.
+
+  That is more epochs, or another figure that chooses the best checkpoint.
+  """
   found = run_folder.differences(old, new)
   take = functools.partial(run_folder.take, found)
   take(*_FREE)
@@ -171,5 +169,7 @@ def _check_same(workdir, old: dict, new: dict) -> bool:
   has_more = wanted > before
   if has_more:
     take("train.num_epochs")
+  has_more |= "train.best" in found
+  take("train.best")
   run_folder.refuse(workdir, found, _SAYS)
   return has_more

@@ -262,6 +262,7 @@ def loss(
   )
   metrics = {
     "loss": total,
+    "mse": jnp.mean(jnp.sum(error_ND**2, axis=-1)),
     "reconstruction": reconstruction,
     "quantisation": quantisation,
   }

@@ -95,14 +95,14 @@ def split(
 
   None holds out a tenth, at most 3,000; of more than 300,000 vectors a
   hundredth, at most 10,000. A number is taken as it is, up to half of the
-  vectors.
+  vectors. With 0 none is held out, and all are trained and validated on.
   """
   if validation_size is None:
     most = max(3000, min(num_vectors // 100, 10_000))
     validation_size = max(min(num_vectors // 10, most), 1)
-  if validation_size < 1:
+  if validation_size < 0:
     raise ValueError(
-      f"validation_size must be at least 1, got {validation_size}."
+      f"validation_size must not be negative, got {validation_size}."
     )
   if num_vectors < 2:
     raise ValueError(
@@ -110,6 +110,8 @@ def split(
       f"{num_vectors}."
     )
   num_train_rows = num_vectors - min(validation_size, num_vectors // 2)
+  if not validation_size:
+    return num_vectors, slice(0, num_vectors)
   return num_train_rows, slice(num_train_rows, num_vectors)
 
 

@@ -1,4 +1,4 @@
-"""Training checkpoints: the latest two and the best one, through orbax.
+"""Training checkpoints: the latest ones and the best ones, through orbax.
 
 Saved asynchronously; a half-written checkpoint is never taken for a whole one
 (orbax renames it into place when it is complete). Each has a checksum of its
@@ -7,6 +7,7 @@ arrays, so that a damaged one is not taken either.
 
 import contextlib
 import errno
+import functools
 import json
 import pathlib
 import shutil
@@ -23,6 +24,7 @@ from vqjax import devices
 from vqjax.data import files
 
 _METRIC = "validation"
+_HIGHER = ("utilisation",)  # Figures of which more is better.
 _PREFIX = "step"
 # What orbax raises for files that are damaged or of another tree.
 _ERRORS = (
@@ -35,20 +37,38 @@ class Checkpoints:
   """The checkpoints of one run, in `folder`, by training step."""
 
   def __init__(
-    self, folder: pathlib.Path, *, num_latest: int = 2, read_only: bool = False
+    self,
+    folder: pathlib.Path,
+    *,
+    num_latest: int = 2,
+    num_evaluated: int = 0,
+    measure: str = _METRIC,
+    best_of: tuple[str, ...] = (),
+    read_only: bool = False,
   ):
-    """Opens them; `read_only` if a process may still be training."""
-    keep = checkpoint_managers.AnyPreservationPolicy(
-      [
-        checkpoint_managers.LatestN(num_latest),
-        checkpoint_managers.BestN(
-          get_metric_fn=lambda metrics: metrics[_METRIC],
-          reverse=True,
-          n=1,
-          keep_checkpoints_without_metrics=False,
-        ),
-      ]
+    """Opens them.
+
+    Args:
+      folder: Where they lie.
+      num_latest: How many of the latest are kept,
+      num_evaluated: and of the latest that were evaluated.
+      measure: Figure by which `best` decides; the best of it is kept,
+      best_of: and the best of each of these figures.
+      read_only: If a process may still be training.
+    """
+    self._value = functools.partial(_value, measure)
+    best_n = functools.partial(
+      checkpoint_managers.BestN, keep_checkpoints_without_metrics=False
     )
+    policies = [checkpoint_managers.LatestN(num_latest)]
+    policies += [
+      best_n(get_metric_fn=functools.partial(_value, name), reverse=True, n=1)
+      for name in (measure, *best_of)
+    ]
+    # The greatest steps of those with figures.
+    step_fn = lambda metrics: metrics.get(_PREFIX, 0)
+    policies.append(best_n(get_metric_fn=step_fn, n=num_evaluated))
+    keep = checkpoint_managers.AnyPreservationPolicy(policies)
     self._folder = pathlib.Path(folder).absolute()
     if not read_only:
       _remove_damaged_metrics(self._folder)
@@ -56,7 +76,7 @@ class Checkpoints:
       self._folder,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=keep,
-        best_fn=lambda metrics: metrics[_METRIC],
+        best_fn=self._value,
         best_mode="min",
         step_prefix=_PREFIX,
         cleanup_tmp_directories=not read_only,
@@ -69,11 +89,24 @@ class Checkpoints:
     """Returns the steps at which there is a checkpoint, ascending."""
     return sorted(self._manager.all_steps())
 
-  def save(self, step: int, state: Any, *, validation: float | None = None):
-    """Starts to save `state`; with `validation` it may become the best."""
+  def save(
+    self,
+    step: int,
+    state: Any,
+    *,
+    validation: float | None = None,
+    figures: dict[str, float] | None = None,
+  ):
+    """Starts to save `state`.
+
+    With `validation`, where less is better, it may become the best, and by
+    other `figures` the best of them.
+    """
     if step in self._manager.all_steps():
       return
-    metrics = None if validation is None else {_METRIC: validation}
+    metrics = None
+    if validation is not None:
+      metrics = {_METRIC: validation, _PREFIX: step, **(figures or {})}
     saved = {"state": state, "checksum": checksum(state)}
     with self._full_disk_in_words():
       # Before: where orbax finds out, its threads print pages.
@@ -92,7 +125,7 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def best(self) -> int | None:
-    """Returns the step with the lowest validation error, None without any."""
+    """Returns the step with the best figure, None without any."""
     return self._manager.best_step()
 
   def restore(self, step: int, like: Any) -> Any:
@@ -174,8 +207,8 @@ class Checkpoints:
 
   def _ranked(self) -> list[int]:
     """Steps from the best to the worst; those without validation last."""
-    errors = {step: self._manager.metrics(step) for step in self.steps()}
-    value = lambda step: (errors[step] or {}).get(_METRIC, np.inf)
+    figures = {step: self._manager.metrics(step) for step in self.steps()}
+    value = lambda step: self._value(figures[step] or {})
     return sorted(self.steps()[::-1], key=value)
 
   def _first_whole(self, steps: list[int], restore_fn):
@@ -224,6 +257,18 @@ class Checkpoints:
       self._manager.wait_until_finished()
       self._manager.close()
     logging.debug("Checkpoints in %s: %s", self._folder, self.steps())
+
+
+def _value(measure: str, metrics: dict) -> float:
+  """A figure, as a number of which less is better; else the validation's."""
+  if measure in metrics:
+    return signed(measure, metrics[measure])
+  return metrics.get(_METRIC, np.inf)
+
+
+def signed(measure: str, value: float) -> float:
+  """Returns the value of a figure as a number of which less is better."""
+  return -value if measure in _HIGHER else value
 
 
 def _remove_damaged_metrics(folder: pathlib.Path) -> None:

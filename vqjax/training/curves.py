@@ -12,30 +12,51 @@ def plot_curves(
 ) -> pathlib.Path:
   """Draws a run's `metrics.jsonl` to `curves.png`.
 
-  Panels are the error, the use and entropy of the codewords of each code
-  position, and the learning rate; those without values are left out.
+  Panels are the error, collisions, the use of the codewords of each code
+  position and how evenly it is spread, and the learning rate; those without
+  values are left out.
   """
   # The object interface: pyplot would start a window system.
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
   rows = read_rows(pathlib.Path(folder) / "metrics.jsonl")
-  panels = [
-    (f"MSE per vector{unit}", lambda axes: _errors(axes, rows, scale)),
-    ("share of codewords used in the epoch", _positions("usage_M", rows)),
-    ("entropy of the codes, bits", _positions("entropy_M", rows)),
-    ("learning rate", lambda axes: _curve(axes, rows, "lr")),
+  collisions = "validation_collision_rate"
+  panels = [  # The value that a panel is of, its title and its curves.
+    (
+      ("validation_mse", f"MSE per vector{unit}"),
+      lambda axes: _errors(axes, rows, scale),
+    ),
+    (
+      (collisions, "collision rate, (items - ids) / items"),
+      lambda axes: _curve(axes, rows, collisions, marker="o"),
+    ),
+    (
+      ("usage_M", "share of codewords used in the epoch"),
+      _positions("usage_M", rows),
+    ),
+    (
+      ("entropy_M", "entropy of the codes, bits"),
+      _positions("entropy_M", rows),
+    ),
+    (
+      ("perplexity_M", "perplexity of the codes"),
+      _positions("perplexity_M", rows),
+    ),
+    (("lr", "learning rate"), lambda axes: _curve(axes, rows, "lr")),
   ]
-  figure = Figure(figsize=(14, 3.8), layout="constrained")
+  known = set().union(*rows)
+  panels = [panel for panel in panels if panel[0][0] in known]
+  width = 3.5 * max(len(panels), 1)
+  figure = Figure(figsize=(width, 3.8), layout="constrained")
   FigureCanvasAgg(figure)
-  for axes, (title, draw) in zip(figure.subplots(1, 4), panels, strict=True):
+  all_axes = figure.subplots(1, max(len(panels), 1), squeeze=False)[0]
+  for axes, ((_, title), draw) in zip(all_axes, panels, strict=False):
     draw(axes)
-    if not axes.lines:
-      axes.remove()
-      continue
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("training step")
     axes.grid(alpha=0.3)
+    axes.locator_params(axis="x", integer=True)
   path = pathlib.Path(folder) / "curves.png"
   figure.savefig(path, dpi=110)
   return path
@@ -70,10 +91,10 @@ def _positions(name: str, rows):
     shown = {0, num - 1} if num > 8 else set(range(num))
     for m in range(num):
       label = f"position {m + 1}" if m in shown else None
-      color = colormaps["viridis"](m / max(num - 1, 1))
+      color = colormaps["viridis"](0.9 * m / max(num - 1, 1))
       _curve(axes, rows, name, place=m, label=label, color=color, linewidth=1)
     if num:
-      axes.legend(fontsize=6, ncols=2, title="code position", title_fontsize=6)
+      axes.legend(fontsize=8)
 
   return draw
 

@@ -143,7 +143,7 @@ def make_learner(
       found["coded_kl"],
       found["reduced_kl"],
     )
-    return found["coded_kl"]
+    return {"kl": found["coded_kl"]}
 
   return loop.Learner(
     loss_fn=loss_fn,

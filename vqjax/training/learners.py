@@ -72,7 +72,7 @@ def make_learner(
   def validate(params):
     tables = prepare_fn(devices.to_local_devices(params))
     size = runner.encode_block(qinco.CODEC, tables, rule)
-    return mean_of_rows(partial(errors_fn, tables), held_out, size)
+    return {"mse": mean_of_rows(partial(errors_fn, tables), held_out, size)}
 
   return loop.Learner(
     loss_fn=loss,
@@ -86,17 +86,26 @@ def make_learner(
 
 
 def mean_of_rows(
-  fn: Callable, vectors, block_size: int, progress: Callable | None = None
+  fn: Callable,
+  vectors,
+  block_size: int,
+  progress: Callable | None = None,
+  rows: range | None = None,
 ) -> float:
-  """Returns the mean of `fn`, rows to numbers `[N]`, over all rows.
+  """Returns the mean of `fn`, rows to numbers `[N]`, over these rows, or all.
 
   Every process computes its share, and all return the same; `progress` is
   told of the rows done and those in the share.
   """
-  mine = devices.process_rows(len(vectors))
+  rows = range(len(vectors)) if rows is None else rows
+  mine = devices.process_rows(len(rows))
   blocks = batches.map_blocks(
-    fn, vectors, block_size=block_size, rows=mine, progress=progress
+    fn,
+    vectors,
+    block_size=block_size,
+    rows=rows[mine.start : mine.stop],
+    progress=progress,
   )
   parts = [np.zeros(0, np.float32), *(value_N for _, value_N in blocks)]
-  value_N = devices.gather_rows(np.concatenate(parts), len(vectors))
+  value_N = devices.gather_rows(np.concatenate(parts), len(rows))
   return float(np.mean(value_N, dtype=float))

@@ -28,7 +28,7 @@ from vqjax.core import Array, add_exactly
 from vqjax.data.batches import prefetch
 from vqjax.progress import progress_bar
 from vqjax.training import optimisers
-from vqjax.training.checkpoints import Checkpoints
+from vqjax.training.checkpoints import Checkpoints, signed
 from vqjax.training.writers import Writer
 
 _GO_ON, _SAVE, _STOP = range(3)  # What a process wants; the greatest is done.
@@ -50,9 +50,12 @@ class Learner(NamedTuple):
   merge_stats_fn: Callable  # (stats, stats of a batch) -> stats
   end_epoch_fn: Callable  # (params, key, stats) -> (params, stats, report)
   usage_fn: Callable  # stats -> report
-  validate_fn: Callable  # params -> squared error per vector, float
+  # params -> figures by name, numbers or one for each code position
+  validate_fn: Callable
   # params -> tree of bools: True for leaves without gradients and moments.
   frozen_fn: Callable = _none_frozen
+  # (params, stats of the epoch so far) -> params, after each step
+  update_fn: Callable = lambda params, stats: params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +71,12 @@ class Plan:
   cut_patience: int | None = None  # Epochs before the learning rate is cut.
   log_every: int = 50
   checkpoint_minutes: float = 10.0
-  scale: float = 1.0  # Of the errors in the progress line.
-  measure: str = "mse"  # What `validate_fn` returns, for its reports.
+  eval_epochs: int = 1  # From one validation to the next.
+  scale: float = 1.0  # Of `measure` in the progress line.
+  # What tells the best, of the figures of the validation and "train_loss".
+  measure: str = "mse"
+  best_of: tuple[str, ...] = ()  # Figures whose best checkpoint is kept,
+  num_evaluated: int = 0  # and of the latest validations, how many.
 
   @property
   def total_steps(self) -> int:
@@ -165,9 +172,10 @@ def make_train_step(
     learned = learned_fn(state.params)
     updates, opt = tx.update(grads, state.opt, learned)
     updates = jax.tree.map(lambda u: u * state.plateau.scale, updates)
+    params = _join(optax.apply_updates(learned, updates), state.params)
     state = state.replace(
       step=state.step + 1,
-      params=_join(optax.apply_updates(learned, updates), state.params),
+      params=learner.update_fn(params, stats),
       opt=opt,
       stats=stats,
       sums=jax.tree.map(add_exactly, state.sums, metrics),
@@ -266,24 +274,28 @@ def train(
       if order == _GO_ON and not is_epoch_end:
         continue
       rest = _report(pending, plan, writer, checkpoints, keep=0)
-      order, validation = max(order, rest), None
+      order, figures = max(order, rest), None
       if is_epoch_end:
-        state, row = _end_epoch(learner, state, plan, step)
-        name = f"validation_{plan.measure}"
-        validation = row[name]
-        if not math.isfinite(validation):
-          _stop_on(name, validation, step, checkpoints)
+        state, row, figures = _end_epoch(learner, state, plan, step)
         row.update(lr=metrics["lr"], seconds=time.monotonic() - started)
+        if figures is not None:
+          _check_figures(figures, step, checkpoints)
+          text = _epoch_text(row, plan, step, figures)
         writer.write(step, row)
-        text = _epoch_text(row, plan, step)
         bar.set_postfix_str(_rate_text(bar, plan, text), refresh=False)
+      if order == _GO_ON and figures is None:
+        continue
       checkpoints.save(
-        step, jax.tree.map(jnp.copy, state), validation=validation
+        step,
+        jax.tree.map(jnp.copy, state),
+        validation=figures and signed(plan.measure, figures[plan.measure]),
+        figures=figures,
       )
       saved = time.monotonic()
       if _is_stale(state, plan):
         logging.info(
-          "No better validation for %d epochs: done.", plan.stop_patience
+          "No better validation for %d epochs: done.",
+          plan.stop_patience * plan.eval_epochs,
         )
         return Outcome(state, True)
       if order == _STOP:
@@ -332,38 +344,49 @@ def _is_stale(state, plan) -> bool:
 
 
 def _end_epoch(learner, state, plan, step):
-  """Redraws idle codewords, validates, and returns state and report."""
+  """Redraws idle codewords and validates: state, report and figures.
+
+  The figures, single numbers, are None in an epoch without a validation.
+  """
   key = jax.random.fold_in(jax.random.key(plan.seed + 1), step)
-  if step < plan.total_steps:
+  is_last = step == plan.total_steps
+  if is_last:
+    params, row = state.params, learner.usage_fn(state.stats)
+    stats = jax.tree.map(jnp.zeros_like, state.stats)
+  else:
     params, stats, row = jax.jit(learner.end_epoch_fn)(
       state.params, key, state.stats
     )
-  else:
-    params, row = state.params, learner.usage_fn(state.stats)
-    stats = jax.tree.map(jnp.zeros_like, state.stats)
+  epoch = step // plan.steps_per_epoch
   means = {
     f"train_{name}": np.sum(total_2, dtype=float) / plan.steps_per_epoch
     for name, total_2 in jax.device_get(state.sums).items()
   }
-  validation = float(learner.validate_fn(params))
-  plateau = optimisers.advance_plateau(
-    state.plateau,
-    jnp.float32(validation),
-    patience=plan.cut_patience or plan.num_epochs + 1,
-  )
+  found, figures, plateau = {}, None, state.plateau
+  if is_last or epoch % plan.eval_epochs == 0:
+    found = learner.validate_fn(params)
+    figures = {k: float(v) for k, v in found.items() if np.ndim(v) == 0}
+    figures["train_loss"] = means["train_loss"]
+    plateau = optimisers.advance_plateau(
+      plateau,
+      jnp.float32(signed(plan.measure, figures[plan.measure])),
+      patience=plan.cut_patience or plan.num_epochs + 1,
+    )
   state = state.replace(
     params=params,
     stats=stats,
     sums=jax.tree.map(jnp.zeros_like, state.sums),
     plateau=plateau,
   )
-  row = {
-    "epoch": step // plan.steps_per_epoch,
-    f"validation_{plan.measure}": validation,
-    **means,
-    **row,
-  }
-  return devices.replicate(state), row
+  found = {f"validation_{name}": value for name, value in found.items()}
+  row = {"epoch": epoch, **found, **means, **row}
+  return devices.replicate(state), row, figures
+
+
+def _check_figures(figures, step, checkpoints) -> None:
+  for name, value in figures.items():
+    if not math.isfinite(value):
+      _stop_on(f"validation_{name}", value, step, checkpoints)
 
 
 def _make_bar(plan, step):
@@ -384,10 +407,11 @@ def _rate_text(bar, plan, text):
   return f"{rate / plan.batch_size:.3g} step/s" + f", {text}" * bool(text)
 
 
-def _epoch_text(row, plan, step):
-  error = row[f"validation_{plan.measure}"] * plan.scale
+def _epoch_text(row, plan, step, figures):
+  name, value = plan.measure, figures[plan.measure] * plan.scale
+  name = name.upper() if len(name) < 4 else name.replace("_", " ")
   text = f"epoch {step // plan.steps_per_epoch}/{plan.num_epochs}, "
-  text += f"{plan.measure.upper()} {error:.4g}"
+  text += f"{name} {value:.4g}"
   if "dead_words" in row:
     text += f", {int(row['dead_words'])} unused"
   return text

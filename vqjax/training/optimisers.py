@@ -1,17 +1,21 @@
-"""Optimisers and learning-rate schedules, from plain values.
+"""Optimisers and learning-rate schedules, by name, from plain values.
 
-Two schedules: `ramp_cosine`, the recipe of QINCo2 (a linear ramp, then a
-quarter of a cosine), and `plateau`, that of QINCo (divide by ten when the
-validation error stops falling, stop when that no longer helps).
+Optimisers have the defaults of PyTorch, so that published settings mean what
+they say. `ramp_cosine` is the schedule of QINCo2 (a linear ramp, then a quarter
+of a cosine), `plateau` that of QINCo (divide by ten when the validation error
+stops falling, stop when that no longer helps); `constant`, `linear` and
+`cosine` rise from 0 and are those of RQ-VAE programs.
 """
 
+import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 
-from vqjax.core import Array
+from vqjax.core import Array, check_range
 
-SCHEDULES = ("ramp_cosine", "plateau")
+SCHEDULES = ("ramp_cosine", "plateau", "constant", "linear", "cosine")
+OPTIMISERS = ("adamw", "adam", "sgd", "adagrad", "rmsprop")
 
 
 @struct.dataclass
@@ -59,16 +63,17 @@ def make_schedule(
   total_steps: int,
   floor: float = 1e-3,
 ) -> optax.Schedule:
-  """Returns step -> learning rate.
+  """Returns step -> learning rate; the first step is 0.
 
   `ramp_cosine` rises linearly over `ramp_steps`, then follows
   `cos(pi / 2 * (step - ramp_steps) / total_steps)`, never below `floor` of the
   peak. `plateau` is constant here; `Plateau.scale` multiplies it.
+
+  The others are `step / ramp_steps` of the peak while that is below 1: the
+  first step changes nothing. Then `constant` stays, and `linear` falls in a
+  line, `cosine` in half a cosine, to 0 at `total_steps`.
   """
-  if name not in SCHEDULES:
-    raise ValueError(
-      f"Unknown schedule {name!r}; known are {', '.join(SCHEDULES)}."
-    )
+  check_name("schedule", name, SCHEDULES)
   if not 0 < peak_lr <= 10:
     raise ValueError(
       "peak_lr (--config.train.peak_lr) must be above 0 and at most 10, got "
@@ -81,22 +86,83 @@ def make_schedule(
     fall = jnp.maximum(jnp.cos(jnp.maximum(angle, 0)), floor)
     return peak_lr * jnp.minimum(ramp, fall)
 
+  def with_warm_up(step):
+    left = (total_steps - step) / max(total_steps - ramp_steps, 1)
+    left = jnp.clip(left, 0, 1)
+    fall = {
+      "constant": jnp.ones_like(left),
+      "linear": left,
+      "cosine": (1 - jnp.cos(jnp.pi * left)) / 2,
+    }[name]
+    rise = step / max(ramp_steps, 1)
+    return peak_lr * jnp.where(step < ramp_steps, rise, fall)
+
   if name == "plateau":
     return optax.constant_schedule(peak_lr)
-  return ramp_cosine
+  return ramp_cosine if name == "ramp_cosine" else with_warm_up
 
 
 def make_optimiser(
   schedule: optax.Schedule,
+  name: str = "adamw",
   *,
   weight_decay: float = 0.1,
-  clip_value: float | None = 0.1,
+  clip_value: float | None = None,
+  clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
-  """Returns AdamW on gradients clipped by value; `weight_decay` 0 is Adam."""
+  """Returns an optimiser with the defaults of PyTorch.
+
+  Args:
+    schedule: Step to learning rate.
+    name: One of `OPTIMISERS`.
+    weight_decay: `adamw` takes its product with the learning rate off the
+      parameters; the others add its product with them to the gradients.
+    clip_value: Greatest size of a number of a gradient; None or 0 for any.
+    clip_norm: Greatest norm of all gradients together; None or 0 for any.
+
+  Raises:
+    ValueError: There is no such optimiser, or a number is negative.
+  """
+  check_name("optimiser", name, OPTIMISERS)
+  for knob, value in (
+    ("weight_decay", weight_decay),
+    ("clip_value", clip_value or 0),
+    ("clip_norm", clip_norm or 0),
+  ):
+    check_range(f"--config.train.{knob}", value, 0, 1e30)
   parts = [optax.clip(clip_value)] if clip_value else []
-  parts.append(
-    optax.adamw(schedule, weight_decay=weight_decay)
-    if weight_decay
-    else optax.adam(schedule)
+  parts += [_clip_by_norm(clip_norm)] if clip_norm else []
+  if name == "adamw" and weight_decay:
+    return optax.chain(*parts, optax.adamw(schedule, weight_decay=weight_decay))
+  if name in ("adamw", "adam") and not weight_decay:
+    return optax.chain(*parts, optax.adam(schedule))
+  rule = {
+    "adam": optax.scale_by_adam(),
+    "sgd": optax.identity(),
+    # Inside the root: as PyTorch's 1e-10 outside of it.
+    "adagrad": optax.scale_by_rss(initial_accumulator_value=0, eps=1e-20),
+    "rmsprop": optax.scale_by_rms(decay=0.99, eps=1e-8, eps_in_sqrt=False),
+  }[name]
+  decay = [optax.add_decayed_weights(weight_decay)] if weight_decay else []
+  return optax.chain(
+    *parts, *decay, rule, optax.scale_by_learning_rate(schedule)
   )
-  return optax.chain(*parts)
+
+
+def _clip_by_norm(largest: float) -> optax.GradientTransformation:
+  """Scales gradients down by `largest / (norm + 1e-6)`, as PyTorch does."""
+
+  def clip(grads, params):
+    del params
+    scale = jnp.minimum(largest / (optax.tree.norm(grads) + 1e-6), 1)
+    return jax.tree.map(lambda g: g * scale, grads)
+
+  return optax.stateless(clip)
+
+
+def check_name(what: str, name: str, known: tuple[str, ...]) -> None:
+  """Raises ValueError unless the value of `--config.train.WHAT` is known."""
+  if name not in known:
+    raise ValueError(
+      f"--config.train.{what} must be one of {', '.join(known)}; got {name!r}."
+    )

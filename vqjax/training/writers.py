@@ -1,14 +1,28 @@
-"""Where training reports to: JSON lines and TensorBoard."""
+"""Where training reports to: JSON lines, and a tracker if one is asked for."""
 
+import importlib
 import json
 import os
 import pathlib
+import secrets
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from absl import logging
 
 from vqjax import devices
 from vqjax.data import files
+
+TRACKERS = ("none", "tensorboard", "wandb")
+_PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+
+
+class Tracker(NamedTuple):
+  """Where numbers go besides the JSON lines."""
+
+  log_fn: Callable = lambda step, scalars: None
+  close_fn: Callable = lambda: None
 
 
 class Writer:
@@ -24,7 +38,7 @@ class Writer:
     folder: pathlib.Path,
     *,
     first_step: int = 0,
-    tensorboard: bool = False,
+    tracker: Tracker | None = None,
   ):
     is_first = devices.is_first()
     self._path = pathlib.Path(folder) / "metrics.jsonl"
@@ -39,9 +53,7 @@ class Writer:
       with files.atomic_output(self._path, overwrite=True) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
     self._file = self._path.open("a")
-    self._tensorboard = None
-    if tensorboard and is_first:
-      self._tensorboard = _open_tensorboard(folder, first_step)
+    self._tracker = tracker or Tracker()
 
   def write(self, step: int, values: dict) -> None:
     """Appends one line; arrays become lists."""
@@ -51,17 +63,16 @@ class Writer:
     }
     self._file.write(json.dumps({"step": step, **plain}) + "\n")
     self._file.flush()
-    if self._tensorboard is not None:
-      for name, value in plain.items():
-        for i, scalar in enumerate(np.atleast_1d(value)):
-          tag = name if np.ndim(value) == 0 else f"{name}/{i}"
-          self._tensorboard.add_scalar(tag, scalar, step)
+    scalars = {}
+    for name, value in plain.items():
+      for i, scalar in enumerate(np.atleast_1d(value)):
+        scalars[name if np.ndim(value) == 0 else f"{name}/{i}"] = float(scalar)
+    self._tracker.log_fn(step, scalars)
 
   def close(self) -> None:
     """Flushes and closes the files."""
     self._file.close()
-    if self._tensorboard is not None:
-      self._tensorboard.close()
+    self._tracker.close_fn()
 
 
 def seconds(folder: pathlib.Path) -> float:
@@ -107,13 +118,78 @@ def _parse(line: bytes) -> dict | None:
   return row if is_row else None
 
 
-def _open_tensorboard(folder, first_step):
+def check_tracker(name: str) -> None:
+  """Raises unless the tracker is known and its package is installed."""
+  if name not in TRACKERS:
+    raise ValueError(
+      f"--config.train.tracker must be one of {', '.join(TRACKERS)}; got "
+      f"{name!r}."
+    )
+  if name == "none":
+    return
   try:
-    import tensorboardX
+    importlib.import_module(_PACKAGES[name])
   except ImportError as error:
     raise ImportError(
-      "train.tensorboard needs tensorboardX: pip install 'vqjax[tensorboard]'."
+      f"--config.train.tracker={name} needs {_PACKAGES[name]}: "
+      "pip install 'vqjax[tracking]'."
     ) from error
-  return tensorboardX.SummaryWriter(
-    str(pathlib.Path(folder) / "tensorboard"), purge_step=first_step
-  )
+
+
+def open_tracker(name: str, folder: pathlib.Path, settings: dict) -> Tracker:
+  """Opens a tracker of a run folder, in the first process.
+
+  Args:
+    name: One of `TRACKERS`.
+    folder: The run folder; what the tracker keeps lies below it.
+    settings: Of the run, for those who look at it.
+  """
+  check_tracker(name)
+  if name == "none" or not devices.is_first():
+    return Tracker()
+  folder = pathlib.Path(folder).absolute()
+  open_fn = {"tensorboard": _open_tensorboard, "wandb": _open_wandb}[name]
+  return open_fn(folder, settings)
+
+
+def _open_tensorboard(folder: pathlib.Path, settings: dict) -> Tracker:
+  import tensorboardX
+
+  del settings
+  opened = []
+
+  def log(step, scalars):
+    if not opened:  # What an interrupted run has written after it goes.
+      path = str(folder / "tensorboard")
+      opened.append(tensorboardX.SummaryWriter(path, purge_step=step))
+    for name, value in scalars.items():
+      opened[0].add_scalar(name, value, step)
+
+  return Tracker(log, lambda: [each.close() for each in opened])
+
+
+def _open_wandb(folder: pathlib.Path, settings: dict) -> Tracker:
+  """One run of W&B for one run folder, however often it resumes."""
+  import wandb
+
+  own = folder / "wandb"
+  own.mkdir(parents=True, exist_ok=True)
+  id_path = own / "run_id"
+  if not id_path.exists():
+    with files.atomic_output(id_path) as temporary:
+      temporary.write_text(secrets.token_hex(8), encoding="utf-8")
+  try:
+    run = wandb.init(
+      id=id_path.read_text(encoding="utf-8").strip(),
+      name=folder.name,
+      dir=str(folder),
+      config=settings,
+      resume="allow",
+      settings=wandb.Settings(silent=True),
+    )
+  except wandb.errors.Error as error:
+    raise ValueError(
+      f"wandb could not start: {error} With WANDB_MODE=offline in the "
+      f"environment it writes into {own} and needs no network."
+    ) from error
+  return Tracker(lambda step, scalars: run.log(scalars, step=step), run.finish)

@@ -1,0 +1,78 @@
+"""RQ-VAE (arXiv 2305.05065): short discrete codes of items, for semantic ids.
+
+  vqjax train --config=rqvae --config.data.train=items.npy
+
+All items are learned from and measured on. Alone it runs on the bundled
+sentence embeddings, `:smoke` in seconds; `:reference` has the settings of the
+published RQ-VAE programs.
+"""
+
+from ml_collections import config_dict
+
+from configs import base
+
+
+def get_config(arg: str = ""):
+  base.check_argument(arg, "reference")
+  config = config_dict.create(
+    seed=0,
+    codec="rqvae",
+    model=dict(
+      codebook_sizes=(256, 256, 256),  # Codewords of each level.
+      layers=(2048, 1024, 512, 256, 128, 64),  # Of the encoder.
+      e_dim=32,
+      batch_norm=False,
+    ),
+    loss=dict(
+      loss_type="mse",  # Or "l1".
+      quant_weight=1.0,
+      beta=0.25,  # Of the commitment.
+      sk_epsilons=(),  # Sinkhorn in training: one per level, 0 for none.
+      sk_iters=50,
+      dropout=0.0,
+    ),
+    encode=dict(beam_size=1),
+    init=dict(
+      # k-means starts the codebooks: "large" from a sample of all vectors,
+      # "small" from the first batch; "none" draws them.
+      kmeans="large",
+      max_vectors=20_000,  # Of the sample.
+      num_iterations=100,
+    ),
+    train=dict(
+      num_epochs=100,
+      batch_size=2048,  # Per device, at most; an epoch takes every item.
+      accumulate=1,  # Batches whose gradients make one step.
+      eval_epochs=5,
+      optimiser="adamw",  # Or "adam", "sgd", "adagrad", "rmsprop".
+      schedule="constant",  # Or "linear", "cosine", "ramp_cosine", "plateau".
+      peak_lr=1e-3,
+      ramp_epochs=5,  # Warm-up.
+      weight_decay=1e-4,
+      clip_norm=1.0,  # Of all gradients together; 0: no clipping.
+      clip_value=0.0,  # Of each number; 0: no clipping.
+      redraw="split",  # Dead codewords become copies of used ones; or "none".
+      cut_patience=10,  # Validations, of the schedule "plateau".
+      stop_patience=20,
+      # What tells the best checkpoint, which becomes the codec: "mse",
+      # "collision_rate", "utilisation" or "train_loss".
+      best="collision_rate",
+      log_every=50,  # Steps.
+      checkpoint_minutes=10.0,  # And at every validation.
+      keep_checkpoints=2,  # Latest ones, besides the best of each figure,
+      save_limit=0,  # and those of the last so many validations.
+      tracker="none",  # Or "tensorboard", "wandb"; JSON lines always.
+    ),
+  )
+  config.data = base.make_data(arg, "sample_text")
+  config.data.validation_size = 0
+  if arg == "reference":
+    config.train.update(ramp_epochs=50, redraw="none", eval_epochs=50)
+    config.train.update(best="train_loss", save_limit=5)
+  if arg == "smoke":
+    config.data.num_train = 1200
+    config.model.update(codebook_sizes=(16, 16, 16), layers=(64, 32), e_dim=8)
+    config.init.num_iterations = 10
+    config.train.update(num_epochs=6, eval_epochs=2, batch_size=400)
+    config.train.ramp_epochs = 1
+  return config

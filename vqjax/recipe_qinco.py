@@ -1,0 +1,121 @@
+"""How a QINCo is trained, with and without lists."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vqjax import ivf_lists, recipes
+from vqjax.codecs import qinco, qinco_loss
+from vqjax.codecs.rule import SearchRule
+from vqjax.data import batches
+from vqjax.training import learners, loop, optimisers
+
+SEARCH = ("num_candidates", "beam_size", "num_joint_candidates")
+
+
+def make_plan(config, num_rows: int, scale: float) -> loop.Plan:
+  """Returns the lengths and intervals of the training loop."""
+  train = config.train
+  qinco_loss.check_redraw(train.redraw, "--config.train.redraw")
+  dtypes = ("auto", "float32", "bfloat16")
+  optimisers.check_name("dtype", train.dtype, dtypes)
+  recipes.check_options(train, counts=("epoch_size",))
+  batch_size = train.batch_size * jax.device_count() * train.accumulate
+  if num_rows < batch_size:
+    raise ValueError(
+      f"A step takes {batch_size} vectors (--config.train.batch_size x devices "
+      f"x --config.train.accumulate), but there are only {num_rows} to train "
+      "on. Lower --config.train.batch_size or --config.data.validation_size."
+    )
+  steps = max(min(train.epoch_size, num_rows) // batch_size, 1)
+  return recipes.make_plan(config, steps, batch_size, scale=scale)
+
+
+def check(config, plan: loop.Plan, shape) -> None:
+  """Raises ValueError if model and searches do not fit `[N, D]` vectors."""
+  make_fn = partial(make_state, config, _make_tx(config, plan), None)
+  # Without lists, which change nothing here and may take long to make.
+  abstract = jax.eval_shape(make_fn, jax.ShapeDtypeStruct(shape, jnp.float32))
+  check_search(config, abstract.params)
+
+
+def check_search(config, params) -> None:
+  """Raises ValueError unless the searches of the config fit the model."""
+  for name in ("model", "encode"):
+    rule = SearchRule(**{knob: config[name][knob] for knob in SEARCH})
+    try:
+      qinco.check_rule(params, rule)
+    except ValueError as error:
+      raise ValueError(f"In config.{name}: {error}") from error
+
+
+def _make_tx(config, plan):
+  schedule = recipes.make_schedule(config.train, plan)
+  return recipes.make_tx(config.train, schedule)
+
+
+def make_state(config, tx, centroids_LD, rows) -> loop.TrainState:
+  """Returns the state before the first step, started from a sample."""
+  sizes = {k: v for k, v in config.model.items() if k not in SEARCH}
+  sizes |= {k: v for k, v in config.init.items() if k != "max_vectors"}
+  return learners.make_state(
+    rows, tx, seed=config.seed, centroids_LD=centroids_LD, **sizes
+  )
+
+
+def prepare(
+  config, workdir, vectors, num_rows: int, held_out: slice, plan: loop.Plan
+) -> recipes.Job:
+  """Makes the lists of an IVF model if they are not there, and the job."""
+  centroids_LD, vectors = ivf_lists.prepare(config, workdir, vectors, num_rows)
+  held_out = batches.read_rows(
+    vectors, np.arange(held_out.start, held_out.stop)
+  )
+  schedule = recipes.make_schedule(config.train, plan)
+  tx = recipes.make_tx(config.train, schedule)
+  make_fn = partial(make_state, config, tx, centroids_LD)
+
+  def start():
+    rows = batches.subsample(
+      vectors, config.init.max_vectors, config.seed, num_rows=num_rows
+    )
+    return make_fn(jax.tree.map(jnp.asarray, rows))
+
+  shape_fn = lambda x: jax.ShapeDtypeStruct((num_rows, *x.shape[1:]), x.dtype)
+  learner = learners.make_learner(
+    held_out,
+    SearchRule(**{name: config.model[name] for name in SEARCH}),
+    dtype=recipes.product_dtype(config.train.dtype),
+    redraw=config.train.redraw,
+  )
+  return recipes.Job(
+    vectors=vectors,
+    learner=learner,
+    tx=tx,
+    schedule=schedule,
+    start_fn=start,
+    abstract=jax.eval_shape(make_fn, jax.tree.map(shape_fn, held_out)),
+  )
+
+
+def _static(config) -> dict:
+  ivf = config.get("ivf")
+  return {
+    "add_word": not config.model.is_qinco1,
+    "is_ivf": bool(ivf and (ivf.num_lists or ivf.centroids)),
+  }
+
+
+def _set_num_codes(config, num_codes: int) -> None:
+  config.model.num_steps = num_codes
+
+
+RECIPE = recipes.Recipe(
+  plan_fn=make_plan,
+  check_fn=check,
+  prepare_fn=prepare,
+  set_num_codes_fn=_set_num_codes,
+  static_fn=_static,
+)

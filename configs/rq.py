@@ -1,6 +1,9 @@
 """Residual quantisation by greedy k-means, encoded with a beam.
 
 vqjax train --config=rq
+
+For semantic ids `--config.model.is_balanced=True` fits levels of which each
+codeword gets equally many vectors, without a beam.
 """
 
 from ml_collections import config_dict
@@ -13,7 +16,7 @@ def get_config(arg: str = ""):
   config = config_dict.create(
     seed=0,
     codec="rq",
-    model=dict(num_codes=8, codebook_size=256, beam_size=5),
+    model=dict(num_codes=8, codebook_size=256, beam_size=5, is_balanced=False),
     encode=dict(beam_size=5),
     # A beam of 5 learns from five residuals per vector.
     init=dict(max_vectors=200_000, num_iterations=20),

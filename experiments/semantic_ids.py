@@ -32,7 +32,7 @@ import numpy as np
 from absl import logging
 
 from experiments.lib import cli, codecs
-from vqjax import id_reports, semantic_ids
+from vqjax import id_making, id_reports, semantic_ids
 from vqjax.data import codes, datasets, files, item_ids, json_files
 from vqjax.ids import mapping, pictures
 from vqjax.ids import report as report_lib
@@ -65,6 +65,12 @@ OPTIONS = {
     int, None, "Iterations of sinkhorn; the codec's if unset, else 50."
   ),
   "max_rounds": cli.Option(int, 20, "Rounds of sinkhorn."),
+  "balanced": cli.Option(
+    bool,
+    None,
+    "Give each codeword of a level equally many items; if unset, as the codec "
+    "was fitted (--config.model.is_balanced).",
+  ),
   "beam_size": cli.SEARCH_OPTIONS["beam_size"],
   "append": cli.Option(
     str, None, "Folder of ids that stay as they are; --data are new items."
@@ -102,6 +108,7 @@ def run(config) -> dict:
   if config.ids:
     ids_N = item_ids.read(config.ids, len(vectors), data=config.data)
   settings = {} if config.beam_size is None else {"beam_size": config.beam_size}
+  settings = id_making.settings_of(codec, config.balanced, settings)
   wanted = _wanted(codec, vectors, ids_N, resolver, settings, old)
   made = _find_made(config, wanted)
   if made:
@@ -123,7 +130,8 @@ def run(config) -> dict:
 def _check_append(config, fields) -> None:
   """Raises ValueError if options would be lost, or the old ids."""
   given = [name for name in fields if config[name] != OPTIONS[name].default]
-  given += [] if config.beam_size is None else ["beam_size"]
+  encode = ("beam_size", "balanced")
+  given += [name for name in encode if config[name] is not None]
   if given:
     raise ValueError(
       f"--append tells new items apart as the published ones were: leave "

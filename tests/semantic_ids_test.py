@@ -52,6 +52,19 @@ def _files(codec, x, tmp_path, monkeypatch):
   return tmp_path
 
 
+def test_balanced_levels(codec, x):
+  ids = vqjax.make_ids(codec, x, resolve="none", is_balanced=True)
+  for codes_N in ids.codes.T:
+    assert set(np.bincount(codes_N)) == {N // K}
+  fitted = Codec("rq", codec.params, {"is_balanced": True})
+  again = vqjax.make_ids(fitted, x, resolve="none")
+  np.testing.assert_array_equal(again.codes, ids.codes)
+  more = again.append(x[:3] + 1, [100, 101, 102], codec=fitted)
+  np.testing.assert_array_equal(more.codes[N:], fitted.encode(x[:3] + 1))
+  with pytest.raises(ValueError, match="without a beam: leave beam_size out"):
+    vqjax.make_ids(codec, x, is_balanced=True, beam_size=3)
+
+
 def _run(**options):
   return command.run(codec="codec", data="x.npy", **options)
 

@@ -105,6 +105,7 @@ def fit(
     "encode": config.encode.to_dict(),
     "metric": config.data.metric or "l2",
     "scale": 1.0,
+    **levels_info(config),
   }
   codec = Codec(config.codec, params, info)
   mse = held_out_mse(codec, vectors, held_out)
@@ -118,6 +119,11 @@ def fit(
     data = {"train": config.data.train, "validation_size": num_held_out}
     info["data"] = {**config.data.to_dict(), **data, "name": None}
   return codec
+
+
+def levels_info(config) -> dict:
+  """What a codec says of its levels, for semantic ids."""
+  return {"is_balanced": True} if config.model.get("is_balanced") else {}
 
 
 def make_config(

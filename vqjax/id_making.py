@@ -1,10 +1,13 @@
 """Codes of items that are told apart; what `vqjax.semantic_ids` is made of."""
 
 import dataclasses
+from functools import partial
 
+import jax
 import numpy as np
 
 from vqjax import progress as progress_lib
+from vqjax.codecs import balanced
 from vqjax.data import batches
 from vqjax.ids import duplicates, groups, resolve
 from vqjax.ids import errors as errors_lib
@@ -38,8 +41,7 @@ def make(codec, vectors, resolver, settings, published, progress) -> Made:
     published: `SemanticIds` that stay and come first, or None.
     progress: Whether to show progress lines.
   """
-  raw_NL = codec.encode(vectors, progress=progress, **settings)
-  raw_NL = raw_NL.astype(np.int32)
+  raw_NL = _encode(codec, vectors, settings, published, progress)
   raw_errors_N, checksums_N, variance = _look(codec, vectors, raw_NL, progress)
   num_fixed, num_levels = 0, raw_NL.shape[1]
   codes_NL, old_FL = raw_NL, None
@@ -70,6 +72,45 @@ def make(codec, vectors, resolver, settings, published, progress) -> Made:
     *(codes_NL, sizes, checksums_N, num_fixed, raw_NL, raw_errors_N),
     *(errors_N, variance, found),
   )
+
+
+def settings_of(codec, is_balanced: bool | None, settings: dict) -> dict:
+  """Returns settings of encoding, with `is_balanced` where levels are.
+
+  Raises ValueError if a codec has no levels that can be.
+  """
+  if is_balanced is None:
+    is_balanced = codec.info.get("is_balanced") and not settings
+  if not is_balanced:
+    return settings
+  if codec.spec.latent is None:
+    raise ValueError(
+      "Balanced ids need a codec that quantises residuals, rq or rqvae, got "
+      f"{codec.name}; leave is_balanced out (--balanced)."
+    )
+  if settings:
+    raise ValueError(
+      "Balanced levels are assigned as a whole, without a beam: leave "
+      f"{', '.join(settings)} out."
+    )
+  return {"is_balanced": True}
+
+
+def _encode(codec, vectors, settings: dict, published, progress) -> np.ndarray:
+  """Codes of the codec `[N, L]`; behind published ids they are the nearest."""
+  settings = dict(settings)
+  if not settings.pop("is_balanced", False) or published is not None:
+    codes_NL = codec.encode(vectors, progress=progress, **settings)
+    return codes_NL.astype(np.int32)
+  tables = codec.tables
+  latent_fn = jax.jit(partial(codec.spec.latent, tables))
+  blocks = batches.map_blocks(latent_fn, vectors, block_size=_BLOCK)
+  z_NE = np.concatenate([z_nE for _, z_nE in blocks])
+  levels = codec.spec.levels(tables)
+  with progress_lib.progress(
+    len(levels), "balance", unit="level", is_shown=progress
+  ) as done:
+    return balanced.encode_all(levels, z_NE, progress=done)
 
 
 def _resolve(codec, vectors, codes_UL, rows_U, resolver, num_fixed, progress):

@@ -183,6 +183,7 @@ def make_ids(
   sk_epsilon: float | None = None,
   sk_iters: int | None = None,
   max_rounds: int = 20,
+  is_balanced: bool | None = None,
   progress: bool = False,
   **settings,
 ) -> SemanticIds:
@@ -201,6 +202,8 @@ def make_ids(
     sk_epsilon: Blur of `resolve="sinkhorn"`.
     sk_iters: Its iterations.
     max_rounds: Its rounds.
+    is_balanced: Gives each codeword of a level equally many items, see
+      `vqjax.codecs.balanced`; None for what the codec was fitted with.
     progress: Shows progress lines.
     **settings: Of encoding, as `beam_size=16`.
 
@@ -220,6 +223,7 @@ def make_ids(
   check_levels(codec, resolver)
   vectors = open_vectors(codec, x)
   items_N = check_items(ids, len(vectors))
+  settings = id_making.settings_of(codec, is_balanced, settings)
   made = id_making.make(codec, vectors, resolver, settings, None, progress)
   report = id_reports.of_all(made, vectors, items_N, codec)
   info = describe(codec, vectors, items_N, resolver, settings)

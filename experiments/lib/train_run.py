@@ -138,6 +138,7 @@ def codec_info(config, dataset, num_held_out: int) -> dict:
     "encode": config.encode.to_dict(),
     "metric": dataset.metric,
     "scale": dataset.scale,
+    **fitting.levels_info(config),
     "data": {**data, "name": None} if paths else data,
   }
 

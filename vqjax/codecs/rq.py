@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from vqjax.codecs import balanced, kmeans
 from vqjax.codecs import beam as beam_lib
-from vqjax.codecs import kmeans
 from vqjax.codecs.codec import CodecSpec
 from vqjax.codecs.distances import centre_of, nearest, scan_blocks, sq_norms
 from vqjax.codecs.rule import SearchRule
@@ -54,17 +54,29 @@ def fit(
   codebook_size: int = 256,
   num_iterations: int = 10,
   beam_size: int = 1,
+  is_balanced: bool = False,
   block_size: int = 4096,
 ) -> RQParams:
   """Runs k-means on the residuals of `[N, D]`, step after step.
 
   With a beam, a step is fitted to the residuals of all hypotheses so far;
-  memory is then `N * beam_size * D` numbers.
+  memory is then `N * beam_size * D` numbers. Balanced levels have no beam: each
+  codeword is the mean of equally many vectors, see `balanced.fit`.
   """
   check_key("rq.fit", key, x_ND)
   check_shape("x", x_ND, (None, None))
   check_range("num_codes", num_codes, 1, 4096)
   check_range("beam_size", beam_size, 1, 4096)
+  if is_balanced:
+    return RQParams(
+      balanced.fit(
+        key,
+        x_ND,
+        num_codes=num_codes,
+        codebook_size=codebook_size,
+        num_iterations=num_iterations,
+      )
+    )
   x_ND = jnp.asarray(x_ND, jnp.float32)
   residual_ND, weights_N, codebooks = x_ND, None, []
   beam = None if beam_size == 1 else _start(x_ND, beam_size)

@@ -19,7 +19,7 @@ def get_config(arg: str = ""):
     codec="rqvae",
     model=dict(
       codebook_sizes=(256, 256, 256),  # Codewords of each level.
-      layers=(2048, 1024, 512, 256, 128, 64),  # Of the encoder.
+      layers=(512, 256),  # Of the encoder; the decoder has them in reverse.
       e_dim=32,
       batch_norm=False,
     ),
@@ -30,33 +30,36 @@ def get_config(arg: str = ""):
       sk_epsilons=(),  # Sinkhorn in training: one per level, 0 for none.
       sk_iters=50,
       dropout=0.0,
+      separation=0.01,  # Keeps items apart that would have one code.
     ),
     encode=dict(beam_size=1),
     init=dict(
+      networks="pca",  # Start as principal components; or "random".
       # k-means starts the codebooks: "large" from a sample of all vectors,
       # "small" from the first batch; "none" draws them.
       kmeans="large",
       max_vectors=20_000,  # Of the sample.
-      num_iterations=100,
+      num_iterations=25,
     ),
     train=dict(
-      num_epochs=100,
-      batch_size=2048,  # Per device, at most; an epoch takes every item.
+      num_epochs=150,
+      batch_size=512,  # Per device, at most; an epoch takes every item.
       accumulate=1,  # Batches whose gradients make one step.
-      eval_epochs=5,
+      eval_epochs=10,
       optimiser="adamw",  # Or "adam", "sgd", "adagrad", "rmsprop".
-      schedule="constant",  # Or "linear", "cosine", "ramp_cosine", "plateau".
+      schedule="cosine",  # Or "constant", "linear", "ramp_cosine", "plateau".
       peak_lr=1e-3,
-      ramp_epochs=5,  # Warm-up.
-      weight_decay=1e-4,
+      ramp_epochs=0,  # Warm-up.
+      weight_decay=0.0,
       clip_norm=1.0,  # Of all gradients together; 0: no clipping.
       clip_value=0.0,  # Of each number; 0: no clipping.
       redraw="split",  # Dead codewords become copies of used ones; or "none".
       cut_patience=10,  # Validations, of the schedule "plateau".
       stop_patience=20,
       # What tells the best checkpoint, which becomes the codec: "mse",
-      # "collision_rate", "utilisation" or "train_loss".
-      best="collision_rate",
+      # "collision_rate" (often an early one, whose error is still high),
+      # "utilisation" or "train_loss".
+      best="mse",
       log_every=50,  # Steps.
       checkpoint_minutes=10.0,  # And at every validation.
       keep_checkpoints=2,  # Latest ones, besides the best of each figure,
@@ -67,7 +70,11 @@ def get_config(arg: str = ""):
   config.data = base.make_data(arg, "sample_text")
   config.data.validation_size = 0
   if arg == "reference":
-    config.train.update(ramp_epochs=50, redraw="none", eval_epochs=50)
+    config.model.layers = (2048, 1024, 512, 256, 128, 64)
+    config.loss.separation = 0.0
+    config.init.update(networks="random", num_iterations=100)
+    config.train.update(batch_size=2048, schedule="constant", redraw="none")
+    config.train.update(num_epochs=100, ramp_epochs=50, eval_epochs=50)
     config.train.update(best="train_loss", save_limit=5)
   if arg == "smoke":
     config.data.num_train = 1200

@@ -20,7 +20,7 @@ from vqjax.codecs import (
   registry,
   rq,
   rqvae,
-  rqvae_loss,
+  rqvae_start,
   runner,
 )
 from vqjax.codecs.rule import SearchRule
@@ -104,7 +104,7 @@ def _make_pq_qinco():
 def _make_rqvae():
   """An RQ-VAE with random networks and random codewords."""
   sizes = dict(layers=(12,), e_dim=5, codebook_sizes=(9, 8, 7))
-  return rqvae_loss.init(KEY, D, batch_norm=True, **sizes)
+  return rqvae_start.init(KEY, D, batch_norm=True, **sizes)
 
 
 def _make_levels(codebooks):
@@ -116,7 +116,7 @@ def _make_levels(codebooks):
 def _make_rq_levels():
   params = _make_levels(jnp.zeros((size, D)) for size in (9, 8, 8))
   vectors = jnp.asarray(_vectors(60, 0))
-  return rqvae_loss.start_codebooks(KEY, params, vectors, num_iterations=3)
+  return rqvae_start.start_codebooks(KEY, params, vectors, num_iterations=3)
 
 
 def _make_exact_levels():

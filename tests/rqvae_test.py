@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests import oracles
-from vqjax.codecs import rqvae, rqvae_loss
+from vqjax.codecs import rqvae, rqvae_loss, rqvae_start
 from vqjax.codecs.rqvae import Mlp
 
 KEY = jax.random.key(0)
@@ -14,7 +14,7 @@ SIZES = dict(layers=(7,), e_dim=4, codebook_sizes=(5, 3))
 
 
 def _params(**changes):
-  return rqvae_loss.init(KEY, 6, **SIZES | changes)
+  return rqvae_start.init(KEY, 6, **SIZES | changes)
 
 
 def _vectors(n=40, seed=0):
@@ -23,7 +23,7 @@ def _vectors(n=40, seed=0):
 
 
 def test_init_is_xavier_normal():
-  params = rqvae_loss.init(
+  params = rqvae_start.init(
     KEY, 100, layers=(300,), e_dim=50, codebook_sizes=(8, 400)
   )
   for mlp, sizes in (
@@ -42,11 +42,11 @@ def test_init_is_xavier_normal():
 
 def test_codebooks_start_as_kmeans_of_the_residuals():
   x_ND = _vectors()
-  params = rqvae_loss.start_codebooks(
+  params = rqvae_start.start_codebooks(
     KEY, _params(batch_norm=True), x_ND, num_iterations=30
   )
   # Batch norm by the batch: running statistics are none yet.
-  residual = np.asarray(rqvae_loss._run_training(params.encoder, x_ND)[0])
+  residual = np.asarray(rqvae_loss.run_training(params.encoder, x_ND)[0])
   for words_KE in map(np.asarray, params.codebooks):
     ids = oracles.nearest(residual, words_KE)
     for k in range(len(words_KE)):
@@ -54,6 +54,46 @@ def test_codebooks_start_as_kmeans_of_the_residuals():
         words_KE[k], residual[ids == k].mean(axis=0), atol=1e-5
       )
     residual = residual - words_KE[ids]
+
+
+@pytest.mark.parametrize("e_dim", [4, 9])
+def test_networks_start_as_principal_components(e_dim):
+  x_ND = _vectors()
+  params = rqvae_start.start_networks(_params(e_dim=e_dim), x_ND)
+  z_NE = rqvae.latent(params, x_ND)
+  centred = np.asarray(x_ND, np.float64)
+  centred = centred - centred.mean(axis=0)
+  _, _, rows = np.linalg.svd(centred)
+  top = rows[:e_dim]  # All 6 of 9.
+  np.testing.assert_allclose(
+    np.abs(z_NE[:, : len(top)]), np.abs(centred @ top.T), atol=1e-4
+  )
+  np.testing.assert_allclose(
+    rqvae.run(params.decoder, z_NE),
+    np.asarray(x_ND) - centred + centred @ top.T @ top,
+    atol=1e-4,
+  )
+
+
+def test_separation_looks_into_the_cells_of_others():
+  params, x_ND = _params(), _vectors(8)
+  loss_fn = lambda weight: rqvae_loss.loss(
+    params, KEY, x_ND, separation=weight
+  )[0]
+  z_NE = np.asarray(rqvae.latent(params, x_ND), np.float64)
+  codes_NM = np.asarray(rqvae.encode(params, x_ND))
+  sums = sum(
+    np.asarray(words)[ids]
+    for words, ids in zip(params.codebooks, codes_NM.T, strict=True)
+  )
+  radius = np.mean(np.sum((z_NE - sums) ** 2, axis=1))
+  want = 0.0
+  for a in range(8):
+    for b in range(8):
+      squared = np.sum((z_NE[a] - z_NE[b]) ** 2)
+      want += (a != b) * max(0, 1 - squared / radius) / 8
+  assert want > 0
+  assert loss_fn(2.0) - loss_fn(0.0) == pytest.approx(2 * want, rel=1e-4)
 
 
 def test_a_skip_path_is_added():
@@ -70,7 +110,7 @@ def test_a_skip_path_is_added():
 def test_dropout_keeps_the_mean():
   mlp = Mlp((jnp.ones((6, 1)),), (jnp.zeros(1),))
   x_ND = jnp.ones((4000, 6))
-  y_N1, _ = rqvae_loss._run_training(mlp, x_ND, KEY, 0.5)
+  y_N1, _ = rqvae_loss.run_training(mlp, x_ND, KEY, 0.5)
   assert set(np.unique(y_N1)) == set(range(0, 13, 2))
   np.testing.assert_allclose(np.mean(y_N1), 6, rtol=0.02)
 
@@ -136,6 +176,7 @@ def test_a_gradient_step_lowers_the_loss():
     ({"sk_epsilons": (0.1,)}, "one number per level, 2, or none; got 1"),
     ({"sk_epsilons": (0.1, -1)}, "sk_epsilons must lie between 0 .* got -1"),
     ({"dropout": 1.0}, "dropout must lie .* got 1.0"),
+    ({"separation": -1.0}, "separation must lie .* got -1.0"),
   ],
 )
 def test_knobs_that_make_no_sense_are_refused(knobs, said):
@@ -159,6 +200,6 @@ def test_sizes_that_make_no_sense_are_refused(sizes, said):
 
 def test_fewer_vectors_than_codewords_are_refused():
   with pytest.raises(ValueError, match="one for each codeword.*|got 4"):
-    rqvae_loss.start_codebooks(KEY, _params(), _vectors(4))
+    rqvae_start.start_codebooks(KEY, _params(), _vectors(4))
   with pytest.raises(ValueError, match="must be one of split, none; got 'no'"):
     rqvae_loss.check_revive("no")

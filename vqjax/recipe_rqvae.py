@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqjax import recipes
-from vqjax.codecs import rqvae_loss
+from vqjax.codecs import rqvae_loss, rqvae_start
 from vqjax.data import batches
 from vqjax.training import loop, optimisers, rqvae_learner
 
@@ -25,11 +25,12 @@ def make_plan(config, num_rows: int, scale: float) -> loop.Plan:
   rqvae_loss.check_revive(train.redraw, "--config.train.redraw")
   optimisers.check_name("best", train.best, _BEST)
   recipes.check_options(train, counts=("eval_epochs",))
-  if config.init.kmeans not in KMEANS:
-    raise ValueError(
-      f"--config.init.kmeans must be one of {', '.join(KMEANS)}; got "
-      f"{config.init.kmeans!r}."
-    )
+  for name, known in (("kmeans", KMEANS), ("networks", rqvae_start.NETWORKS)):
+    if config.init[name] not in known:
+      raise ValueError(
+        f"--config.init.{name} must be one of {', '.join(known)}; got "
+        f"{config.init[name]!r}."
+      )
   parts = jax.device_count() * train.accumulate
   steps = -(-num_rows // (train.batch_size * parts))
   return recipes.make_plan(
@@ -48,7 +49,7 @@ def check(config, plan: loop.Plan, shape) -> None:
   """Raises ValueError if the model does not fit `[N, D]` vectors."""
   x_ND = jax.ShapeDtypeStruct((plan.batch_size, shape[1]), jnp.float32)
   try:
-    params = jax.eval_shape(partial(_init, config, shape[1]))
+    params = jax.eval_shape(partial(_init, config), x_ND)
     jax.eval_shape(
       partial(rqvae_loss.loss, **config.loss), params, jax.random.key(0), x_ND
     )
@@ -80,9 +81,12 @@ def _num_to_start(config, plan, num_rows: int) -> int:
   return min(config.init.max_vectors, num_rows)
 
 
-def _init(config, dim: int):
+def _init(config, sample_ND):
   key = jax.random.key(config.seed)
-  return rqvae_loss.init(key, dim, **config.model)
+  params = rqvae_start.init(key, sample_ND.shape[1], **config.model)
+  if config.init.networks == "pca":
+    params = rqvae_start.start_networks(params, sample_ND)
+  return params
 
 
 def prepare(
@@ -93,12 +97,11 @@ def prepare(
   schedule = recipes.make_schedule(config.train, plan)
   tx = recipes.make_tx(config.train, schedule)
   make_state = partial(rqvae_learner.make_state, tx=tx)
-  init_fn = partial(_init, config, vectors.shape[1])
 
   def start():
-    params = init_fn()
+    params = _init(config, jnp.asarray(_sample(config, vectors, num_rows)))
     if config.init.kmeans != "none":
-      params = rqvae_loss.start_codebooks(
+      params = rqvae_start.start_codebooks(
         jax.random.fold_in(jax.random.key(config.seed), 1),
         params,
         jnp.asarray(_start_vectors(config, plan, vectors, num_rows)),
@@ -120,7 +123,10 @@ def prepare(
     tx=tx,
     schedule=schedule,
     start_fn=start,
-    abstract=jax.eval_shape(lambda: make_state(init_fn())),
+    abstract=jax.eval_shape(
+      lambda x_ND: make_state(_init(config, x_ND)),
+      jax.ShapeDtypeStruct((num_rows, vectors.shape[1]), jnp.float32),
+    ),
   )
 
 
@@ -130,6 +136,11 @@ def _start_vectors(config, plan, vectors, num_rows: int) -> np.ndarray:
     rows_N = batches.batch_rows(config.seed, 0, plan.batch_size, num_rows)
     num = _num_to_start(config, plan, num_rows)
     return batches.read_rows(vectors, rows_N[:num])
+  return _sample(config, vectors, num_rows)
+
+
+def _sample(config, vectors, num_rows: int) -> np.ndarray:
+  """What the networks start from, spread over the file."""
   return batches.subsample(
     vectors, config.init.max_vectors, config.seed, num_rows=num_rows
   )

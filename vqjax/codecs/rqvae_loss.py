@@ -1,9 +1,14 @@
-"""How an RQ-VAE learns: start, loss, revival of dead codewords, statistics.
+"""How an RQ-VAE learns: loss, revival of dead codewords, statistics.
 
 The gradient of the reconstruction passes the quantiser as if it were not there
 (straight-through); the codewords learn to lie at the residuals that chose them,
 and the encoder to stay near its first codeword. Residuals carry no gradient, so
 later levels move their own codewords alone.
+
+`separation` is ours: it pushes the latent vectors of a batch apart until they
+are a cell of the quantiser away from each other. Items that differ little, as
+variants of one product do, else have one code, for the reconstruction gains
+next to nothing from telling them apart.
 
 References: TIGER, arXiv 2305.05065, section 3.1; the losses of a codebook, van
 den Oord et al., arXiv 1711.00937, equation 3.
@@ -16,9 +21,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from vqjax.codecs import kmeans, rqvae, sinkhorn
-from vqjax.codecs.distances import nearest, sq_distances
-from vqjax.codecs.rqvae import Mlp, Norm, RQVAEParams
+from vqjax.codecs import rqvae, sinkhorn
+from vqjax.codecs.distances import nearest, sq_distances, sq_norms
+from vqjax.codecs.rqvae import Mlp, RQVAEParams
 from vqjax.core import Array, check_range, check_shape
 
 LOSSES = ("mse", "l1")
@@ -35,117 +40,6 @@ class Stats:
   moments: tuple[tuple[Array, Array], ...]
 
 
-def init(
-  key: Array,
-  dim: int,
-  *,
-  layers: tuple[int, ...],
-  e_dim: int,
-  codebook_sizes: tuple[int, ...],
-  batch_norm: bool = False,
-) -> RQVAEParams:
-  """Returns random parameters: Xavier-normal weights, small codewords.
-
-  Args:
-    key: Random key.
-    dim: D, dimensions of the vectors.
-    layers: Hidden widths of the encoder; the decoder has them in reverse.
-    e_dim: E, dimensions that are quantised.
-    codebook_sizes: Codewords of each level.
-    batch_norm: Whether hidden layers are normalised over the batch.
-
-  Raises:
-    ValueError: A size is out of range.
-  """
-  check_sizes(codebook_sizes)
-  for width in (dim, *layers, e_dim):
-    check_range("widths of layers and e_dim", width, 1, 1 << 20)
-  widths = (dim, *layers, e_dim)
-  encoder_key, decoder_key, words_key = jax.random.split(key, 3)
-
-  def codebook(level: int, size: int) -> Array:
-    draw = partial(jax.random.uniform, minval=-1 / size, maxval=1 / size)
-    return draw(
-      jax.random.fold_in(words_key, level), (size, e_dim), jnp.float32
-    )
-
-  return RQVAEParams(
-    encoder=_init_mlp(encoder_key, widths, batch_norm),
-    decoder=_init_mlp(decoder_key, widths[::-1], batch_norm),
-    codebooks=tuple(codebook(*each) for each in enumerate(codebook_sizes)),
-  )
-
-
-def check_sizes(codebook_sizes) -> None:
-  """Raises ValueError unless these are sizes of levels."""
-  check_range(
-    "levels (codebook_sizes)",
-    len(codebook_sizes),
-    *(1, rqvae.MAX_LEVELS, "a token of an id has one letter per level"),
-  )
-  for size in codebook_sizes:
-    check_range("codebook_sizes", size, 2, 1 << 20, "codewords of a level")
-
-
-def _init_mlp(key: Array, widths: tuple[int, ...], batch_norm: bool) -> Mlp:
-  weights, norms = [], []
-  for j, (n, m) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
-    draw = jax.random.normal(jax.random.fold_in(key, j), (n, m), jnp.float32)
-    weights.append(draw * (2 / (n + m)) ** 0.5)
-    ones, zeros = jnp.ones(m, jnp.float32), jnp.zeros(m, jnp.float32)
-    norms.append(Norm(ones, zeros, zeros, ones))
-  biases = tuple(jnp.zeros(m, jnp.float32) for m in widths[1:])
-  return Mlp(tuple(weights), biases, tuple(norms[:-1]) if batch_norm else ())
-
-
-def start_codebooks(
-  key: Array,
-  params: RQVAEParams,
-  x_ND: Array,
-  *,
-  num_iterations: int = 100,
-  sk_epsilons: tuple[float, ...] = (),
-  sk_iters: int = 50,
-  block_size: int = 4096,
-) -> RQVAEParams:
-  """Replaces the codebooks by k-means of the residuals, level after level.
-
-  Args:
-    key: Of the starts of k-means.
-    params: Whose encoder makes the latent vectors, in training mode.
-    x_ND: A sample of the training vectors, at least as many as the largest
-      level has codewords.
-    num_iterations: Of k-means.
-    sk_epsilons: As for `loss`: such a level leaves what Sinkhorn assigns.
-    sk_iters: As for `loss`.
-    block_size: Rows compared with all codewords at a time.
-
-  Raises:
-    ValueError: There are fewer vectors than codewords in a level.
-  """
-  sizes = rqvae.codebook_sizes(params)
-  check_range(
-    "vectors that the codebooks start from",
-    x_ND.shape[0],
-    *(max(sizes), 1 << 40, "k-means needs one for each codeword of a level"),
-  )
-  epsilons = check_epsilons(sk_epsilons, len(sizes))
-  residual_NE, _ = jax.jit(_run_training)(params.encoder, x_ND)
-  codebooks = []
-  for level, size in enumerate(sizes):
-    words_KE = kmeans.fit(
-      jax.random.fold_in(key, level),
-      residual_NE,
-      size,
-      num_iterations=num_iterations,
-      block_size=block_size,
-    )
-    codebooks.append(words_KE)
-    ids_N = _choose(residual_NE, words_KE, epsilons[level], sk_iters)
-    residual_NE = residual_NE - words_KE[ids_N]
-  return params.replace(codebooks=tuple(codebooks))
-
-
 def check_epsilons(sk_epsilons, num_levels: int) -> tuple[float, ...]:
   """Returns an epsilon per level, 0 for none; raises ValueError unless so."""
   if not sk_epsilons:
@@ -160,14 +54,14 @@ def check_epsilons(sk_epsilons, num_levels: int) -> tuple[float, ...]:
   return tuple(sk_epsilons)
 
 
-def _choose(residual_NE, words_KE, epsilon: float, sk_iters: int) -> Array:
+def choose(residual_NE, words_KE, epsilon: float, sk_iters: int) -> Array:
   """Codewords `[N]` of one level: the nearest, or shared out by Sinkhorn."""
   if epsilon <= 0:
     return nearest(residual_NE, words_KE)
   return sinkhorn.assign(sq_distances(residual_NE, words_KE), epsilon, sk_iters)
 
 
-def _run_training(mlp: Mlp, x_ND, key=None, dropout: float = 0.0):
+def run_training(mlp: Mlp, x_ND, key=None, dropout: float = 0.0):
   """Output by the statistics of the batch, and these as in `Stats`."""
   moments = []
 
@@ -199,6 +93,7 @@ def loss(
   sk_epsilons: tuple[float, ...] = (),
   sk_iters: int = 50,
   dropout: float = 0.0,
+  separation: float = 0.0,
 ) -> tuple[Array, dict]:
   """Training loss of vectors `[N, D]`, and what `loop.Learner` asks for.
 
@@ -214,6 +109,8 @@ def loss(
       empty for none. See `sinkhorn`: it looks at the rows of this device.
     sk_iters: Its iterations.
     dropout: Share of the inputs of each layer that are dropped.
+    separation: Weight of the loss that keeps items apart; 0 for none. It looks
+      at all pairs of rows of this device.
 
   Returns:
     The loss, and `{"metrics": scalars, "stats": Stats}` of the batch.
@@ -227,15 +124,16 @@ def loss(
       f"loss_type must be one of {', '.join(LOSSES)}; got {loss_type!r}."
     )
   check_range("dropout", dropout, 0, 0.99)
+  check_range("separation", separation, 0, 1e6)
   epsilons = check_epsilons(sk_epsilons, len(params.codebooks))
   encoder_key, decoder_key = jax.random.split(key)
-  z_NE, encoder_moments = _run_training(
+  z_NE, encoder_moments = run_training(
     params.encoder, x_ND, encoder_key, dropout
   )
   ids, losses, residual_NE = [], [], z_NE
   for words_KE, epsilon in zip(params.codebooks, epsilons, strict=True):
     ids.append(
-      lax.stop_gradient(_choose(residual_NE, words_KE, epsilon, sk_iters))
+      lax.stop_gradient(choose(residual_NE, words_KE, epsilon, sk_iters))
     )
     chosen_NE = words_KE[ids[-1]]
     to_words = jnp.mean((chosen_NE - lax.stop_gradient(residual_NE)) ** 2)
@@ -244,7 +142,7 @@ def loss(
     residual_NE = lax.stop_gradient(residual_NE - chosen_NE)
   # The value of the sum of codewords, with the gradient of z.
   sum_NE = z_NE - residual_NE
-  xhat_ND, decoder_moments = _run_training(
+  xhat_ND, decoder_moments = run_training(
     params.decoder, sum_NE, decoder_key, dropout
   )
   error_ND = xhat_ND - x_ND
@@ -253,6 +151,8 @@ def loss(
   )
   quantisation = sum(losses) / len(losses)
   total = reconstruction + quant_weight * quantisation
+  if separation:
+    total += separation * _closeness(z_NE, lax.stop_gradient(sum_NE))
   stats = Stats(
     used=tuple(
       jnp.bincount(ids_N, length=size).astype(jnp.int32)
@@ -267,6 +167,18 @@ def loss(
     "quantisation": quantisation,
   }
   return total, {"metrics": metrics, "stats": lax.stop_gradient(stats)}
+
+
+def _closeness(z_NE, sum_NE) -> Array:
+  """Mean over rows of how far others reach into their cell, 0 to 1 each.
+
+  The squared radius of a cell is the mean squared error of the quantiser. It
+  has a gradient too: else all would grow together.
+  """
+  radius = jnp.mean(sq_norms(z_NE - sum_NE)) + 1e-12
+  close_NN = jax.nn.relu(1 - sq_distances(z_NE, z_NE) / radius)
+  is_other_NN = 1 - jnp.eye(z_NE.shape[0], dtype=jnp.float32)
+  return jnp.sum(close_NN * is_other_NN) / z_NE.shape[0]
 
 
 def empty_stats(params: RQVAEParams) -> Stats:

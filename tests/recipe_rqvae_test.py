@@ -17,7 +17,8 @@ from vqjax.data import batches
 from vqjax.training import checkpoints, writers
 
 SMALL = dict(
-  model=dict(codebook_sizes=(8, 8, 4), layers=(12,), e_dim=4),
+  model=dict(codebook_sizes=(8, 8, 4), layers=(12,), e_dim=4, batch_norm=True),
+  loss=dict(dropout=0.1),
   train=dict(num_epochs=6, eval_epochs=2, batch_size=40, ramp_epochs=1),
   init=dict(num_iterations=3),
 )

@@ -69,8 +69,9 @@ def _init_mlp(key: Array, widths: tuple[int, ...], batch_norm: bool) -> Mlp:
   for j, (n, m) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
     draw = jax.random.normal(jax.random.fold_in(key, j), (n, m), jnp.float32)
     weights.append(draw * (2 / (n + m)) ** 0.5)
-    ones, zeros = jnp.ones(m, jnp.float32), jnp.zeros(m, jnp.float32)
-    norms.append(Norm(ones, zeros, zeros, ones))
+    # Arrays of their own: a training step gives its state away.
+    fills = (jnp.full(m, fill, jnp.float32) for fill in (1, 0, 0, 1))
+    norms.append(Norm(*fills))
   biases = tuple(jnp.zeros(m, jnp.float32) for m in widths[1:])
   return Mlp(tuple(weights), biases, tuple(norms[:-1]) if batch_norm else ())
 

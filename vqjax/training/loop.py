@@ -9,8 +9,6 @@ import collections
 import contextlib
 import dataclasses
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,13 +19,11 @@ import numpy as np
 import optax
 from absl import logging
 from flax import struct
-from tqdm import tqdm
 
 from vqjax import devices
 from vqjax.core import Array, add_exactly
 from vqjax.data.batches import prefetch
-from vqjax.progress import progress_bar
-from vqjax.training import optimisers
+from vqjax.training import console, optimisers
 from vqjax.training.checkpoints import Checkpoints, signed
 from vqjax.training.writers import Writer
 
@@ -251,7 +247,7 @@ def train(
     return Outcome(state, True)
   state = devices.replicate(state)
   pending = collections.deque()
-  bar, text = _make_bar(plan, step), ""
+  bar, text = console.make_bar(plan, step), ""
   # Placed by the thread that reads, so that no step waits for a copy.
   batches = prefetch(
     lambda step: devices.shard(batch_fn(step)), range(step, plan.total_steps)
@@ -260,7 +256,7 @@ def train(
     devices.shard(np.full(jax.local_device_count(), wish, np.int32))
     for wish in (_GO_ON, _SAVE, _STOP)
   ]
-  with contextlib.closing(batches), _catch_signals() as stop, bar:
+  with contextlib.closing(batches), console.catch_signals() as stop, bar:
     for rows in batches:
       is_due = time.monotonic() - saved > 60 * plan.checkpoint_minutes
       wish = _STOP if stop.is_set() else _SAVE if is_due else _GO_ON
@@ -269,7 +265,7 @@ def train(
       pending.append((step, metrics, order))
       order = _report(pending, plan, writer, checkpoints, keep=2)
       bar.update(plan.batch_size)
-      bar.set_postfix_str(_rate_text(bar, plan, text), refresh=False)
+      bar.set_postfix_str(console.rate_text(bar, plan, text), refresh=False)
       is_epoch_end = step % plan.steps_per_epoch == 0
       if order == _GO_ON and not is_epoch_end:
         continue
@@ -280,9 +276,9 @@ def train(
         row.update(lr=metrics["lr"], seconds=time.monotonic() - started)
         if figures is not None:
           _check_figures(figures, step, checkpoints)
-          text = _epoch_text(row, plan, step, figures)
+          text = console.epoch_text(row, plan, step, figures)
         writer.write(step, row)
-        bar.set_postfix_str(_rate_text(bar, plan, text), refresh=False)
+        bar.set_postfix_str(console.rate_text(bar, plan, text), refresh=False)
       if order == _GO_ON and figures is None:
         continue
       checkpoints.save(
@@ -387,60 +383,3 @@ def _check_figures(figures, step, checkpoints) -> None:
   for name, value in figures.items():
     if not math.isfinite(value):
       _stop_on(f"validation_{name}", value, step, checkpoints)
-
-
-def _make_bar(plan, step):
-  """The progress line, shown by the first process."""
-  if not devices.is_first():
-    return tqdm(disable=True)
-  return progress_bar(
-    plan.total_steps * plan.batch_size, "train", start=step * plan.batch_size
-  )
-
-
-def _rate_text(bar, plan, text):
-  """Steps per second, as late as the vectors per second of the bar."""
-  if bar.disable:
-    return ""
-  now = bar.format_dict
-  rate = now["rate"] or (now["n"] - now["initial"]) / max(now["elapsed"], 1e-9)
-  return f"{rate / plan.batch_size:.3g} step/s" + f", {text}" * bool(text)
-
-
-def _epoch_text(row, plan, step, figures):
-  name, value = plan.measure, figures[plan.measure] * plan.scale
-  name = name.upper() if len(name) < 4 else name.replace("_", " ")
-  text = f"epoch {step // plan.steps_per_epoch}/{plan.num_epochs}, "
-  text += f"{name} {value:.4g}"
-  if "dead_words" in row:
-    text += f", {int(row['dead_words'])} unused"
-  return text
-
-
-@contextlib.contextmanager
-def _catch_signals():
-  """Sets an event on SIGTERM or Ctrl-C; a second signal acts at once."""
-  stop = threading.Event()
-  if threading.current_thread() is not threading.main_thread():
-    yield stop
-    return
-
-  def handle(number, frame):
-    del frame
-    stop.set()
-    signal.signal(number, before[number])
-    logging.warning(
-      "%s: saving a checkpoint, then stopping.", signal.Signals(number).name
-    )
-
-  before = {
-    number: signal.getsignal(number)
-    for number in (signal.SIGTERM, signal.SIGINT)
-  }
-  for number in before:
-    signal.signal(number, handle)
-  try:
-    yield stop
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)

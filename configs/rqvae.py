@@ -5,6 +5,13 @@
 All items are learned from and measured on. Alone it runs on the bundled
 sentence embeddings, `:smoke` in seconds; `:reference` has the settings of the
 published RQ-VAE programs.
+
+Measured on 2026-11-30: 3,686 product descriptions by all-MiniLM-L6-v2, 384
+dimensions, 2 CPU cores shared with others, seconds of processor time.
+
+               raw collisions  error / variance  used by level  seconds
+  default           .028            .355            1   1   1       82
+  rq                .157            .401            1  .91 .98      14
 """
 
 from ml_collections import config_dict
@@ -75,7 +82,7 @@ def get_config(arg: str = ""):
     config.init.update(networks="random", num_iterations=100)
     config.train.update(batch_size=2048, schedule="constant", redraw="none")
     config.train.update(num_epochs=100, ramp_epochs=50, eval_epochs=50)
-    config.train.update(best="train_loss", save_limit=5)
+    config.train.update(best="collision_rate", save_limit=5)
   if arg == "smoke":
     config.data.num_train = 1200
     config.model.update(codebook_sizes=(16, 16, 16), layers=(64, 32), e_dim=8)

@@ -165,6 +165,7 @@ def test_evaluate_measures_the_items(made):
     (dict(train=dict(redraw="yes")), "train.redraw must be one of .*'yes'"),
     (dict(train=dict(best="loss")), "train.best must be one of mse.*'loss'"),
     (dict(init=dict(kmeans="big")), "init.kmeans must be one of .*'big'"),
+    (dict(init=dict(networks="rq")), "init.networks must be one of .*'rq'"),
     (dict(model=dict(codebook_sizes=(4,) * 27)), "levels .* 26, got 27"),
     (dict(model=dict(codebook_sizes=(101, 4))), "100 training vectors cannot"),
     (

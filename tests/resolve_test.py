@@ -146,6 +146,11 @@ def test_errors_of_levels_are_those_of_decoded_variants(data, monkeypatch):
   at = np.array([3, 3, 7])
   rows = np.arange(10)
   want = decoded.children(decoded.read(rows), at, codes[at], L - 1)
+  for word in range(K):  # At a level before, too.
+    variant = codes[7].copy()
+    variant[1] = word
+    got = decoded.children(x[rows], [7], codes[[7]], 1)[0, word]
+    assert got == pytest.approx(_error(x[[7]], books, [variant]), rel=1e-5)
   for table in (errors_lib._TABLE, 0):  # Products kept, or not.
     monkeypatch.setattr(errors_lib, "_TABLE", table)
     data_nX = errors.read(rows)

@@ -201,22 +201,32 @@ def test_append_refuses_what_does_not_fit(codec, x):
 
 
 def test_the_folder_holds_all_that_is_promised(files, codec, x):
-  pa = pytest.importorskip("pyarrow.parquet")
-  _run(output="ids", separate_duplicates="token")
+  pa = pytest.importorskip("pyarrow")
+  parquet = pytest.importorskip("pyarrow.parquet")
+  items = [f"item {row}" for row in range(N)]
+  table = pa.table({"embedding": x.tolist(), "name": items})
+  parquet.write_table(table, "items.parquet")
+  command.run(
+    codec="codec",
+    data="items.parquet#embedding",
+    ids="name",
+    output="ids",
+    separate_duplicates="token",
+  )
   index = _read(files / "ids" / "index.json")
-  assert list(index) == [str(row) for row in range(N)]
+  assert list(index) == items
   ids = vqjax.load_ids("ids")
   assert ids.tokens == list(index.values())
-  assert re.fullmatch(r"<a_\d>", index["0"][0])
-  assert [len(index[name]) for name in ("0", "3")] == [3, 4]
+  assert re.fullmatch(r"<a_\d>", index["item 0"][0])
+  assert [len(index[name]) for name in ("item 0", "item 3")] == [3, 4]
   lookup = _read(files / "ids" / "id_to_items.json")
   for name, tokens in index.items():
     assert lookup["".join(tokens)] == [name]
   table = np.load("ids/ids.npy")
   assert (table["codes"] == ids.codes).all()
   assert (table["tokens"] == ids.token_numbers).all()
-  columns = pa.read_table("ids/ids.parquet").to_pydict()
-  assert columns["item"] == list(range(N))
+  columns = parquet.read_table("ids/ids.parquet").to_pydict()
+  assert columns["item"] == items
   for row, codes in enumerate(ids.codes.tolist()):
     assert columns["codes"][row] == [code for code in codes if code >= 0]
   manifest = id_folder.describe("ids")

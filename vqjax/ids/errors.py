@@ -1,8 +1,9 @@
 """What a codeword costs that is not the one an encoder chose.
 
-An `errors` object has `sizes`, codewords per level, and two functions:
+An `errors` object has `sizes`, codewords per level, and three functions:
 
   read(rows_n) -> data_nX       what it needs to know of these items
+  own(data_nX, codes_nL) -> error_n
   children(data_nX, at_B, codes_BL, level) -> error_BK
 
 where `error_BK[b, k]` is the squared error of item `at_B[b]` with the codes
@@ -128,6 +129,12 @@ class LevelErrors:
     norm_n1 = np.einsum("ne,ne->n", z_nE, z_nE)[:, None]
     return np.hstack([norm_n1, *(z_nE @ book.T for book in self.books)])
 
+  def own(self, data_nX, codes_nL) -> np.ndarray:
+    """Squared length of what a whole code leaves: `[n]`."""
+    at_n, level = np.arange(len(codes_nL)), len(self.books) - 1
+    error_nK = self.children(data_nX, at_n, codes_nL, level)
+    return error_nK[at_n, codes_nL[:, level]]
+
   def children(self, data_nX, at_B, codes_BL, level: int) -> np.ndarray:
     """Squared length of what is left after `level`: `[B, K]`."""
     starts, at_B = 1 + np.cumsum((0, *self.sizes)), np.asarray(at_B)
@@ -157,19 +164,27 @@ class DecodedErrors:
     """The vectors `[n, D]`."""
     return self.vectors_fn(rows_n)
 
-  def children(self, data_nX, at_B, codes_BL, level: int) -> np.ndarray:
-    """Squared errors of codes with codeword k at `level`: `[B, K]`."""
-    num, size = len(codes_BL), self.sizes[level]
-    error_B = np.empty(num * size)
-    word_B = np.tile(np.arange(size), num)
-    item_B = np.repeat(np.arange(num), size)
-    for start in range(0, len(error_B), _VARIANTS):
+  def own(self, data_nX, codes_nL) -> np.ndarray:
+    """Squared errors of codes: `[n]`."""
+    error_n = np.empty(len(codes_nL))
+    for start in range(0, len(codes_nL), _VARIANTS):
       here = slice(start, start + _VARIANTS)
-      codes_bL = codes_BL[item_B[here]].astype(np.int32)
-      codes_bL[:, level] = word_B[here]
+      codes_bL = codes_nL[here].astype(np.int32)
       count = len(codes_bL)  # One program for all sizes.
       codes_bL = np.pad(codes_bL, ((0, _VARIANTS - count), (0, 0)), "edge")
       xhat_bD = np.asarray(self.decode_fn(codes_bL), np.float64)[:count]
-      x_bD = data_nX[np.asarray(at_B)[item_B[here]]]
-      error_B[here] = ((x_bD - xhat_bD) ** 2).sum(axis=1)
-    return error_B.reshape(num, size)
+      error_n[here] = ((data_nX[here] - xhat_bD) ** 2).sum(axis=1)
+    return error_n
+
+  def children(self, data_nX, at_B, codes_BL, level: int) -> np.ndarray:
+    """Squared errors of codes with codeword k at `level`: `[B, K]`."""
+    num, size = len(codes_BL), self.sizes[level]
+    error_BK = np.empty((num, size))
+    step = max(_VARIANTS // size, 1)
+    for start in range(0, num, step):
+      here = slice(start, start + step)
+      codes_bL = np.repeat(codes_BL[here], size, axis=0)
+      codes_bL[:, level] = np.tile(np.arange(size), len(codes_bL) // size)
+      data_bX = np.repeat(data_nX[np.asarray(at_B)[here]], size, axis=0)
+      error_BK[here] = self.own(data_bX, codes_bL).reshape(-1, size)
+    return error_BK

@@ -19,7 +19,7 @@ from vqjax.codecs import sinkhorn as sinkhorn_lib
 from vqjax.core import check_range
 from vqjax.ids import groups
 
-WIDTH = 64  # Items at once, and ids they choose among, beyond a last level.
+WIDTH = 32  # Items at once, and ids they choose among, beyond a last level.
 _NUMBERS = 1 << 23  # Of what `errors` reads at once.
 
 
@@ -63,8 +63,8 @@ def backtrack(
   """As `nearest`, but the codeword before the last may change, too.
 
   Where that leaves too few ids, so may the one before it, and so on. Items are
-  settled 64 at a time, those that fit their id best first; each chooses among
-  its 64 best free ids, which lie below the 64 best prefixes of each length.
+  settled 32 at a time, those that fit their id best first; each chooses among
+  its 32 best free ids, which lie below the 32 best prefixes of each length.
   """
   return _settle_all(codes_NL, errors, 2, capacity, num_fixed, progress)
 
@@ -113,13 +113,15 @@ def _settle(codes_NL, errors, depth, capacity, rows_n, progress) -> None:
 
 def _pieces(codes_NL, errors, all_rows, depth, most) -> list[np.ndarray]:
   """Cuts groups that are too large; those that fit best come first."""
-  size = most if depth == 1 else WIDTH
+  size = most
+  if depth > 1:
+    size = int(np.clip(_NUMBERS // (WIDTH * max(errors.sizes)), 1, WIDTH))
   pieces = []
   for rows_n in all_rows:
     if len(rows_n) > size:
       own_n = np.concatenate(
         [
-          own_errors(errors, part_n, codes_NL[part_n])
+          errors.own(errors.read(part_n), codes_NL[part_n])
           for part_n in _cut(rows_n, most)
         ]
       )
@@ -130,14 +132,6 @@ def _pieces(codes_NL, errors, all_rows, depth, most) -> list[np.ndarray]:
 
 def _cut(rows_n, size: int) -> list[np.ndarray]:
   return [rows_n[at : at + size] for at in range(0, len(rows_n), size)]
-
-
-def own_errors(errors, rows_n, codes_nL, data_nX=None) -> np.ndarray:
-  """Returns the squared errors `[n]` of items with these codes."""
-  data_nX = errors.read(rows_n) if data_nX is None else data_nX
-  at_n, level = np.arange(len(rows_n)), len(errors.sizes) - 1
-  error_nK = errors.children(data_nX, at_n, codes_nL, level)
-  return error_nK[at_n, codes_nL[:, level]]
 
 
 def _read(errors, pieces: list, most: int):
@@ -161,6 +155,7 @@ class _Room:
 
   def __init__(self, codes_nd, sizes, capacity: int):
     """Counts items that stay; `codes_nd` are their codes after the prefix."""
+    self.capacity = capacity
     self._limits = [
       capacity * math.prod(sizes[i:]) for i in range(len(sizes) + 1)
     ]
@@ -192,10 +187,11 @@ def _place(codes_NL, rows_n, data_nX, errors, first: int, room) -> None:
     paths, cost_nC = _last_codewords(codes_nL, data_nX, errors, room)
   else:
     paths, cost_nC = _continuations(codes_nL, data_nX, errors, first, room)
-  cost_nC -= own_errors(errors, rows_n, codes_nL, data_nX)[:, None]
-  slots = np.repeat(
-    np.arange(len(paths)), [min(room.left(p), len(rows_n)) for p in paths]
-  )
+  cost_nC -= errors.own(data_nX, codes_nL)[:, None]
+  slots = np.arange(len(paths))
+  if room.capacity > 1:
+    left = [min(room.left(path), len(rows_n)) for path in paths]
+    slots = np.repeat(slots, left)
   cost_nS = cost_nC[:, slots]
   is_known_nS = np.isfinite(cost_nS)
   spread = np.ptp(cost_nS[is_known_nS]) + 1
@@ -220,45 +216,47 @@ def _last_codewords(codes_nL, data_nX, errors, room):
 
 def _continuations(codes_nL, data_nX, errors, first: int, room):
   """The best free continuations of each item, errors `[n, C]`, inf for no."""
-  found = [
-    _search(codes_L, i, data_nX, errors, first, room)
-    for i, codes_L in enumerate(codes_nL)
-  ]
-  column = {}
-  for paths, _ in found:
-    for path in paths:
-      column.setdefault(path, len(column))
-  cost_nC = np.full((len(found), len(column)), np.inf)
-  for i, (paths, error_C) in enumerate(found):
-    cost_nC[i, [column[path] for path in paths]] = error_C
+  beam_nFL, error_nF = _search(codes_nL, data_nX, errors, first, room)
+  column, cost = {}, []
+  paths = beam_nFL[..., first:].tolist()
+  for i, f in zip(*np.nonzero(np.isfinite(error_nF)), strict=True):
+    path = tuple(paths[i][f])
+    cost.append((i, column.setdefault(path, len(column)), error_nF[i, f]))
+  cost_nC = np.full((len(codes_nL), len(column)), np.inf)
+  for i, at, error in cost:
+    cost_nC[i, at] = error
   return list(column), cost_nC
 
 
-def _search(codes_L, i: int, data_nX, errors, first: int, room):
-  """A beam search of one item for at most `WIDTH` free continuations.
+def _search(codes_nL, data_nX, errors, first: int, room):
+  """A beam search for at most `WIDTH` free continuations of each item.
 
   Prefixes below which nothing is free leave the beam, so that it finds as many
-  as there are.
+  as there are. What it lacks has error inf.
   """
-  beam_BL, paths, error_B = codes_L[None], [()], None
-  for level in range(first, len(errors.sizes)):
-    at_B = np.full(len(beam_BL), i)
+  n, num_levels = codes_nL.shape
+  beam_nFL, error_nF = codes_nL[:, None], np.zeros((n, 1))
+  for level in range(first, num_levels):
+    width = beam_nFL.shape[1]
+    beam_BL = beam_nFL.reshape(-1, num_levels)
+    at_B = np.repeat(np.arange(n), width)
     error_BK = errors.children(data_nX, at_B, beam_BL, level)
-    for b, path in enumerate(paths):
-      error_BK[b, room.closed(path)] = np.inf
-    flat = error_BK.ravel()
-    best = np.argpartition(flat, min(WIDTH, flat.size) - 1)[:WIDTH]
-    best = best[np.isfinite(flat[best])]
-    best = best[np.lexsort((best, flat[best]))]
-    parents, words = np.divmod(best, error_BK.shape[1])
-    beam_BL = beam_BL[parents].copy()
-    beam_BL[:, level] = words
-    paths = [
-      (*paths[parent], word)
-      for parent, word in zip(parents.tolist(), words.tolist(), strict=True)
-    ]
-    error_B = flat[best]
-  return paths, error_B
+    for b, path in enumerate(beam_BL[:, first:level].tolist()):
+      if closed := room.closed(tuple(path)):
+        error_BK[b, closed] = np.inf
+    error_BK[np.isinf(error_nF.ravel())] = np.inf
+    error_nC = error_BK.reshape(n, -1)
+    count = min(WIDTH, error_nC.shape[1])
+    best_nF = np.argpartition(error_nC, count - 1, axis=1)[:, :count]
+    best_nF.sort(axis=1)  # Ties go to the lower codeword.
+    error_nF = np.take_along_axis(error_nC, best_nF, axis=1)
+    order_nF = np.argsort(error_nF, axis=1, kind="stable")
+    best_nF = np.take_along_axis(best_nF, order_nF, axis=1)
+    error_nF = np.take_along_axis(error_nF, order_nF, axis=1)
+    parents_nF, words_nF = np.divmod(best_nF, errors.sizes[level])
+    beam_nFL = beam_nFL[np.arange(n)[:, None], parents_nF]
+    beam_nFL[..., level] = words_nF
+  return beam_nFL, error_nF
 
 
 def sinkhorn(

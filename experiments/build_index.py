@@ -6,7 +6,8 @@ r"""Builds an index from codes, in a file that faiss programs open too.
 Codes are a folder of shards or a .npy file, both made by encode; --data=FILE
 encodes vectors instead. They go into inverted lists, with codewords of the
 additive decoder from pairwise_decoder. A PQ or RQ codec needs no --decoders,
-because its own codewords are additive. The id of a vector is its row.
+because its own codewords are additive. The id of a vector is its row; item ids
+of encode, or of --ids, lie beside the index, in index.faiss.ids.txt.
 index.faiss.json describes the index.
 
 A codec without lists gets one list. With --num_lists its vectors get lists by
@@ -38,7 +39,7 @@ import vqjax
 from experiments.lib import cli, codecs, encoders, inputs
 from vqjax import index as index_lib
 from vqjax.codecs import additive
-from vqjax.data import files
+from vqjax.data import files, item_ids
 from vqjax.interop import faiss_ivf
 from vqjax.storage import codec_file, index_folder
 
@@ -47,6 +48,9 @@ OPTIONS = {
   "codec": cli.CODEC_OPTION,
   "codes": cli.Option(str, None, "Codes: folder of shards, or .npy."),
   "data": cli.Option(str, None, "Vectors to encode, instead of --codes."),
+  "ids": cli.Option(
+    str, None, f"{item_ids.FLAG_HELP} Those of --codes if unset."
+  ),
   "num_lists": cli.Option(
     int,
     None,
@@ -89,7 +93,7 @@ _OF_SEARCH = (
 _BLOCK = 65536  # Codes read and added at a time.
 _KEPT = (  # In a description, of the parts that are merged.
   *("codec", "codec_fingerprint", "decoders_fingerprint", "is_cosine"),
-  *("data", "num_rows", "rows"),
+  *("data", "num_rows", "rows", "ids_checksum"),
 )
 _REPORTED = ("num_vectors", "num_lists", "bytes", "rows")
 
@@ -100,6 +104,7 @@ class _Source(NamedTuple):
   num_rows: int
   blocks: Callable  # range of rows -> iterator of codes_NM, in order.
   made_of: dict  # What tells the codes from others of the same codec.
+  ids_N: np.ndarray | None
 
 
 @cli.takes(OPTIONS)
@@ -110,7 +115,7 @@ def run(config) -> dict:
     return _build_folder(config)
   files.check_output(config.output, config.overwrite, described=True)
   prepared = _prepare_merge(config) if config.merge else _prepare(config)
-  info, num_bytes, make_fn, data_flags = prepared
+  info, num_bytes, make_fn, ids_N, data_flags = prepared
   made = files.find_made(config.output, info, config.overwrite)
   if made:
     logging.info("%s is made already.", config.output)
@@ -118,6 +123,7 @@ def run(config) -> dict:
   files.check_output(
     config.output, config.overwrite, num_bytes=num_bytes, described=True
   )
+  item_ids.save_beside(config.output, ids_N, overwrite=config.overwrite)
   info = faiss_ivf.save(
     make_fn(), config.output, info, overwrite=config.overwrite
   )
@@ -157,6 +163,7 @@ def _build_folder(config) -> dict:
     "num_rows": len(x_ND),
     "data": files.identify(x_ND),
     "encode": rule.to_dict(codec.spec.knobs),
+    **item_ids.describe(inputs.item_ids_of(config, len(x_ND))),
     **values,
   }
   if files.find_made(
@@ -168,7 +175,9 @@ def _build_folder(config) -> dict:
     logging.info("%s is made already.", config.output)
     index = vqjax.load_index(folder)
   else:
-    index = vqjax.build_index(codec, x_ND, progress=True, **values, **sizes)
+    index = vqjax.build_index(
+      codec, config.data, ids=config.ids, progress=True, **values, **sizes
+    )
     index.save(folder, overwrite=config.overwrite, made_of=made_of)
   logging.info(
     "%d vectors in %s: %s, %d bytes per vector for code, norm and id.\nNext:\n"
@@ -186,7 +195,7 @@ def _build_folder(config) -> dict:
 def _prepare(config):
   """Returns the description of an index, its bytes, and what builds it.
 
-  And the flags of a search for what the codec does not know.
+  And item ids, and the flags of a search for what the codec does not know.
   """
   cli.require(config, "codec")
   if bool(config.codes) == bool(config.data):
@@ -208,11 +217,12 @@ def _prepare(config):
     **({"is_cosine": True} if is_cosine else {}),
     "coarse": _coarse(config, codec),
     **source.made_of,
+    **item_ids.describe(source.ids_N),
   }
   # Codes, norms and ids; centroids and a graph of them take more.
   num_bytes = len(rows) * (len(codewords.codebooks_MKD) + 9)
   make_fn = lambda: _fill(config, codec, codewords, source, rows)
-  return info, num_bytes, make_fn, _data_flags(config, codec)
+  return info, num_bytes, make_fn, source.ids_N, _data_flags(config, codec)
 
 
 def _fill(config, codec, codewords, source: _Source, rows: range):
@@ -265,13 +275,18 @@ def _open_codes(config, codec) -> _Source:
   inputs.refuse_search(config, _OF_SEARCH)
   found = inputs.of_codec(config, codec)
   blocks = lambda rows: inputs.blocks(found, codec.codebook_sizes, _BLOCK, rows)
-  return _Source(len(found), blocks, inputs.describe_codes(config, found))
+  ids_N = inputs.item_ids_of(config, len(found))
+  if ids_N is None:
+    ids_N = item_ids.load_beside(config.codes, found.meta, len(found))
+  made_of = inputs.describe_codes(config, found)
+  return _Source(len(found), blocks, made_of, ids_N)
 
 
 def _encode(config, codec) -> _Source:
   """Codes of vectors that are encoded when asked for."""
   encoder, made_of = encoders.of_data(codec, config)
-  return _Source(len(encoder.vectors), encoder.blocks, made_of)
+  num = len(encoder.vectors)
+  return _Source(num, encoder.blocks, made_of, inputs.item_ids_of(config, num))
 
 
 def _parse_rows(text: str | None, num_rows: int) -> range:
@@ -304,8 +319,8 @@ def _empty_index(config, codec, codewords: additive.AdditiveParams):
 
 
 def _prepare_merge(config):
-  """The description of merged files, their bytes, and what merges them."""
-  others = ("codes", "data", "decoders", "rows", "coarse", "metric")
+  """Of merged files what `_prepare` returns."""
+  others = ("codes", "data", "ids", "decoders", "rows", "coarse", "metric")
   for name in (*others, *_OF_SEARCH):
     if config[name] != OPTIONS[name].default:
       raise ValueError(f"--merge takes parts as they are; leave --{name} out.")
@@ -321,7 +336,9 @@ def _prepare_merge(config):
     with cli.progress(len(paths), "merge", unit="part") as done:
       return faiss_ivf.merge(load(done))
 
-  return info, sum(map(os.path.getsize, paths)), merge, _data_flags(config)
+  num_bytes = sum(map(os.path.getsize, paths))
+  ids_N = item_ids.load_beside(paths[0], info, info["num_rows"])
+  return info, num_bytes, merge, ids_N, _data_flags(config)
 
 
 def _join_descriptions(paths) -> dict:

@@ -27,6 +27,9 @@ run the same command. Shards are counted from 0:
 Run again, the same command keeps the finished shards and makes the others. It
 refuses a folder of another codec, data file or other options.
 
+--ids=COLUMN of items.parquet#embedding, or a file, keeps item ids beside the
+codes, in codes.npy.ids.txt or codes/ids.txt; build_index takes them over.
+
   vqjax encode --verify --output=codes [--codec=... --data=...]
 
 reads all shards, says which are missing or damaged and how to make them, and
@@ -43,17 +46,18 @@ import jax
 import numpy as np
 from absl import logging
 
-from experiments.lib import cli, codecs, encoders
+from experiments.lib import cli, codecs, encoders, inputs
 from vqjax import index_build
 from vqjax.codecs import packing
 from vqjax.core import check_range
-from vqjax.data import codes, datasets, files, formats, unit
+from vqjax.data import codes, datasets, files, formats, item_ids, unit
 from vqjax.storage import codec_file
 
 REQUIRED = ("codec", "data", "output")
 OPTIONS = {
   "codec": cli.CODEC_OPTION,
   "data": cli.DATA_OPTIONS["data"],
+  "ids": cli.Option(str, None, item_ids.FLAG_HELP),
   "num_vectors": cli.Option(
     int, None, "Encode only the first vectors, this many."
   ),
@@ -86,6 +90,7 @@ def run(config) -> dict:
   x_ND = datasets.open_split(
     dataset, "base", max_vectors=config.num_vectors, role="vectors to encode"
   )
+  ids_N = inputs.item_ids_of(config, len(x_ND))
   encoder = encoders.make_encoder(codec, config, x_ND)
   meta = codes.describe(
     x_ND,
@@ -96,12 +101,16 @@ def run(config) -> dict:
     command=_command(config, encoder.rule.to_dict(codec.spec.knobs)),
     num_shards=num_shards,
   )
+  meta |= item_ids.describe(ids_N)
   after = _after(config, codec, num_shards, len(x_ND))
   if num_shards:
+    codes.claim(config.output, meta)
+    item_ids.save_beside(config.output, ids_N)
     _write_shards(config, meta, mine, encoder, after)
   elif files.find_made(config.output, meta, config.overwrite):
     logging.info("%s is made already.\nNext:\n  %s", config.output, after)
   else:
+    item_ids.save_beside(config.output, ids_N, overwrite=config.overwrite)
     _write_file(config, meta, encoder, after)
   return {"output": config.output, "shape": tuple(meta["shape"])}
 
@@ -340,6 +349,7 @@ def _verify(config) -> dict:
   files.check_same(folder, {k: manifest[k] for k in wanted}, wanted)
   with cli.progress(manifest["num_shards"], "verify", unit="shard") as done:
     problems = codes.find_problems(folder, progress=done)
+  item_ids.load_beside(folder, manifest, manifest["shape"][0])
   if problems:
     path_fn = functools.partial(codes.shard_path, "", manifest["num_shards"])
     lines = [f"  {path_fn(i)} {what}" for i, what in problems.items()]

@@ -40,7 +40,7 @@ from experiments import (
 )
 from experiments.lib import cli, errors, search_data, truth
 from vqjax import recipe_qinco
-from vqjax.data import batches, codes, datasets, files, json_files
+from vqjax.data import batches, codes, datasets, files, item_ids, json_files
 from vqjax.interop import faiss_fastscan, faiss_io, faiss_ivf
 from vqjax.search import refiners
 from vqjax.storage import (
@@ -64,6 +64,7 @@ OPTIONS = {
     "baselines",
   )
 } | {
+  "ids": cli.Option(str, None, f"{item_ids.FLAG_HELP} Of the base."),
   "refiner": cli.Option(
     str,
     None,
@@ -100,6 +101,7 @@ def run(config, workdir, **options):
       "A fastscan refiner is for l2 and cosine; take --refiner=rabitq for ip."
     )
   _check_baselines(config, dataset, options)
+  _check_ids(dataset, options["ids"])
   truth.check_dataset(dataset)  # Before hours of training.
   files.check_folder(workdir)
   _check_epochs(config, workdir)
@@ -110,7 +112,7 @@ def run(config, workdir, **options):
   with errors.without_next_steps():
     if train.run(config, str(codec), resume=has_begun) is None:
       return None
-  _encode(config, workdir, dataset)
+  _encode(config, workdir, dataset, options.pop("ids"))
   _fit_decoders(config, workdir, dataset)
   _build_index(workdir, dataset)
   if options["refiner"]:
@@ -153,6 +155,14 @@ def _check_baselines(config, dataset, options) -> None:
     faiss_io.check_parts("IVF-PQ", dataset.dim, config.model.num_steps)
 
 
+def _check_ids(dataset, ids: str | None) -> None:
+  """Refuses item ids that do not fit the base before anything is trained."""
+  if ids:
+    x_ND = datasets.open_split(dataset, "base")
+    is_part = dataset.num_base is not None
+    item_ids.read(ids, len(x_ND), data=dataset.base, may_be_longer=is_part)
+
+
 def _find_centroids(config, workdir, dataset) -> None:
   """Makes centroids.npy unless they are given, and hands them to training."""
   if config.ivf.centroids:
@@ -181,11 +191,11 @@ def _find_centroids(config, workdir, dataset) -> None:
   config.ivf.centroids = str(path)
 
 
-def _encode(config, workdir, dataset) -> None:
+def _encode(config, workdir, dataset, ids: str | None) -> None:
   """Encodes base and training vectors, in shards: finished ones are kept."""
   most = min(dataset.num_train or _NUM_FITTED, _NUM_FITTED)
   for part, num_vectors, folder, knobs in (
-    ("base", dataset.num_base, "codes", {}),
+    ("base", dataset.num_base, "codes", {"ids": ids}),
     ("train", most, "train_codes", _small_search(config)),
   ):
     x_ND = datasets.open_split(dataset, part, max_vectors=num_vectors)
@@ -237,6 +247,7 @@ def _build_index(workdir, dataset) -> None:
       "codec_fingerprint": manifest["codec_fingerprint"],
       "decoders_fingerprint": codec_file.fingerprint(codewords),
       "data": manifest["data"],
+      "ids_checksum": manifest.get("ids_checksum"),
       "rows": [[0, manifest["shape"][0]]],
       "metric": metric,
     }

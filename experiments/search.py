@@ -47,6 +47,7 @@ from experiments.lib import (
   search_data,
   search_measure,
   search_record,
+  search_results,
 )
 from vqjax import __version__
 from vqjax.codecs import additive
@@ -141,6 +142,12 @@ OPTIONS = {
     None,
     "JSON file of the points; search.json in --index if that is a folder.",
   ),
+  "results": cli.Option(
+    str,
+    None,
+    "Also write the results of all queries at the fastest setting within 1 % "
+    "of the best recall: .npy of ids, or .parquet with distances.",
+  ),
   "resume": cli.Option(
     bool, False, "With --overwrite: keep the points that are there."
   ),
@@ -163,6 +170,8 @@ def run(config) -> dict:
     raise ValueError("--codes are for --decode_all; an index has its own.")
   resume = config.resume or not config.overwrite
   search_record.check_output(config.output, resume=resume)
+  if config.results:
+    search_results.check_output(config.results, config.overwrite)
   names = search_data.baseline_names(config)
   num_threads = faiss_hakes.set_num_threads(config.threads)
   like, info = faiss_ivf.load(config.index, mmap=True)
@@ -200,6 +209,11 @@ def run(config) -> dict:
   search_measure.explore(config, record, codec.name, ranges, search_fns, data)
   search_measure.time_single(record, search_fns, data.xq_QD)
   record.draw()
+  if config.results:
+    info["queries"] = record.header["queries"]
+    search_fn = lambda **at: search_fns[codec.name](data.xq_QD, **at)
+    best = record.best(codec.name)
+    search_results.write(config.results, search_fn, best, info, config)
   _summarise(config, record, data)
   return {"header": record.header, "points": record.points}
 

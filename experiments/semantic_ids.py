@@ -108,8 +108,9 @@ def run(config) -> dict:
   if config.ids:
     ids_N = item_ids.read(config.ids, len(vectors), data=config.data)
   settings = {} if config.beam_size is None else {"beam_size": config.beam_size}
-  settings = id_making.settings_of(codec, config.balanced, settings)
-  wanted = _wanted(codec, vectors, ids_N, resolver, settings, old)
+  asked["is_balanced"] = config.balanced
+  encode = id_making.settings_of(codec, config.balanced, settings)
+  wanted = _wanted(codec, vectors, ids_N, resolver, encode, old)
   made = _find_made(config, wanted)
   if made:
     return made
@@ -147,7 +148,7 @@ def _check_append(config, fields) -> None:
 def _wanted(codec, vectors, ids_N, resolver, settings, old) -> dict:
   """What the manifest says of ids that this command makes."""
   published = None if old is None else old.items
-  items_N = semantic_ids.check_items(ids_N, len(vectors), published)
+  items_N = item_ids.check_items(ids_N, len(vectors), published)
   if old is None:
     return semantic_ids.describe(
       codec, vectors, items_N, resolver.of(codec.info), settings

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import vqjax
-from experiments import build_index
+from experiments import build_index, encode, search
 from experiments.lib import cli, codecs
 from tests import qinco_cases
 from vqjax.codecs import additive, pq, rq
-from vqjax.data import codes
+from vqjax.data import codes, item_ids
 from vqjax.data.files import description_path, write_json
 from vqjax.interop import faiss_ivf
 from vqjax.storage import codec_file, decoder_file
@@ -440,3 +440,25 @@ def test_lists_of_codes_that_are_made_already_are_refused(
   with pytest.raises(ValueError, match=match):
     build_index.run(**rq_run | values)
   assert not pathlib.Path(rq_run["output"]).exists()
+
+
+def test_item_ids_go_from_codes_to_results(files_of_rq, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  codec, data = files_of_rq["codec"], files_of_rq["codes"].replace("codes", "x")
+  item_ids.save("ids.txt", np.array([f"i{n}" for n in range(NUM)], object))
+  given = {"codec": codec, "data": data, "ids": "ids.txt"}
+  encode.run(**given, output="codes", shards=2)
+  encode.run(**given, output="codes", shards=2)
+  for rows, output in ((":50", "a.faiss"), ("50:", "b.faiss")):
+    build_index.run(codec=codec, codes="codes", rows=rows, output=output)
+  build_index.run(merge="a.faiss,b.faiss", output="all.faiss")
+  search.run(
+    **{"codec": codec, "index": "all.faiss", "queries": data, "data": data},
+    **{"k": 3, "rounds": 1, "output": "s.json", "results": "r.npy"},
+  )
+  index = vqjax.build_index(codec, data, 1)
+  rows_QR = index.search(data, 3)[1]
+  found = np.load("r.npy")
+  assert np.mean(found == np.char.add("i", rows_QR.astype(str))) > 0.95  # Ties.
+  with pytest.raises(ValueError, match="holds other codes: their ids_checksum"):
+    encode.run(codec=codec, data=data, output="codes", shards=2)

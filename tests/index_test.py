@@ -276,3 +276,27 @@ def test_evaluate_measures_its_search(codecs):
   assert "1-recall@10" not in index.evaluate(xq_QD, true_QG, k=3)
   with pytest.raises(ValueError, match="true_ids must have a row for each"):
     index.evaluate(xq_QD, true_QG[:3])
+
+
+def test_results_have_the_ids_of_items(codecs, tmp_path):
+  x_ND, items = _vectors(_NUM, 1), [f"item {i}" for i in range(_NUM)]
+  index = build_index(codecs["rq", "l2"], x_ND[:-2], 4, ids=items[:-2])
+  plain = build_index(codecs["rq", "l2"], x_ND[:-2], 4)
+  _, rows_QR = plain.search(x_ND[:9], 3)
+  want = [[items[row] for row in rows_R] for rows_R in rows_QR]
+  assert index.search(x_ND[:9], 3)[1].tolist() == want
+  found = index.evaluate(x_ND[:9], rows_QR)
+  assert found["1-recall@1"] == plain.evaluate(x_ND[:9], rows_QR)["1-recall@1"]
+  with pytest.raises(ValueError, match="1 of the new items have ids already"):
+    index.add(x_ND[-2:], ["item 0", "new"])
+  index.add(x_ND[-2:], items[-2:])
+  index.save(tmp_path / "index")
+  again = load_index(tmp_path / "index")
+  assert again.ids.tolist() == items
+  assert items[-1] in again.search(x_ND[-1:], 20, nprobe=4)[1][0]
+  assert again.search(x_ND[:1], _NUM + 1, nprobe=4)[1][0, -1] is None
+  (tmp_path / "ids.txt").write_text("\n".join(map(str, range(5, _NUM + 5))))
+  index = build_index(codecs["rq", "l2"], x_ND, 4, ids=tmp_path / "ids.txt")
+  assert (np.sort(index.ids) == np.arange(5, _NUM + 5)).all()
+  with pytest.raises(ValueError, match="an id for each of the 9 vectors"):
+    build_index(codecs["rq", "l2"], x_ND[:9], ids=tmp_path / "ids.txt")

@@ -58,6 +58,28 @@ def test_what_is_saved_is_read(tmp_path, ids):
     item_ids.read(tmp_path / "ids.txt", 2)
 
 
+def test_ids_lie_beside_the_rows_they_name(tmp_path):
+  ids_N, path = np.array(["b", "a"], object), tmp_path / "x.npy"
+  for place in (path, tmp_path):
+    item_ids.save_beside(place, ids_N)
+    found = item_ids.load_beside(place, item_ids.describe(ids_N), 2)
+    assert found.tolist() == ["b", "a"]
+  assert item_ids.load_beside(path, item_ids.describe(None), 2) is None
+  assert item_ids.pick(ids_N, np.array([[1, -1]])).tolist() == [["a", None]]
+  assert item_ids.pick(np.array([7, 8]), np.array([1, -1])).tolist() == [8, -1]
+  info = item_ids.describe(np.array(["a", "b"], object))
+  with pytest.raises(ValueError, match="x.npy.ids.txt has other item ids than"):
+    item_ids.load_beside(path, info, 2)
+  item_ids.save_beside(path, np.array([3, 4]))  # Left by a stopped command.
+  assert (tmp_path / "x.npy.ids.txt").read_text() == "3\n4\n"
+  (tmp_path / "y.npy.ids.txt").write_text("mine")
+  with pytest.raises(FileExistsError, match="y.npy.ids.txt exists already"):
+    item_ids.save_beside(tmp_path / "y.npy", ids_N)
+  (tmp_path / "x.npy.ids.txt").unlink()
+  with pytest.raises(FileNotFoundError, match="x.npy.ids.txt is missing"):
+    item_ids.load_beside(path, info, 2)
+
+
 def test_text_of_other_programs(tmp_path):
   path = tmp_path / "ids.txt"
   path.write_bytes(b"\xef\xbb\xbf12\r\n-3\r\n")

@@ -61,6 +61,8 @@ def test_balanced_levels(codec, x):
   np.testing.assert_array_equal(again.codes, ids.codes)
   more = again.append(x[:3] + 1, [100, 101, 102], codec=fitted)
   np.testing.assert_array_equal(more.codes[N:], fitted.encode(x[:3] + 1))
+  plain = vqjax.make_ids(fitted, x, resolve="none", is_balanced=False)
+  np.testing.assert_array_equal(plain.codes, codec.encode(x))
   with pytest.raises(ValueError, match="without a beam: leave beam_size out"):
     vqjax.make_ids(codec, x, is_balanced=True, beam_size=3)
 
@@ -71,6 +73,15 @@ def _run(**options):
 
 def _read(path):
   return json.loads((path).read_text())
+
+
+def test_the_command_balances_unless_told_otherwise(codec, x, files):
+  Codec("rq", codec.params, {"is_balanced": True}).save("codec", overwrite=True)
+  _run(output="ids", resolve="none")
+  _run(output="plain", resolve="none", balanced=False)
+  codes = [semantic_ids.load_ids(name).codes for name in ("ids", "plain")]
+  assert set(np.bincount(codes[0][:, 0])) == {N // K}
+  np.testing.assert_array_equal(codes[1], codec.encode(x))
 
 
 @pytest.mark.parametrize("resolve", ["nearest", "backtrack"])

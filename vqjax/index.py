@@ -22,7 +22,7 @@ from vqjax.codec import Codec, open_array
 from vqjax.codec import load as load_codec
 from vqjax.codecs import additive
 from vqjax.core import check_range, check_shape
-from vqjax.data import batches, files, unit
+from vqjax.data import batches, files, item_ids, unit
 from vqjax.interop import (
   faiss_fastscan,
   faiss_ivf,
@@ -74,6 +74,7 @@ def load_index(folder) -> "Index":
     pairwise_params,
     refiner,
     settings=info.get("encode"),
+    items_N=item_ids.load_beside(paths["index"], meta, faiss_index.ntotal),
   )
 
 
@@ -89,6 +90,7 @@ class Index:
     refiner=None,
     *,
     settings: dict | None = None,
+    items_N: np.ndarray | None = None,
   ):
     """Takes the parts as they are.
 
@@ -99,11 +101,13 @@ class Index:
       pairwise_params: `pairwise.PairwiseParams`, or None.
       refiner: `ResidualBits`, `faiss_fastscan.Loaded`, or None.
       settings: Of encoding, for `add`.
+      items_N: Item ids, where the ids in the lists are row numbers.
     """
     self.codec, self.metric = codec, metric
     self.settings = dict(settings or {})
     self._faiss, self._pairwise = faiss_index, pairwise_params
     self._refiner, self._searcher = refiner, None
+    self._items_N = items_N
 
   def __len__(self) -> int:
     """Number of vectors."""
@@ -143,7 +147,9 @@ class Index:
 
   @property
   def ids(self) -> np.ndarray:
-    """Ids of all vectors, int64 `[N]`, rising."""
+    """Ids of all vectors `[N]`: integers, rising, or item ids by row."""
+    if self._items_N is not None:
+      return self._items_N.copy()
     return np.sort(faiss_lists.contents(self._faiss).ids_N)
 
   def search(
@@ -153,7 +159,7 @@ class Index:
 
     Distances are squared, the least first; for "ip" and "cosine" they are
     inner products and cosines, the largest first. Results that there are not
-    have id -1.
+    have id -1, None if ids are text.
 
     Args:
       queries: `[Q, D]`, or one `[D]`: an array, a memory map, or a path.
@@ -166,6 +172,13 @@ class Index:
       ValueError: Queries are not finite or of another dimension, or a setting
         does not fit.
     """
+    distances_QR, ids_QR = self._find(queries, k, nprobe=nprobe, **settings)
+    if self._items_N is not None:
+      ids_QR = item_ids.pick(self._items_N, ids_QR)
+    return distances_QR, ids_QR
+
+  def _find(self, queries, k: int, *, nprobe: int | None = None, **settings):
+    """Distances and the ids in the lists, see `search`."""
     check_range("k", k, 1, 1 << 20)
     if not isinstance(queries, str | pathlib.Path):
       queries = np.atleast_2d(np.asarray(queries))
@@ -197,7 +210,8 @@ class Index:
     Args:
       queries: As for `search`.
       true_ids: Ids `[Q, G]` of their true neighbours, nearest first, -1 for
-        none; an array or a path.
+        none; an array or a path. Row numbers if item ids are text, or were
+        read from a file.
       k: Results.
       **settings: Of `search`, as `nprobe=16`.
 
@@ -211,9 +225,9 @@ class Index:
     ids_QG = truth_check.read_ids(
       truth_check.Files(opened, None, true_ids, self.metric, names)
     )
-    self.search(queries, k, **settings)  # Compiles.
+    self._find(queries, k, **settings)  # Compiles.
     began = time.perf_counter()
-    _, ids_QR = self.search(queries, k, **settings)
+    _, ids_QR = self._find(queries, k, **settings)
     seconds = time.perf_counter() - began
     recalls = evaluation.Truth(opened, ids_QG).recalls(ids_QR)
     return {**recalls, "queries_per_second": len(opened) / seconds}
@@ -223,8 +237,8 @@ class Index:
 
     Args:
       x: As in `build_index`.
-      ids: Distinct integers that are not in the index; None for those that
-        follow its largest.
+      ids: As in `build_index`, none that is in the index; None for integers
+        that follow its largest.
       progress: Shows a progress line.
 
     Raises:
@@ -232,11 +246,19 @@ class Index:
     """
     vectors = open_for(x, self.dim, self.metric)
     before = faiss_lists.contents(self._faiss)
+    items_N = None
+    if self._items_N is not None:
+      items_N, ids = (
+        item_ids.check_items(ids, len(vectors), self._items_N),
+        None,
+      )
     ids_N = check_ids(ids, len(vectors), before.ids_N)
     if not len(vectors):
       return
     codes_NM = self.codec.encode(vectors, progress=progress, **self.settings)
     self.append(vectors, codes_NM, ids_N)
+    if items_N is not None:
+      self._items_N = np.concatenate([self._items_N, items_N])
     if self._refiner is not None:
       self._extend_refiner(vectors, ids_N, before)
 
@@ -265,8 +287,10 @@ class Index:
           "codec_fingerprint": self.codec.fingerprint,
           "decoders_fingerprint": codec_file.fingerprint(self._words),
           "is_cosine": self.metric == "cosine",
+          **item_ids.describe(self._items_N),
         },
       )
+      item_ids.save_beside(temporary / "index.faiss", self._items_N)
       paths = {"codec": "codec.safetensors", "index": "index.faiss"}
       paths |= self._save_decoders(temporary)
       paths |= self._save_refiner(temporary, info)

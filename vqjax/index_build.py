@@ -4,6 +4,7 @@ index = vqjax.build_index(codec, x, num_lists=1024)
 """
 
 import math
+import os
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from vqjax.codec import load as load_codec
 from vqjax.codecs import additive, kmeans
 from vqjax.codecs import decoders as decoders_lib
 from vqjax.core import check_range
-from vqjax.data import batches
+from vqjax.data import batches, item_ids
 from vqjax.index import METRICS, Index, check_ids, open_for
 from vqjax.interop import faiss_fastscan, faiss_ivf
 from vqjax.search import refiners
@@ -50,7 +51,8 @@ def build_index(
     num_lists: L. A codec with lists has its own number. For others the vectors
       get lists by k-means; None for about four times the square root of N, and
       one list for fewer than 2,500 vectors.
-    ids: Distinct integers `[N]`, 0 or more; None for 0, 1, ...
+    ids: Distinct integers `[N]`, 0 or more, or text; a column of the Parquet
+      file `x`, or a file, see `vqjax.data.item_ids`; None for 0, 1, ...
     metric: "l2", "ip" or "cosine"; None for the codec's.
     refiner: "rabitq" for more recall, "fastscan" for more speed, None for none;
       see `vqjax.search.refiners`.
@@ -77,6 +79,8 @@ def build_index(
   codec.check_settings(settings, _ARGUMENTS)
   decoders_lib.check_sizes(codec.codebook_sizes[codec.is_ivf :], codec.name)
   vectors = open_for(x, codec.dim, metric)
+  items_N = _read_items(ids, x, len(vectors))
+  ids = ids if items_N is None else None
   ids_N = check_ids(ids, len(vectors), np.empty(0, np.int64))
   num_lists = _check_lists(codec, num_lists, len(vectors))
   _check_refiner(refiner, metric, codec, len(vectors))
@@ -94,11 +98,28 @@ def build_index(
     metric="ip" if metric == "ip" else "l2",
     by_residual=codec.is_ivf,
   )
-  index = Index(codec, faiss_index, metric, pairwise_params, settings=settings)
+  index = Index(
+    codec,
+    faiss_index,
+    metric,
+    pairwise_params,
+    settings=settings,
+    items_N=items_N,
+  )
   index.append(vectors, codes_NM, ids_N)
   if refiner is not None:
     index.make_refiner(refiner, vectors, ids_N, seed)
   return index
+
+
+def _read_items(ids, x, num: int) -> np.ndarray | None:
+  """Item ids of text or of a file; None for ids that lists can hold."""
+  if isinstance(ids, str | os.PathLike):
+    data = x if isinstance(x, str | os.PathLike) else None
+    return item_ids.read(ids, num, data=data)
+  if ids is None or np.asarray(ids).dtype.kind not in "UO":
+    return None
+  return item_ids.check_items(ids, num)
 
 
 def _check_choices(**values) -> None:

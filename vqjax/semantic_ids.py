@@ -106,7 +106,7 @@ class SemanticIds:
     if codec is None:
       raise ValueError("append needs codec=, the codec that made these ids.")
     vectors = open_vectors(codec, x)
-    new_N = check_items(ids, len(vectors), self.items)
+    new_N = item_ids.check_items(ids, len(vectors), self.items)
     info = self.appended_info(codec, vectors, new_N)
     resolver, settings = Resolver(**info["resolver"]), info["encode"]
     made = id_making.make(codec, vectors, resolver, settings, self, progress)
@@ -222,7 +222,7 @@ def make_ids(
   ).of(codec.info)
   check_levels(codec, resolver)
   vectors = open_vectors(codec, x)
-  items_N = check_items(ids, len(vectors))
+  items_N = item_ids.check_items(ids, len(vectors))
   settings = id_making.settings_of(codec, is_balanced, settings)
   made = id_making.make(codec, vectors, resolver, settings, None, progress)
   report = id_reports.of_all(made, vectors, items_N, codec)
@@ -259,56 +259,13 @@ def open_vectors(codec: Codec, x):
   return vectors
 
 
-def check_items(ids, num: int, published_F=None) -> np.ndarray:
-  """Returns item ids `[N]`, int64 or text; for None row numbers.
-
-  Those of new items go on where the published ones end.
-
-  Raises:
-    TypeError: They are no integers or text, or of another kind than those.
-    ValueError: One is there twice, or published already.
-  """
-  known_F = np.zeros(0, np.int64) if published_F is None else published_F
-  if ids is None and known_F.dtype.kind != "i":
-    raise TypeError("The published items are text: give the ids of new ones.")
-  first = int(known_F.max(initial=-1)) + 1 if ids is None else 0
-  items_N = np.arange(first, first + num) if ids is None else np.asarray(ids)
-  if items_N.dtype.kind in "iu":
-    items_N = items_N.astype(np.int64)
-  elif items_N.dtype.kind in "UO" and all(
-    isinstance(item, str) for item in items_N.tolist()
-  ):
-    items_N = items_N.astype(object)
-  else:
-    raise TypeError(f"ids must be integers or text, got {items_N.dtype}.")
-  if items_N.shape != (num,):
-    raise ValueError(
-      f"ids must have shape ({num},), one for each vector, got {items_N.shape}."
-    )
-  item_ids.check(items_N)
-  if len(known_F) and known_F.dtype != items_N.dtype:
-    raise TypeError(
-      "The published items are "
-      f"{'integers' if known_F.dtype.kind == 'i' else 'text'}, but the new "
-      f"ones are {'integers' if items_N.dtype.kind == 'i' else 'text'}."
-    )
-  known = set(known_F.tolist())
-  again = [row for row, item in enumerate(items_N.tolist()) if item in known]
-  if again:
-    raise ValueError(
-      f"{len(again)} of the new items have ids already, the first is "
-      f"{items_N[again[0]]} in row {again[0]}; append only new ones."
-    )
-  return items_N
-
-
 def describe(codec, vectors, items_N, resolver, settings: dict) -> dict:
   """Returns what ids follow from: the same again makes the same ids."""
   return {
     "codec": codec.name,
     "codec_fingerprint": codec.fingerprint,
     "data": {"num_vectors": len(vectors), **files.identify(vectors)},
-    "items_checksum": _checksum_of(items_N),
+    "items_checksum": item_ids.checksum(items_N),
     "resolver": dataclasses.asdict(resolver),
     "encode": dict(settings),
   }

@@ -5,7 +5,7 @@ import os
 import numpy as np
 
 from vqjax.core import check_shape
-from vqjax.data import codes, datasets, files
+from vqjax.data import codes, datasets, files, item_ids
 from vqjax.storage import decoder_file
 
 
@@ -30,6 +30,14 @@ def of_codec(
       f"has {num_codes}; encode with all steps."
     )
   return found
+
+
+def item_ids_of(config, num: int):
+  """Reads --ids of `num` vectors; None where there are none."""
+  if config.ids is None:
+    return None
+  is_part = config.get("num_vectors") is not None
+  return item_ids.read(config.ids, num, data=config.data, may_be_longer=is_part)
 
 
 def describe_codes(config, found: codes.Codes) -> dict:

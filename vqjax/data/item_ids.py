@@ -7,9 +7,11 @@ of the Parquet file that has the vectors, or from a file of their own:
   .txt                   one id a line, UTF-8; integers where all lines are
   file.parquet#column    integers or text
 
-Our own outputs keep them as .txt, which any program reads.
+Our outputs keep them beside the file whose rows they name, in FILE.ids.txt, or
+ids.txt in a folder. The description of that file has their checksum.
 """
 
+import hashlib
 import pathlib
 
 import numpy as np
@@ -66,6 +68,49 @@ def check(ids_N: np.ndarray, name: str = "ids") -> None:
         f"{name} must be text of one line, but the id in row {row} {what} "
         "which an output with an id a line cannot hold."
       )
+
+
+def check_items(ids, num: int, published_F=None) -> np.ndarray:
+  """Returns item ids `[N]`, int64 or text; for None row numbers.
+
+  Those of new items go on where the published ones end.
+
+  Raises:
+    TypeError: They are no integers or text, or of another kind than those.
+    ValueError: One is there twice, or published already.
+  """
+  known_F = np.zeros(0, np.int64) if published_F is None else published_F
+  if ids is None and known_F.dtype.kind != "i":
+    raise TypeError("The published items are text: give the ids of new ones.")
+  first = int(known_F.max(initial=-1)) + 1 if ids is None else 0
+  items_N = np.arange(first, first + num) if ids is None else np.asarray(ids)
+  if items_N.dtype.kind in "iu":
+    items_N = items_N.astype(np.int64)
+  elif items_N.dtype.kind in "UO" and all(
+    isinstance(item, str) for item in items_N.tolist()
+  ):
+    items_N = items_N.astype(object)
+  else:
+    raise TypeError(f"ids must be integers or text, got {items_N.dtype}.")
+  if items_N.shape != (num,):
+    raise ValueError(
+      f"ids must have shape ({num},), one for each vector, got {items_N.shape}."
+    )
+  check(items_N)
+  if len(known_F) and known_F.dtype != items_N.dtype:
+    raise TypeError(
+      "The published items are "
+      f"{'integers' if known_F.dtype.kind == 'i' else 'text'}, but the new "
+      f"ones are {'integers' if items_N.dtype.kind == 'i' else 'text'}."
+    )
+  known = set(known_F.tolist())
+  again = [row for row, item in enumerate(items_N.tolist()) if item in known]
+  if again:
+    raise ValueError(
+      f"{len(again)} of the new items have ids already, the first is "
+      f"{items_N[again[0]]} in row {again[0]}; append only new ones."
+    )
+  return items_N
 
 
 def _shown(item) -> str:
@@ -133,15 +178,81 @@ def _is_integer(line: str) -> bool:
   return str(int(line)) == line and -(1 << 63) <= int(line) < 1 << 63
 
 
+def checksum(ids_N: np.ndarray) -> str:
+  """Returns what tells these ids from others, 16 hex digits."""
+  text = "\n".join(map(str, ids_N.tolist()))
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def describe(ids_N: np.ndarray | None) -> dict:
+  """What the description of a file says whose rows have ids, or none."""
+  return {} if ids_N is None else {"ids_checksum": checksum(ids_N)}
+
+
 def save(path, ids_N: np.ndarray, *, overwrite: bool = False) -> None:
   """Writes ids as text, one a line, and next to them what they are."""
   kind = "integers" if ids_N.dtype.kind == "i" else "text"
-  info = {
-    "format": KIND[0],
-    "version": KIND[1],
-    "type": kind,
-    "num": len(ids_N),
-  }
+  info = {"format": KIND[0], "version": KIND[1], "type": kind}
   with files.atomic_output(path, overwrite, description=info) as temporary:
     text = "".join(f"{item}\n" for item in ids_N.tolist())
     temporary.write_bytes(text.encode())
+
+
+def path_beside(path) -> pathlib.Path:
+  """Returns where the ids of the rows of a file, or of a folder, lie."""
+  path = files.user_path(path)
+  return (
+    path / "ids.txt" if path.is_dir() else path.parent / f"{path.name}.ids.txt"
+  )
+
+
+def save_beside(path, ids_N: np.ndarray | None, *, overwrite=False) -> None:
+  """Writes the ids of the rows of a file or folder, unless they are there.
+
+  To be called before the file is written: a file that is there has its ids.
+  Ids that were left behind by a stopped command are replaced.
+  """
+  if ids_N is None:
+    return
+  beside = path_beside(path)
+  is_ours = bool(beside.is_file() and files.read_description(beside, KIND))
+  if is_ours and checksum(_read_text(beside)) == checksum(ids_N):
+    return
+  save(beside, ids_N, overwrite=overwrite or is_ours)
+
+
+def load_beside(path, info: dict, num: int) -> np.ndarray | None:
+  """Reads the ids of the `num` rows of a file or folder; None for no ids.
+
+  Args:
+    path: The file or folder.
+    info: Its description.
+    num: Number of rows.
+
+  Raises:
+    FileNotFoundError: They are missing.
+    ValueError: They are of other rows.
+  """
+  wanted = info.get("ids_checksum")
+  if not wanted:
+    return None
+  beside = path_beside(path)
+  if not beside.is_file():
+    raise FileNotFoundError(
+      f"{beside} is missing, the item ids of {path}; bring it back, or make "
+      f"{path} again."
+    )
+  ids_N = read(beside, num)
+  if checksum(ids_N) != wanted:
+    raise ValueError(
+      f"{beside} has other item ids than {path} was made with; bring them "
+      f"back, or make {path} again."
+    )
+  return ids_N
+
+
+def pick(ids_N: np.ndarray, rows_X: np.ndarray) -> np.ndarray:
+  """Ids of rows; row -1 has id -1, or None where ids are text."""
+  found_X = ids_N[rows_X.clip(0)]
+  found_X[rows_X < 0] = -1 if ids_N.dtype.kind == "i" else None
+  return found_X

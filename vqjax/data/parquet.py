@@ -304,3 +304,16 @@ def read_ids(path, column: str) -> np.ndarray:
     if is_integer:
       return found.cast(pa.int64()).to_numpy()
     return found.cast(pa.large_string()).to_numpy().astype(object)
+
+
+def write(path, columns: dict[str, np.ndarray]) -> None:
+  """Writes arrays `[N]` and `[N, D]` as columns, the latter as lists."""
+  pa = _import_parquet()
+  arrays = {}
+  for name, array in columns.items():
+    if array.ndim == 2 and array.dtype.kind != "O":
+      flat = pa.array(array.ravel())
+      arrays[name] = pa.FixedSizeListArray.from_arrays(flat, array.shape[1])
+    else:
+      arrays[name] = pa.array(array.tolist())
+  pa.parquet.write_table(pa.table(arrays), path)

@@ -70,6 +70,8 @@ def test_a_run_learns_from_all_items_and_reports_on_them(made):
     np.divide(used, (8, 8, 4))
   )
   assert (made / "run" / "curves.png").exists()
+  # Batch norm has learned what to expect.
+  assert np.all(np.asarray(codec.params.encoder.norms[0].mean_H) != 0)
 
 
 def test_an_epoch_takes_every_item_in_equal_steps(made):
@@ -120,14 +122,13 @@ def test_killed_and_resumed_it_is_the_same_bit_for_bit(
 
 def test_another_figure_chooses_another_checkpoint(made, tmp_path):
   shutil.copytree(made / "run", tmp_path / "run")
-  config = _config(made / "x.npy", train=dict(best="mse"))
+  rows = [row for row in _rows(made / "run") if "validation_mse" in row]
+  best = min(rows[::-1], key=lambda row: row["validation_collision_rate"])
+  config = _config(made / "x.npy", train=dict(best="collision_rate"))
   summary = train.run(config, tmp_path / "run")
-  rows = {
-    r["step"]: r["validation_mse"]
-    for r in _rows(made / "run")
-    if "validation_mse" in r
-  }
-  assert summary["step"] == min(rows, key=rows.get)
+  assert summary["step"] == best["step"]
+  record = json.loads((tmp_path / "run" / "config.json").read_text())
+  assert record["train"]["best"] == "collision_rate"
   assert train.run(config, tmp_path / "run") == summary
 
 

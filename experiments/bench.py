@@ -43,10 +43,9 @@ from experiments.lib import (
   bench_training,
   cli,
   codecs,
-  encoders,
 )
 from experiments.lib.bench_arithmetic import Work, decode_work, encode_work
-from vqjax.codecs import kmeans
+from vqjax.codecs import kmeans, runner
 from vqjax.codecs.rule import SearchRule
 from vqjax.core import check_range
 from vqjax.data import batches, files
@@ -168,10 +167,10 @@ def _encode(config, subject, dtype, peak):
     about = _about(subject, "encode", dtype, sizes)
     # Fitted to vectors other than the measured ones, if there are any.
     others_ND = bench_subjects.rows(subject, 3 * _MSE_ROWS)[_MSE_ROWS:]
-    codec, work = encoders.with_ranker(subject.codec, rule, others_ND), None
+    codec, work = _with_ranker(subject.codec, rule, others_ND), None
     if codec.name == "qinco":
       work = encode_work(codec.tables, rule)
-    encode_fn, block = codecs.make_encode_fn(codec, rule)
+    encode_fn, block = codec.encoder(rule)
     contenders = {
       "vqjax": bench_timing.contender(
         _encoder(subject, encode_fn, _codes), [block], work
@@ -184,11 +183,20 @@ def _encode(config, subject, dtype, peak):
         contenders[name] = bench_timing.contender(make_fn, blocks, work)
     x_ND = bench_subjects.rows(subject, _MSE_ROWS)
     codes_NM = _codes(encode_fn, x_ND, block)
-    xhat_ND = np.asarray(codecs.make_decode_fn(codec)(codes_NM))
+    xhat_ND = np.asarray(codec.decoder()(codes_NM))
     mse = np.mean(np.sum((x_ND - xhat_ND) ** 2, axis=1))
     ours, *theirs = _measure(config, contenders, peak)
     yield about | ours | {"mse": mse}
     yield from (about | row for row in theirs)
+
+
+def _with_ranker(codec, rule, x_ND):
+  """The codec with a ranker, where a rule asks for one and it has none."""
+  if not rule.num_ranked or codec.ranker is not None:
+    return codec
+  settings = rule.to_dict(codec.spec.knobs)
+  with cli.progress(len(x_ND), "fit the ranker") as done:
+    return codec.with_ranker(x_ND, progress=done, **settings)
 
 
 def _encoder(subject, encode_fn, codes_fn):
@@ -225,7 +233,7 @@ def _decode(config, subject, dtype, peak):
   codec = subject.codec
   about = _about(subject, "decode", dtype, bench_subjects.sizes(codec))
   codebooks = codec.codebook_sizes
-  block = codecs.decode_rows()
+  block = 8 * runner.decode_block()
   codes_NM = np.random.default_rng(0).integers(
     0, codebooks, (block, len(codebooks)), dtype=np.int32
   )
@@ -241,7 +249,7 @@ def _decode(config, subject, dtype, peak):
 
     return bench_timing.contender(make_fn, blocks, work)
 
-  decode_fn = codecs.make_decode_fn(codec, dtype)
+  decode_fn = codec.decoder(dtype)
   contenders = {"vqjax": contender(decode_fn, block // 4, block)}
   # The search makes no difference to decoding.
   rule = SearchRule(num_candidates=0, beam_size=1)

@@ -36,7 +36,7 @@ import numpy as np
 from absl import logging
 
 import vqjax
-from experiments.lib import cli, codecs, encoders, inputs
+from experiments.lib import cli, codecs, inputs
 from vqjax import index as index_lib
 from vqjax.codecs import additive
 from vqjax.data import files, item_ids
@@ -162,7 +162,7 @@ def _build_folder(config) -> dict:
     "codec_fingerprint": codec.fingerprint,
     "num_rows": len(x_ND),
     "data": files.identify(x_ND),
-    "encode": rule.to_dict(codec.spec.knobs),
+    "encode": codec.describe_search(rule),
     **item_ids.describe(inputs.item_ids_of(config, len(x_ND))),
     **values,
   }
@@ -284,9 +284,9 @@ def _open_codes(config, codec) -> _Source:
 
 def _encode(config, codec) -> _Source:
   """Codes of vectors that are encoded when asked for."""
-  encoder, made_of = encoders.of_data(codec, config)
-  num = len(encoder.vectors)
-  return _Source(num, encoder.blocks, made_of, inputs.item_ids_of(config, num))
+  num, blocks_fn, made_of = codecs.encode_data(codec, config)
+  blocks = lambda rows: blocks_fn(rows=rows)
+  return _Source(num, blocks, made_of, inputs.item_ids_of(config, num))
 
 
 def _parse_rows(text: str | None, num_rows: int) -> range:

@@ -89,11 +89,9 @@ def _describe(config, codec, found: codes.Codes, width: int) -> dict:
 
 def _write(config, codec, found: codes.Codes, width: int, meta: dict) -> None:
   """Decodes all codes into the output; its description goes next to it."""
-  num, sizes = len(found), codec.codebook_sizes[:width]
-  decode_fn = codecs.make_decode_fn(codec, meta["dtype"])
-  with cli.progress(num, "decode") as done:
-    blocks = inputs.decoded(
-      decode_fn, found, sizes, min(codecs.decode_rows(), num), done
+  with cli.progress(len(found), "decode") as done:
+    blocks = codec.decode_blocks(
+      found, meta["dtype"], num_codes=width, progress=done
     )
     formats.write_vectors(
       config.output,

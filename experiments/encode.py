@@ -12,8 +12,8 @@ says that all is done.
 Vectors are encoded by the rule that is stored with the codec. A released codec
 has the published one (A candidates of each of B hypotheses); --rule=joint asks
 for the C best over all hypotheses instead, which is several times faster at
-about the same error. --num_ranked=F adds a cheap ranker, which is fitted to 512
-of the vectors and pays for deep networks (QINCo2-M, L; docs/performance.md).
+about the same error. Deep networks (QINCo2-M, L) encode faster by a ranker,
+which `vqjax tradeoff --write` fits and stores with the codec.
 
 Large files go into a folder of shards, filled by one process or by many that
 run the same command. Shards are counted from 0:
@@ -40,13 +40,12 @@ import functools
 import pathlib
 import re
 import shlex
-import time
 
 import jax
 import numpy as np
 from absl import logging
 
-from experiments.lib import cli, codecs, encoders, inputs
+from experiments.lib import cli, codecs, inputs
 from vqjax import index_build
 from vqjax.codecs import packing
 from vqjax.core import check_range
@@ -91,14 +90,14 @@ def run(config) -> dict:
     dataset, "base", max_vectors=config.num_vectors, role="vectors to encode"
   )
   ids_N = inputs.item_ids_of(config, len(x_ND))
-  encoder = encoders.make_encoder(codec, config, x_ND)
+  blocks_fn, rule = codecs.make_encoder(codec, config, x_ND)
   meta = codes.describe(
     x_ND,
     codec=codec.name,
     fingerprint=codec.fingerprint,
-    codebook_sizes=encoder.codebook_sizes,
-    encode=encoders.settings(codec, encoder.rule, config.assign),
-    command=_command(config, encoder.rule.to_dict(codec.spec.knobs)),
+    codebook_sizes=codec.code_sizes(rule),
+    encode=codec.describe_search(rule, config.assign),
+    command=_command(config, rule.to_dict(codec.spec.knobs)),
     num_shards=num_shards,
   )
   meta |= item_ids.describe(ids_N)
@@ -106,12 +105,12 @@ def run(config) -> dict:
   if num_shards:
     codes.claim(config.output, meta)
     item_ids.save_beside(config.output, ids_N)
-    _write_shards(config, meta, mine, encoder, after)
+    _write_shards(config, meta, mine, blocks_fn, after)
   elif files.find_made(config.output, meta, config.overwrite):
     logging.info("%s is made already.\nNext:\n  %s", config.output, after)
   else:
     item_ids.save_beside(config.output, ids_N, overwrite=config.overwrite)
-    _write_file(config, meta, encoder, after)
+    _write_file(config, meta, blocks_fn, after)
   return {"output": config.output, "shape": tuple(meta["shape"])}
 
 
@@ -190,36 +189,10 @@ def _command(config, knobs: dict) -> str:
   return shlex.join(["vqjax", "encode", *words])
 
 
-class _Meter:
-  """A progress callback that knows how long a vector takes.
-
-  Measured from the end of the second block on: the first two are in work at
-  once, and wait for compilation; with them if there are no more.
-  """
-
-  def __init__(self, done_fn):
-    self._done_fn = done_fn
-    # Start, the first two blocks and the last.
-    self._marks = [(0, time.perf_counter())]
-
-  def __call__(self, num: int, total: int) -> None:
-    self._done_fn(num, total)
-    self._marks[3:] = [(num, time.perf_counter())]
-
-  def __str__(self):
-    (_, start), (num, end) = self._marks[0], self._marks[-1]
-    skipped, begin = self._marks[2 if len(self._marks) > 3 else 0]
-    each = (end - begin) / (num - skipped) * 1e6
-    aside = ", the first two blocks aside" if skipped else ""
-    return f"{num} vectors in {end - start:.1f} s, {each:.1f} us each{aside}"
-
-
-def _write_file(config, meta, encoder, after: str) -> None:
+def _write_file(config, meta, blocks_fn, after: str) -> None:
   """Writes all codes into one file, and their description next to it."""
-  rows = range(meta["shape"][0])
-  with cli.progress(len(rows), "encode") as done:
-    meter = _Meter(done)
-    blocks = encoder.blocks(rows, meter)
+  with cli.progress(meta["shape"][0], "encode") as done:
+    blocks = blocks_fn(progress=done)
     with files.atomic_output(
       config.output, config.overwrite, description=meta
     ) as temporary:
@@ -228,9 +201,8 @@ def _write_file(config, meta, encoder, after: str) -> None:
       else:
         formats.write_vectors(temporary, blocks, dtype=np.int32)
   logging.info(
-    "%s: %d codes per vector in %s, what made them in %s.\nNext:\n  %s",
-    meter,
-    meta["shape"][1],
+    "%d vectors, %d codes each, in %s; what made them in %s.\nNext:\n  %s",
+    *meta["shape"],
     config.output,
     files.description_path(config.output),
     after,
@@ -243,7 +215,7 @@ def _write_raw(path, sizes, blocks) -> None:
       file.write(packing.pack(codes_NM, sizes).tobytes())
 
 
-def _write_shards(config, meta, mine: list[int], encoder, after) -> None:
+def _write_shards(config, meta, mine: list[int], blocks_fn, after) -> None:
   """Makes those shards of this process that are not finished yet."""
   folder = config.output
   manifest = codes.claim(folder, meta)
@@ -253,7 +225,7 @@ def _write_shards(config, meta, mine: list[int], encoder, after) -> None:
     logging.info("%d of the %s are finished already.", skipped, what)
   if todo:
     try:
-      _make_shards(folder, manifest, todo, encoder)
+      _make_shards(folder, manifest, todo, blocks_fn)
     except KeyboardInterrupt:
       logging.warning("The finished shards stay in %s.", folder)
       raise
@@ -274,18 +246,17 @@ def _write_shards(config, meta, mine: list[int], encoder, after) -> None:
   )
 
 
-def _make_shards(folder, manifest, todo: list[int], encoder) -> None:
+def _make_shards(folder, manifest, todo: list[int], blocks_fn) -> None:
   """Encodes shards one after the other, behind one progress line."""
   total = sum(len(_rows_of(manifest, i)) for i in todo)
   with cli.progress(total, "encode") as done:
-    meter, before = _Meter(done), 0
+    before = 0
     for shard in todo:
       rows = _rows_of(manifest, shard)
-      count = lambda num, _, before=before: meter(before + num, total)
-      blocks = encoder.blocks(rows, count)
+      count = lambda num, _, before=before: done(before + num, total)
+      blocks = blocks_fn(rows=rows, progress=count)
       codes.write_shard(folder, manifest, shard, blocks)
       before += len(rows)
-  logging.info("%s.", meter)
 
 
 def _rows_of(manifest, shard: int) -> range:

@@ -17,15 +17,14 @@ encodes, decodes and searches its part of the base.
 
 import json
 import pathlib
-import time
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import logging
 
-from experiments.lib import cli, codecs, encoders, truth
-from vqjax import devices, evaluation
+from experiments.lib import cli, codecs, truth
+from vqjax import devices, evaluation, quality
 from vqjax.data import batches, datasets, files
 from vqjax.interop import faiss_io
 
@@ -173,9 +172,7 @@ def _measure(codec, rule, search) -> dict:
   """Figures of the codec itself; every process encodes its share."""
   seconds = {}
   xb_ND, mine = search.xb_ND, devices.process_rows(len(search.xb_ND))
-  codec = encoders.with_ranker(codec, rule, xb_ND)
-  encode_fn, block_size = codecs.make_encode_fn(codec, rule)
-  decode_fn = codecs.make_decode_fn(codec, rule.dtype)
+  encode_fn, block_size = codec.encoder(rule)
   num = len(mine)
   if len(xb_ND) < jax.process_count():
     raise ValueError(
@@ -184,10 +181,9 @@ def _measure(codec, rule, search) -> dict:
   first = batches.read_rows(xb_ND, mine[:block_size])
   jax.block_until_ready(encode_fn(first))  # Compiles.
   with cli.progress(num, "encode") as done, cli.timed(seconds, "encode"):
-    blocks = batches.map_blocks(
-      encode_fn, xb_ND, block_size=block_size, rows=mine, progress=done
+    codes_NM = np.concatenate(
+      list(codec.encode_blocks(xb_ND, rule, rows=mine, progress=done))
     )
-    codes_NM = np.concatenate([codes for _, codes in blocks])
   knobs = rule.to_dict(codec.spec.knobs)
   is_joint = bool(knobs.get("num_joint_candidates"))
   sizes = codec.codebook_sizes[: codes_NM.shape[1]]
@@ -196,7 +192,9 @@ def _measure(codec, rule, search) -> dict:
     # An index keeps lists, not ids.
     "bytes": _num_bits(sizes[codec.is_ivf :]) / 8,
     **({**knobs, "num_candidates": None} if is_joint else knobs),
-    **_quality(codes_NM, decode_fn, search, seconds),
+    **_quality(
+      lambda: codec.decode_blocks(codes_NM, rule.dtype), search, seconds
+    ),
   }
 
 
@@ -229,50 +227,35 @@ def _measure_baseline(name, codec, num_steps, xt_ND, search) -> dict:
   return {
     "name": f"faiss {name}",
     "bytes": len(sizes) * num_bits / 8,
-    **_quality(codes_NM, baseline.decode, search, seconds),
+    **_quality(
+      lambda: map(baseline.decode, np.array_split(codes_NM, len(parts))),
+      *(search, seconds),
+    ),
   }
 
 
-def _quality(codes_NM, decode_fn, search, seconds) -> dict:
+def _quality(blocks_fn, search, seconds) -> dict:
   """MSE, 1-recall and times of codes, decoded once in blocks.
 
   The codes are those of this process's share of the base.
   """
   num_base = len(search.xb_ND)
   mine = devices.process_rows(num_base)
-  num, size = len(codes_NM), min(codecs.decode_rows(), len(codes_NM))
-  jax.block_until_ready(decode_fn(codes_NM[:size]))  # Compiles.
-  error, decode_seconds, num_decoded = 0.0, 0.0, 0
-
-  def decoded():
-    nonlocal error, decode_seconds, num_decoded
-    for start in range(0, num, size):
-      codes = codes_NM[start : start + size]
-      padded = np.pad(codes, ((0, size - len(codes)), (0, 0)))
-      began = time.perf_counter()
-      xhat_ND = np.asarray(decode_fn(padded))[: len(codes)]
-      decode_seconds += time.perf_counter() - began
-      num_decoded += size
-      x_ND = batches.read_rows(search.xb_ND, mine[start : start + len(codes)])
-      error += float(np.sum((x_ND - xhat_ND) ** 2, dtype=np.float64))
-      yield xhat_ND
-
-  found = {}
+  decoded, found = quality.Decoded(blocks_fn, search.xb_ND, mine), {}
   if search.truth is None:
-    for _ in decoded():
-      pass
+    decoded.measure()
   else:
     ids_QR = evaluation.find(
-      *(search.truth.xq_QD, decoded(), max(evaluation.RANKS)),
+      *(search.truth.xq_QD, iter(decoded), max(evaluation.RANKS)),
       *(num_base, search.metric),
     )
     found = search.truth.recalls(ids_QR, _NAMES)
   slowest = lambda value: float(devices.gather(value).max())
   return {
-    "mse": float(devices.gather(error).sum()) / num_base,
+    "mse": float(devices.gather(decoded.error).sum()) / num_base,
     **found,
     "encode_us": slowest(seconds["encode"]) / num_base * 1e6,
-    "decode_us": slowest(decode_seconds / num_decoded)
+    "decode_us": slowest(decoded.seconds / len(mine))
     / jax.process_count()
     * 1e6,
     **({"train_s": seconds["train"]} if "train" in seconds else {}),

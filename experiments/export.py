@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from experiments.lib import cli, codecs, encoders, inputs
+from experiments.lib import cli, codecs, inputs
 from vqjax import __version__
 from vqjax.codecs import additive
 from vqjax.data import datasets, files
@@ -147,7 +147,7 @@ def _subject(config, codec, metric: str) -> _Subject:
   return _Subject(
     codec.name,
     to_faiss[codec.name](codec.tables, metric=metric),
-    codecs.make_decode_fn(codec),
+    codec.decoder(),
     codec.codebook_sizes,
     {},
   )
@@ -183,8 +183,8 @@ def _blocks(config, codec, sizes):
     return len(found), blocks, inputs.describe_codes(config, found)
   if not config.data:
     return 0, (), {}
-  encoder, made_of = encoders.of_data(codec, config)
-  return len(encoder.vectors), encoder.blocks(), made_of
+  num, blocks_fn, made_of = codecs.encode_data(codec, config)
+  return num, blocks_fn(), made_of
 
 
 def _compare(config, subject: _Subject, num: int, first, index) -> dict:

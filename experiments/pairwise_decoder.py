@@ -26,8 +26,8 @@ import jax
 import numpy as np
 from absl import logging
 
-from experiments.lib import cli, codecs, encoders, inputs
-from vqjax.codecs import additive, decoders, pairwise
+from experiments.lib import cli, codecs, inputs
+from vqjax.codecs import additive, decoders, pairwise, runner
 from vqjax.core import check_range
 from vqjax.data import batches, codes, datasets, files
 from vqjax.storage import decoder_file
@@ -237,9 +237,9 @@ def _read_codes(found: codes.Codes, rows_N) -> np.ndarray:
 
 def _encode(codec, config, x_ND) -> np.ndarray:
   """Codes of vectors, as `vqjax encode` makes them."""
-  encoder = encoders.make_encoder(codec, config, x_ND)
+  blocks_fn, _ = codecs.make_encoder(codec, config, x_ND)
   with cli.progress(len(x_ND), "encode") as done:
-    return np.concatenate(list(encoder.blocks(done=done)))
+    return np.concatenate(list(blocks_fn(progress=done)))
 
 
 def _fit(codec, sizes, train, held_out, num_tables: int, seconds):
@@ -270,7 +270,7 @@ def _fit(codec, sizes, train, held_out, num_tables: int, seconds):
 def _decode_fns(codec, config, additive_params, pairwise_params) -> dict:
   """Decoders `(codes_NM, lists_N) -> x_ND` by name, centroids subtracted."""
   centroids_LD = codec.centroids
-  network_fn = codecs.make_decode_fn(codec, codecs.product_dtype(config.dtype))
+  network_fn = codec.decoder(codecs.product_dtype(config.dtype))
   additive_fn = jax.jit(additive.decode)
 
   def network(codes_NM, lists_N):
@@ -293,7 +293,7 @@ def _decode_fns(codec, config, additive_params, pairwise_params) -> dict:
 
 def _measure(decode_fn, held: decoders.Sample) -> tuple[float, float]:
   """Mean squared error, and microseconds for a vector."""
-  size, total = codecs.decode_rows(), 0.0
+  size, total = 8 * runner.decode_block(), 0.0
   first = held.cut(slice(size))
   jax.block_until_ready(decode_fn(*first[1:]))  # Compiles.
   began = time.perf_counter()

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from experiments.lib import cli, codecs, pq_parts
+from experiments.lib import cli, pq_parts
 from vqjax.codec import Codec
 from vqjax.codecs import pq_qinco
 from vqjax.data import batches, datasets, files, formats
@@ -233,8 +233,8 @@ def _held_out_mse(params, info: dict, vectors) -> float:
   )
   rest = [data["validation_size"]] if "validation_size" in data else []
   _, held_out = batches.split(min(data["num_train"], len(vectors)), *rest)
-  encode_fn, block_size = codecs.make_encode_fn(codec, codec.rule)
-  decode_fn = codecs.make_decode_fn(codec)
+  encode_fn, block_size = codec.encoder(codec.rule)
+  decode_fn = codec.decoder()
 
   def errors(x_ND):
     return jnp.sum((x_ND - decode_fn(encode_fn(x_ND))) ** 2, axis=-1)

@@ -5,16 +5,17 @@ r"""Measures error against time of encoding, to choose --beam_size and C.
 Encodes the same vectors at growing beam sizes B by the published rule (A
 codewords of each hypothesis go through the network) and by the joint rule (the
 best C of all pairs), and draws both curves. For deep networks it also draws the
-joint rule with a ranker, which keeps F of the C. A JSON file next to the
-picture has the figures. Without --data the codec's own base is encoded. The
-vectors are spread over the file.
+joint rule with a ranker, a cheap model of the network that keeps F of the C; it
+is fitted to 512 other vectors. A JSON file next to the picture has the figures.
+Without --data the codec's own base is encoded. The vectors are spread over the
+file.
 
 It recommends the rule that sends the fewest candidates through the network, of
 those whose error is within --loss percent of the best. --write stores that rule
-with the codec: all commands and `codec.encode` use it from then on. Rules with
-a ranker are only measured, as a ranker is not stored with a codec.
+and its ranker with the codec: all commands and `codec.encode` use them then.
 """
 
+import dataclasses
 import json
 import pathlib
 import shlex
@@ -25,7 +26,7 @@ import numpy as np
 from absl import logging
 
 import vqjax
-from experiments.lib import cli, codecs, encoders
+from experiments.lib import cli, codecs
 from vqjax.codecs import qinco_ranker
 from vqjax.codecs.rule import SearchRule
 from vqjax.core import check_range
@@ -35,6 +36,7 @@ from vqjax.storage import codec_file
 
 REQUIRED = ("codec", "output")
 _DEEP = 4  # Residual blocks from which on a ranker saves more than it costs.
+_FITTED = 512  # Vectors that a ranker is fitted to.
 OPTIONS = {
   "codec": cli.CODEC_OPTION,
   **cli.DATA_OPTIONS,
@@ -81,14 +83,15 @@ def run(config) -> dict:
     )
   dataset = codecs.resolve_data(codec, config, base=config.data)
   x_ND, others_ND = _read(config, dataset)
-  rows = []
+  rows, rankers = [], {}
   sizes = _sizes(config, codec)
   dtype = codecs.product_dtype(config.dtype)
   rules = [SearchRule(**sizes, dtype=dtype) for sizes in sizes]
-  ready = [encoders.with_ranker(codec, rule, others_ND) for rule in rules]
   with cli.progress(len(sizes), "encode", unit="size") as done:
-    for codec, rule in zip(ready, rules, strict=True):
-      rows.append(_measure(codec, x_ND, rule, config, dataset.scale))
+    for rule in rules:
+      ready = _with_ranker(codec, rule, others_ND)
+      rankers[rule.beam_size] = ready.ranker
+      rows.append(_measure(ready, x_ND, rule, config, dataset.scale))
       done(len(rows), len(sizes))
   rows.sort(key=lambda row: (row["rule"], row["encode_us"]))
   logging.info("%s", _table(rows))
@@ -114,16 +117,23 @@ def run(config) -> dict:
     _draw(rows, dataset.scale, path, picture.suffix[1:])
   logging.info("Written: %s, %s", picture, figures)
   if folder is not None:
-    _store(folder, codec, chosen)
+    ranker = rankers[chosen["B"]] if chosen["F"] else codec.ranker
+    _store(folder, codec, chosen, ranker)
   return result
+
+
+def _with_ranker(codec, rule: SearchRule, x_ND):
+  """The codec with the ranker that a rule asks for, if it does."""
+  if not rule.num_ranked:
+    return codec
+  return codec.with_ranker(x_ND, **rule.to_dict(codecs.SIZES), dtype=rule.dtype)
 
 
 def recommend(rows: list[dict], loss: float) -> dict:
   """The row of fewest evaluations whose error is within `loss` percent.
 
-  Of equal ones that of the least error. Rows with a ranker do not count.
+  Of equal ones that of the least error.
   """
-  rows = [row for row in rows if not row["F"]]
   most = min(row["mse"] for row in rows) * (1 + loss / 100)
   fit = [row for row in rows if row["mse"] <= most]
   return min(fit, key=lambda row: (row["evaluations"], row["mse"], row["B"]))
@@ -142,8 +152,8 @@ def _folder(codec: str) -> pathlib.Path:
   return folder
 
 
-def _store(folder: pathlib.Path, measured, row: dict) -> None:
-  """Stores the rule of a row with a codec, and says what it was before."""
+def _store(folder: pathlib.Path, measured, row: dict, ranker) -> None:
+  """Stores a rule and its ranker with a codec, and says what it was before."""
   codec = vqjax.load(folder)  # It may have changed in the meantime.
   if codec.fingerprint != measured.fingerprint:
     raise ValueError(
@@ -151,17 +161,19 @@ def _store(folder: pathlib.Path, measured, row: dict) -> None:
       f"measured, {measured.fingerprint}: run the command again."
     )
   knobs, old = codec.spec.knobs, codec.rule
-  new = codec.with_rule(
-    num_candidates=row["A"] or old.num_candidates,
-    beam_size=row["B"],
-    num_joint_candidates=row["C"] or 0,
-    num_ranked=0,
-  )
-  if new.rule == old:
+  sizes = {
+    "num_candidates": row["A"] or old.num_candidates,
+    "beam_size": row["B"],
+    "num_joint_candidates": row["C"] or 0,
+    "num_ranked": row["F"] or 0,
+  }
+  sizes = {name: size for name, size in sizes.items() if name in knobs}
+  if old.replace(**sizes) == old:
     logging.info("%s has this rule already.", folder)
     return
+  new = dataclasses.replace(codec, ranker=ranker).with_rule(**sizes)
   new.save(folder, overwrite=True)
-  sizes = {name: getattr(old, name) for name in codecs.SIZES[:3]}
+  sizes = {name: getattr(old, name) for name in sizes}
   words = ", ".join(f"{name}={value}" for name, value in sizes.items())
   path = json.dumps(str(folder.resolve()))  # In quotes that a shell leaves.
   python = f"import vqjax; c = vqjax.load({path}); " + (
@@ -178,13 +190,13 @@ def _store(folder: pathlib.Path, measured, row: dict) -> None:
 def _read(config, dataset) -> tuple[np.ndarray, np.ndarray]:
   """The vectors to encode, and others to fit rankers to, if there are any."""
   vectors = datasets.open_split(dataset, "base", role="vectors to encode")
-  num, most = len(vectors), config.num_vectors + encoders.SAMPLE
+  num, most = len(vectors), config.num_vectors + _FITTED
   if num < most:  # All serve for both.
     rows = batches.evenly_spaced_rows(num, config.num_vectors)
     x_ND = batches.read_rows(vectors, rows)
-    return x_ND, x_ND
+    return x_ND, x_ND[batches.evenly_spaced_rows(len(x_ND), _FITTED)]
   some_ND = batches.read_rows(vectors, batches.evenly_spaced_rows(num, most))
-  others = batches.evenly_spaced_rows(most, encoders.SAMPLE)
+  others = batches.evenly_spaced_rows(most, _FITTED)
   return np.delete(some_ND, others, axis=0), some_ND[others]
 
 
@@ -241,7 +253,7 @@ def _numbers(config, name: str) -> list[int]:
 
 def _measure(codec, x_ND, rule, config, scale) -> dict:
   """Encodes all vectors by a rule, some times over."""
-  encode_fn, num_rows = codecs.make_encode_fn(codec, rule)
+  encode_fn, num_rows = codec.encoder(rule)
   num_rows = min(num_rows, len(x_ND))
   jax.block_until_ready(encode_fn(x_ND[:num_rows]))  # Compiles.
   times = []
@@ -250,7 +262,7 @@ def _measure(codec, x_ND, rule, config, scale) -> dict:
     blocks = batches.map_blocks(encode_fn, x_ND, block_size=num_rows)
     codes_NM = np.concatenate([codes_NM for _, codes_NM in blocks])
     times.append(time.perf_counter() - began)
-  decode_fn = codecs.make_decode_fn(codec, rule.dtype)
+  decode_fn = codec.decoder(rule.dtype)
   decoded_ND = np.asarray(decode_fn(codes_NM))
   error_N = np.sum((x_ND - decoded_ND) ** 2, axis=1, dtype=np.float64)
   a, b, c, f = (getattr(rule, name) for name in codecs.SIZES)

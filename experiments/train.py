@@ -247,11 +247,17 @@ def _rule_of(workdir) -> dict | None:
   `tradeoff --write` may have changed it.
   """
   try:
-    return codec_file.load_codec(workdir / codec_file.TENSORS_NAME).info.get(
-      "encode"
-    )
+    found = codec_file.load_codec(workdir / codec_file.TENSORS_NAME)
   except (OSError, ValueError):  # There is none, or it is damaged.
     return None
+  if found.ranker is not None:
+    logging.warning(
+      "The ranker of the codec in %s was fitted to its network of before: both "
+      "it and its search are dropped. `vqjax tradeoff --write` fits another.",
+      workdir,
+    )
+    return None
+  return found.info.get("encode")
 
 
 def _to_search(workdir, dataset) -> str:

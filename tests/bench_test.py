@@ -61,7 +61,9 @@ def test_work_is_what_the_traced_program_multiplies(case, sizes):
   knobs = dict(zip(names, sizes, strict=True))
   tables = jax.eval_shape(qinco.prepare, params)
   x_ND = qinco_cases.vectors(NUM)
-  traced = jax.make_jaxpr(partial(qinco.encode, **knobs))(tables, x_ND)
+  traced = jax.make_jaxpr(partial(qinco.encode, rule=SearchRule(**knobs)))(
+    tables, x_ND
+  )
   work = bench_arithmetic.encode_work(tables, SearchRule(**knobs))
   assert NUM * work.total == _multiply_adds(traced.jaxpr)
   codes_NM = np.zeros((NUM, len(qinco.codebook_sizes(tables))), np.int32)
@@ -80,7 +82,9 @@ def test_work_with_a_ranker_is_what_the_traced_program_multiplies(case, sizes):
   tables = qinco_ranker.fit(
     qinco.prepare(params), x_ND, beam_size=4, num_joint_candidates=14, rank=3
   )
-  traced = jax.make_jaxpr(partial(qinco.encode, **knobs))(tables, x_ND)
+  traced = jax.make_jaxpr(partial(qinco.encode, rule=SearchRule(**knobs)))(
+    tables, x_ND
+  )
   work = bench_arithmetic.encode_work(tables, SearchRule(**knobs))
   assert NUM * work.total == _multiply_adds(traced.jaxpr)
 
@@ -315,7 +319,7 @@ def test_pytorch_finds_our_codes(case, num_candidates):
   knobs = dict(num_candidates=num_candidates, beam_size=4)
   program = torch_baseline.programs(params, **knobs)["torch eager"]
   x_ND = qinco_cases.vectors(50)
-  codes_NM = np.asarray(qinco.encode(params, x_ND, **knobs))
+  codes_NM = np.asarray(qinco.encode(params, x_ND, rule=SearchRule(**knobs)))
   np.testing.assert_array_equal(program.encode(x_ND), codes_NM)
   np.testing.assert_allclose(
     program.decode(codes_NM),

@@ -10,6 +10,7 @@ import pytest
 import vqjax
 from tests import qinco_cases
 from vqjax.codecs import pq, qinco, rq
+from vqjax.codecs.rule import SearchRule
 
 KEY = jax.random.key(0)
 NUM, D = 90, 6
@@ -33,7 +34,7 @@ def _make(name):
   params = qinco_cases.make_params(num_codewords=16, **lists)
   knobs = dict(num_candidates=4, beam_size=5)
   codec = vqjax.Codec("qinco", params, {"encode": knobs})
-  return codec, np.asarray(qinco.encode(params, x_ND, **knobs))
+  return codec, np.asarray(qinco.encode(params, x_ND, rule=SearchRule(**knobs)))
 
 
 NAMES = ("pq", "rq", "qinco", "ivf")
@@ -74,7 +75,7 @@ def test_a_saved_rule_is_that_of_encode(tmp_path):
     (
       "qinco",
       dict(num_joint_candidates=8, num_ranked=6),
-      "A ranker is not stored with a codec",
+      "needs a ranker, which this codec has not",
     ),
   ],
 )
@@ -186,7 +187,7 @@ def test_settings_take_the_place_of_those_stored():
   codec, _ = _make("qinco")
   codes_NM = codec.encode(_vectors(), beam_size=2, num_steps=2)
   want_NM = qinco.encode(
-    codec.params, _vectors(), num_candidates=4, beam_size=2, num_steps=2
+    codec.params, _vectors(), rule=SearchRule(4, 2, num_steps=2)
   )
   np.testing.assert_array_equal(codes_NM, want_NM)
   with pytest.raises(ValueError, match="beam_width means nothing to a qinco"):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests import qinco_cases
+from vqjax.codec import Codec
 from vqjax.codecs import (
   pq,
   pq_qinco,
@@ -21,7 +22,6 @@ from vqjax.codecs import (
   rq,
   rqvae,
   rqvae_start,
-  runner,
 )
 from vqjax.codecs.rule import SearchRule
 from vqjax.storage import codec_file
@@ -253,14 +253,10 @@ def test_1_blocks_do_not_change_codes(row, block_size):
 
 @_over()
 @pytest.mark.parametrize("block_size", [None, 1, 7])
-def test_1_the_runner_has_the_same_codes_for_all_sizes_of_blocks(
-  row, block_size
-):
-  spec, params, x_ND = registry.get(row.codec), _params(row), _vectors()
-  tables, told = spec.prepare(params), []
-  blocks = runner.encode(
-    spec,
-    tables,
+def test_1_a_codec_has_the_same_codes_for_all_sizes_of_blocks(row, block_size):
+  params, x_ND, told = _params(row), _vectors(), []
+  codec = Codec(row.codec, params)
+  blocks = codec.encode_blocks(
     x_ND,
     _rule(row),
     block_size=block_size,
@@ -270,7 +266,7 @@ def test_1_the_runner_has_the_same_codes_for_all_sizes_of_blocks(
   want_NM = _encode(row)(params, x_ND)
   _assert_same(row, params, x_ND, codes_NM, want_NM)
   assert told[-1] == (NUM_VECTORS, NUM_VECTORS)
-  decoded = runner.decode(spec, tables, want_NM, block_size=block_size)
+  decoded = codec.decode_blocks(want_NM, block_size=block_size)
   np.testing.assert_allclose(
     np.concatenate(list(decoded)),
     _decode(row)(params, want_NM),
@@ -280,12 +276,12 @@ def test_1_the_runner_has_the_same_codes_for_all_sizes_of_blocks(
 
 
 @_over()
-def test_the_runner_names_the_row_of_a_code_out_of_range(row):
-  spec, params = registry.get(row.codec), _params(row)
-  codes_NM = np.array(_encode(row)(params, _vectors()))
-  codes_NM[5, 0] = spec.codebook_sizes(params)[0]
+def test_decoding_names_the_row_of_a_code_out_of_range(row):
+  codec = Codec(row.codec, _params(row))
+  codes_NM = np.array(_encode(row)(codec.params, _vectors()))
+  codes_NM[5, 0] = codec.codebook_sizes[0]
   with pytest.raises(ValueError, match="row 5"):
-    list(runner.decode(spec, spec.prepare(params), codes_NM))
+    list(codec.decode_blocks(codes_NM))
 
 
 @_over()

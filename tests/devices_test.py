@@ -32,10 +32,10 @@ def make_figures(folder: str) -> None:
   config.train.log_every = 1
   train.run(config, folder / "run")
   codec = codecs.open_codec(str(GOLDEN / "ivf_qinco2_tiny.pt"))
-  encode_fn, _ = codecs.make_encode_fn(codec, codec.rule.replace(beam_size=4))
+  encode_fn, _ = codec.encoder(codec.rule.replace(beam_size=4))
   x_ND = np.load(GOLDEN / "ivf_qinco2_tiny.npz")["x"][:29]
   codes_NM = encode_fn(x_ND)
-  xhat_ND = codecs.make_decode_fn(codec)(codes_NM)
+  xhat_ND = codec.decoder()(codes_NM)
   np.savez(folder / "codes.npz", codes=codes_NM, xhat=xhat_ND)
   compiled = _compile_step(config)
   (folder / "step.txt").write_text(compiled.as_text())

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from experiments import decode, encode
-from experiments.lib import cli, codecs, encoders
+from experiments.lib import cli, codecs
 from tests import commands
-from vqjax.data import codes, formats
+from vqjax.codec import Codec
+from vqjax.data import batches, codes, formats
 from vqjax.storage import codec_file
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -59,12 +60,12 @@ _ENCODERS = {}  # Compiled once for all tests.
 @pytest.fixture(autouse=True)
 def num_blocks(monkeypatch):
   """Counts the blocks that go through encoders, of 7 vectors at most."""
-  made, counts = codecs.make_encode_fn, {"blocks": 0}
+  made, counts = Codec.encoder, {"blocks": 0}
 
-  def make_encode_fn(codec, rule, **options):
-    key = repr((codec.fingerprint, rule, options))
+  def encoder(codec, rule, *args, **options):
+    key = repr((codec.fingerprint, rule, args))
     if key not in _ENCODERS:
-      _ENCODERS[key], _ = made(codec, rule, **options)
+      _ENCODERS[key], _ = made(codec, rule, *args, **options)
 
     def counted_fn(x_ND):
       counts["blocks"] += 1
@@ -74,7 +75,7 @@ def num_blocks(monkeypatch):
 
     return counted_fn, 7
 
-  monkeypatch.setattr(codecs, "make_encode_fn", make_encode_fn)
+  monkeypatch.setattr(Codec, "encoder", encoder)
   return counts
 
 
@@ -237,37 +238,11 @@ def test_only_rows_of_the_shard_are_read():
       asked.append((rows.start, rows.stop))
       return np.zeros((rows.stop - rows.start, 2), np.float32)
 
-  encoder = encoders.Encoder(lambda x_ND: x_ND, 8, Vectors(), {}, ())
-  blocks = list(encoder.blocks(range(30, 50)))
+  fn = lambda x_ND: x_ND
+  blocks = batches.map_blocks(fn, Vectors(), block_size=8, rows=range(30, 50))
+  blocks = [block for _, block in blocks]
   assert asked == [(30, 38), (38, 46), (46, 50)]
   assert [len(block) for block in blocks] == [8, 8, 4]
-
-
-@pytest.mark.parametrize(
-  ("calls", "message"),
-  [
-    ([(8, 14.0)], "8 vectors in 4.0 s, 500000.0 us each"),
-    (
-      [(8, 14.0), (16, 14.0)],  # Both ended together.
-      "16 vectors in 4.0 s, 250000.0 us each",
-    ),
-    (
-      [(8, 14.0), (16, 14.0), (18, 15.4), (20, 15.6)],
-      "20 vectors in 5.6 s, 400000.0 us each, the first two blocks aside",
-    ),
-  ],
-)
-def test_a_vector_takes_what_it_takes_without_compilation(
-  calls, message, monkeypatch
-):
-  now, done = [10.0], []
-  monkeypatch.setattr(encode.time, "perf_counter", lambda: now[0])
-  meter = encode._Meter(lambda *args: done.append(args))
-  for num, now[0] in calls:
-    meter(num, 20)
-  monkeypatch.undo()
-  assert str(meter) == message
-  assert done == [(num, 20) for num, _ in calls]
 
 
 def _verify(given, **values):

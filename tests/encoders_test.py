@@ -8,15 +8,16 @@ import jax
 import numpy as np
 import pytest
 
+import vqjax
 from experiments import bench as bench_command
 from experiments import encode
 from experiments import evaluate as evaluate_command
-from experiments.lib import bench_subjects, cli, codecs, encoders
+from experiments.lib import bench_subjects, cli, codecs
 from tests import qinco_cases
 from vqjax.codec import Codec
 from vqjax.codecs import qinco, qinco_ranker, rq
 from vqjax.codecs.rule import SearchRule
-from vqjax.data import batches, formats
+from vqjax.data import formats
 from vqjax.storage import codec_file
 
 KNOBS = dict(beam_size=6, num_joint_candidates=24)
@@ -57,71 +58,57 @@ def _encode(folder, paths, name="codes.npy", **asked):
   )
 
 
-@pytest.mark.parametrize(
-  ("asked", "ranked"),
-  [
-    ({}, None),
-    (dict(num_ranked=0), None),
-    (dict(num_joint_candidates=20), None),
-    (dict(num_joint_candidates=20, num_ranked=9), 9),
-  ],
-)
-def test_a_ranker_is_fitted_where_it_is_asked_for(
-  tmp_path, asked, ranked, monkeypatch
-):
-  monkeypatch.setattr(encoders, "SAMPLE", 32)
+def _rank(folder, x_ND):
+  """Fits a ranker to some vectors and stores it with the codec."""
+  codec = vqjax.load(folder / "codec").with_ranker(x_ND[:32], num_ranked=9)
+  codec.with_rule(num_ranked=0).save(folder / "codec", overwrite=True)
+
+
+def test_a_stored_ranker_is_the_one_that_encodes(tmp_path):
   params = _params(is_plain=True, num_blocks=4)
-  x_ND, paths = _write(tmp_path, params, 500)
-  codes_NM, about = _encode(tmp_path, paths, **asked)
-  assert about["encode"].get("num_ranked") == ranked
-  assert about["encode"].get("ranker_rows") == (32 if ranked else None)
-  if not ranked:
-    return
-  knobs = {**KNOBS, **asked}
-  rule = {name: knobs[name] for name in KNOBS}
-  tables = qinco.prepare(params)
-  rows = batches.evenly_spaced_rows(len(x_ND), 32)
-  assert (rows[0], rows[-1]) == (0, 499)  # From all of the file.
-  tables = qinco_ranker.fit(tables, x_ND[rows], **rule)
-  encode_fn = functools.partial(qinco.encode, **knobs)
-  want_NM = jax.jit(encode_fn)(tables, x_ND[:200])
-  assert (codes_NM[:200] == want_NM).mean() > 0.99  # Ties, to rounding.
+  x_ND, paths = _write(tmp_path, params, 200)
+  message = "num_ranked=9 needs a ranker, which .* vqjax tradeoff .*--write"
+  with pytest.raises(ValueError, match=message):
+    _encode(tmp_path, paths, num_ranked=9)
+  _rank(tmp_path, x_ND)
+  plain_NM, about = _encode(tmp_path, paths)
+  assert "ranker" not in about["encode"]
+  codes_NM, about = _encode(tmp_path, paths, "r.npy", num_ranked=9)
+  tables = qinco_ranker.fit(qinco.prepare(params), x_ND[:32], **KNOBS)
+  assert about["encode"]["ranker"] == codec_file.fingerprint(tables.ranker)
+  rule = SearchRule(**KNOBS, num_ranked=9)
+  want_NM = jax.jit(functools.partial(qinco.encode, rule=rule))(tables, x_ND)
+  assert (codes_NM == want_NM).mean() > 0.99  # Ties, to rounding.
+  mse = lambda codes_NM: float(
+    np.mean((x_ND - np.asarray(qinco.decode(params, codes_NM))) ** 2)
+  )
+  assert mse(codes_NM) == pytest.approx(mse(plain_NM), rel=0.01)
   # The command that is written down makes the same codes.
   words = shlex.split(about["command"])
   asked = dict(word[2:].split("=") for word in words if word[:2] == "--")
   assert {"num_ranked", "num_joint_candidates", "beam_size"} <= set(asked)
-  sizes = {name: int(asked[name]) for name in (*KNOBS, "num_ranked")}
-  again_NM, _ = _encode(tmp_path, paths, "again.npy", **sizes)
-  np.testing.assert_array_equal(again_NM, codes_NM)
-
-
-def test_codes_of_a_ranker_are_codes_of_the_codec(tmp_path):
-  params = _params(is_plain=True)
-  x_ND, paths = _write(tmp_path, params, 300)
-  mse = lambda codes_NM: float(
-    np.mean((x_ND - np.asarray(qinco.decode(params, codes_NM))) ** 2)
-  )
-  plain_NM, _ = _encode(tmp_path, paths)
-  codes_NM, _ = _encode(tmp_path, paths, "s.npy", num_ranked=7)
-  assert mse(codes_NM) == pytest.approx(mse(plain_NM), rel=0.01)
 
 
 def test_lists_found_by_a_graph_and_fewer_steps():
   params = _params(is_plain=True, num_lists=20)
   codec = _codec(params, encode=dict(KNOBS))
   x_ND = qinco_cases.vectors(300)
-  asked = dict(num_ranked=8, num_steps=2, assign="hnsw")
-  encoder = encoders.make_encoder(codec, asked, x_ND)
-  codes_NM = next(encoder.blocks(range(50)))
-  assert encoder.codebook_sizes == (20, 16, 16)
-  encode_fn = functools.partial(qinco.encode, **KNOBS, num_steps=2)
+  codec = codec.with_ranker(x_ND, num_ranked=8)
+  asked = dict(num_steps=2, assign="hnsw")
+  blocks_fn, rule = codecs.make_encoder(codec, asked, x_ND)
+  codes_NM = next(blocks_fn(rows=range(50)))
+  assert codec.code_sizes(rule) == (20, 16, 16)
+  encode_fn = functools.partial(
+    qinco.encode, rule=SearchRule(**KNOBS, num_steps=2)
+  )
   want_NM = jax.jit(encode_fn)(params, x_ND[:50])
   assert (codes_NM == want_NM).mean() > 0.9  # A graph may miss the nearest.
 
 
 @pytest.mark.parametrize("asked", [{}, dict(num_ranked=0)])
 def test_folders_begun_without_a_ranker_are_gone_on_with(tmp_path, asked):
-  _, paths = _write(tmp_path, _params(), 100)
+  x_ND, paths = _write(tmp_path, _params(), 100)
+  _rank(tmp_path, x_ND)
   folder = dict(output=str(tmp_path / "codes"))
   run = lambda **more: encode.run(
     cli.get_config(encode.OPTIONS, **paths, **folder, **more)
@@ -133,7 +120,8 @@ def test_folders_begun_without_a_ranker_are_gone_on_with(tmp_path, asked):
 
 
 def test_evaluate_measures_a_ranker_that_is_asked_for(tmp_path):
-  _, paths = _write(tmp_path, _params(is_plain=True), 600)
+  x_ND, paths = _write(tmp_path, _params(is_plain=True), 600)
+  _rank(tmp_path, x_ND)
   config = cli.get_config(evaluate_command.OPTIONS, **paths, num_ranked=8)
   (row,) = evaluate_command.run(config)["rows"]
   assert row["num_ranked"] == 8

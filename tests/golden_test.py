@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from vqjax.codecs import qinco_loss, registry
+from vqjax.codecs.rule import SearchRule
 from vqjax.interop.torch_qinco import load_checkpoint
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "third_party" / "golden"
@@ -92,7 +93,9 @@ def test_encodes_as_the_released_program(name):
 )
 def test_losses_are_those_of_the_released_program(name):
   _, params, info, want = _load(name)
-  loss_fn = functools.partial(qinco_loss.loss, **info["encode"])
+  loss_fn = functools.partial(
+    qinco_loss.loss, rule=SearchRule(**info["encode"])
+  )
   _, aux = jax.jit(loss_fn)(params, jax.random.key(0), jnp.asarray(want["x"]))
   pairs = {"mse_loss": "loss_mse_loss", "preselect_loss": "loss_loss_substep"}
   for ours, theirs in pairs.items():

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from experiments import train
-from experiments.lib import codecs
 from tests import oracles
 from tests.qinco_cases import CASES, make_params, vectors
 from vqjax import ivf_lists
 from vqjax.codec import Codec
 from vqjax.codecs import qinco
+from vqjax.codecs.rule import SearchRule
 from vqjax.data import batches
 from vqjax.interop import faiss_assign
 from vqjax.storage import codec_file
@@ -218,11 +218,9 @@ def test_encoding_finds_the_lists_either_way(assign):
   assert codec.takes_graph(assign) == (assign == "hnsw")
   knobs = dict(beam_size=2, num_candidates=2)
   x_ND = vectors(50)
-  encode_fn, _ = codecs.make_encode_fn(
-    codec, codec.rule.replace(**knobs), assign=assign
-  )
+  encode_fn, _ = codec.encoder(codec.rule.replace(**knobs), assign)
   np.testing.assert_array_equal(
-    encode_fn(x_ND), qinco.encode(params, x_ND, **knobs)
+    encode_fn(x_ND), qinco.encode(params, x_ND, rule=SearchRule(**knobs))
   )
   np.testing.assert_allclose(
     codec.centroids,

@@ -17,6 +17,7 @@ LAYERS = {
   "interop": 4,
   "codec": 5,
   "evaluation": 5,
+  "quality": 5,
   "fitting": 5,
   "ivf_lists": 5,
   "recipes": 5,

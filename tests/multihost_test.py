@@ -143,7 +143,7 @@ def test_two_processes_encode_their_shards(whole, tmp_path):
     _finish(running)
   shards = sorted((tmp_path / "two").glob("*.npy"))
   codec = codecs.open_codec(str(whole))
-  encode_fn, _ = codecs.make_encode_fn(codec, codec.rule)
+  encode_fn, _ = codec.encoder(codec.rule)
   x_ND = formats.open_vectors(SAMPLE / "base.bvecs")[:333].astype(np.float32)
   assert len(shards) == 2  # One by each.
   np.testing.assert_array_equal(

@@ -14,6 +14,7 @@ from experiments.lib import cli, pq_parts
 from tests import qinco_cases
 from vqjax.codecs import pq_qinco as codec_module
 from vqjax.codecs import qinco
+from vqjax.codecs.rule import SearchRule
 from vqjax.data import datasets, formats
 from vqjax.storage import codec_file
 
@@ -88,7 +89,9 @@ def _rotation(folder):
 @jax.jit
 def _errors(params, x_ND):
   """Squared error of each vector, coded by one QINCo."""
-  xhat_ND = qinco.decode(params, qinco.encode(params, x_ND, **ENCODE))
+  xhat_ND = qinco.decode(
+    params, qinco.encode(params, x_ND, rule=SearchRule(**ENCODE))
+  )
   return jnp.sum((x_ND - xhat_ND) ** 2, axis=1)
 
 

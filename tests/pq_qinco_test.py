@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vqjax.codecs import pq_qinco, qinco
+from vqjax.codecs.rule import SearchRule
 
 P, S, K, T = 3, 4, 8, 2  # Blocks of 3 code positions.
 
@@ -47,9 +48,9 @@ def _x(n=20):
   return jnp.asarray(np.random.default_rng(5).normal(size=(n, P * S)) * 2.0)
 
 
-KNOBS = {"num_candidates": 3, "beam_size": 4}
-ENCODE_BLOCK = jax.jit(partial(qinco.encode, **KNOBS))
-ENCODE = jax.jit(partial(pq_qinco.encode, **KNOBS))
+RULE = SearchRule(3, 4)
+ENCODE_BLOCK = jax.jit(partial(qinco.encode, rule=RULE))
+ENCODE = jax.jit(partial(pq_qinco.encode, rule=RULE))
 GREEDY = jax.jit(
   partial(pq_qinco.encode, num_candidates=0, beam_size=1),
   static_argnames="num_steps",
@@ -116,7 +117,7 @@ def test_refuses_steps_that_are_not_shared_out(num_steps):
   params = pq_qinco.recombine(_blocks())
   said = f"of 3 blocks has codes of 3 to 9 .* multiple of 3; got {num_steps}"
   with pytest.raises(ValueError, match=said):
-    pq_qinco.encode(params, _x(), num_steps=num_steps, **KNOBS)
+    pq_qinco.encode(params, _x(), rule=RULE.replace(num_steps=num_steps))
   with pytest.raises(ValueError, match=said):
     pq_qinco.decode(params, jnp.zeros((5, num_steps), jnp.int32))
 

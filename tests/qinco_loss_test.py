@@ -8,14 +8,15 @@ import pytest
 from tests import oracles
 from tests.qinco_cases import CASES, make_params, vectors
 from vqjax.codecs import qinco, qinco_loss, qinco_search, rq
+from vqjax.codecs.rule import SearchRule
 
-KNOBS = dict(num_candidates=3, beam_size=3)
+RULE = SearchRule(3, 3)
 
 
-def _knobs(params):
+def _rule(params):
   if params.preselect_TKD is None:
     return dict(num_candidates=0, beam_size=1)
-  return KNOBS
+  return RULE
 
 
 def _init(x_ND, **kwargs):
@@ -31,9 +32,9 @@ def _init(x_ND, **kwargs):
 def test_loss_matches_the_plain_sums(case):
   params = make_params(**CASES[case])
   x_ND = vectors()
-  loss_fn = jax.jit(partial(qinco_loss.loss, **_knobs(params)))
+  loss_fn = jax.jit(partial(qinco_loss.loss, rule=_rule(params)))
   total, aux = loss_fn(params, jax.random.key(0), jnp.asarray(x_ND))
-  codes_NM = np.asarray(qinco.encode(params, x_ND, **_knobs(params)))
+  codes_NM = np.asarray(qinco.encode(params, x_ND, rule=_rule(params)))
   z_ND = (x_ND - np.asarray(params.mean_D)) / float(params.std)
   main, preselect = [], []
   first = 1 if params.is_ivf else 0
@@ -68,11 +69,11 @@ def test_gradient_matches_finite_differences(case):
   grads = jax.jit(
     jax.grad(
       lambda p: qinco_loss.loss(
-        p, jax.random.key(0), jnp.asarray(x_ND), **_knobs(params)
+        p, jax.random.key(0), jnp.asarray(x_ND), rule=_rule(params)
       )[1]["metrics"]["mse_loss"]
     )
   )(params)
-  codes_NM = np.asarray(qinco.encode(params, x_ND, **_knobs(params)))
+  codes_NM = np.asarray(qinco.encode(params, x_ND, rule=_rule(params)))
   rng = np.random.default_rng(0)
   frozen = qinco_loss.frozen(params)
   direction = jax.tree.map(
@@ -107,7 +108,9 @@ def test_steps_written_out_have_the_gradient_of_a_scan(monkeypatch):
     return scan(*args, unroll=unroll, **kwargs)
 
   def grads():
-    loss_fn = lambda p: qinco_loss.loss(p, jax.random.key(0), x_ND, **KNOBS)[0]
+    loss_fn = lambda p: qinco_loss.loss(p, jax.random.key(0), x_ND, rule=RULE)[
+      0
+    ]
     return jax.tree.leaves(jax.jit(jax.grad(loss_fn))(params))
 
   monkeypatch.setattr(jax.lax, "scan", counted)
@@ -206,7 +209,7 @@ def test_init_with_lists_quantises_what_they_leave():
     rtol=1e-5,
     atol=1e-5,
   )
-  codes_NM = np.asarray(qinco.encode(params, x_ND, **KNOBS))
+  codes_NM = np.asarray(qinco.encode(params, x_ND, rule=RULE))
   np.testing.assert_array_equal(
     codes_NM[:, 0], oracles.nearest(x_ND, centroids_LD)
   )
@@ -221,13 +224,13 @@ def test_lists_found_elsewhere_are_taken():
   nearest_N = oracles.nearest(x_ND, x_ND[:20]).astype(np.int32)
   other_N = (nearest_N + 1) % 20
   plain_NM, same_NM, other_NM = (
-    np.asarray(qinco.encode(params, x_ND, lists_N, **KNOBS))
+    np.asarray(qinco.encode(params, x_ND, lists_N, rule=RULE))
     for lists_N in (None, nearest_N, other_N)
   )
   np.testing.assert_array_equal(same_NM, plain_NM)
   np.testing.assert_array_equal(other_NM[:, 0], other_N)
   loss = lambda lists_N: qinco_loss.loss(
-    params, jax.random.key(0), jnp.asarray(x_ND), lists_N, **KNOBS
+    params, jax.random.key(0), jnp.asarray(x_ND), lists_N, rule=RULE
   )[0]
   assert loss(nearest_N) == loss(None)
   assert loss(other_N) > loss(None)
@@ -239,9 +242,9 @@ def test_lists_found_elsewhere_are_taken():
   np.testing.assert_array_equal(words[0], params.codebooks_TKD)
   assert np.abs(words[1] - words[0]).max() > 0.1
   with pytest.raises(ValueError, match=r"lists must have shape \(200,\)"):
-    qinco.encode(params, x_ND, nearest_N[:-1], **KNOBS)
+    qinco.encode(params, x_ND, nearest_N[:-1], rule=RULE)
   with pytest.raises(ValueError, match="has no lists"):
-    qinco.encode(_init(x_ND), x_ND, nearest_N, **KNOBS)
+    qinco.encode(_init(x_ND), x_ND, nearest_N, rule=RULE)
 
 
 def _stats_with_dead_words(params):

@@ -10,6 +10,7 @@ import pytest
 from tests import oracles
 from tests.qinco_cases import make_params, vectors
 from vqjax.codecs import qinco, qinco_ranker
+from vqjax.codecs.rule import SearchRule
 
 RANKED = {
   "qinco2": dict(),
@@ -22,7 +23,9 @@ SIZES = dict(beam_size=4, num_joint_candidates=14)
 
 
 def _encode(tables, x_ND, **knobs):
-  encode_fn = functools.partial(qinco.encode, num_candidates=0, **knobs)
+  encode_fn = functools.partial(
+    qinco.encode, rule=SearchRule(num_candidates=0, **knobs)
+  )
   return jax.jit(encode_fn)(tables, x_ND)
 
 
@@ -178,7 +181,7 @@ def test_a_ranker_of_a_prefix():
 def test_encode_refuses(knobs, message):
   params = make_params(num_codewords=12)
   with pytest.raises(ValueError, match=message):
-    qinco.encode(params, vectors(), num_candidates=0, **knobs)
+    _encode(params, vectors(), **knobs)
 
 
 @pytest.mark.parametrize(

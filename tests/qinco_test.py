@@ -7,6 +7,7 @@ from configs import qinco1, qinco2_l, qinco2_m, qinco2_s, qinco2_xs
 from tests import oracles
 from tests.qinco_cases import CASES, make_params, prefixes, vectors
 from vqjax.codecs import qinco
+from vqjax.codecs.rule import SearchRule
 
 KNOBS = [
   dict(num_candidates=0, beam_size=1),
@@ -58,7 +59,7 @@ def _searches():
 def test_one_network_matches_the_plain_search(case, knobs):
   params, x_ND = make_params(**SHORT[case]), vectors()
   np.testing.assert_array_equal(
-    _jit_encode_fn(params, x_ND, **knobs),
+    _jit_encode_fn(params, x_ND, rule=SearchRule(**knobs)),
     oracles.qinco_encode(params, x_ND, **knobs),
   )
 
@@ -67,7 +68,7 @@ def test_one_network_matches_the_plain_search(case, knobs):
 def test_encode_matches_the_plain_search(case, knobs):
   params = make_params(**CASES[case])
   x_ND = vectors()
-  codes_NM = qinco.encode(params, jnp.asarray(x_ND), **knobs)
+  codes_NM = qinco.encode(params, jnp.asarray(x_ND), rule=SearchRule(**knobs))
   assert codes_NM.dtype == jnp.int32
   np.testing.assert_array_equal(
     codes_NM, oracles.qinco_encode(params, x_ND, **knobs)
@@ -77,11 +78,7 @@ def test_encode_matches_the_plain_search(case, knobs):
 # A search is compiled sooner than it is run operation by operation.
 _jit_encode_fn = jax.jit(
   qinco.encode,
-  static_argnames=(
-    "num_candidates",
-    "beam_size",
-    "num_joint_candidates",
-  ),
+  static_argnames="rule",
 )
 
 
@@ -99,9 +96,7 @@ def test_num_steps_gives_the_code_of_the_shorter_codec(case):
     )
   })  # fmt: skip
   want_NM = oracles.qinco_encode(params.replace(**short), x_ND, 3, 4)
-  got_NM = qinco.encode(
-    tables, x_ND, num_candidates=3, beam_size=4, num_steps=2
-  )
+  got_NM = qinco.encode(tables, x_ND, None, SearchRule(3, 4, num_steps=2))
   assert got_NM.shape[1] == num_codes
   np.testing.assert_array_equal(got_NM, want_NM)
 
@@ -109,8 +104,8 @@ def test_num_steps_gives_the_code_of_the_shorter_codec(case):
 def test_bfloat16_products_stay_close():
   params = make_params(dim=16, network_dim=12, hidden_dim=16, num_codewords=16)
   x_ND = jnp.asarray(vectors(200, 16))
-  knobs = dict(num_candidates=4, beam_size=4)
-  codes_NM = qinco.encode(params, x_ND, **knobs)[:, :2]
+  rule = SearchRule(4, 4)
+  codes_NM = qinco.encode(params, x_ND, None, rule)[:, :2]
   exact_ND = np.asarray(qinco.decode(params, codes_NM))
   rough_ND = np.asarray(qinco.decode(params, codes_NM, dtype="bfloat16"))
   gap = np.abs(rough_ND - exact_ND).mean() / np.abs(exact_ND).mean()
@@ -118,8 +113,9 @@ def test_bfloat16_products_stay_close():
   error = lambda codes_NM: float(
     jnp.mean((x_ND - qinco.decode(params, codes_NM[:, :2])) ** 2)
   )
-  rough_NM = qinco.encode(params, x_ND, **knobs, num_steps=2, dtype="bfloat16")
-  exact_NM = qinco.encode(params, x_ND, **knobs, num_steps=2)
+  rule = rule.replace(num_steps=2)
+  rough_NM = qinco.encode(params, x_ND, None, rule.replace(dtype="bfloat16"))
+  exact_NM = qinco.encode(params, x_ND, None, rule)
   assert error(rough_NM) == pytest.approx(error(exact_NM), rel=0.01)
 
 
@@ -128,7 +124,9 @@ def test_only_the_first_step_has_exact_products(joint):
   tables = qinco.prepare(make_params())
   knobs = dict(num_candidates=3, beam_size=4, num_joint_candidates=joint)
   for dtype in ("float32", "bfloat16"):
-    encode = lambda t, x, dtype=dtype: qinco.encode(t, x, **knobs, dtype=dtype)
+    encode = lambda t, x, dtype=dtype: qinco.encode(
+      t, x, rule=SearchRule(**knobs, dtype=dtype)
+    )
     text = str(jax.make_jaxpr(encode)(tables, jnp.asarray(vectors())))
     exact = text.count("precision=(Precision.HIGHEST")
     assert exact == (1 if dtype == "bfloat16" else text.count("dot_general["))
@@ -152,13 +150,13 @@ def test_senseless_sizes_are_refused_with_the_rule(knobs, message):
   params = make_params()
   knobs = {"num_candidates": 3, "beam_size": 4, **knobs}
   with pytest.raises(ValueError, match=message):
-    qinco.encode(params, jnp.asarray(vectors()), **knobs)
+    qinco.encode(params, jnp.asarray(vectors()), rule=SearchRule(**knobs))
 
 
 def test_preselection_is_refused_without_its_codebooks():
   params = make_params(is_qinco1=True)
   with pytest.raises(ValueError, match="num_candidates=0"):
-    qinco.encode(params, jnp.asarray(vectors()), num_candidates=2, beam_size=1)
+    qinco.encode(params, jnp.asarray(vectors()), rule=SearchRule(2, 1))
 
 
 def test_wrong_shapes_are_refused():

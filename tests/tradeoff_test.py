@@ -10,7 +10,7 @@ import pytest
 
 import vqjax
 from experiments import encode, tradeoff
-from experiments.lib import cli, encoders
+from experiments.lib import cli, codecs
 from tests import qinco_cases
 from vqjax.codec import Codec
 from vqjax.codecs import qinco
@@ -47,10 +47,10 @@ def test_an_encoder_makes_one_graph_of_the_centroids(
   params = qinco_cases.make_params(num_codewords=16, dim=6, num_lists=20)
   codec = Codec("qinco", params, {"encode": PUBLISHED})
   x_ND = _vectors(50)
-  encoder = encoders.make_encoder(codec, {"assign": assign}, x_ND)
+  blocks_fn, rule = codecs.make_encoder(codec, {"assign": assign}, x_ND)
   assert len(made) == num_graphs
-  codes_NM = np.concatenate(list(encoder.blocks(range(50))))
-  want_NM = qinco.encode_by(params, x_ND, None, encoder.rule)
+  codes_NM = np.concatenate(list(blocks_fn()))
+  want_NM = qinco.encode(params, x_ND, None, rule)
   assert (codes_NM == want_NM).mean() > 0.9  # A graph may miss the nearest.
 
 
@@ -149,7 +149,7 @@ def test_recommended_are_the_fewest_evaluations_within_the_loss(loss, best):
 
 
 def test_vectors_are_spread_over_the_file(tmp_path, monkeypatch):
-  monkeypatch.setattr(encoders, "SAMPLE", 30)
+  monkeypatch.setattr(tradeoff, "_FITTED", 30)
   paths = _saved(tmp_path)
   dataset = datasets.own_dataset(base=paths["data"])
   x_ND, others_ND = tradeoff._read(_config(num_vectors=70), dataset)
@@ -236,9 +236,12 @@ def test_tradeoff_measures_the_ranker_of_a_deep_network(tmp_path):
   config = _config(
     codec=str(tmp_path / "codec"), data=str(tmp_path / "x.fvecs"),
     num_vectors=200, num_candidates="2", beam_sizes="6", joint_factors="2",
-    output=str(tmp_path / "tradeoff.png"),
+    output=str(tmp_path / "tradeoff.png"), write=True, loss=50.0,
   )  # fmt: skip
   ranker, *others = tradeoff.run(config)["rows"][::-1]
   assert {row["rule"] for row in others} == {"published", "joint"}
   sizes = [ranker[name] for name in ("rule", "B", "C", "F", "evaluations")]
   assert sizes == ["ranker", 6, 32, 6, 6]
+  codec = vqjax.load(tmp_path / "codec")
+  assert codec.rule.describe(KNOBS) == "B=6 C=32 F=6"
+  assert codec.encode(_vectors()[:20]).shape == (20, codec.num_codes)

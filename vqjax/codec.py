@@ -12,41 +12,35 @@ import dataclasses
 import functools
 import os
 import pathlib
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vqjax import evaluation, shipped
+from vqjax import evaluation, quality, shipped
 from vqjax import progress as progress_lib
-from vqjax.codecs import registry, runner
+from vqjax.codecs import qinco_ranker, registry, runner
 from vqjax.codecs import rule as rule_lib
 from vqjax.codecs.codec import CodecSpec
 from vqjax.codecs.rule import SearchRule
 from vqjax.core import check_range, check_shape
 from vqjax.data import batches, formats, unit
 from vqjax.data import codes as codes_lib
-from vqjax.interop import faiss_assign, faiss_io
+from vqjax.interop import faiss_assign
 from vqjax.search import truth_check
 from vqjax.storage import codec_file
-
-_BLOCK = 16384  # Vectors decoded and searched at once.
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Codec:
-  """A trained codec: parameters, and the settings that are stored with them.
-
-  `ready` are tables that know more than those of `prepare`, as a ranker.
-  """
+  """A trained codec: parameters, and the settings that are stored with them."""
 
   name: str  # In `vqjax.codecs.registry`.
   params: Any
   info: dict = dataclasses.field(default_factory=dict)
-  ready: Any = None
+  ranker: Any = None  # Of `with_ranker`.
   fingerprint: str | None = None  # Of the parameters; found where left out.
 
   def __post_init__(self):
@@ -72,13 +66,10 @@ class Codec:
     return registry.get(self.name)
 
   @functools.cached_property
-  def _prepared(self):
-    return jax.jit(self.spec.prepare)(self.params)
-
-  @property
   def tables(self):
-    """What encode and decode need, made once."""
-    return self._prepared if self.ready is None else self.ready
+    """What encode and decode need."""
+    tables = jax.jit(self.spec.prepare)(self.params)
+    return tables if self.ranker is None else tables.replace(ranker=self.ranker)
 
   @functools.cached_property
   def rule(self) -> SearchRule:
@@ -129,19 +120,56 @@ class Codec:
     Raises:
       ValueError: The codec has no such setting, or a value does not fit.
     """
-    rule = self.rule.replace(**self.check_settings(settings))
-    self.spec.check_rule(self.params, rule)
-    if rule.num_ranked:
-      raise ValueError(
-        "A ranker is not stored with a codec: give num_ranked to each command "
-        f"that encodes, not to with_rule; got {rule.num_ranked}."
-      )
+    self.check_rule(self.rule.replace(**self.check_settings(settings)))
     stored = {**self.info.get("encode", {}), **settings}
     return dataclasses.replace(self, info={**self.info, "encode": stored})
 
-  def with_tables(self, tables) -> "Codec":
-    """Returns the codec with these tables."""
-    return dataclasses.replace(self, ready=tables)
+  def with_ranker(
+    self, x_ND, *, progress: Callable | None = None, **settings
+  ) -> "Codec":
+    """Returns the codec with a ranker and the search that it is for.
+
+    A ranker drops most candidates before the network sees them; it pays for
+    deep networks, see `vqjax.codecs.qinco_ranker`. It is stored with the codec.
+
+    Args:
+      x_ND: Vectors to fit it to, in memory; a few hundred will do.
+      progress: Is told of the vectors done, and of all.
+      **settings: As for `with_rule`, `num_ranked` and `num_joint_candidates`
+        among them.
+    """
+    rule = self.rule.replace(**self.check_settings(settings))
+    tables = qinco_ranker.fit(
+      self.tables,
+      x_ND,
+      beam_size=rule.beam_size,
+      num_joint_candidates=rule.num_joint_candidates,
+      dtype=rule.dtype,
+      progress=progress,
+    )
+    codec = dataclasses.replace(self, ranker=tables.ranker)
+    return codec.with_rule(**settings)
+
+  def check_rule(self, rule: SearchRule) -> None:
+    """Raises ValueError unless the codec can search by a rule."""
+    self.spec.check_rule(self.params, rule)
+    if rule.num_ranked and self.ranker is None:
+      raise ValueError(
+        f"num_ranked={rule.num_ranked} needs a ranker, which this codec has "
+        "not. vqjax tradeoff --codec=FOLDER --output=tradeoff.png --write fits "
+        "and stores one if it pays; in Python codec.with_ranker does."
+      )
+
+  def describe_search(self, rule: SearchRule, assign: str = "auto") -> dict:
+    """Returns what codes depend on besides parameters and vectors.
+
+    The steps are in the shape of the codes.
+    """
+    found = rule.to_dict(self.spec.knobs)
+    found.pop("num_steps", None)
+    if rule.num_ranked:
+      found["ranker"] = codec_file.fingerprint(self.ranker)
+    return found | ({"assign": "hnsw"} if self.takes_graph(assign) else {})
 
   def takes_graph(self, assign: str = "auto") -> bool:
     """Whether the lists of vectors are found by a graph of the centroids."""
@@ -149,42 +177,122 @@ class Codec:
       assign, self.codebook_sizes[0]
     )
 
-  def make_assign_fn(
-    self, assign: str = "auto", progress: Callable | None = None
-  ) -> Callable | None:
-    """Returns `x_ND -> (x_ND, lists_N)`; None if encoding compares all.
-
-    A graph of a million centroids takes minutes: make it once.
-    """
-    if not self.takes_graph(assign):
-      return None
-    assign_fn, _ = faiss_assign.make_assign_fn(
-      self.centroids, "hnsw", progress=progress
-    )
-    return lambda x_ND: (x_ND, assign_fn(x_ND))
-
   @functools.cached_property
   def _compiled(self) -> dict:
     return {}
 
-  def _encode_fn(self, rule: SearchRule, assign: str) -> Callable:
-    """The encoder of this search, made once."""
+  def encoder(
+    self, rule: SearchRule, assign: str = "auto", *, is_shown: bool = False
+  ) -> tuple[Callable, int]:
+    """Returns `x_ND -> codes_NM`, compiled, and how many vectors to give it.
+
+    Args:
+      rule: The search.
+      assign: As for `encode`.
+      is_shown: Shows a progress line while a graph of the centroids is made.
+    """
     key = "encode", rule, assign
     if key not in self._compiled:
-      assign_fn = self.make_assign_fn(assign)
+      self.check_rule(rule)
       self._compiled[key] = runner.make_encode_fn(
-        self.spec, self.tables, rule, assign_fn
+        self.spec, self.tables, rule, self._make_assign_fn(assign, is_shown)
       )
-    return self._compiled[key]
+    return self._compiled[key], runner.encode_block(
+      self.spec, self.tables, rule
+    )
 
-  def _decode_fn(self, dtype: str, block_size: int | None = None) -> Callable:
-    """The decoder of this type, made once."""
+  def _make_assign_fn(self, assign: str, is_shown: bool) -> Callable | None:
+    """Returns `x_ND -> (x_ND, lists_N)`; None if encoding compares all."""
+    if not self.takes_graph(assign):
+      return None
+    with progress_lib.progress(
+      self.codebook_sizes[0], "graph", unit="list", is_shown=is_shown
+    ) as done:
+      assign_fn, _ = faiss_assign.make_assign_fn(
+        self.centroids, "hnsw", progress=done
+      )
+    return lambda x_ND: (x_ND, assign_fn(x_ND))
+
+  def decoder(
+    self, dtype: str = "float32", block_size: int | None = None
+  ) -> Callable:
+    """Returns `codes_NM -> x_ND` for any number of codes, compiled."""
     key = "decode", dtype, block_size
     if key not in self._compiled:
       self._compiled[key] = runner.make_decode_fn(
         self.spec, self.tables, dtype=dtype, block_size=block_size
       )
     return self._compiled[key]
+
+  def code_sizes(self, rule: SearchRule) -> tuple[int, ...]:
+    """Codewords at each position of the codes that a rule makes."""
+    sizes = self.codebook_sizes
+    return sizes[: rule.num_steps and rule.num_steps + self.is_ivf]
+
+  def encode_blocks(
+    self,
+    vectors,
+    rule: SearchRule,
+    assign: str = "auto",
+    *,
+    rows: range | None = None,
+    block_size: int | None = None,
+    progress: Callable | None = None,
+  ) -> Iterator[np.ndarray]:
+    """Yields int32 codes `[n, M]` of consecutive rows of open vectors.
+
+    Args:
+      vectors: Array, memory map or open file; NaN is refused by its row.
+      rule: The search.
+      assign: As for `encode`.
+      rows: Consecutive rows; None for all.
+      block_size: Vectors at once; it changes no codes.
+      progress: Called with `(rows done, rows in all)`.
+    """
+    encode_fn, default_size = self.encoder(rule, assign)
+    size = default_size if block_size is None else block_size
+    check_range("block_size", size, 1, 1 << 30)
+    blocks = batches.map_blocks(
+      encode_fn, vectors, block_size=size, rows=rows, progress=progress
+    )
+    return (codes_NM for _, codes_NM in blocks)
+
+  def decode_blocks(
+    self,
+    codes,
+    dtype: str = "float32",
+    *,
+    num_codes: int | None = None,
+    block_size: int | None = None,
+    progress: Callable | None = None,
+  ) -> Iterator[np.ndarray]:
+    """Yields float32 vectors `[n, D]` of consecutive rows of codes `[N, M]`.
+
+    Args:
+      codes: An array or `vqjax.data.codes.Codes`.
+      dtype: Type of the factors of a network's products.
+      num_codes: Decodes this many columns, the list number among them.
+      block_size: Codes that go through the network at once.
+      progress: Called with `(rows done, rows in all)`.
+
+    Raises:
+      ValueError: A code is not below the size of its codebook; its row is
+        named.
+    """
+    sizes = self.codebook_sizes[: num_codes or codes.shape[1]]
+    decode_fn, num = self.decoder(dtype, block_size), len(codes)
+    size = block_size or runner.decode_block()
+    at_once = min(8 * size, num)
+    for start in range(0, num, at_once or 1):
+      block_NM = np.asarray(codes[start : start + at_once])[:, : len(sizes)]
+      codes_lib.check_ids(block_NM, sizes, start)
+      count = len(block_NM)
+      # The last rows fill a block: one program for all.
+      missing = min(-count % size, at_once - count)
+      block_NM = np.pad(block_NM, ((0, missing), (0, 0)), "edge")
+      yield np.asarray(decode_fn(block_NM.astype(np.int32)))[:count]
+      if progress:
+        progress(start + count, num)
 
   def encode(
     self,
@@ -210,28 +318,18 @@ class Codec:
       ValueError: Vectors are not finite or of another dimension, or a setting
         does not fit.
     """
-    vectors = self._open(x)
+    vectors = self.open_vectors(x)
     rule = self.rule.replace(**self.check_settings(settings))
-    encode_fn = self._encode_fn(rule, assign)
-    sizes = self.codebook_sizes
-    if rule.num_steps is not None:
-      sizes = sizes[: rule.num_steps + self.is_ivf]
-    dtype = smallest_type(sizes)
-    codes_NM = np.empty((len(vectors), len(sizes)), dtype)
+    self.check_rule(rule)
+    sizes, row = self.code_sizes(rule), 0
+    codes_NM = np.empty((len(vectors), len(sizes)), smallest_type(sizes))
     if not len(vectors):
       return codes_NM
-    row = 0
     with progress_lib.progress(
       len(vectors), "encode", is_shown=progress
     ) as done:
-      for block_NM in runner.encode(
-        self.spec,
-        self.tables,
-        vectors,
-        rule,
-        block_size=block_size,
-        progress=done,
-        encode_fn=encode_fn,
+      for block_NM in self.encode_blocks(
+        vectors, rule, assign, block_size=block_size, progress=done
       ):
         codes_NM[row : row + len(block_NM)] = block_NM
         row += len(block_NM)
@@ -271,94 +369,28 @@ class Codec:
       )
     x_ND, row = np.empty((len(codes), self.dim), np.float32), 0
     with progress_lib.progress(len(codes), "decode", is_shown=progress) as done:
-      for block_ND in runner.decode(
-        self.spec,
-        self.tables,
-        codes,
-        block_size=block_size,
-        progress=done,
-        decode_fn=self._decode_fn(dtype, block_size),
+      for block_ND in self.decode_blocks(
+        codes, dtype, block_size=block_size, progress=done
       ):
         x_ND[row : row + len(block_ND)] = block_ND
         row += len(block_ND)
     return x_ND
 
-  def evaluate(
-    self,
-    base,
-    *,
-    queries=None,
-    true_ids=None,
-    metric: str | None = None,
-    ranks: tuple[int, ...] = (1, 10, 100),
-    progress: bool = False,
-    **settings,
-  ) -> dict:
-    """Measures error, time, and the recall of exact search in decoded vectors.
+  evaluate = quality.evaluate
 
-    Args:
-      base: Vectors `[N, D]`, an array, a memory map or a path.
-      queries: `[Q, D]`, of the same kind, for the recall.
-      true_ids: Ids `[Q, G]` of their true neighbours, nearest first, -1 for
-        none; an array or a path. Found by exact search where left out.
-      metric: "l2", "ip", or "cosine" for a codec that was trained for it; None
-        for the codec's.
-      ranks: R of each 1-recall@R, the share of queries whose nearest neighbour,
-        or a vector as near, is among the first R found.
-      progress: Shows progress lines.
-      **settings: As for `encode`.
-
-    Returns:
-      `mse`, the squared error per vector, summed over dimensions; `1-recall@R`
-      with queries; `encode_us` and `decode_us`, microseconds per vector.
-    """
-    vectors, metric = self._open(base, "base"), metric or self.metric
-    if metric == "cosine" != self.metric:
-      raise ValueError(
-        "The cosine needs a codec of vectors of length 1, but this one was "
-        f"trained for {self.metric}; train it with metric cosine."
-      )
-    check_range("vectors of the base", len(vectors), 1, 1 << 40)
-    rule = self.rule.replace(**self.check_settings(settings))
-    first = runner.encode_block(self.spec, self.tables, rule)
-    self.encode(vectors[:first], **settings)  # Compiles.
-    began = time.perf_counter()
-    codes_NM = self.encode(vectors, progress=progress, **settings)
-    found = {"encode_us": (time.perf_counter() - began) / len(vectors) * 1e6}
-    errors = _Errors(self, vectors, codes_NM, rule.dtype)
-    recalls = {}
-    if queries is None:
-      for _ in errors:
-        pass
-    else:
-      num = min(max(ranks), len(vectors))
-      true = self._open_truth(vectors, queries, true_ids, metric, progress)
-      ids_QR = faiss_io.knn(
-        *(true.xq_QD, iter(errors), num, evaluation.faiss_metric(metric))
-      )[1]
-      names = {f"1-recall@{r}": f"1-recall@{min(r, num)}" for r in ranks}
-      values = true.recalls(ids_QR, set(names.values()))
-      recalls = {name: values[names[name]] for name in names}
-    return {
-      "mse": errors.total / len(vectors),
-      **recalls,
-      **found,
-      "decode_us": errors.seconds / len(vectors) * 1e6,
-    }
-
-  def _open_truth(self, base, queries, true_ids, metric, is_shown):
+  def open_truth(self, base, queries, true_ids, metric, is_shown):
     """Queries and their neighbours; raises where `true_ids` are not these."""
     if true_ids is not None:
       true_ids = open_array(true_ids, name="true_ids")
     names = {"queries": "queries", "base": "base", "groundtruth": "true_ids"}
     files = truth_check.Files(
-      self._open(queries, "queries"), base, true_ids, metric, names
+      self.open_vectors(queries, "queries"), base, true_ids, metric, names
     )
     return evaluation.open_truth(
       files, len(base), base, num=1, is_shown=is_shown
     )
 
-  def _open(self, x, name: str = "x"):
+  def open_vectors(self, x, name: str = "x"):
     """Opens vectors, which are of length 1 for a codec of the cosine."""
     vectors = open_array(x, self.dim, name)
     is_raw = not isinstance(vectors, unit.UnitVectors)
@@ -378,7 +410,12 @@ class Codec:
       FileExistsError: There is a codec already, and not `overwrite`.
     """
     return codec_file.save_codec(
-      path, self.name, self.params, info=self.info, overwrite=overwrite
+      path,
+      self.name,
+      self.params,
+      info=self.info,
+      ranker=self.ranker,
+      overwrite=overwrite,
     )
 
   def check_settings(
@@ -399,33 +436,6 @@ class Codec:
     return settings
 
 
-class _Errors:
-  """Decoded blocks, whose squared errors and seconds are summed on the way."""
-
-  def __init__(self, codec, vectors, codes_NM, dtype):
-    self._decode_fn = codec._decode_fn(dtype)
-    self._vectors, self._codes_NM = vectors, codes_NM
-    self._size = min(_BLOCK, len(codes_NM))
-    self._decode(0)  # Compiles.
-    self.total, self.seconds = 0.0, 0.0
-
-  def _decode(self, start: int):
-    codes_NM = self._codes_NM[start : start + self._size].astype(np.int32)
-    missing = self._size - len(codes_NM)
-    padded_NM = np.pad(codes_NM, ((0, missing), (0, 0)), "edge")
-    return np.asarray(self._decode_fn(padded_NM))[: len(codes_NM)]
-
-  def __iter__(self):
-    for start in range(0, len(self._codes_NM), self._size):
-      began = time.perf_counter()
-      xhat_ND = self._decode(start)
-      self.seconds += time.perf_counter() - began
-      rows = range(start, start + len(xhat_ND))
-      x_ND = batches.read_rows(self._vectors, rows)
-      self.total += float(np.sum((x_ND - xhat_ND) ** 2, dtype=np.float64))
-      yield xhat_ND
-
-
 def load(path) -> Codec:
   """Opens a run folder, a .safetensors or a released .pt checkpoint.
 
@@ -435,7 +445,8 @@ def load(path) -> Codec:
   """
   found = codec_file.load_codec(path)
   return Codec(
-    found.name, found.params, found.info, fingerprint=found.fingerprint
+    *(found.name, found.params, found.info, found.ranker),
+    fingerprint=found.fingerprint,
   )
 
 

@@ -277,7 +277,11 @@ class Index:
       folder, index_folder.KIND[0], overwrite=overwrite
     ) as temporary:
       codec_file.save_codec(
-        temporary, self.codec.name, self.codec.params, info=self.codec.info
+        temporary,
+        self.codec.name,
+        self.codec.params,
+        info=self.codec.info,
+        ranker=self.codec.ranker,
       )
       info = faiss_ivf.save(
         self._faiss,

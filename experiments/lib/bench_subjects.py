@@ -62,16 +62,16 @@ def searches(
   Those that the user asks for take the place of both, but for a ranker, which
   is measured as well.
   """
-  find = functools.partial(codecs.search_rule, subject.codec)
+  find = functools.partial(codecs.search_rule, subject.codec, fits_ranker=True)
   asked = {name: config[name] for name in codecs.SIZES}
   wanted = find({**asked, "dtype": dtype})
   own = find({"dtype": dtype})
-  has_ranker = bool(wanted.num_ranked)
+  has_ranker = wanted.num_ranked and wanted != own
   is_asked = any(value is not None for value in asked.values())
   if not own.num_joint_candidates or is_asked and not has_ranker:
     return [wanted]
   beam_size = min(own.beam_size, _PUBLISHED_BEAM)
-  published = own.replace(beam_size=beam_size, num_joint_candidates=0)
+  published = own.published().replace(beam_size=beam_size)
   return [published, own, *([wanted] if has_ranker else [])]
 
 

@@ -21,7 +21,7 @@ def contenders(subject, rule: SearchRule) -> dict[str, Contender]:
   num = settings.batch_size * settings.accumulate * jax.device_count()
   x_ND = devices.shard(bench_subjects.rows(subject, num))
   encode_fn = jax.jit(
-    lambda tables, x_ND: qinco.encode_by(tables, x_ND, None, rule)
+    lambda tables, x_ND: qinco.encode(tables, x_ND, None, rule)
   )
   gradient_fn = jax.jit(jax.grad(functools.partial(_decode_loss, rule.dtype)))
   codes_NM = encode_fn(tables, x_ND)
@@ -45,7 +45,7 @@ def contenders(subject, rule: SearchRule) -> dict[str, Contender]:
 def _make_step(subject, rule: SearchRule, x_ND):
   """Returns a function that takes a step of the training loop each time."""
   settings, params = subject.config.train, subject.codec.params
-  loss_fn = functools.partial(qinco_loss.loss, **rule.to_dict(qinco_loss.KNOBS))
+  loss_fn = functools.partial(qinco_loss.loss, rule=rule)
   learner = loop.Learner(
     loss_fn=loss_fn,
     join_stats_fn=qinco_loss.join_stats,

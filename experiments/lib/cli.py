@@ -65,8 +65,8 @@ SEARCH_OPTIONS = {
   "num_ranked": Option(
     int,
     None,
-    "F, joint candidates that a cheap ranker, fitted to 512 of the vectors, "
-    "lets through the whole network; 0: all C.",
+    "F, joint candidates that the codec's ranker (tradeoff --write) lets "
+    "through the network; 0: all C.",
   ),
   "num_steps": Option(
     int, None, "Code positions to use, list number not counted; all if unset."

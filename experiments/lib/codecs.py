@@ -1,14 +1,17 @@
 """Codecs of commands: opened from --codec, with the options of the search."""
 
+import functools
+from collections.abc import Callable
+
 import jax
+from absl import logging
 
 import vqjax
 from experiments.lib import cli
 from vqjax import cpu
 from vqjax.codec import Codec
-from vqjax.codecs import runner
 from vqjax.codecs.rule import LETTERS, SearchRule
-from vqjax.data import datasets
+from vqjax.data import datasets, files
 from vqjax.recipes import product_dtype as product_dtype
 
 RULES = ("joint", "published")
@@ -31,11 +34,14 @@ def ranking_dtype(name: str) -> str:
   return product_dtype(name)
 
 
-def search_rule(codec: Codec, config) -> SearchRule:
+def search_rule(
+  codec: Codec, config, *, fits_ranker: bool = False
+) -> SearchRule:
   """Returns the codec's own rule with the options that the user gave.
 
   --rule changes the kind of rule, sizes come after it. Asking for candidates
-  per hypothesis (A) alone asks for the published rule.
+  per hypothesis (A) alone asks for the published rule. --num_ranked needs a
+  codec with a ranker, unless the caller `fits_ranker`.
 
   Raises:
     ValueError: An option means nothing to this codec, or does not fit it.
@@ -53,7 +59,10 @@ def search_rule(codec: Codec, config) -> SearchRule:
   rule = rule.replace(**asked)
   if codec.spec.has_network:
     rule = rule.replace(dtype=product_dtype(config.get("dtype") or "auto"))
-  codec.spec.check_rule(codec.params, rule)
+  if fits_ranker:
+    codec.spec.check_rule(codec.params, rule)
+  else:
+    codec.check_rule(rule)
   return rule
 
 
@@ -89,34 +98,26 @@ def saving(codec: Codec, rule: SearchRule) -> str | None:
   )
 
 
-def make_encode_fn(codec: Codec, rule: SearchRule, *, assign="auto"):
-  """Returns `x_ND -> codes_NM` and how many vectors to give it.
+def make_encoder(codec: Codec, config, x_ND) -> tuple[Callable, SearchRule]:
+  """Returns `Codec.encode_blocks` of vectors by the options, and the rule.
 
-  `assign` is how an IVF model finds lists: by name, or a function that makes
-  of rows the vectors `[N, D]` and lists `[N]`.
+  A graph of the centroids is made here, where the options ask for one.
   """
-  if isinstance(assign, str):
-    assign = make_graph_fn(codec, assign)
-  encode_fn = runner.make_encode_fn(codec.spec, codec.tables, rule, assign)
-  return encode_fn, runner.encode_block(codec.spec, codec.tables, rule)
+  rule, assign = search_rule(codec, config), config.get("assign") or "auto"
+  line = saving(codec, rule)
+  if line and not any(config.get(n) for n in ("rule", "num_candidates")):
+    logging.info("%s", line)
+  codec.encoder(rule, assign, is_shown=True)
+  return functools.partial(codec.encode_blocks, x_ND, rule, assign), rule
 
 
-def make_graph_fn(codec: Codec, assign: str = "auto"):
-  """`Codec.make_assign_fn` behind a progress line."""
-  if not codec.takes_graph(assign):
-    return None
-  with cli.progress(codec.codebook_sizes[0], "graph", unit="list") as done:
-    return codec.make_assign_fn(assign, done)
-
-
-def make_decode_fn(codec: Codec, dtype: str = "float32"):
-  """Returns `codes_NM -> x_ND` for any number of codes."""
-  return runner.make_decode_fn(codec.spec, codec.tables, dtype=dtype)
-
-
-def decode_rows() -> int:
-  """Returns how many codes to decode between signs of progress."""
-  return 8 * runner.decode_block()
+def encode_data(codec: Codec, config) -> tuple[int, Callable, dict]:
+  """Rows of --data, `make_encoder` of them, and what its codes are made of."""
+  dataset = resolve_data(codec, config, base=config.data)
+  x_ND = datasets.open_split(dataset, "base")
+  blocks_fn, rule = make_encoder(codec, config, x_ND)
+  about = codec.describe_search(rule, config.get("assign", "auto"))
+  return len(x_ND), blocks_fn, {"data": files.identify(x_ND), "encode": about}
 
 
 def resolve_data(

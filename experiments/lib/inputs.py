@@ -124,17 +124,6 @@ def blocks(found: codes.Codes, sizes, block_size: int, rows=None):
     yield codes_NM
 
 
-def decoded(decode_fn, found: codes.Codes, sizes, block_size: int, done):
-  """Yields all codes decoded, `[n, D]`; `decode_fn` gets `block_size` rows."""
-  num = 0
-  for codes_NM in blocks(found, sizes, block_size):
-    missing = block_size - len(codes_NM)
-    padded_NM = np.pad(codes_NM, ((0, missing), (0, 0)))
-    yield np.asarray(decode_fn(padded_NM))[: len(codes_NM)]
-    num += len(codes_NM)
-    done(num, len(found))
-
-
 def split(codec, codes_NM):
   """Returns lists `[N]`, those of the one list if there are none, and codes.
 

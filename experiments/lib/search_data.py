@@ -143,13 +143,10 @@ def baseline_fn(index, k: int):
 
 def search_decoded(codec, config, data: Data, found: codes.Codes, seconds):
   """Ids `[Q, R]` by exact search among the decoded codes, all of them."""
-  sizes, num = codec.codebook_sizes[: found.shape[1]], len(found)
-  dtype = codecs.product_dtype(config.dtype)
-  decode_fn = codecs.make_decode_fn(codec, dtype)
-  size = min(codecs.decode_rows(), num)
+  num, dtype = len(found), codecs.product_dtype(config.dtype)
   check_range("k", config.k, 1, num, "codes to search in")
-  decode_fn(np.asarray(found[:1]).repeat(size, axis=0))  # Compiles.
+  next(codec.decode_blocks(found, dtype))  # Compiles.
   with cli.progress(num, "decode") as done, cli.timed(seconds, "search"):
-    blocks = inputs.decoded(decode_fn, found, sizes, size, done)
+    blocks = codec.decode_blocks(found, dtype, progress=done)
     metric = evaluation.faiss_metric(data.metric)
     return faiss_io.knn(data.xq_QD, blocks, config.k, metric)[1]

@@ -17,7 +17,7 @@ from flax import struct
 from vqjax.codecs import qinco
 from vqjax.codecs.codec import CodecSpec
 from vqjax.codecs.qinco import QincoParams, QincoTables
-from vqjax.codecs.rule import SearchRule
+from vqjax.codecs.rule import PUBLISHED, SearchRule
 from vqjax.core import Array, check_shape
 
 
@@ -132,41 +132,18 @@ def _tables(params: PqQincoParams | PqQincoTables) -> PqQincoTables:
 def encode(
   params: PqQincoParams | PqQincoTables,
   x_ND: Array,
-  *,
-  num_candidates: int = 16,
-  beam_size: int = 32,
-  num_joint_candidates: int = 0,
-  num_steps: int | None = None,
-  dtype: str = "float32",
+  lists_N: None = None,
+  rule: SearchRule = PUBLISHED,
 ) -> Array:
   """Finds codes of vectors `[N, D]` in data units: `[N, P * M]` int32.
 
-  Args:
-    params: Parameters, or their tables from `prepare`.
-    x_ND: Vectors.
-    num_candidates: A, see `qinco.encode`; must be 0 for blocks of QINCo1.
-    beam_size: B, hypotheses kept in every block.
-    num_joint_candidates: C, see `qinco.encode`.
-    num_steps: Code positions to fill in all blocks together, a multiple of P;
-      None for all. Every block is cut, so the result is no prefix of the full
-      codes.
-    dtype: Type of the network's products.
+  As `qinco.encode` in every block. The `num_steps` of the rule are those of all
+  blocks together, a multiple of P: every block is cut, so the result is no
+  prefix of the full codes.
   """
-  rule = SearchRule(
-    num_candidates=num_candidates,
-    beam_size=beam_size,
-    num_joint_candidates=num_joint_candidates,
-    num_steps=num_steps,
-    dtype=dtype,
-  )
-  return _encode_by(params, x_ND, None, rule)
-
-
-def _encode_by(params, x_ND: Array, lists_N: None, rule: SearchRule) -> Array:
-  """`encode` by a rule that is made already."""
   tables = _tables(params)
   rule = _block_rule(tables, rule)
-  one_fn = lambda block, x_NS: qinco.encode_by(block, x_NS, lists_N, rule)
+  one_fn = lambda block, x_NS: qinco.encode(block, x_NS, lists_N, rule)
   codes_PNM = jax.vmap(one_fn)(tables.blocks, split(x_ND, tables))
   p, n, m = codes_PNM.shape
   return codes_PNM.swapaxes(0, 1).reshape(n, p * m)
@@ -222,7 +199,7 @@ CODEC = CodecSpec(
   prepare=prepare,
   dim=dim,
   codebook_sizes=codebook_sizes,
-  encode=_encode_by,
+  encode=encode,
   decode=decode,
   knobs=tuple(name for name in qinco.CODEC.knobs if name != "num_ranked"),
   check_rule=_check_rule,

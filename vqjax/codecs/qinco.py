@@ -36,7 +36,7 @@ from vqjax.codecs import beam as beam_lib
 from vqjax.codecs import qinco_search
 from vqjax.codecs import rule as rule_lib
 from vqjax.codecs.codec import CodecSpec
-from vqjax.codecs.rule import SearchRule
+from vqjax.codecs.rule import PUBLISHED, SearchRule
 from vqjax.core import Array, check_codes, check_shape
 
 
@@ -139,13 +139,7 @@ def encode(
   params: QincoParams | QincoTables,
   x_ND: Array,
   lists_N: Array | None = None,
-  *,
-  num_candidates: int = 16,
-  beam_size: int = 32,
-  num_joint_candidates: int = 0,
-  num_ranked: int = 0,
-  num_steps: int | None = None,
-  dtype: str = "float32",
+  rule: SearchRule = PUBLISHED,
 ) -> Array:
   """Finds codes of vectors `[N, D]` in data units: `[N, M]` int32.
 
@@ -153,40 +147,12 @@ def encode(
     params: Parameters, or their tables from `prepare`.
     x_ND: Vectors.
     lists_N: Lists of the vectors, of an IVF model; None for the nearest.
-    num_candidates: A, codewords of each hypothesis that go through the network;
-      0 for all of them.
-    beam_size: B, hypotheses kept.
-    num_joint_candidates: C, pairs of hypothesis and codeword that go through
-      the network; 0 for the published rule with A.
-    num_ranked: How many of the joint candidates a ranker lets through the
-      whole network (`qinco_ranker.fit`); 0 for all of them.
-    num_steps: Code positions to fill, the list number not counted; None for
-      all. A prefix is the code of a lower rate.
-    dtype: Type of the products of the network and of those that pre-select its
-      codewords; sums, and the errors that put hypotheses in order, are float32.
+    rule: The search.
 
   Raises:
     ValueError: A size breaks a rule of `check_rule`, or `num_ranked` is set and
       the tables have no ranker.
   """
-  rule = SearchRule(
-    num_candidates=num_candidates,
-    beam_size=beam_size,
-    num_joint_candidates=num_joint_candidates,
-    num_ranked=num_ranked,
-    num_steps=num_steps,
-    dtype=dtype,
-  )
-  return encode_by(params, x_ND, lists_N, rule)
-
-
-def encode_by(
-  params: QincoParams | QincoTables,
-  x_ND: Array,
-  lists_N: Array | None,
-  rule: SearchRule,
-) -> Array:
-  """`encode` by a rule that is made already."""
   tables = prepare(params) if isinstance(params, QincoParams) else params
   check_shape("x", x_ND, (None, dim(tables)))
   check_lists(tables, x_ND, lists_N)
@@ -268,7 +234,7 @@ CODEC = CodecSpec(
   prepare=prepare,
   dim=dim,
   codebook_sizes=codebook_sizes,
-  encode=encode_by,
+  encode=encode,
   decode=decode,
   knobs=tuple(vars(SearchRule())),
   check_rule=check_rule,

@@ -15,11 +15,9 @@ from jax import lax
 from vqjax.codecs import qinco, qinco_search, rq
 from vqjax.codecs.distances import nearest
 from vqjax.codecs.qinco import QincoParams
-from vqjax.codecs.rule import SearchRule
+from vqjax.codecs.rule import PUBLISHED, SearchRule
 from vqjax.core import Array, check_range, check_shape
 
-# Fields of a search rule that training has.
-KNOBS = ("num_candidates", "beam_size", "num_joint_candidates", "dtype")
 REDRAWS = ("split", "none")
 # Steps written out in the gradient, and their weights and tables, in floats.
 _MAX_UNROLLED, _MAX_WEIGHTS = 32, 1 << 24
@@ -127,12 +125,9 @@ def loss(
   x_ND: Array,
   lists_N: Array | None = None,
   *,
-  num_candidates: int = 16,
-  beam_size: int = 32,
-  num_joint_candidates: int = 0,
-  dtype: str = "float32",
+  rule: SearchRule = PUBLISHED,
 ) -> tuple[Array, dict]:
-  """Training loss of vectors `[N, D]` in data units.
+  """Training loss of vectors `[N, D]` in data units, coded by `rule`.
 
   `lists_N` are those of an IVF model, the nearest where left out.
   Returns the loss and `{"metrics": scalars, "stats": WordStats}` of the batch.
@@ -144,17 +139,9 @@ def loss(
   tables = qinco.prepare(params)
   z_ND = qinco.normalise(params, x_ND)
   codes_NM = qinco_search.encode_normalised(
-    lax.stop_gradient(tables),
-    z_ND,
-    lists_N,
-    rule=SearchRule(
-      num_candidates=num_candidates,
-      beam_size=beam_size,
-      num_joint_candidates=num_joint_candidates,
-      dtype=dtype,
-    ),
+    lax.stop_gradient(tables), z_ND, lists_N, rule=rule
   )
-  errors_M, preselect_T = decode_losses(tables, z_ND, codes_NM, dtype)
+  errors_M, preselect_T = decode_losses(tables, z_ND, codes_NM, rule.dtype)
   num_codewords = params.codebooks_TKD.shape[1]
   used_MK = jax.vmap(partial(jnp.bincount, length=num_codewords))(codes_NM.T)
   if params.is_ivf:

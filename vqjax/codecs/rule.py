@@ -86,6 +86,9 @@ class SearchRule:
     return " ".join(sizes)
 
 
+PUBLISHED = SearchRule()  # A=16 B=32.
+
+
 def from_dict(values: dict, default: SearchRule | None = None) -> SearchRule:
   """Makes a rule of stored values, those of old codec files too.
 

@@ -6,7 +6,7 @@ size of the blocks, near ties in the last bits of float32 aside.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -14,9 +14,7 @@ import numpy as np
 from vqjax import devices
 from vqjax.codecs.codec import CodecSpec
 from vqjax.codecs.rule import SearchRule
-from vqjax.core import check_range
 from vqjax.data import batches
-from vqjax.data.codes import check_ids
 
 # Without a network, as many vectors at once; with one, as many codewords that
 # go through it: on CPUs they stay in the caches.
@@ -72,40 +70,6 @@ def make_encode_fn(
   return lambda rows: encode_fn(tables, assign_fn(rows))
 
 
-def encode(
-  spec: CodecSpec,
-  tables,
-  vectors,
-  rule: SearchRule,
-  *,
-  assign_fn: Callable | None = None,
-  rows: range | None = None,
-  block_size: int | None = None,
-  progress: Callable | None = None,
-  encode_fn: Callable | None = None,
-) -> Iterator[np.ndarray]:
-  """Yields codes `[n, M]` of consecutive rows of `vectors`, `[N, D]`.
-
-  Args:
-    spec: The codec.
-    tables: From its `prepare`.
-    vectors: Array, memory map or open file; NaN is refused by its row.
-    rule: The search.
-    assign_fn: As for `make_encode_fn`.
-    rows: Consecutive rows; None for all.
-    block_size: Vectors at once; None for `encode_block`.
-    progress: Called with `(rows done, rows in all)`.
-    encode_fn: From `make_encode_fn`, where it is compiled already.
-  """
-  block_size = block_size or encode_block(spec, tables, rule)
-  check_range("block_size", block_size, 1, 1 << 30)
-  encode_fn = encode_fn or make_encode_fn(spec, tables, rule, assign_fn)
-  blocks = batches.map_blocks(
-    encode_fn, vectors, block_size=block_size, rows=rows, progress=progress
-  )
-  return (codes_NM for _, codes_NM in blocks)
-
-
 def decoder(spec: CodecSpec, dtype: str = "float32") -> Callable:
   """Returns `(tables, codes_NM) -> x_ND`, not compiled.
 
@@ -130,40 +94,6 @@ def make_decode_fn(
   decode_fn = devices.data_parallel(decoder(spec, dtype))
   decode_fn = functools.partial(decode_fn, devices.to_local_devices(tables))
   return batches.in_blocks(decode_fn, block_size or decode_block())
-
-
-def decode(
-  spec: CodecSpec,
-  tables,
-  codes_NM,
-  *,
-  dtype: str = "float32",
-  block_size: int | None = None,
-  progress: Callable | None = None,
-  decode_fn: Callable | None = None,
-) -> Iterator[np.ndarray]:
-  """Yields vectors `[n, D]`, float32, of consecutive rows of codes `[N, M]`.
-
-  `decode_fn` is that of `make_decode_fn`, where it is compiled already.
-
-  Raises:
-    ValueError: A code is not below the size of its codebook; its row is named.
-  """
-  sizes = spec.codebook_sizes(tables)[: codes_NM.shape[1]]
-  decode_fn = decode_fn or make_decode_fn(
-    spec, tables, dtype=dtype, block_size=block_size
-  )
-  at_once, num = 8 * (block_size or decode_block()), len(codes_NM)
-  at_once = min(at_once, num)
-  for start in range(0, num, at_once or 1):
-    block_NM = np.asarray(codes_NM[start : start + at_once])
-    check_ids(block_NM, sizes, start)
-    count = len(block_NM)
-    # The last rows as many as the others: one program for all.
-    block_NM = np.pad(block_NM, ((0, at_once - count), (0, 0)), "edge")
-    yield np.asarray(decode_fn(block_NM.astype(np.int32)))[:count]
-    if progress:
-      progress(start + count, num)
 
 
 def _is_cpu() -> bool:

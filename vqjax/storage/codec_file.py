@@ -1,15 +1,17 @@
 """Portable codecs: `codec.safetensors` and `codec.json`, without pickle.
 
 The arrays of the parameters are stored under the names of their fields
-(`blocks.codebooks_TKD` in a nested one; None is left out). The header, which
-says what codec it is and how it was made, is in the metadata of the
-.safetensors, so that this file alone is a codec, and for people and other
-programs once more in codec.json:
+(`blocks.codebooks_TKD` in a nested one; None is left out), those of a ranker
+(`vqjax.codecs.qinco_ranker`) under `ranker.`. The header, which says what codec
+it is and how it was made, is in the metadata of the .safetensors, so that this
+file alone is a codec, and for people and other programs once more in
+codec.json:
 
   format, version    "vqjax codec" and the version of this layout
   codec, static      name in the registry; fields that are no arrays
   dim, codebook_sizes
   fingerprint        of the parameters; checked whenever a codec is loaded
+  ranker             fingerprint of the ranker, where there is one; checked too
   info_digest        of info; checked then too
   vqjax_version, created
   info               what the caller knows: encode (keyword arguments of
@@ -24,7 +26,7 @@ from typing import Any, NamedTuple
 from absl import logging
 
 from vqjax import __version__
-from vqjax.codecs import registry
+from vqjax.codecs import qinco_search, registry
 from vqjax.data import files
 from vqjax.data.files import atomic_output
 from vqjax.interop import rqvae_files, torch_qinco
@@ -39,6 +41,7 @@ HEADER_NAME = "codec.json"
 _FORMAT = "vqjax codec"
 _VERSION = 1
 _RELEASED = (".pt", ".pth")
+_RANKER = "ranker."  # Before the names of its arrays.
 
 
 class LoadedCodec(NamedTuple):
@@ -48,6 +51,7 @@ class LoadedCodec(NamedTuple):
   params: Any
   info: dict
   fingerprint: str
+  ranker: Any = None  # `qinco_search.Ranker`.
 
 
 def fingerprint(params) -> str:
@@ -82,7 +86,13 @@ def _make_header(name: str, params, info: dict) -> dict:
 
 
 def save_codec(
-  folder, codec_name: str, params, *, info: dict, overwrite: bool = False
+  folder,
+  codec_name: str,
+  params,
+  *,
+  info: dict,
+  ranker=None,
+  overwrite: bool = False,
 ) -> pathlib.Path:
   """Writes a codec into a folder, whole or not at all; returns its file.
 
@@ -91,12 +101,16 @@ def save_codec(
     codec_name: name in the registry.
     params: the codec's `Params`.
     info: what else to keep, plain JSON values; see the file's docstring.
+    ranker: of `qinco_ranker.fit`, or None.
     overwrite: replaces a codec that is there instead of refusing.
   """
   folder = files.user_path(folder)
   header = _make_header(codec_name, params, info)
-  text = tensors.to_json(header)
   arrays = _flatten(params)[0]
+  if ranker is not None:
+    header["ranker"] = fingerprint(ranker)
+    arrays |= _flatten(ranker, _RANKER)[0]
+  text = tensors.to_json(header)
   # The inner file appears first: a codec.json has its arrays next to it, and
   # that of an earlier codec is gone before.
   with atomic_output(folder / HEADER_NAME, overwrite) as header_path:
@@ -195,9 +209,23 @@ def load_codec(path) -> LoadedCodec:
   text, arrays = tensors.read(path)
   header = _parse_header(path, text)
   _check_json(path, header)
+  ranker = _take_ranker(path, header, arrays)
   found = tensors.check_digest(path, arrays, header)
   params = _make_params(path, header, arrays)
-  return LoadedCodec(header["codec"], params, header["info"], found)
+  return LoadedCodec(header["codec"], params, header["info"], found, ranker)
+
+
+def _take_ranker(path: pathlib.Path, header: dict, arrays: dict):
+  """The ranker, which it takes out of the arrays; None without one."""
+  names = [name for name in arrays if name.startswith(_RANKER)]
+  taken = {name.removeprefix(_RANKER): arrays.pop(name) for name in names}
+  wanted = header.get("ranker")
+  if (_digest(taken, {}) if taken else None) != wanted:
+    raise ValueError(
+      f"{path} was changed after it was written: its ranker does not match its "
+      "fingerprint."
+    )
+  return _rebuild(qinco_search.Ranker, taken, {}) if taken else None
 
 
 def _make_params(path: pathlib.Path, header: dict, arrays: dict):

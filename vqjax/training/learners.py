@@ -57,14 +57,15 @@ def make_learner(
     dtype: Type of the products of a training step; validation has float32.
     redraw: What becomes of codewords that an epoch hardly used.
   """
-  knobs = rule.to_dict(qinco_loss.KNOBS) | {"dtype": dtype}
+  step_rule = rule.replace(dtype=dtype)
 
   def loss(params, key, rows):
-    return qinco_loss.loss(params, key, *batches.split_lists(rows), **knobs)
+    rows = batches.split_lists(rows)
+    return qinco_loss.loss(params, key, *rows, rule=step_rule)
 
   def errors(tables, rows):
     x_ND, lists_N = batches.split_lists(rows)
-    codes_NM = qinco.encode_by(tables, x_ND, lists_N, rule)
+    codes_NM = qinco.encode(tables, x_ND, lists_N, rule)
     return jnp.sum((x_ND - qinco.decode(tables, codes_NM)) ** 2, axis=-1)
 
   prepare_fn, errors_fn = jax.jit(qinco.prepare), devices.data_parallel(errors)

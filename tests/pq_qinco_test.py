@@ -52,7 +52,9 @@ RULE = SearchRule(3, 4)
 ENCODE_BLOCK = jax.jit(partial(qinco.encode, rule=RULE))
 ENCODE = jax.jit(partial(pq_qinco.encode, rule=RULE))
 GREEDY = jax.jit(
-  partial(pq_qinco.encode, num_candidates=0, beam_size=1),
+  lambda params, x_ND, num_steps=None: pq_qinco.encode(
+    params, x_ND, None, SearchRule(0, 1, num_steps=num_steps)
+  ),
   static_argnames="num_steps",
 )
 

@@ -121,29 +121,17 @@ def check(
     can_preselect: Whether the codec has pre-selection codebooks.
   """
   b, c, f = rule.beam_size, rule.num_joint_candidates, rule.num_ranked
-  # Name, whether it is set, least, most, why.
-  ranges = (
-    (
-      "beam_size",
-      True,
-      1,
-      num_codewords,
-      "the first step has no more codewords",
-    ),
-    (
-      "num_candidates",
-      True,
-      0,
-      num_codewords,
-      "codewords of a step; 0 for all",
-    ),
-    ("num_steps", rule.num_steps is not None, 1, num_codes, "code positions"),
-    ("num_joint_candidates", c, b, b * num_codewords, "beam_size to all pairs"),
-    ("num_ranked", f and c, b, c, "beam_size to num_joint_candidates"),
+  check_range("beam_size", b, 1, num_codewords, "codewords of the first step")
+  check_range(
+    "num_candidates", rule.num_candidates, 0, num_codewords, "0 for all"
   )
-  for name, is_set, low, high, why in ranges:
-    if is_set:
-      check_range(name, getattr(rule, name), low, high, why)
+  if rule.num_steps is not None:
+    check_range("num_steps", rule.num_steps, 1, num_codes, "code positions")
+  if c:
+    most = b * num_codewords
+    check_range("num_joint_candidates", c, b, most, "beam_size to all pairs")
+  if f and c:
+    check_range("num_ranked", f, b, c, "beam_size to num_joint_candidates")
   if rule.dtype not in DTYPES:
     raise ValueError(
       f"dtype must be {' or '.join(DTYPES)}, got {rule.dtype!r}."

@@ -76,7 +76,7 @@ def run(config) -> dict:
   for path in (picture, figures):
     files.check_output(path, overwrite=config.overwrite)
   codec = codecs.open_codec(config.codec)
-  if getattr(codec.tables, "preselect_TKD", None) is None:
+  if getattr(codec.params, "preselect_TKD", None) is None:
     raise ValueError(
       "Only a QINCo2 has codewords pre-selected for its network: there is "
       f"nothing to trade in this {codec.name} codec."
@@ -236,9 +236,8 @@ def _sizes(config, codec) -> list[dict]:
 
 def _is_deep(codec) -> bool:
   """Whether a ranker costs less than what it saves of the network."""
-  tables = codec.tables
   is_one = codec.name == "qinco"  # And not one for each part.
-  return is_one and 1 + tables.up_TJEH.shape[1] >= _DEEP
+  return is_one and codec.params.up_TJEH.shape[1] >= _DEEP
 
 
 def _numbers(config, name: str) -> list[int]:

@@ -75,7 +75,9 @@ def test_a_stored_ranker_is_the_one_that_encodes(tmp_path):
   assert "ranker" not in about["encode"]
   codes_NM, about = _encode(tmp_path, paths, "r.npy", num_ranked=9)
   tables = qinco_ranker.fit(qinco.prepare(params), x_ND[:32], **KNOBS)
-  assert about["encode"]["ranker"] == codec_file.fingerprint(tables.ranker)
+  assert about["encode"]["ranker"] == codec_file.fingerprint(
+    tables.steps.ranker
+  )
   rule = SearchRule(**KNOBS, num_ranked=9)
   want_NM = jax.jit(functools.partial(qinco.encode, rule=rule))(tables, x_ND)
   assert (codes_NM == want_NM).mean() > 0.99  # Ties, to rounding.

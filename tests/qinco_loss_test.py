@@ -7,7 +7,7 @@ import pytest
 
 from tests import oracles
 from tests.qinco_cases import CASES, make_params, vectors
-from vqjax.codecs import qinco, qinco_loss, qinco_search, rq
+from vqjax.codecs import qinco, qinco_loss, rq
 from vqjax.codecs.rule import SearchRule
 
 RULE = SearchRule(3, 3)
@@ -138,7 +138,7 @@ def test_few_and_small_steps_are_written_out(sizes, count):
     dim=128, num_networks=7, num_codewords=256, network_dim=128, hidden_dim=256
   )
   params = jax.eval_shape(lambda: make_params(**{**published, **sizes}))
-  stacked = qinco_search.per_step(jax.eval_shape(qinco.prepare, params))
+  stacked = jax.eval_shape(qinco.prepare, params).steps
   assert qinco_loss._num_unrolled(stacked) == count
 
 

@@ -63,7 +63,7 @@ def test_encode_matches_the_plain_search(case, ranked):
       vectors(),
       num_candidates=0,
       **knobs,
-      ranker=tables.ranker,
+      ranker=tables.steps.ranker,
     ),
   )
 
@@ -78,7 +78,7 @@ def test_one_block_is_told_exactly(case):
   xhat = np.random.default_rng(5).normal(size=6)
   for k in range(12):
     np.testing.assert_allclose(
-      oracles.ranker_word(params, tables.ranker, 1, k, xhat),
+      oracles.ranker_word(params, tables.steps.ranker, 1, k, xhat),
       oracles.qinco_word(params, 1, k, xhat),
       atol=0.02,  # The ridge, on 28,000 words.
     )
@@ -90,8 +90,8 @@ def test_no_plane_is_nearer_than_the_basis():
   """The word told best in U directions: better than along any others."""
   params = make_params(num_codewords=12)
   tables, x_ND = qinco.prepare(params), vectors(200)
-  whole = qinco_ranker.fit(tables, x_ND, **SIZES, rank=6).ranker
-  part = qinco_ranker.fit(tables, x_ND, **SIZES, rank=2).ranker
+  whole = qinco_ranker.fit(tables, x_ND, **SIZES, rank=6).steps.ranker
+  part = qinco_ranker.fit(tables, x_ND, **SIZES, rank=2).steps.ranker
   identity_TUU = np.einsum("tdu,tdv->tuv", part.basis_TDU, part.basis_TDU)
   np.testing.assert_allclose(identity_TUU, [np.eye(2)] * 3, atol=1e-5)
   np.testing.assert_allclose(
@@ -139,10 +139,13 @@ def test_blocks_and_lists_make_no_difference():
   )
   assert calls == [(30, 30)]
   parts = qinco_ranker.fit(tables, x_ND, lists_N, **sizes, block_size=8)
-  told = lambda ranker: [
-    oracles.ranker_word(params, ranker, 2, k, np.ones(6)) for k in range(7)
+  told = lambda tables: [
+    oracles.ranker_word(params, tables.steps.ranker, 2, k, np.ones(6))
+    for k in range(7)
   ]
-  np.testing.assert_allclose(told(whole.ranker), told(parts.ranker), atol=1e-3)
+  np.testing.assert_allclose(
+    told(whole.steps.ranker), told(parts.steps.ranker), atol=1e-3
+  )
 
 
 def test_a_ranker_of_a_prefix():
@@ -160,7 +163,7 @@ def test_a_ranker_of_a_prefix():
       )
     }
   )  # fmt: skip
-  ranker = jax.tree.map(lambda leaf: leaf[:1], tables.ranker)
+  ranker = jax.tree.map(lambda leaf: leaf[:1], tables.steps.ranker)
   np.testing.assert_array_equal(
     codes_NM,
     oracles.qinco_encode(

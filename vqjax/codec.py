@@ -69,7 +69,9 @@ class Codec:
   def tables(self):
     """What encode and decode need."""
     tables = jax.jit(self.spec.prepare)(self.params)
-    return tables if self.ranker is None else tables.replace(ranker=self.ranker)
+    if self.ranker is None:
+      return tables
+    return tables.replace(steps=tables.steps.replace(ranker=self.ranker))
 
   @functools.cached_property
   def rule(self) -> SearchRule:
@@ -147,7 +149,7 @@ class Codec:
       dtype=rule.dtype,
       progress=progress,
     )
-    codec = dataclasses.replace(self, ranker=tables.ranker)
+    codec = dataclasses.replace(self, ranker=tables.steps.ranker)
     return codec.with_rule(**settings)
 
   def check_rule(self, rule: SearchRule) -> None:

@@ -27,7 +27,7 @@ class Work(NamedTuple):
 
 def encode_work(tables: qinco.QincoTables, rule: SearchRule) -> Work:
   """Returns the multiply-adds of `qinco.encode`."""
-  num_networks, num_codewords, _ = tables.base_TKE.shape
+  num_networks, num_codewords, _ = tables.steps.base_TKE.shape
   per_candidate, per_state = _per_evaluation(tables)
   selection = num_codewords * qinco.dim(tables)
   each, joint = rule.num_candidates or num_codewords, rule.num_joint_candidates
@@ -54,13 +54,13 @@ def encode_work(tables: qinco.QincoTables, rule: SearchRule) -> Work:
 
 def _ranking_work(tables, hypotheses: int, candidates: int) -> int:
   """Multiply-adds of a ranker in one step."""
-  _, h, u = tables.ranker.hidden_THU.shape
+  _, h, u = tables.steps.ranker.hidden_THU.shape
   return candidates * h * u + hypotheses * 2 * qinco.dim(tables) * u
 
 
 def decode_work(tables: qinco.QincoTables) -> Work:
   """Returns the multiply-adds of `qinco.decode`."""
-  num_networks = tables.base_TKE.shape[0]
+  num_networks = tables.steps.base_TKE.shape[0]
   per_candidate, per_state = _per_evaluation(tables)
   return Work(
     num_networks * per_candidate, num_networks * (per_candidate + per_state)
@@ -69,7 +69,7 @@ def decode_work(tables: qinco.QincoTables) -> Work:
 
 def _per_evaluation(tables) -> tuple[int, int]:
   """Multiply-adds of a candidate, and of the state of a hypothesis."""
-  _, h, e = tables.first_down_THE.shape
-  d, num_later_blocks = qinco.dim(tables), tables.up_TJEH.shape[1]
-  out = 0 if tables.out_TED is None else e * d
+  _, h, e = tables.steps.first_down_THE.shape
+  d, num_later_blocks = qinco.dim(tables), tables.steps.up_TJEH.shape[1]
+  out = 0 if tables.steps.out_TED is None else e * d
   return h * e + num_later_blocks * 2 * e * h + out, d * e + d * h

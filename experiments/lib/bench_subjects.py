@@ -87,8 +87,8 @@ def sizes(codec: Codec, rule: SearchRule | None = None) -> dict:
   codebooks = codec.codebook_sizes
   found = {"M": len(codebooks), "K": codebooks[-1], "D": codec.dim}
   if codec.name == "qinco":
-    _, found["H"], found["E"] = tables.first_down_THE.shape
-    found["L"] = 1 + tables.up_TJEH.shape[1]
+    _, found["H"], found["E"] = tables.steps.first_down_THE.shape
+    found["L"] = 1 + tables.steps.up_TJEH.shape[1]
   if rule is not None:
     sizes = rule.to_dict([n for n in codecs.SIZES if n in codec.spec.knobs])
     found |= {LETTERS[name]: size for name, size in sizes.items() if size}

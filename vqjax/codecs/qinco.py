@@ -36,6 +36,7 @@ from vqjax.codecs import beam as beam_lib
 from vqjax.codecs import qinco_search
 from vqjax.codecs import rule as rule_lib
 from vqjax.codecs.codec import CodecSpec
+from vqjax.codecs.qinco_search import StepTables
 from vqjax.codecs.rule import PUBLISHED, SearchRule
 from vqjax.core import Array, check_codes, check_shape
 
@@ -73,17 +74,7 @@ class QincoTables:
   mean_D: Array
   std: Array
   first_KD: Array
-  words_TKD: Array | None  # What the network's output is added to.
-  preselect_TKD: Array | None
-  base_TKE: Array  # e after the concatenation, for xhat = 0.
-  base_up_TKH: Array  # The same through the first up-projection.
-  state_TDE: Array  # Share of xhat in e.
-  state_up_TDH: Array  # The same through the first up-projection.
-  first_down_THE: Array
-  up_TJEH: Array  # Blocks from the second on.
-  down_TJHE: Array
-  out_TED: Array | None
-  ranker: qinco_search.Ranker | None = None  # See `qinco_ranker.fit`.
+  steps: StepTables
   is_ivf: bool = struct.field(pytree_node=False, default=False)
 
 
@@ -95,7 +86,7 @@ def dim(params: QincoParams | QincoTables) -> int:
 def codebook_sizes(params: QincoParams | QincoTables) -> tuple[int, ...]:
   """Returns the number of codewords at each code position, lists included."""
   is_table = isinstance(params, QincoTables)
-  words_TK = params.base_TKE if is_table else params.codebooks_TKD
+  words_TK = params.steps.base_TKE if is_table else params.codebooks_TKD
   t, k = words_TK.shape[:2]
   return (params.first_KD.shape[0],) + (k,) * t
 
@@ -117,10 +108,7 @@ def prepare(params: QincoParams) -> QincoTables:
   if params.bias_TE is not None:
     base_TKE = base_TKE + params.bias_TE[:, None]
   first_up_TEH = params.up_TJEH[:, 0]
-  return QincoTables(
-    mean_D=params.mean_D,
-    std=params.std,
-    first_KD=params.first_KD,
+  steps = StepTables(
     words_TKD=params.codebooks_TKD if params.add_word else None,
     preselect_TKD=params.preselect_TKD,
     base_TKE=base_TKE,
@@ -131,7 +119,9 @@ def prepare(params: QincoParams) -> QincoTables:
     up_TJEH=params.up_TJEH[:, 1:],
     down_TJHE=params.down_TJHE[:, 1:],
     out_TED=params.out_TED,
-    is_ivf=params.is_ivf,
+  )
+  return QincoTables(
+    *(params.mean_D, params.std, params.first_KD, steps), is_ivf=params.is_ivf
   )
 
 
@@ -157,7 +147,7 @@ def encode(
   check_shape("x", x_ND, (None, dim(tables)))
   check_lists(tables, x_ND, lists_N)
   check_rule(tables, rule)
-  if rule.num_ranked and tables.ranker is None:
+  if rule.num_ranked and tables.steps.ranker is None:
     raise ValueError(
       f"num_ranked={rule.num_ranked} needs a ranker that chooses them: give "
       "tables of `qinco_ranker.fit`."
@@ -173,11 +163,10 @@ def decode(
   """Vectors `[N, D]` in data units of codes `[N, <= M]`."""
   tables = prepare(params) if isinstance(params, QincoParams) else params
   check_codes(codes_NM, len(codebook_sizes(tables)))
-  stacked = qinco_search.per_step(tables)
 
   def body(xhat_ND, step):
     t, ids_N = step
-    weights = beam_lib.at_step(stacked, t)
+    weights = beam_lib.at_step(tables.steps, t)
     words_ND = qinco_search.words_at(weights, ids_N, xhat_ND, dtype)
     return xhat_ND + words_ND, None
 
@@ -204,11 +193,12 @@ def check_lists(params, x_ND: Array, lists_N: Array | None) -> None:
 def check_rule(params: QincoParams | QincoTables, rule: SearchRule) -> None:
   """Raises ValueError unless the sizes of a search fit the codec."""
   sizes = codebook_sizes(params)
+  plain = params.steps if isinstance(params, QincoTables) else params
   rule_lib.check(
     rule,
     num_codewords=sizes[-1],
     num_codes=len(sizes) - params.is_ivf,
-    can_preselect=params.preselect_TKD is not None,
+    can_preselect=plain.preselect_TKD is not None,
   )
 
 
@@ -222,10 +212,8 @@ def _prefix(tables: QincoTables, num_steps: int | None) -> QincoTables:
   if num_steps is None:
     return tables
   num_networks = num_steps - 1 + tables.is_ivf
-  cut = jax.tree.map(
-    lambda leaf: leaf[:num_networks], qinco_search.per_step(tables)
-  )
-  return tables.replace(**cut)
+  steps = jax.tree.map(lambda leaf: leaf[:num_networks], tables.steps)
+  return tables.replace(steps=steps)
 
 
 CODEC = CodecSpec(

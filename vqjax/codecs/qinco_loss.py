@@ -276,16 +276,18 @@ def decode_losses(tables, z_ND, codes_NM, dtype):
     weights, ids_N = step
     target_ND = z_ND - lax.stop_gradient(xhat_ND)
     preselect = jnp.float32(0)
-    if weights["preselect_TKD"] is not None:
-      plain_ND = weights["preselect_TKD"][ids_N]
+    if weights.preselect_TKD is not None:
+      plain_ND = weights.preselect_TKD[ids_N]
       preselect = jnp.mean((plain_ND - target_ND) ** 2)
     xhat_ND = xhat_ND + qinco_search.words_at(weights, ids_N, xhat_ND, dtype)
     return xhat_ND, (mse(xhat_ND), preselect)
 
   xhat_ND = tables.first_KD[codes_NM[:, 0]]
-  stacked = qinco_search.per_step(tables)
   _, (errors_T, preselect_T) = lax.scan(
-    body, xhat_ND, (stacked, codes_NM[:, 1:].T), unroll=_num_unrolled(stacked)
+    body,
+    xhat_ND,
+    (tables.steps, codes_NM[:, 1:].T),
+    unroll=_num_unrolled(tables.steps),
   )
   errors_M = jnp.concatenate([mse(xhat_ND)[None], errors_T])
   return errors_M, preselect_T

@@ -90,13 +90,15 @@ def fit(
     if progress:
       progress(min(start + block_size, len(x_ND)), len(x_ND))
   fitted = [_solve(*step, rank) for step in zip(*totals, strict=True)]
-  return tables.replace(ranker=_make_ranker(tables, fitted))
+  return tables.replace(
+    steps=tables.steps.replace(ranker=_make_ranker(tables, fitted))
+  )
 
 
 def _make_rule(tables, beam_size, num_joint, dtype) -> SearchRule:
   """The search without a ranker; raises ValueError where it can have none."""
-  check_range("networks", tables.base_TKE.shape[0], 1, 1 << 20)
-  num_codewords = tables.base_TKE.shape[1]
+  check_range("networks", tables.steps.base_TKE.shape[0], 1, 1 << 20)
+  num_codewords = tables.steps.base_TKE.shape[1]
   check_range("codebook_size", num_codewords, 2, MAX_WORDS, "of a ranker")
   check_range("num_joint_candidates", num_joint, 1, 1 << 20)
   rule = SearchRule(
@@ -118,7 +120,7 @@ def _sums(tables, z_ND, lists_N, *, rule: SearchRule):
     next_beam, _ = advance(lambda *_: found, weights, z_ND, beam)
     return next_beam, _normal_equations(weights, beam, found, rule.dtype)
 
-  steps = qinco_search.per_step(tables)
+  steps = tables.steps
   beam = qinco_search.start(tables, z_ND, lists_N)
   if not tables.is_ivf:
     beam, _ = advance(qinco_search.propose_plain, tables.first_KD, z_ND, beam)
@@ -135,7 +137,7 @@ def _normal_equations(weights, beam, found, dtype):
   """Products of features and targets of the candidates of one step."""
   n, c = found.ids_NC.shape
   at = lambda x_NFD: beam_lib.rows(x_NFD, found.parents_NC)
-  state_NFH = qinco_search.matmul(beam.xhat_NFD, weights["state_up_TDH"], dtype)
+  state_NFH = qinco_search.matmul(beam.xhat_NFD, weights.state_up_TDH, dtype)
   hidden_NCH = qinco_search.first_hidden(
     weights, state_NFH, found.parents_NC, found.ids_NC
   )
@@ -143,13 +145,13 @@ def _normal_equations(weights, beam, found, dtype):
     [
       jax.nn.relu(hidden_NCH),
       at(beam.xhat_NFD),
-      jax.nn.one_hot(found.ids_NC, weights["base_TKE"].shape[0]),
+      jax.nn.one_hot(found.ids_NC, weights.base_TKE.shape[0]),
     ],
     axis=-1,
   )
   slots_NC = jnp.broadcast_to(jnp.arange(c), (n, c))
   words_NCD = found.words_fn(slots_NC)
-  told_NCD = words_NCD - weights["preselect_TKD"][found.ids_NC]
+  told_NCD = words_NCD - weights.preselect_TKD[found.ids_NC]
   product = partial(jnp.einsum, "nca,ncb->ab", precision="highest")
   return product(known_NCG, known_NCG), product(known_NCG, told_NCD)
 
@@ -168,9 +170,12 @@ def _make_ranker(tables, fitted) -> qinco_search.Ranker:
     jnp.asarray(np.stack(leaves), jnp.float32)
     for leaves in zip(*fitted, strict=True)
   )
-  h, d = tables.base_up_TKH.shape[2], qinco.dim(tables)
+  steps, d = tables.steps, qinco.dim(tables)
+  h = steps.base_up_TKH.shape[2]
   hidden_THU, state_TDU, words_TKU = jnp.split(map_TGU, [h, h + d], axis=1)
-  plain_TKU = jnp.matmul(tables.preselect_TKD, basis_TDU, precision="highest")
+  plain_TKU = jnp.matmul(
+    tables.steps.preselect_TKD, basis_TDU, precision="highest"
+  )
   return qinco_search.Ranker(
     basis_TDU, plain_TKU, words_TKU, state_TDU, hidden_THU
   )

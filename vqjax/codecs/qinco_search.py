@@ -5,8 +5,7 @@ increasing cost and accuracy: pre-selection codewords for all of them
 (`_select`), where wanted a ranker for the C best of these (`_rank`), and the
 network for those that are left. `vqjax.codecs.rule` says what the sizes mean.
 
-Weights are the slice of one step of the tables of `qinco.prepare`, see
-`per_step`.
+Weights are the slice of one step of `StepTables`.
 """
 
 from functools import partial
@@ -37,24 +36,21 @@ class Ranker:
   hidden_THU: Array  # and one of the first hidden layer.
 
 
-def per_step(tables) -> dict[str, Array | None]:
-  """The leaves of `qinco.QincoTables` that are stacked over the steps."""
-  return {
-    name: getattr(tables, name)
-    for name in (
-      "words_TKD",
-      "preselect_TKD",
-      "base_TKE",
-      "base_up_TKH",
-      "state_TDE",
-      "state_up_TDH",
-      "first_down_THE",
-      "up_TJEH",
-      "down_TJHE",
-      "out_TED",
-      "ranker",
-    )
-  }
+@struct.dataclass
+class StepTables:
+  """Tables of the networks, stacked over the T steps; see `qinco.prepare`."""
+
+  words_TKD: Array | None  # What the network's output is added to.
+  preselect_TKD: Array | None
+  base_TKE: Array  # e after the concatenation, for xhat = 0.
+  base_up_TKH: Array  # The same through the first up-projection.
+  state_TDE: Array  # Share of xhat in e.
+  state_up_TDH: Array  # The same through the first up-projection.
+  first_down_THE: Array
+  up_TJEH: Array  # Blocks from the second on.
+  down_TJHE: Array
+  out_TED: Array | None
+  ranker: Ranker | None = None  # See `qinco_ranker.fit`.
 
 
 def matmul(x: Array, w: Array, dtype: str) -> Array:
@@ -72,28 +68,24 @@ def network(weights, base_E: Array, hidden_H: Array, dtype: str) -> Array:
   `base_E` is e after the concatenation and `hidden_H` its up-projection.
   Returns `e W_out`, with D at the end.
   """
-  e = base_E + matmul(jax.nn.relu(hidden_H), weights["first_down_THE"], dtype)
-  for up_EH, down_HE in zip(
-    weights["up_TJEH"], weights["down_TJHE"], strict=True
-  ):
+  e = base_E + matmul(jax.nn.relu(hidden_H), weights.first_down_THE, dtype)
+  for up_EH, down_HE in zip(weights.up_TJEH, weights.down_TJHE, strict=True):
     hidden = jax.nn.relu(matmul(e, up_EH, dtype))
     e = e + matmul(hidden, down_HE, dtype)
-  out_ED = weights["out_TED"]
+  out_ED = weights.out_TED
   return e if out_ED is None else matmul(e, out_ED, dtype)
 
 
 def words_at(weights, ids_N: Array, xhat_ND: Array, dtype: str) -> Array:
   """Codewords f(c, xhat) of one id per vector: `[N, D]`."""
-  base_NE = weights["base_TKE"][ids_N] + matmul(
-    xhat_ND, weights["state_TDE"], dtype
-  )
-  hidden_NH = weights["base_up_TKH"][ids_N] + matmul(
-    xhat_ND, weights["state_up_TDH"], dtype
+  base_NE = weights.base_TKE[ids_N] + matmul(xhat_ND, weights.state_TDE, dtype)
+  hidden_NH = weights.base_up_TKH[ids_N] + matmul(
+    xhat_ND, weights.state_up_TDH, dtype
   )
   words_ND = network(weights, base_NE, hidden_NH, dtype)
-  if weights["words_TKD"] is None:
+  if weights.words_TKD is None:
     return words_ND
-  return words_ND + weights["words_TKD"][ids_N]
+  return words_ND + weights.words_TKD[ids_N]
 
 
 def last_rule(rule: SearchRule) -> SearchRule:
@@ -116,8 +108,8 @@ def _select(weights, residual_NFD, error_NF, rule):
   With the joint rule also what puts them in order, `[N, C]`, else None.
   """
   n, f, _ = residual_NFD.shape
-  preselect_KD = weights["preselect_TKD"]
-  num_codewords = weights["base_TKE"].shape[0]
+  preselect_KD = weights.preselect_TKD
+  num_codewords = weights.base_TKE.shape[0]
   num_joint, num_candidates = rule.num_joint_candidates, rule.num_candidates
   if not num_joint and num_candidates in (0, num_codewords):
     flat_C = jnp.arange(f * num_codewords, dtype=jnp.int32)
@@ -144,14 +136,14 @@ def _select(weights, residual_NFD, error_NF, rule):
 def first_hidden(weights, state_NFH, parents_NC, ids_NC):
   """First hidden layer `[N, C, H]`, before its relu, of pairs."""
   share_NCH = beam_lib.rows(state_NFH, parents_NC)
-  return weights["base_up_TKH"][ids_NC] + share_NCH
+  return weights.base_up_TKH[ids_NC] + share_NCH
 
 
 def _rank(weights, state_NFH, residual_NFD, beam, candidates, rule):
   """The `num_ranked` pairs of `_select` that the ranker likes best."""
   parents_NC, ids_NC, score_NC = candidates
   hidden_NCH = first_hidden(weights, state_NFH, parents_NC, ids_NC)
-  ranker, dtype = weights["ranker"], rule.dtype
+  ranker, dtype = weights.ranker, rule.dtype
   project = lambda x_NFD, w_DU: beam_lib.rows(
     matmul(x_NFD, w_DU, dtype), parents_NC
   )
@@ -188,8 +180,9 @@ def propose(weights, x_ND, beam, *, rule: SearchRule):
 
 def _through_network(weights, beam, residual_NFD, candidates, rule):
   """The pairs that reach the network, and the codewords they become."""
-  of_state = lambda name: matmul(beam.xhat_NFD, weights[name], rule.dtype)
-  state_NFE, state_NFH = of_state("state_TDE"), of_state("state_up_TDH")
+  of_state = lambda w_DE: matmul(beam.xhat_NFD, w_DE, rule.dtype)
+  state_NFE = of_state(weights.state_TDE)
+  state_NFH = of_state(weights.state_up_TDH)
   parents_NC, ids_NC, _ = candidates
   if 0 < rule.num_ranked < ids_NC.shape[1]:
     parents_NC, ids_NC = _rank(
@@ -197,12 +190,12 @@ def _through_network(weights, beam, residual_NFD, candidates, rule):
     )
   words_NCD = network(
     weights,
-    weights["base_TKE"][ids_NC] + beam_lib.rows(state_NFE, parents_NC),
+    weights.base_TKE[ids_NC] + beam_lib.rows(state_NFE, parents_NC),
     first_hidden(weights, state_NFH, parents_NC, ids_NC),
     rule.dtype,
   )
-  if weights["words_TKD"] is not None:
-    words_NCD = words_NCD + weights["words_TKD"][ids_NC]
+  if weights.words_TKD is not None:
+    words_NCD = words_NCD + weights.words_TKD[ids_NC]
   return parents_NC, ids_NC, words_NCD
 
 
@@ -226,17 +219,16 @@ def start(tables, z_ND, lists_N):
 
 def encode_normalised(tables, z_ND, lists_N=None, *, rule: SearchRule):
   """`encode` of normalised vectors, over all steps of `tables`."""
-  steps = per_step(tables)
   if tables.is_ivf and lists_N is None:
     lists_N = nearest(z_ND, tables.first_KD)
-  beam, codes_MNF = _begin(tables, steps, z_ND, lists_N, rule)
-  left = range(len(codes_MNF) - 1, steps["base_TKE"].shape[0])
+  beam, codes_MNF = _begin(tables, z_ND, lists_N, rule)
+  left = range(len(codes_MNF) - 1, tables.steps.base_TKE.shape[0])
   if left:
-    codes_MNF = _search(steps, left, z_ND, beam, codes_MNF, rule)
+    codes_MNF = _search(tables.steps, left, z_ND, beam, codes_MNF, rule)
   return codes_MNF[..., 0].T.astype(jnp.int32)
 
 
-def _begin(tables, steps, z_ND, lists_N, rule):
+def _begin(tables, z_ND, lists_N, rule):
   """The beam after the first codewords, and its codes `[M, N, F]`.
 
   Lists count as codewords. The first network of an IVF model has a step of its
@@ -250,7 +242,7 @@ def _begin(tables, steps, z_ND, lists_N, rule):
   # The one hypothesis must offer enough codewords for the whole beam.
   num = rule.num_candidates and max(rule.num_candidates, rule.beam_size)
   propose_fn = partial(propose, rule=rule.replace(num_candidates=num))
-  first = beam_lib.at_step(steps, 0)
+  first = beam_lib.at_step(tables.steps, 0)
   beam, (parents_NF, ids_NF) = advance(propose_fn, first, z_ND, beam)
   return beam, _extend(lists_N[None, :, None], parents_NF, ids_NF[None])
 

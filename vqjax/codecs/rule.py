@@ -122,9 +122,8 @@ def check(
   """
   b, c, f = rule.beam_size, rule.num_joint_candidates, rule.num_ranked
   check_range("beam_size", b, 1, num_codewords, "codewords of the first step")
-  check_range(
-    "num_candidates", rule.num_candidates, 0, num_codewords, "0 for all"
-  )
+  why = "codewords of a step; 0 for all"
+  check_range("num_candidates", rule.num_candidates, 0, num_codewords, why)
   if rule.num_steps is not None:
     check_range("num_steps", rule.num_steps, 1, num_codes, "code positions")
   if c:

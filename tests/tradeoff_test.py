@@ -14,6 +14,7 @@ from experiments.lib import cli, codecs
 from tests import qinco_cases
 from vqjax.codec import Codec
 from vqjax.codecs import qinco
+from vqjax.codecs.rule import SearchRule
 from vqjax.data import datasets, formats
 from vqjax.interop import faiss_ivf
 from vqjax.storage import codec_file
@@ -77,7 +78,7 @@ def test_tradeoff_measures_both_rules(tmp_path):
     ("published", 4, 2, None),
   ]
   assert [row["evaluations"] for row in rows if row["B"] == 4] == [8, 8]
-  encode_fn = functools.partial(qinco.encode, num_candidates=2, beam_size=4)
+  encode_fn = functools.partial(qinco.encode, rule=SearchRule(2, 4))
   codes_NM = jax.jit(encode_fn)(codec.tables, _vectors())
   error_ND = _vectors() - np.asarray(qinco.decode(codec.tables, codes_NM))
   (row,) = (r for r in rows if r["rule"] == "published" and r["B"] == 4)
@@ -114,7 +115,7 @@ def test_write_stores_the_recommended_rule(tmp_path, caplog):
   encode.run(cli.get_config(encode.OPTIONS, **paths, output=out))
   want_NM = codec.encode(_vectors(), beam_size=2, num_joint_candidates=2)
   np.testing.assert_array_equal(np.load(out), want_NM)
-  tradeoff._store(tmp_path / "codec", codec, found)
+  tradeoff._store(tmp_path / "codec", codec, found, None)
   assert "has this rule already" in caplog.text
   # What the message says restores the rule.
   command = caplog.text.partition("python -c ")[2].partition("\n")[0]
@@ -132,18 +133,18 @@ def test_write_needs_a_codec_of_its_own(tmp_path):
 def test_write_leaves_a_codec_that_was_trained_again(tmp_path):
   paths, (_, other) = _saved(tmp_path), _codec(lambda words_TKD: words_TKD / 2)
   before = other.params.replace(std=2 * other.params.std)
-  row = {"A": 2, "B": 4, "C": None}
+  row = {"A": 2, "B": 4, "C": None, "F": None}
   with pytest.raises(ValueError, match="another codec.*run the command again"):
-    tradeoff._store(tmp_path / "codec", Codec("qinco", before), row)
+    tradeoff._store(tmp_path / "codec", Codec("qinco", before), row, None)
   assert vqjax.load(paths["codec"]).rule.beam_size == 8
 
 
-@pytest.mark.parametrize(("loss", "best"), [(0, 3), (0.2, 2), (5, 1)])
+@pytest.mark.parametrize(("loss", "best"), [(0, 3), (0.2, 2), (5, 5)])
 def test_recommended_are_the_fewest_evaluations_within_the_loss(loss, best):
   values = [(8, 1.2, 0), (16, 1.04, 0), (32, 1.001, 0), (64, 1.0, 0)]
   rows = [
     dict(evaluations=n, mse=mse, F=f, B=4)
-    for n, mse, f in (*values, (16, 1.045, 0), (4, 0.9, 4))
+    for n, mse, f in (*values, (16, 1.045, 0), (12, 1.04, 12))
   ]
   assert tradeoff.recommend(rows, loss) is rows[best]
 

@@ -143,9 +143,7 @@ def test_blocks_and_lists_make_no_difference():
     oracles.ranker_word(params, tables.steps.ranker, 2, k, np.ones(6))
     for k in range(7)
   ]
-  np.testing.assert_allclose(
-    told(whole.steps.ranker), told(parts.steps.ranker), atol=1e-3
-  )
+  np.testing.assert_allclose(told(whole), told(parts), atol=1e-3)
 
 
 def test_a_ranker_of_a_prefix():

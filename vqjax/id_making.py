@@ -123,7 +123,7 @@ def _resolve(codec, vectors, codes_UL, rows_U, resolver, num_fixed, progress):
     return codes_UL, {}
   fixed = int(np.searchsorted(rows_U, num_fixed))
   errors = errors_lib.make_errors(
-    *(codec.spec, codec.tables, vectors, codec._decode_fn("float32")),
+    *(codec.spec, codec.tables, vectors, codec.decoder("float32")),
     rows_N=rows_U - num_fixed,
     num_levels=codes_UL.shape[1],
   )
@@ -173,7 +173,7 @@ def _look(codec, vectors, codes_NL, progress):
   errors_N, checksums_N = np.empty(num), np.empty(num, np.uint64)
   first_D = batches.read_rows(vectors, [0])[0].astype(np.float64)
   sum_D, squares = np.zeros_like(first_D), 0.0
-  decode_fn = codec._decode_fn("float32")
+  decode_fn = codec.decoder("float32")
   with progress_lib.progress(num, "errors", is_shown=progress) as done:
     for at in range(0, num, _BLOCK):
       rows_n = np.arange(at, min(at + _BLOCK, num))
@@ -191,7 +191,7 @@ def _look(codec, vectors, codes_NL, progress):
 
 def _errors(codec, vectors, codes_NL, rows_n) -> np.ndarray:
   """Squared errors `[n]` of these rows."""
-  decode_fn, parts = codec._decode_fn("float32"), [np.zeros(0)]
+  decode_fn, parts = codec.decoder("float32"), [np.zeros(0)]
   for at in range(0, len(rows_n), _BLOCK):
     here = rows_n[at : at + _BLOCK]
     x_nD = batches.read_rows(vectors, here)

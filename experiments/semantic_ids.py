@@ -176,7 +176,10 @@ def _log(report: dict) -> None:
     logging.info("%s\n", cli.table(head, rows))
   found = report.get("resolver", {})
   if "moved" in found:
-    logging.info("%d items moved to another id.", found["moved"])
+    logging.info(
+      "%d items moved to another id, %d of them to another prefix.",
+      *(found["moved"], found.get("moved_before_last", 0)),
+    )
   if found.get("added_error"):
     logging.info("Squared error added: %.3g %%.", 100 * found["added_error"])
   if found.get("left"):
@@ -250,9 +253,8 @@ def _open_mapping(config):
     codes_NL = np.asarray(found[0 : len(found)], np.int64)
     items_N = np.arange(len(codes_NL))
   elif path.is_file():
-    items_N, codes_NL, first = mapping.parse(
-      json_files.read_json(path), str(path)
-    )
+    found = json_files.parse_json(path.read_bytes(), path)
+    items_N, codes_NL, first = mapping.parse(found, str(path))
   else:
     raise FileNotFoundError(f"There is no file or folder {path} to report on.")
   if first:

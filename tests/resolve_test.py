@@ -137,6 +137,17 @@ def test_published_ids_stay(data):
     assert len(np.unique(found, axis=0)) == len(codes)
 
 
+def test_published_ids_that_collide_take_one_place(data):
+  """Of a prefix of 4 ids 4 items have one: 3 are free."""
+  _, _, codes, _ = data
+  _, errors = _errors(data[0], data[1], np.r_[0, 0, 0, 0, np.arange(4)])
+  both = np.concatenate([codes[[0] * 4], codes[[0] * 4]])
+  found, num_early = resolve.nearest(both, errors, num_fixed=4)
+  assert len(np.unique(found[3:], axis=0)) == 5
+  assert num_early > 0  # The fourth found no room.
+  assert (found[4:, :2] == codes[0, :2]).all(axis=1).sum() == 3
+
+
 def test_errors_of_levels_are_those_of_decoded_variants(data, monkeypatch):
   x, books, codes, errors = data
   codec, _ = _errors(x, books)

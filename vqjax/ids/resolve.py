@@ -164,7 +164,9 @@ class _Room:
       self.add(path)
 
   def add(self, path: tuple) -> None:
-    """Counts one more item with this continuation."""
+    """Counts one more item with this continuation, as far as it fits."""
+    if not self.left(path):
+      return
     for i in range(len(path) + 1):
       head = path[:i]
       self._counts[head] = self._counts.get(head, 0) + 1
@@ -244,7 +246,6 @@ def _search(codes_nL, data_nX, errors, first: int, room):
     for b, path in enumerate(beam_BL[:, first:level].tolist()):
       if closed := room.closed(tuple(path)):
         error_BK[b, closed] = np.inf
-    error_BK[np.isinf(error_nF.ravel())] = np.inf
     error_nC = error_BK.reshape(n, -1)
     count = min(WIDTH, error_nC.shape[1])
     best_nF = np.argpartition(error_nC, count - 1, axis=1)[:, :count]

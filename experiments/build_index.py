@@ -65,7 +65,7 @@ OPTIONS = {
     str,
     None,
     "How lists are found: flat, by all distances, or hnsw, by a graph of the "
-    "centroids. If unset, flat below 16,384 lists, where it is faster.",
+    "centroids. If unset, flat below 16,384 lists, as it is faster there.",
   ),
   "metric": cli.Option(
     str,
@@ -99,7 +99,7 @@ _REPORTED = ("num_vectors", "num_lists", "bytes", "rows")
 
 
 class _Source(NamedTuple):
-  """Codes, list numbers first where the codec has lists."""
+  """Codes, list numbers first if the codec has lists."""
 
   num_rows: int
   blocks: Callable  # range of rows -> iterator of codes_NM, in order.
@@ -364,7 +364,7 @@ def _join_descriptions(paths) -> dict:
 
 
 def _join(rows) -> list[list[int]]:
-  """Joins pairs (first, stop) that touch; raises where they overlap."""
+  """Joins pairs (first, stop) that touch; raises if they overlap."""
   joined = []
   for first, stop in sorted(rows):
     if joined and first < joined[-1][1]:
@@ -419,7 +419,7 @@ def _decoders_flag(config, info: dict) -> str:
 
 
 def _data_flags(config, codec=None) -> str:
-  """The flags of a search where the codec does not know base and queries."""
+  """The flags of a search if the codec does not know base and queries."""
   trained_on = codec.info.get("data", {}) if codec else {}
   if trained_on.get("name") or trained_on.get("queries"):
     return ""

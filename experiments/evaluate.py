@@ -9,7 +9,7 @@ r"""Measures a codec: error, recall of exact search in the decoded base, time.
 
 MSE is the squared error per vector: the sum over dimensions, the mean over
 vectors. 1-recall@R is the share of queries whose true nearest neighbour is
-among the first R found. Bytes are those of the code without a list number.
+among the first R found. Bytes are of the code without a list number.
 Without --data the codec's own data set is used. A codec is measured by the rule
 stored with it unless --rule or a size is given. With --multihost every process
 encodes, decodes and searches its part of the base.
@@ -237,7 +237,7 @@ def _measure_baseline(name, codec, num_steps, xt_ND, search) -> dict:
 def _quality(blocks_fn, search, seconds) -> dict:
   """MSE, 1-recall and times of codes, decoded once in blocks.
 
-  The codes are those of this process's share of the base.
+  The codes are of this process's share of the base.
   """
   num_base = len(search.xb_ND)
   mine = devices.process_rows(num_base)

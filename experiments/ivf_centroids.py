@@ -71,14 +71,10 @@ OPTIONS = {
   "start": cli.Option(
     str, "two-level", "two-level, or random: K of the vectors."
   ),
-  "method": cli.Option(str, None, "Gone: leave it out."),
   "seed": cli.Option(int, 0, "The same seed gives the same centroids."),
   "output": cli.Option(str, None, "File to write, .npy."),
-  "resume": cli.Option(
-    bool, False, "With --overwrite: resume what a stopped run has saved."
-  ),
   "overwrite": cli.Option(
-    bool, False, "Replace an existing output; begin anew without --resume."
+    bool, False, "Replace an existing output, and begin anew."
   ),
 }
 _MAX_CENTROIDS = 1 << 20
@@ -140,13 +136,8 @@ def run(config) -> dict:
 
 
 def _check(config):
-  """Opens the vectors; raises before any work where something is wrong."""
+  """Opens the vectors; raises before any work if something is wrong."""
   cli.require(config, *REQUIRED)
-  if config.method is not None:
-    raise ValueError(
-      "--method is gone: JAX finds the nearest centroids, as fast as faiss "
-      "did; leave it out."
-    )
   if config.start not in STARTS:
     raise ValueError(
       f"--start must be one of {', '.join(STARTS)}; got {config.start!r}."
@@ -202,7 +193,7 @@ def describe(config, vectors) -> dict:
 
 def _find_state(config, checkpoint: pathlib.Path, meta: dict) -> State | None:
   """The state to resume from, None to begin."""
-  if not checkpoint.exists() or (config.overwrite and not config.resume):
+  if not checkpoint.exists() or config.overwrite:
     return None
   words_KD, errors, found = _load(checkpoint)
   for name, a, b in files.differences(found, meta):

@@ -16,10 +16,11 @@ runs these commands, each of which can be run alone, and writes into --workdir:
                                  --refiner=rabitq|fastscan
   search      search             search.json, search.png
 
-Steps whose output exists are skipped, so that the same command resumes where it
-was stopped. Output that was made of other files is refused; a file without its
-description is made again. The base is encoded by config.encode; the training
-vectors, of which the decoders need many, by the smaller search of config.model.
+Each command knows the output that it has made, so that the same command resumes
+where it was stopped. Output that was made of other files is refused; a file
+without its description is made again. The base is encoded by config.encode; the
+training vectors, of which the decoders need many, by the smaller search of
+config.model.
 """
 
 import copy
@@ -40,15 +41,10 @@ from experiments import (
 )
 from experiments.lib import cli, errors, search_data, truth
 from vqjax import recipe_qinco
-from vqjax.data import batches, codes, datasets, files, item_ids, json_files
-from vqjax.interop import faiss_fastscan, faiss_io, faiss_ivf
+from vqjax.data import batches, datasets, files, item_ids, json_files
+from vqjax.interop import faiss_io
 from vqjax.search import refiners
-from vqjax.storage import (
-  codec_file,
-  decoder_file,
-  index_folder,
-  refiner_file,
-)
+from vqjax.storage import index_folder
 
 _NUM_FITTED = 1_000_000  # Training vectors for the decoders.
 _SHARD_ROWS = 100_000  # Of the codes; as many are lost by a stop.
@@ -179,15 +175,7 @@ def _find_centroids(config, workdir, dataset) -> None:
     seed=config.seed,
     output=str(path),
   )
-  if _is_there(path):
-    found = _described(path)
-    vectors = datasets.open_split(dataset, "train", max_vectors=num_rows)
-    wanted = cli.get_config(ivf_centroids.OPTIONS, **values)
-    wanted = ivf_centroids.describe(wanted, vectors)
-    wanted["num_iterations"] = config.ivf.num_iterations
-    _check_made_of(path, found, wanted)
-  else:
-    _run(ivf_centroids, **values, overwrite=path.exists(), resume=True)
+  _run(ivf_centroids, **values)
   config.ivf.centroids = str(path)
 
 
@@ -215,13 +203,6 @@ def _small_search(config) -> dict:
 
 
 def _fit_decoders(config, workdir, dataset) -> None:
-  path = workdir / "decoders.safetensors"
-  if _is_there(path, is_described=False):
-    found, of_codes = decoder_file.load(path), workdir / "train_codes"
-    wanted = codes.load_manifest(of_codes)["codec_fingerprint"]
-    name = "codec_fingerprint"
-    _check_made_of(path, {name: found.codec_fingerprint}, {name: wanted})
-    return
   num_vectors = min(dataset.num_train or _NUM_FITTED, _NUM_FITTED)
   x_ND = datasets.open_split(dataset, "train", max_vectors=num_vectors)
   num_rows, _ = batches.split(len(x_ND), config.data.validation_size)
@@ -232,60 +213,36 @@ def _fit_decoders(config, workdir, dataset) -> None:
     num_vectors=num_vectors,
     num_held_out=len(x_ND) - num_rows,
     codes=str(workdir / "train_codes"),
-    output=str(path),
+    output=str(workdir / "decoders.safetensors"),
   )
 
 
 def _build_index(workdir, dataset) -> None:
-  # Vectors of the cosine have length 1 and are compared by l2.
-  metric = "ip" if dataset.metric == "ip" else "l2"
-  path, decoders = workdir / "index.faiss", workdir / "decoders.safetensors"
-  if _is_there(path):
-    manifest = codes.load_manifest(workdir / "codes")
-    codewords = decoder_file.load(decoders).additive
-    wanted = {
-      "codec_fingerprint": manifest["codec_fingerprint"],
-      "decoders_fingerprint": codec_file.fingerprint(codewords),
-      "data": manifest["data"],
-      "ids_checksum": manifest.get("ids_checksum"),
-      "rows": [[0, manifest["shape"][0]]],
-      "metric": metric,
-    }
-    _check_made_of(path, faiss_ivf.load(path, mmap=True).info, wanted)
-    return
   _run(
     build_index,
     codec=str(workdir / "codec"),
     codes=str(workdir / "codes"),
-    decoders=str(decoders),
-    metric=metric,
-    output=str(path),
-    overwrite=path.exists(),
+    decoders=str(workdir / "decoders.safetensors"),
+    # Vectors of the cosine have length 1 and are compared by l2.
+    metric="ip" if dataset.metric == "ip" else "l2",
+    output=str(workdir / "index.faiss"),
   )
 
 
 def _make_refiner(workdir, dataset, kind: str) -> str:
   """Returns the file of the refiner, which is made if it is missing."""
-  index = workdir / "index.faiss"
-  name, load_fn = {
-    "rabitq": ("refiner.safetensors", refiner_file.load),
-    "fastscan": ("refiner.faiss", faiss_fastscan.load),
-  }[kind]
-  path = workdir / name
-  if _is_there(path, is_described=kind == "fastscan"):
-    load_fn(path, faiss_ivf.load(index, mmap=True).info)
-    return str(path)
+  suffix = {"rabitq": ".safetensors", "fastscan": ".faiss"}[kind]
+  path = str(workdir / f"refiner{suffix}")
   values = {"codec": str(workdir / "codec")} if kind == "fastscan" else {}
   _run(
     refiner,
     kind=kind,
-    index=str(index),
+    index=str(workdir / "index.faiss"),
     data=dataset.base,
-    output=str(path),
-    overwrite=path.exists(),
+    output=path,
     **values,
   )
-  return str(path)
+  return path
 
 
 def _write_manifest(workdir, dataset, refiner_path: str | None) -> None:
@@ -309,48 +266,21 @@ def _search(workdir, options):
     index=str(workdir / "index.faiss"),
     decoders=str(workdir / "decoders.safetensors"),
     output=str(workdir / "search.json"),
-    resume=(workdir / "search.json").exists(),
     **options,
   )
 
 
-def _is_there(path, *, is_described: bool = True) -> bool:
-  """Whether a step is done; files without their descriptions do not count."""
-  if not path.exists():
-    return False
-  if is_described and not files.description_path(path).exists():
-    logging.warning("%s has no description next to it: it is made again.", path)
-    return False
-  logging.info("%s is there already.", path)
-  return True
-
-
-def _described(path) -> dict:
-  """The description of a file; raises ValueError where one is damaged."""
-  beside = files.description_path(path)
-  try:
-    found = json_files.read_json(beside)
-    files.check_file(path, found)
-  except ValueError as error:
-    raise ValueError(
-      f"{error} Remove {path} and {beside.name}, and the same command makes "
-      "them anew."
-    ) from error
-  return found
-
-
-def _check_made_of(path, found: dict, wanted: dict) -> None:
-  """Raises ValueError if a file was made of something else."""
-  for name, value in wanted.items():
-    if found.get(name) != value:
-      raise ValueError(
-        f"{path} was made with {name}={found.get(name)}, but now it is "
-        f"{value}: remove it, and the same command makes it anew."
-      )
-
-
 def _run(command, **values):
-  """Runs a command as its flags would."""
+  """Runs a command as its flags would.
+
+  An output without its description, which a killed run of an earlier version
+  may have left, is made again.
+  """
+  output = pathlib.Path(values["output"])
+  is_alone = output.exists() and not files.description_path(output).exists()
+  if output.suffix in (".npy", ".faiss") and is_alone:
+    logging.warning("%s has no description: it is made again.", output)
+    values["overwrite"] = True
   flags = [
     f"--{name}={value}"
     for name, value in values.items()
@@ -358,8 +288,14 @@ def _run(command, **values):
   ]
   name = command.__spec__.name.rpartition(".")[2]
   logging.info("%s", shlex.join(["vqjax", name, *flags]))
-  with errors.without_next_steps():
-    return command.run(values)
+  try:
+    with errors.without_next_steps():
+      return command.run(values)
+  except FileExistsError as error:
+    said = str(error).partition("; choose another name")[0]
+    raise ValueError(
+      f"{said}: remove it, and the same command makes it anew."
+    ) from error
 
 
 if __name__ == "__main__":

@@ -7,19 +7,18 @@ r"""Divides vectors into parts, and joins the QINCos of the parts to one codec.
   vqjax pq_qinco --recombine --output=runs/pq_qinco
   vqjax evaluate --codec=runs/pq_qinco --split=validation
 
---prepare writes part-0.npy, part-1.npy, ...: float32 `[N, D / P]`, consecutive
+--prepare writes part-0.npy, part-1.npy, ...: float32, consecutive
 dimensions of the vectors. --opq rotates the vectors first, by a matrix that
 faiss learns. Run again, the same command keeps the finished parts and makes the
 others. prepared.json describes them.
 
 The parts are trained separately, on one machine or many, all with the same
-options. A code is that of part 0, then that of part 1, and so on: it has P x
-`config.model.num_steps` positions.
+options. A code is the code of part 0, then of part 1, and so on: it has
+`config.model.num_steps` positions of each part.
 
 --recombine checks that each codec was trained on its part, writes
 codec.safetensors into the same folder and measures it on the held-out vectors.
-To join other codecs use --parts=a,b,c [--rotation=r.npy] [--data=learn.bvecs]
-with an --output that was not prepared.
+If they lie elsewhere, --parts=a,b,c names them.
 
 Reference: arXiv 2401.14732, section 3.3.
 """
@@ -29,10 +28,10 @@ import pathlib
 import shlex
 
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 
 from experiments.lib import cli, pq_parts
+from vqjax import fitting
 from vqjax.codec import Codec
 from vqjax.codecs import pq_qinco
 from vqjax.data import batches, datasets, files, formats
@@ -51,7 +50,7 @@ OPTIONS = {
     int, None, "Use only the first vectors, this many."
   ),
   "num_blocks": cli.Option(
-    int, None, "P, number of parts; a divisor of the dimensions."
+    int, None, "Number of parts; a divisor of the dimensions."
   ),
   "opq": cli.Option(bool, False, "Learn a rotation first (OPQ, by faiss)."),
   "seed": cli.Option(int, 0, "Draws the vectors that --opq learns from."),
@@ -59,14 +58,11 @@ OPTIONS = {
   "parts": cli.Option(
     str, None, "Codecs of the parts, a,b,c; codec-0, ... in --output if unset."
   ),
-  "rotation": cli.Option(
-    str, None, "For --parts: orthonormal .npy `[D, D]`; parts are of x @ it."
-  ),
   "overwrite": cli.Option(bool, False, "Replace an existing codec."),
 }
 _BELONGS = {  # Options that only one of the two has.
   "prepare": ("num_vectors", "num_blocks", "opq", "seed"),
-  "recombine": ("parts", "rotation", "overwrite"),
+  "recombine": ("parts", "overwrite"),
 }
 
 
@@ -98,18 +94,13 @@ def _recombine(config) -> dict:
       raise ValueError(
         f"{path} is a {part.name} codec; the parts must be of codec qinco."
       )
-    if prepared:
-      _check_trained_on(pq_parts.part_path(folder, block), path, part)
+    _check_trained_on(pq_parts.part_path(folder, block), path, part)
   params = pq_qinco.recombine(
     [part.params for part in parts],
     None if rotation_DD is None else jnp.asarray(rotation_DD),
   )
-  info = _make_info(
-    paths, parts, config.data or prepared.get("source"), vectors
-  )
-  if vectors is not None:
-    mse = _held_out_mse(params, info, vectors)
-    info["training"]["validation_mse"] = mse
+  info = _make_info(paths, parts, config.data or prepared["source"], vectors)
+  info["training"]["validation_mse"] = _held_out_mse(params, info, vectors)
   file = codec_file.save_codec(
     folder, "pq_qinco", params, info=info, overwrite=config.overwrite
   )
@@ -118,25 +109,14 @@ def _recombine(config) -> dict:
 
 
 def _find_parts(config, folder):
-  """Paths of the codecs, prepared.json (empty without one), and rotation."""
-  paths = [path.strip() for path in (config.parts or "").split(",") if path]
+  """Paths of the codecs, prepared.json, and rotation."""
   if not (folder / pq_parts.PREPARED_NAME).exists():
-    if not paths:
-      raise FileNotFoundError(
-        f"{folder} has no {pq_parts.PREPARED_NAME}: run --prepare first, or "
-        "name the codecs by --parts=a,b,c."
-      )
-    rotation_DD = (
-      pq_parts.read_rotation(config.rotation) if config.rotation else None
-    )
-    return paths, {}, rotation_DD
-  if config.rotation:
-    raise ValueError(
-      f"{folder} was prepared, and says itself how it was rotated: leave "
-      "--rotation out."
+    raise FileNotFoundError(
+      f"{folder} has no {pq_parts.PREPARED_NAME}: run --prepare first."
     )
   prepared = pq_parts.load_prepared(folder)
   num = prepared["num_blocks"]
+  paths = [path.strip() for path in (config.parts or "").split(",") if path]
   paths = paths or [pq_parts.codec_path(folder, block) for block in range(num)]
   if len(paths) != num:
     raise ValueError(
@@ -146,22 +126,19 @@ def _find_parts(config, folder):
 
 
 def _open_source(config, prepared: dict):
-  """Opens the vectors that the parts were cut from; None if not known."""
-  path = config.data or prepared.get("source")
-  if path is None:
-    return None
+  """Opens the vectors that the parts were cut from."""
+  path = config.data or prepared["source"]
   if not config.data and not os.path.exists(path):
     raise FileNotFoundError(
       f"The parts were cut from {path}, which is not there any more: say by "
       "--data=FILE where it is."
     )
-  limit = prepared.get("num_vectors")
   vectors = formats.open_vectors(
-    path, max_vectors=limit, role="training vectors"
+    path, max_vectors=prepared["num_vectors"], role="training vectors"
   )
   found = {"num_vectors": len(vectors), **files.identify(vectors)}
   for name, value in found.items():
-    if prepared and prepared[name] != value:
+    if prepared[name] != value:
       raise ValueError(
         f"{path} is not what the parts were cut from: {name} is {value}, it "
         f"was {prepared[name]}."
@@ -181,7 +158,7 @@ def _check_trained_on(part, path, codec) -> None:
 
 
 def _is_same(recorded: str, part: pathlib.Path) -> bool:
-  """Compares two files, by their names where one has been moved away."""
+  """Compares two files, by their names if one has been moved away."""
   if not (os.path.exists(recorded) and part.exists()):
     return pathlib.Path(recorded).name == part.name
   found, wanted = map(formats.open_vectors, (recorded, part))
@@ -205,7 +182,7 @@ def _make_info(paths, parts, source, vectors) -> dict:
         )
     if part.info.get("encode") != first.get("encode"):
       logging.warning(
-        "%s was made to be encoded with %s; those of %s are taken: %s.",
+        "%s was made to be encoded with %s; the options of %s are taken: %s.",
         *(path, part.info.get("encode"), paths[0], first.get("encode")),
       )
   if first.get("metric") == "cosine":
@@ -218,54 +195,37 @@ def _make_info(paths, parts, source, vectors) -> dict:
   info = {name: first[name] for name in ("metric", "scale") if name in first}
   info |= {"encode": first.get("encode", {})}
   info |= {"training": {"seconds": round(sum(seconds), 1)}}
-  if vectors is not None:
-    data = first.get("data", {}) | dict.fromkeys(("name", *datasets.SPLITS))
-    num = data.get("num_train") or len(vectors)
-    info["data"] = data | {"train": os.path.abspath(source), "num_train": num}
-  return info
+  data = first.get("data", {}) | dict.fromkeys(("name", *datasets.SPLITS))
+  num = data.get("num_train") or len(vectors)
+  data |= {"train": os.path.abspath(source), "num_train": num}
+  return info | {"data": data}
 
 
 def _held_out_mse(params, info: dict, vectors) -> float:
   """Squared error per vector, of the held-out rows."""
-  data, codec = info["data"], Codec("pq_qinco", params, info)
-  formats.check_vectors(
-    vectors[:1], dim=pq_qinco.dim(params), name=data["train"]
-  )
+  data = info["data"]
   rest = [data["validation_size"]] if "validation_size" in data else []
   _, held_out = batches.split(min(data["num_train"], len(vectors)), *rest)
-  encode_fn, block_size = codec.encoder(codec.rule)
-  decode_fn = codec.decoder()
-
-  def errors(x_ND):
-    return jnp.sum((x_ND - decode_fn(encode_fn(x_ND))) ** 2, axis=-1)
-
-  rows = range(held_out.start, held_out.stop)
-  with cli.progress(len(rows), "held-out vectors") as done:
-    blocks = batches.map_blocks(
-      errors, vectors, block_size=block_size, rows=rows, progress=done
-    )
-    error_N = np.concatenate([error_N for _, error_N in blocks])
-  return float(np.mean(error_N, dtype=float))
+  num = held_out.stop - held_out.start
+  with cli.progress(num, "held-out vectors") as done:
+    codec = Codec("pq_qinco", params, info)
+    return fitting.held_out_mse(codec, vectors, held_out, done)
 
 
 def _log_recombined(folder, parts, info: dict) -> None:
   """Says what was written, how good it is and what to do next."""
   scale, output = info.get("scale", 1), shlex.quote(str(folder))
-  quality, split = "not measured: --data is not known", ""
-  if "data" in info:
-    mse, split = info["training"]["validation_mse"], " --split=validation"
-    quality = cli.number(mse * scale)
-    of_parts = [p.info.get("training", {}).get("validation_mse") for p in parts]
-    if None not in of_parts:
-      total = cli.number(sum(of_parts) * scale)
-      quality += f"; those of the parts add up to {total}"
+  quality = cli.number(info["training"]["validation_mse"] * scale)
+  of_parts = [p.info.get("training", {}).get("validation_mse") for p in parts]
+  if None not in of_parts:
+    total = cli.number(sum(of_parts) * scale)
+    quality += f"; the parts' add up to {total}"
   logging.info(
     "One codec of %d parts in %s: %s, %s. Its validation MSE: %s.\nNext:\n"
-    "  vqjax evaluate --codec=%s%s\n"
+    "  vqjax evaluate --codec=%s --split=validation\n"
     "  vqjax encode --codec=%s --data=FILE --output=codes.npy",
     *(len(parts), folder, codec_file.TENSORS_NAME),
-    *(codec_file.HEADER_NAME, quality),
-    *(output, split or " --data=FILE", output),
+    *(codec_file.HEADER_NAME, quality, output, output),
   )
 
 

@@ -27,7 +27,7 @@ are the microseconds per query of each stage. decoded is the number of vectors
 that the network decoded per query; one that several queries share counts once.
 
 Times are with all threads; --threads=1 keeps JAX and faiss to one CPU.
-Bytes are those of a vector in the lists, without its id. IVF-RaBitQ takes one
+Bytes are of a vector in the lists, without its id. IVF-RaBitQ takes one
 bit for each dimension of the randomly rotated vector, plus 8 bytes.
 
 --decode_all needs no index: it decodes all codes by the network and searches
@@ -120,8 +120,8 @@ OPTIONS = {
     str,
     "auto",
     "Type of the products of scan and network: float32, bfloat16, or auto: "
-    "bfloat16 on accelerators and on CPUs that have it (avx512_bf16), where "
-    "they take half as long. Sums and distances are float32.",
+    "bfloat16 on accelerators and on CPUs that have it (avx512_bf16): "
+    "they take half as long there. Sums and distances are float32.",
   ),
   "rounds": cli.Option(int, 3, "Rounds per point, of which the best counts."),
   "baselines": cli.Option(
@@ -148,9 +148,6 @@ OPTIONS = {
     "Also write the results of all queries at the fastest setting within 1 % "
     "of the best recall: .npy of ids, or .parquet with distances.",
   ),
-  "resume": cli.Option(
-    bool, False, "With --overwrite: keep the points that are there."
-  ),
   "overwrite": cli.Option(bool, False, "Replace existing outputs."),
 }
 _LEAST_RECALL = 0.02  # Below it an unchecked ground truth is doubted.
@@ -168,7 +165,7 @@ def run(config) -> dict:
   cli.require(config, "codec", "output")
   if config.codes:
     raise ValueError("--codes are for --decode_all; an index has its own.")
-  resume = config.resume or not config.overwrite
+  resume = not config.overwrite
   search_record.check_output(config.output, resume=resume)
   if config.results:
     search_results.check_output(config.results, config.overwrite)
@@ -230,13 +227,11 @@ def _open_folder(config):
       config[name] = paths[name]
   config.index = paths["index"]
   config.output = config.output or str(folder / "search.json")
-  # The same command again takes up the points that are missing.
-  config.resume = config.resume or not config.overwrite
   return config
 
 
 def _check_rows(config, ids_N) -> None:
-  """Raises ValueError unless ids are rows, as those of a ground truth are."""
+  """Raises ValueError unless ids are rows, as in a ground truth."""
   if not np.array_equal(np.sort(ids_N), np.arange(len(ids_N))):
     raise ValueError(
       f"The ids in {config.index} are not rows 0 to {len(ids_N) - 1} of a "
@@ -425,7 +420,7 @@ def _summarise(config, record, data) -> None:
 
 
 def _doubt(data, recall: float) -> None:
-  """Warns if the true neighbours may be those of others, unchecked."""
+  """Warns if the true neighbours, unchecked, may be of other files."""
   if data.base is None and recall < _LEAST_RECALL:
     logging.warning(
       "The best 1-recall@1 is %.4f: does --groundtruth belong to --queries and "

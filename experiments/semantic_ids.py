@@ -219,7 +219,7 @@ def _report(config) -> dict:
   items_N, codes_NL, sizes = _open_mapping(config)
   vectors = rows_N = None
   if config.data:
-    dataset = datasets.own_dataset(base=config.data)
+    dataset = datasets.resolve(base=config.data)
     vectors = datasets.open_split(dataset, "base", role="items")
     ids_R = None
     if config.ids:

@@ -132,7 +132,7 @@ def _with_ranker(codec, rule: SearchRule, x_ND):
 def recommend(rows: list[dict], loss: float) -> dict:
   """The row of fewest evaluations whose error is within `loss` percent.
 
-  Of equal ones that of the least error.
+  Of equal ones the one of least error.
   """
   most = min(row["mse"] for row in rows) * (1 + loss / 100)
   fit = [row for row in rows if row["mse"] <= most]

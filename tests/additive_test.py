@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import fits
 from vqjax.codecs import additive
 from vqjax.codecs.additive import AdditiveParams
 
@@ -31,7 +32,7 @@ def test_decodes_what_dense_least_squares_does():
   codes_NM, target_ND = _case()
   hot = _one_hot(codes_NM, 4)
   words = np.linalg.lstsq(hot, target_ND.astype(np.float64))[0]
-  params = additive.fit(codes_NM, target_ND, 4, ridge=1e-6)
+  params = fits.additive(codes_NM, target_ND, 4, ridge=1e-6)
   assert params.codebooks_MKD.dtype == jnp.float32
   np.testing.assert_allclose(
     additive.decode(params, codes_NM), hot @ words, atol=1e-4
@@ -43,7 +44,7 @@ def test_the_ridge_is_a_vector_of_zeros_for_each_word():
   hot = np.concatenate([_one_hot(codes_NM, 4), np.sqrt(2.5) * np.eye(12)])
   zeros = np.zeros((12, target_ND.shape[1]))
   words = np.linalg.lstsq(hot, np.concatenate([target_ND, zeros]))[0]
-  params = additive.fit(codes_NM, target_ND, 4, ridge=2.5)
+  params = fits.additive(codes_NM, target_ND, 4, ridge=2.5)
   np.testing.assert_allclose(
     params.codebooks_MKD, words.reshape(3, 4, -1), atol=1e-5
   )
@@ -51,10 +52,10 @@ def test_the_ridge_is_a_vector_of_zeros_for_each_word():
 
 def test_blocks_change_nothing():
   codes_NM, target_ND = _case()
-  whole = additive.fit(codes_NM, target_ND, 4)
-  parts = additive.fit(codes_NM, target_ND, 4, block_size=7)
+  whole = fits.additive(codes_NM, target_ND, 4)
+  parts = fits.additive(codes_NM, target_ND, 4, block_size=7)
   one_by_one = ((codes_NM[i:][:1], target_ND[i:][:1]) for i in range(60))
-  for params in (parts, additive.fit_blocks(one_by_one, 4)):
+  for params in (parts, additive.fit(one_by_one, 4)):
     np.testing.assert_allclose(
       params.codebooks_MKD, whole.codebooks_MKD, atol=1e-5
     )
@@ -62,7 +63,7 @@ def test_blocks_change_nothing():
 
 def test_words_that_no_code_names_are_zero():
   codes_NM, target_ND = _case()
-  params = additive.fit(codes_NM, target_ND, 6)
+  params = fits.additive(codes_NM, target_ND, 6)
   books = np.asarray(params.codebooks_MKD)
   assert (books[:, 4:] == 0).all()
   assert (books[:, :4] != 0).all()
@@ -80,18 +81,16 @@ def test_decode_adds_words():
 
 def test_refuses_what_does_not_fit():
   codes_NM, target_ND = _case()
-  with pytest.raises(ValueError, match=r"target must have shape \(60, None\)"):
-    additive.fit(codes_NM, target_ND[:59], 4)
-  with pytest.raises(ValueError, match=r"codes must have shape .*got \(60,\)"):
-    additive.fit(codes_NM[:, 0], target_ND, 4)
+  with pytest.raises(ValueError, match=r"target must have shape \(60, 5\)"):
+    fits.additive(codes_NM, target_ND[:59], 4)
   late_NM = np.where(np.arange(60)[:, None] < 40, codes_NM % 3, 3)
   with pytest.raises(ValueError, match="Code 3 in row 40, column 0 must lie"):
-    additive.fit(late_NM, target_ND, 3, block_size=16)
+    fits.additive(late_NM, target_ND, 3, block_size=16)
   with pytest.raises(ValueError, match="ridge must be positive, got 0"):
-    additive.fit(codes_NM, target_ND, 4, ridge=0)
+    fits.additive(codes_NM, target_ND, 4, ridge=0)
   with pytest.raises(ValueError, match="at least 1 vector, got 0"):
-    additive.fit_blocks([], 4)
+    additive.fit([], 4)
   with pytest.raises(ValueError, match="3 codes of 8000 codewords are 24000"):
-    additive.fit(codes_NM, target_ND, 8000)
+    fits.additive(codes_NM, target_ND, 8000)
   with pytest.raises(ValueError, match=r"codes must have shape \(None, 3\)"):
-    additive.decode(additive.fit(codes_NM, target_ND, 4), codes_NM[:, :2])
+    additive.decode(fits.additive(codes_NM, target_ND, 4), codes_NM[:, :2])

@@ -9,7 +9,7 @@ import pytest
 import vqjax
 from experiments import build_index, encode, search
 from experiments.lib import cli, codecs
-from tests import qinco_cases
+from tests import fits, qinco_cases
 from vqjax.codecs import additive, pq, rq
 from vqjax.data import codes, item_ids
 from vqjax.data.files import description_path, write_json
@@ -53,7 +53,7 @@ def _make(folder, num_lists, seed=0, metric="l2"):
   write_json(folder / "codes.npy.json", meta)
   lists_N = codes_NM[:, 0] if is_ivf else np.zeros(NUM, np.int32)
   target_ND = x_ND - codec.centroids[lists_N]
-  words = additive.fit(codes_NM[:, is_ivf:], target_ND, K)
+  words = fits.additive(codes_NM[:, is_ivf:], target_ND, K)
   decoder_file.save(
     folder / "decoders.safetensors",
     words,

@@ -235,7 +235,7 @@ def test_refuses_files_of_others(tmp_path):
     ("{", "has a damaged header"),
     ("[]", "has a damaged header: .* expected an object, got list"),
     ("[" * 3000 + "]" * 3000, "has a damaged header: .* more than 64 brackets"),
-    ('{"format": "other"}', "must have a header of format 'vqjax codec'"),
+    ('{"format": "other"}', "must have format 'vqjax codec'"),
   ):
     safetensors_numpy.save_file({}, path, metadata={"vqjax": text})
     with pytest.raises(ValueError, match=said):
@@ -267,7 +267,7 @@ def test_refuses_changed_arrays(folder):
 @pytest.mark.parametrize(
   ("change", "said"),
   [
-    ({"version": 2}, "has format version 2, this vqjax .* reads version 1"),
+    ({"version": 2}, "has version 2, this vqjax .* reads version 1"),
     ({"codec": "vae"}, "holds codec 'vae', which this vqjax does not know; it"),
     ({"codec": "rq"}, "is no codec 'rq': it lacks the array codebooks_MKD"),
     ({"codec": ["a"]}, "holds codec .*which this vqjax does not know"),

@@ -5,7 +5,9 @@ does not optimise them, and all processes of a run share what was compiled.
 `XLA_FLAGS= pytest` compiles as users do.
 """
 
+import fcntl
 import os
+import pathlib
 import shutil
 import tempfile
 
@@ -21,6 +23,10 @@ if _OWN_CACHE:  # In the first process; its workers and commands inherit it.
   os.environ[_CACHE] = _OWN_CACHE
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
   os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+_TRAINED = "VQJAX_TESTS_TRAINED"
+_OWN_TRAINED = None if _TRAINED in os.environ else tempfile.mkdtemp()
+if _OWN_TRAINED:  # As the cache.
+  os.environ[_TRAINED] = _OWN_TRAINED
 
 import faiss  # noqa: E402
 import jax  # noqa: E402
@@ -30,8 +36,21 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_unconfigure():
-  if _OWN_CACHE:
-    shutil.rmtree(_OWN_CACHE, ignore_errors=True)
+  for folder in filter(None, (_OWN_CACHE, _OWN_TRAINED)):
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def run_dir():
+  """The run folder of `qinco2_s:smoke`, trained once for all processes."""
+  from configs import qinco2_s
+  from experiments import train
+
+  folder = pathlib.Path(os.environ[_TRAINED]) / "qinco2_s"
+  with open(f"{folder}.lock", "w") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)  # Who comes later finds it finished.
+    train.run(qinco2_s.get_config("smoke"), folder)
+  return str(folder)
 
 
 @pytest.fixture(scope="module")

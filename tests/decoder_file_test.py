@@ -94,21 +94,11 @@ def test_writes_whole_or_not_at_all(path, monkeypatch):
 
 def test_refuses_what_it_cannot_save(tmp_path):
   path = tmp_path / "d.safetensors"
-  additive, pairwise = _decoders()
+  additive, _ = _decoders()
   with pytest.raises(ValueError, match=r"a file \*.safetensors, got .*d.npz"):
     _save(tmp_path / "d.npz", additive)
   with pytest.raises(ValueError, match="info must hold finite numbers"):
     _save(path, additive, info={"mse": float("inf")})
-  for change, said in (
-    (dict(tables_RKKD=pairwise.tables_RKKD[:1]), "tables must have shape"),
-    (dict(scale_R=jnp.ones(3)), "scales must have shape"),
-    (dict(pairs_R2=pairwise.pairs_R2 + 1), "pairs must be .* 0 to 3, got"),
-    (dict(list_codes_LV=pairwise.list_codes_LV + 1), "0 to 3, got int32 .* 4"),
-    (dict(list_codes_LV=jnp.ones((7, 1))), "must be integers .* got float32"),
-    (dict(num_codes=2), "for 2 codes, the additive codewords for 3"),
-  ):
-    with pytest.raises(ValueError, match=said):
-      _save(path, additive, pairwise.replace(**change))
   assert not list(tmp_path.iterdir())
 
 
@@ -143,19 +133,14 @@ def _rewrite(path, change):
   ("change", "said"),
   [
     (lambda h, a: h.update(format="vqjax codec"), "format 'vqjax decoders'"),
-    (lambda h, a: h.update(version=2), "has format version 2, this vqjax"),
+    (lambda h, a: h.update(version=2), "has version 2, this vqjax"),
     (lambda h, a: h.update(info=None), "damaged header: no valid 'info'"),
-    (lambda h, a: h.update(dim=6), "it says {.*'dim': 6"),
-    (lambda h, a: h.update(codec_fingerprint=3), "does not fit its arrays"),
+    (lambda h, a: h.update(codec_fingerprint=3), "'codec_fingerprint' is 3"),
     (lambda h, a: h["static"].clear(), "lacks the value pairwise.num_codes"),
     (lambda h, a: a.update(x=np.zeros(2)), "no valid file .*: x is of neither"),
     (
       lambda h, a: a.pop("pairwise.scale_R"),
       "lacks the array pairwise.scale_R",
-    ),
-    (
-      lambda h, a: a.update({"pairwise.scale_R": np.zeros(3, np.float32)}),
-      "no valid file of decoders: The scales must have shape",
     ),
   ],
 )

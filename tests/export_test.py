@@ -9,7 +9,7 @@ import pytest
 
 from experiments import encode, export
 from experiments.lib import cli, codecs
-from tests import oracles
+from tests import fits, oracles
 from vqjax.codecs import additive, pq, rq
 from vqjax.data import codes, files
 from vqjax.interop import faiss_io
@@ -140,7 +140,7 @@ def test_many_blocks_and_no_vectors(folder, tmp_path, monkeypatch):
 def decoders(folder, tmp_path):
   """Additive words for codes of the RQ codec."""
   codes_NM = _random_codes(tmp_path / "codes.npy", (200, 4))
-  params = additive.fit(codes_NM, np.load(folder / "x.npy"), 8)
+  params = fits.additive(codes_NM, np.load(folder / "x.npy"), 8)
   path = tmp_path / "decoders.safetensors"
   codec = codecs.open_codec(str(folder / "rq"))
   decoder_file.save(path, params, codec_fingerprint=codec.fingerprint, info={})

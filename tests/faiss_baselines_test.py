@@ -6,8 +6,9 @@ import faiss
 import numpy as np
 import pytest
 
+from tests import fits
 from vqjax.data import formats
-from vqjax.interop import faiss_baselines, faiss_io, faiss_ivf
+from vqjax.interop import faiss_baselines, faiss_io
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -19,7 +20,7 @@ def _data(n=600, d=16, seed=0):
 
 def _like(coarse="flat", d=16, m=4, k=16, num_lists=8):
   rng = np.random.default_rng(1)
-  return faiss_ivf.make_index(
+  return fits.make_index(
     _data(num_lists, d, seed=2),
     rng.normal(size=(m, k, d)).astype(np.float32),
     norm_range=(0.0, 9.0),

@@ -4,6 +4,7 @@ import faiss
 import numpy as np
 import pytest
 
+from tests import fits
 from vqjax.data import files
 from vqjax.interop import faiss_fastscan, faiss_ivf
 
@@ -20,7 +21,7 @@ CENTROIDS_LD = _data(L, seed=9)
 
 
 def _like(coarse="flat", d=D, metric="l2"):
-  return faiss_ivf.make_index(
+  return fits.make_index(
     _data(L, d, seed=9),
     _data(2 * 16, d, seed=8).reshape(2, 16, d),
     norm_range=(0.0, 9.0),
@@ -159,7 +160,7 @@ def test_rows_are_what_centroid_and_words_add_up_to(num_lists, num_codewords):
   rng = np.random.default_rng(0)
   centroids_LD = _data(num_lists, seed=9)
   words_MKD = _data(3 * num_codewords, seed=8).reshape(3, num_codewords, D)
-  index = faiss_ivf.make_index(
+  index = fits.make_index(
     centroids_LD, words_MKD, norm_range=(0.0, 99.0), coarse="flat"
   )
   lists_N = rng.integers(0, num_lists, 60)
@@ -183,7 +184,7 @@ def test_parts_are_those_of_a_learned_rotation_far_from_zero():
   spread_D = np.array([4, 4, 4, 4, 0.1, 0.1, 0.1, 0.1])
   x_ND = (_data() * spread_D @ turn_DD + 300).astype(np.float32)
   index = faiss_fastscan.fit(
-    faiss_ivf.make_index(
+    fits.make_index(
       x_ND[:L],
       _data(2 * 16, seed=8).reshape(2, 16, D),
       norm_range=(0.0, 9.0),

@@ -4,7 +4,7 @@ import faiss
 import numpy as np
 import pytest
 
-from tests import oracles
+from tests import fits, oracles
 from vqjax.data import files
 from vqjax.interop import faiss_ivf, faiss_lists
 
@@ -42,7 +42,7 @@ def _words(case):
 def _empty(case, **kwargs):
   books = case["codebooks_MKD"]
   kwargs = {"coarse": "flat"} | kwargs
-  return faiss_ivf.make_index(case["centroids_LD"], books, **kwargs)
+  return fits.make_index(case["centroids_LD"], books, **kwargs)
 
 
 def _bounds(case):
@@ -119,7 +119,7 @@ def test_plain_faiss_searches_the_file(metric, coarse, k, num_lists, tmp_path):
   sign = -1 if metric == "ip" else 1
   best_QR = sign * np.sort(sign * want_QN, axis=1)[:, :50]
   np.testing.assert_allclose(distances_QR, best_QR, rtol=1e-4, atol=1e-3)
-  again = faiss_ivf.search(
+  again = fits.stock_search(
     made, case["xq_QD"], 50, nprobe=num_lists, ef_search=32
   )
   np.testing.assert_array_equal(again[1], ids_QR)
@@ -128,7 +128,7 @@ def test_plain_faiss_searches_the_file(metric, coarse, k, num_lists, tmp_path):
 def test_search_looks_into_nprobe_lists():
   case = _case()
   index = _filled(case)
-  _, ids_QR = faiss_ivf.search(index, case["xq_QD"], NUM, nprobe=2)
+  _, ids_QR = fits.stock_search(index, case["xq_QD"], NUM, nprobe=2)
   lists_QP, _ = faiss_ivf.coarse_search(index, case["xq_QD"], 2)
   for ids_R, lists_P in zip(ids_QR, lists_QP, strict=True):
     want = case["ids_N"][np.isin(case["lists_N"], lists_P)]
@@ -322,7 +322,7 @@ def test_a_graph_finds_the_same_lists_with_effort():
   )
   assert (least_N != most_N).any()
   least_QR, most_QR = (
-    faiss_ivf.search(filled, x_ND, 1, nprobe=1, ef_search=effort)[1]
+    fits.stock_search(filled, x_ND, 1, nprobe=1, ef_search=effort)[1]
     for effort in (1, 500)
   )
   assert (least_QR != most_QR).any()
@@ -338,7 +338,7 @@ def test_lists_of_vectors(kind, monkeypatch):
     case["centroids_LD"], kind, progress=lambda *at: seen.append(at)
   )
   assert seen == [(64, 100), (100, 100)]
-  lists_N = faiss_ivf.assign_lists(coarse, x_ND, ef_search=100)
+  lists_N = faiss_ivf.assign_lists(coarse, x_ND)
   assert lists_N.dtype == np.int32
   np.testing.assert_array_equal(
     lists_N, oracles.nearest(x_ND.astype(np.float32), case["centroids_LD"])
@@ -356,7 +356,7 @@ def test_what_is_kept_finds_lists_but_no_vectors():
     faiss_ivf.coarse_search(kept, case["xq_QD"], 3), want, strict=True
   ):
     np.testing.assert_array_equal(a, b)
-  _, ids_QR = faiss_ivf.search(kept, case["xq_QD"], 5, nprobe=3)
+  _, ids_QR = fits.stock_search(kept, case["xq_QD"], 5, nprobe=3)
   assert (ids_QR == -1).all()
 
 
@@ -455,7 +455,6 @@ def test_codes_out_of_range_are_refused(values, match):
   [
     ({"coarse": "tree"}, "coarse must be one of .* got 'tree'"),
     ({"metric": "cosine"}, "metric must be one of .* got 'cosine'"),
-    ({"norm_range": (3.0, 2.0)}, r"norms in order, got \(3.0, 2.0\)"),
   ],
 )
 def test_options_that_make_no_sense_are_refused(kwargs, match):
@@ -467,14 +466,14 @@ def test_sizes_that_do_not_fit_are_refused():
   case = _case()
   books, bounds = case["codebooks_MKD"], (1.0, 2.0)
   with pytest.raises(ValueError, match="power of two .* got 15"):
-    faiss_ivf.make_index(case["centroids_LD"], books[:, :15], norm_range=bounds)
+    fits.make_index(case["centroids_LD"], books[:, :15], norm_range=bounds)
   with pytest.raises(ValueError, match=r"\(None, 12\), got \(9, 11\)"):
-    faiss_ivf.make_index(case["centroids_LD"][:, :11], books, norm_range=bounds)
+    fits.make_index(case["centroids_LD"][:, :11], books, norm_range=bounds)
   index = _empty(case)
   with pytest.raises(ValueError, match="between 1 and 9, got 10"):
     faiss_ivf.coarse_search(index, case["xq_QD"], 10)
   with pytest.raises(ValueError, match=r"\(None, 12\), got \(7, 3\)"):
-    faiss_ivf.search(index, case["xq_QD"][:, :3], 1, nprobe=1)
+    faiss_ivf.coarse_search(index, case["xq_QD"][:, :3], 1)
   with pytest.raises(ValueError, match="got 0"):
     faiss_ivf.merge([])
 

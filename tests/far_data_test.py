@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import ivf_centroids
-from tests import oracles
+from tests import fits, oracles
 from vqjax.codecs import additive, distances, kmeans, pairwise, pq, rq
 from vqjax.interop import faiss_io, faiss_ivf, searchers
 from vqjax.search import ivf
@@ -179,7 +179,7 @@ def test_kmeans_and_codecs_of_faiss(offset):
 def test_additive_and_pairwise_decoders(offset):
   x_ND, _ = _pair(offset)
   codes_NM = np.random.default_rng(5).integers(0, 8, (400, 3))
-  fit = lambda x_ND: additive.fit(codes_NM, x_ND, 8)
+  fit = lambda x_ND: fits.additive(codes_NM, x_ND, 8)
   params = fit(x_ND)
   near_ND = x_ND - np.float32(offset)
   want = _error(near_ND, additive.decode(fit(near_ND), codes_NM))
@@ -224,7 +224,7 @@ def test_scan(offset, num_lists, by_residual):
   found = _scan(index, xq_QD, num_lists)
   searches = [(*found, 0.06)]
   if by_residual or not offset:  # faiss has no centre for whole vectors.
-    stock = faiss_ivf.search(index, xq_QD, 10, nprobe=num_lists)
+    stock = fits.stock_search(index, xq_QD, 10, nprobe=num_lists)
     searches.append((*stock, 0.3))
   for near_QR, ids_QR, most in searches:
     true_QR = np.take_along_axis(want_QN, ids_QR.astype(int), axis=1)

@@ -152,7 +152,6 @@ def test_stopped_and_resumed_equals_uninterrupted(
   assert not pathlib.Path(config.output).exists()
   with np.load(_checkpoint(config)) as file:
     assert len(file["errors"]) == num_passes
-  config.resume = num_passes == 0  # With the flag or without.
   record = ivf_centroids.run(config)
   assert pathlib.Path(config.output).read_bytes() == (
     pathlib.Path(whole.output).read_bytes()
@@ -197,12 +196,12 @@ def test_resume_refuses_another_run(values, message, data, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
       ivf_centroids.run(config)
   with pytest.raises(ValueError, match=message):
-    ivf_centroids.run(_config(data, **values, resume=True))
+    ivf_centroids.run(_config(data, **values))
   assert _checkpoint(config).exists()
 
 
 def test_resume_refuses_other_data_and_damage(data, monkeypatch):
-  config = _config(data, resume=True)
+  config = _config(data)
   x_ND = np.load(data)
   for vectors, words_KD, said in (
     (x_ND + 1, x_ND[:9], "checksum_of_sample"),
@@ -227,7 +226,6 @@ def test_resume_refuses_other_data_and_damage(data, monkeypatch):
     (dict(num_centroids=301), "between 1 and 300, got 301: .*300 vectors"),
     (dict(num_centroids=0), "--num_centroids is needed"),
     (dict(num_vectors=5), "between 1 and 5, got 9"),
-    (dict(method="faiss"), "--method is gone: .* leave it out"),
     (dict(start="best"), "--start must be one of two-level.* got 'best'"),
     (dict(output="centroids.txt"), r"must end in \.npy"),
     (dict(num_iterations=-1), "between 0 and 100000, got -1"),
@@ -276,8 +274,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path):
     message = process.stderr.read()
   assert process.returncode == 130
   assert "Saved " in message
-  assert "again, with --resume" in message
+  assert "Run the same command again." in message
   assert "Traceback" not in message
-  call("part.npy", "--resume")
+  call("part.npy")
   whole, part = (tmp_path / f"{name}.npy" for name in ("whole", "part"))
   assert whole.read_bytes() == part.read_bytes()

@@ -12,6 +12,7 @@ from experiments import encode, ivf_centroids, ivf_pipeline
 from vqjax.codecs import kmeans
 from vqjax.data import datasets
 from vqjax.interop import searchers
+from vqjax.storage import decoder_file
 
 FEW = dict(nprobe="1,8", num_pairwise="0,20", num_network="0,10")
 
@@ -113,7 +114,10 @@ def test_a_damaged_description_is_one_sentence(workdir, text):
   before = path.read_text()
   path.write_text(text)
   try:
-    with pytest.raises(ValueError, match="Remove .*centroids.npy and .*.json"):
+    with pytest.raises(
+      ValueError,
+      match="centroids.npy.json exists already and is damaged.*: remove it",
+    ):
       ivf_pipeline.run(_config(), str(workdir), k=10, **FEW)
   finally:
     path.write_text(before)
@@ -122,10 +126,10 @@ def test_a_damaged_description_is_one_sentence(workdir, text):
 @pytest.mark.parametrize(
   ("name", "values", "text"),
   [
-    ("centroids.npy.json", {"seed": 5}, "seed=5, but now it is 0"),
-    ("index.faiss.json", {"decoders_fingerprint": "f"}, "fingerprint=f, but"),
-    ("index.faiss.json", {"data": None}, "data=None, but now it is .'dim'"),
-    ("index.faiss.json", {"rows": [[0, 9]]}, r"9\]\], but now it is .*500"),
+    ("centroids.npy.json", {"seed": 5}, "seed=5, now it is 0"),
+    ("index.faiss.json", {"decoders_fingerprint": "f"}, "fingerprint=f, now"),
+    ("index.faiss.json", {"data": None}, "data=None, now it is .'dim'"),
+    ("index.faiss.json", {"rows": [[0, 9]]}, r"9\]\], now it is .*500"),
   ],
 )
 def test_what_was_made_of_something_else_is_refused(
@@ -141,9 +145,9 @@ def test_what_was_made_of_something_else_is_refused(
 
 
 def test_decoders_of_another_codec_are_refused(workdir, monkeypatch):
-  other = ivf_pipeline.decoder_file.load(workdir / "decoders.safetensors")
-  other = other._replace(codec_fingerprint="another")
-  monkeypatch.setattr(ivf_pipeline.decoder_file, "load", lambda path: other)
+  other = decoder_file.describe(workdir / "decoders.safetensors")
+  other["codec_fingerprint"] = "another"
+  monkeypatch.setattr(decoder_file, "describe", lambda path: other)
   with pytest.raises(ValueError, match="decoders.* with .*another, .*remove"):
     ivf_pipeline.run(_config(), str(workdir), k=10, **FEW)
 
@@ -169,7 +173,7 @@ def test_stopped_centroids_are_resumed_and_commands_can_be_copied(
   ivf_pipeline._find_centroids(config, workdir, dataset)
   assert np.load(path).shape == (8, 128)
   command = [line for line in said if line.startswith("vqjax ")][-1]
-  assert f"'--output={path}' --resume=True" in command
+  assert command.endswith(f"'--output={path}'")
   assert "None" not in command
 
 
@@ -181,7 +185,7 @@ def test_codes_are_made_in_shards(workdir, tmp_path, monkeypatch):
     encode, "run", lambda config: shards.append(config["shards"]) or run(config)
   )
   config = _config()
-  ivf_pipeline._encode(config, tmp_path, ivf_pipeline._resolve(config))
+  ivf_pipeline._encode(config, tmp_path, ivf_pipeline._resolve(config), None)
   assert shards == [3, 6]  # Of 500 and 1,200 rows.
 
 
@@ -197,7 +201,6 @@ def test_an_index_has_the_metric_of_the_data(workdir, monkeypatch):
   monkeypatch.setattr(
     ivf_pipeline, "_run", lambda *command, **values: made.append(values)
   )
-  monkeypatch.setattr(ivf_pipeline, "_is_there", lambda *_, **__: False)
   for metric, wanted in (("ip", "ip"), ("cosine", "l2"), ("l2", "l2")):
     dataset = types.SimpleNamespace(metric=metric)
     ivf_pipeline._build_index(workdir, dataset)

@@ -139,10 +139,10 @@ def test_short_calls_are_repeated(monkeypatch):
 def test_picture_is_written(tmp_path):
   path = tmp_path / "points.png"
   series = {"one": _points(seed=1), "two": _points(seed=2)}
-  plots.plot_operating_points(path, series, least_recall=0.5)
+  plots.plot_panels(path, {"recall": series})
   first = path.read_bytes()
   assert first.startswith(b"\x89PNG")
-  plots.plot_operating_points(path, {"one": _points(seed=1)})
+  plots.plot_panels(path, {"recall": {"one": _points(seed=1)}})
   second = path.read_bytes()
   assert second != first
   panels = {"one": {"a": _points(seed=1)}, "two": {"a": _points(seed=2)}}
@@ -155,6 +155,6 @@ def test_nothing_to_measure_or_draw_is_refused(tmp_path):
   with pytest.raises(ValueError, match="got 3, 10 and 0"):
     operating_points.measure({}, [], float, 10)
   with pytest.raises(ValueError, match="no series .* got 0"):
-    plots.plot_operating_points(tmp_path / "x.png", {})
+    plots.plot_panels(tmp_path / "x.png", {"recall": {}})
   with pytest.raises(ValueError, match="no series .* got 0"):
     plots.plot_panels(tmp_path / "x.png", {})

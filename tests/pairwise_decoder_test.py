@@ -9,7 +9,7 @@ import pytest
 
 from experiments import encode, pairwise_decoder
 from experiments.lib import cli, codecs
-from tests import commands, qinco_cases
+from tests import commands, fits, qinco_cases
 from vqjax.codecs import additive, pairwise, pq, pq_qinco
 from vqjax.data import codes
 from vqjax.storage import codec_file, decoder_file, tensors
@@ -54,7 +54,7 @@ def _reference(given, num_tables):
   target_ND = x_ND - centroids_LD[lists_N]
   rows_N, num_train = pairwise_decoder._draw(NUM, 100)
   train, held = rows_N[:num_train], rows_N[num_train:]
-  words = additive.fit(own_NM[train], target_ND[train], K)
+  words = fits.additive(own_NM[train], target_ND[train], K)
   sizes_L = np.bincount(lists_N[train], minlength=LISTS)
   tables = pairwise.fit(
     words,

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import fits
 from vqjax.codecs import additive, pairwise
 from vqjax.codecs.pairwise import SHRINKAGES, PairwiseParams
 
@@ -85,7 +86,7 @@ def _oracle(words, codes_NM, target_ND, more_NV, num_tables):
 )
 def test_pairs_and_tables_are_those_of_greedy_loops(has_lists, num_tables):
   codes_NM, target_ND, lists_N = _case()
-  start = additive.fit(codes_NM, target_ND, K)
+  start = fits.additive(codes_NM, target_ND, K)
   options, more_NV = {}, np.zeros((NUM, 0), int)
   if has_lists:
     options = dict(lists_N=lists_N, list_codes_LV=LIST_CODES)
@@ -125,7 +126,7 @@ def test_decode_sums_rows_in_float32():
 
 def test_other_vectors_are_decoded_better_than_by_words():
   codes_NM, target_ND, lists_N = _case(600)
-  start = additive.fit(codes_NM, target_ND, K)
+  start = fits.additive(codes_NM, target_ND, K)
   params = pairwise.fit(
     start, codes_NM, target_ND, lists_N=lists_N, list_codes_LV=LIST_CODES
   )
@@ -143,7 +144,7 @@ def test_pairs_that_mean_nothing_decode_like_words():
   books = rng.normal(size=(3, 16, 5))
   x_ND = sum(books[m][codes_NM[:, m]] for m in range(3))
   x_ND = (x_ND + rng.normal(size=x_ND.shape)).astype(np.float32)
-  start = additive.fit(codes_NM[:200], x_ND[:200], 16)
+  start = fits.additive(codes_NM[:200], x_ND[:200], 16)
   params = pairwise.fit(start, codes_NM[:200], x_ND[:200])
   mse = lambda xhat_ND: ((x_ND[200:] - np.asarray(xhat_ND)) ** 2).sum(1).mean()
   words = mse(additive.decode(start, codes_NM[200:]))
@@ -159,7 +160,7 @@ def test_every_code_is_in_a_table():
   x_ND = sum(words[m, codes_NM[:, m]] for m in range(4))
   for i in range(2):
     x_ND += table[i, codes_NM[:, 0], codes_NM[:, 1 + i]]
-  start = additive.fit(codes_NM, x_ND, K)
+  start = fits.additive(codes_NM, x_ND, K)
   pairs = lambda r: pairwise.fit(
     start, codes_NM, x_ND, num_tables=r
   ).pairs_R2.tolist()
@@ -171,7 +172,7 @@ def test_large_and_small_vectors_keep_their_precision():
   codes_NM, target_ND, _ = _case()
   decoded = []
   for factor in (1, 2.0**24, 2.0**-24):
-    start = additive.fit(codes_NM, factor * target_ND, K)
+    start = fits.additive(codes_NM, factor * target_ND, K)
     params = pairwise.fit(start, codes_NM, factor * target_ND)
     decoded.append(pairwise.decode(params, codes_NM) / factor)
   np.testing.assert_array_equal(decoded[1], decoded[0])
@@ -216,7 +217,7 @@ def test_numbers_of_tables():
 
 def test_progress_counts_tables():
   codes_NM, target_ND, _ = _case()
-  start, seen = additive.fit(codes_NM, target_ND, K), []
+  start, seen = fits.additive(codes_NM, target_ND, K), []
   pairwise.fit(
     start, codes_NM, target_ND, progress=lambda *args: seen.append(args)
   )
@@ -225,7 +226,7 @@ def test_progress_counts_tables():
 
 def test_refuses_what_does_not_fit():
   codes_NM, target_ND, lists_N = _case()
-  start = additive.fit(codes_NM, target_ND, K)
+  start = fits.additive(codes_NM, target_ND, K)
   fit = lambda *args, **options: pairwise.fit(start, *args, **options)
   with pytest.raises(ValueError, match=r"target must have shape \(80, 2\)"):
     fit(codes_NM, target_ND[:5])
@@ -256,7 +257,7 @@ def test_tables_end_where_they_do_not_pay():
 
   def fit(target_ND):
     x_ND = target_ND.astype(np.float32)
-    words = additive.fit(codes_NM[:1500], x_ND[:1500], k)
+    words = fits.additive(codes_NM[:1500], x_ND[:1500], k)
     return x_ND, pairwise.fit(
       words,
       codes_NM[:1500],

@@ -112,7 +112,7 @@ def test_which_settings_are_valid(files, tmp_path):
   with pytest.raises(ValueError, match="--num_refined needs a refiner"):
     _search(files, **none, refiner=None, num_refined="5")
   with pytest.raises(ValueError, match="measured with refiner .*, now it is"):
-    _search(files, **at, refiner=None, resume=True)
+    _search(files, **at, refiner=None)
 
 
 def test_what_does_not_fit_is_refused(files, tmp_path):

@@ -130,7 +130,7 @@ def test_which_settings_are_valid(files, tmp_path):
   # Points of other signs, or of none, do not go into the same record.
   other = tmp_path / "other.safetensors"
   _make(files, other, seed=1)
-  at |= {"num_network": "0", "resume": True}
+  at |= {"num_network": "0"}
   with pytest.raises(ValueError, match="measured with refiner .*, now it is"):
     _search(files, **at | {"refiner": str(other)}, num_refined="0,12")
   at["refiner"] = None

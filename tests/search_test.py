@@ -10,8 +10,8 @@ import pytest
 
 from experiments import build_index, search
 from experiments.lib import cli, codecs, search_measure
-from tests import commands, qinco_cases
-from vqjax.codecs import additive, pairwise, rq
+from tests import commands, fits, qinco_cases
+from vqjax.codecs import pairwise, rq
 from vqjax.data import codes, formats
 from vqjax.data.files import write_json
 from vqjax.interop import searchers
@@ -55,7 +55,7 @@ def _make(folder, is_ivf):
   write_json(folder / "codes.npy.json", meta)
   lists_N = codes_NM[:, 0] if is_ivf else np.zeros(NUM, np.int32)
   target_ND = x_ND - codec.centroids[lists_N]
-  words = additive.fit(codes_NM[:, is_ivf:], target_ND, K)
+  words = fits.additive(codes_NM[:, is_ivf:], target_ND, K)
   tables = pairwise.fit(words, codes_NM[:, 1:], target_ND) if is_ivf else None
   decoder_file.save(
     folder / "decoders.safetensors",
@@ -154,7 +154,7 @@ def test_points_are_printed_as_they_are_measured(small, capsys, monkeypatch):
   assert num_printed == [0] + [1] * (len(points) - 1)
   (last,) = capsys.readouterr().out.splitlines()
   assert json.loads(last) == points[-1]
-  assert _run(small | {"resume": True})["points"] == points
+  assert _run(small)["points"] == points
   assert capsys.readouterr().out == ""
 
 
@@ -213,7 +213,7 @@ def test_resume_measures_what_is_missing(small, monkeypatch):
   assert after[:1] == before
   settings = [json.dumps(p["setting"]) for p in after]
   assert len(settings) == len(set(settings)) > 1
-  again = _run(small | {"resume": True})["points"]
+  again = _run(small)["points"]
   assert again == after
   whole = path.read_text()
   for text, said in (
@@ -247,14 +247,14 @@ def test_baselines_on_the_same_lists(small, ivf):
   }  # fmt: skip
   assert [row["series"] for row in _latency(small)] == list(by_series)
   # Without them, their points and times stay.
-  again = _run(small | {"baselines": "", "resume": True})
+  again = _run(small | {"baselines": ""})
   assert again["points"] == result["points"]
   assert {row["series"] for row in _latency(small)} == set(by_series)
   # Those of other vectors do not go into the same record.
   other = str(pathlib.Path(small["output"]).with_name("other.npy"))
   np.save(other, _load(small, "x.npy")[::-1])
   with pytest.raises(ValueError, match="measured with baselines .*, now it is"):
-    _run(small | {"train": other, "resume": True})
+    _run(small | {"train": other})
   top = max(p["recall"]["1-recall@10"] for p in result["points"]
             if p["series"] == "IVF-RaBitQ")  # fmt: skip
   assert top > 0.5  # 10 of 500 at random would be 0.02.
@@ -277,19 +277,19 @@ def test_baselines_without_times_of_single_queries(small, ivf, monkeypatch):
     _run(small)
   assert [row["series"] for row in _latency(small)] == ["qinco"]
   before = json.loads(pathlib.Path(small["output"]).read_text())["points"]
-  after = _run(small | {"resume": True})
+  after = _run(small)
   assert after["points"] == before
   assert {row["series"] for row in _latency(small)} == {"qinco", "IVF-PQ"}
   # Nothing is trained any more.
   monkeypatch.delattr(search.search_data, "fit_baselines")
-  assert _run(small | {"resume": True})["points"] == before
+  assert _run(small)["points"] == before
   path = pathlib.Path(small["output"])
   record = json.loads(path.read_text())
   for row in record["latency"]:  # Times of what is not the best are none.
     row["setting"]["nprobe"] = 7 - row["setting"]["nprobe"]
   path.write_text(json.dumps(record))
   with pytest.raises(AttributeError, match="fit_baselines"):
-    _run(small | {"resume": True})
+    _run(small)
 
 
 def test_a_codec_without_lists(plain, tmp_path):

@@ -152,7 +152,7 @@ def test_recommended_are_the_fewest_evaluations_within_the_loss(loss, best):
 def test_vectors_are_spread_over_the_file(tmp_path, monkeypatch):
   monkeypatch.setattr(tradeoff, "_FITTED", 30)
   paths = _saved(tmp_path)
-  dataset = datasets.own_dataset(base=paths["data"])
+  dataset = datasets.resolve(base=paths["data"])
   x_ND, others_ND = tradeoff._read(_config(num_vectors=70), dataset)
   assert (len(x_ND), len(others_ND)) == (70, 30)
   rows = {row.tobytes(): i for i, row in enumerate(_vectors())}

@@ -35,7 +35,7 @@ def _check(folder, x_ND, xq_QD, ids_QG, metric="l2", num_vectors=N, **limits):
   for name, values in files.items():
     np.save(folder / f"{name}.npy", np.ascontiguousarray(values))
     files[name] = str(folder / f"{name}.npy")
-  dataset = datasets.own_dataset(**files, metric=metric, **limits)
+  dataset = datasets.resolve(**files, metric=metric, **limits)
   opened, sizes = truth.of_dataset(dataset)
   return evaluation.read_ids(opened, num_vectors, sizes)
 

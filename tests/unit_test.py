@@ -18,7 +18,7 @@ def _oracle(x_ND):
 
 @pytest.mark.parametrize("split", ["train", "base", "queries"])
 def test_vectors_of_a_cosine_are_of_length_1(split, path):
-  dataset = datasets.own_dataset(metric="cosine", **{split: path})
+  dataset = datasets.resolve(metric="cosine", **{split: path})
   opened, want_ND = datasets.open_split(dataset, split), _oracle(np.load(path))
   assert (len(opened), opened.shape, opened.dtype) == (50, (50, 6), np.float32)
   for rows in (slice(3, 20), slice(None), slice(40, None, 3), [7, 2, 7]):
@@ -31,7 +31,7 @@ def test_vectors_of_a_cosine_are_of_length_1(split, path):
 
 
 def test_another_metric_leaves_them_as_they_are(path):
-  dataset = datasets.own_dataset(metric="ip", base=path)
+  dataset = datasets.resolve(metric="ip", base=path)
   opened = datasets.open_split(dataset, "base")
   np.testing.assert_array_equal(opened[:], np.load(path))
 

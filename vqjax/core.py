@@ -3,22 +3,21 @@
 Array names end in their axes, one letter each (`x_ND`, `codes_NM`):
 
   N vectors              Q queries               D dimensions
-  E network width        H hidden width          J residual blocks
+  E inner dimensions     H hidden width          J residual blocks
   U low-rank width       T steps with a network  M code positions
   K codewords per position                       S dims per sub-vector
   A candidates per hypothesis                    F beam width
   C candidates           R results               G true neighbours
   L lists                P probed lists          V codes of a centroid
   I tiles of a scan      W 32-bit words          B bits, bytes, slots in one
-  Z entries of a table   X any shape             1 a kept axis
+  Z entries of a table   Y parts of a vector     1 a kept axis
+  X any shape
 
-A few modules use a letter for something else:
+Inner dimensions are those that a map makes of D: a network, a reduction, a
+rotation. Two modules use a letter for something else:
 
-  E  dimensions after a rotation or reduction, in `hakes`, `residual_bits`
   G  features of a candidate, in `qinco_ranker`
-  P  parts of a PQ-QINCo, in `pq_qinco`
   R  tables of the pairwise decoder, in `pairwise`: its files hold this name
-  U  distinct vectors of the samples, in `hakes_learner`
 
 A small letter is a part of an axis: `x_nD` is a block of `x_ND`.
 """

@@ -78,7 +78,7 @@ def _processes_of(environ) -> tuple[str | None, int | None, int | None]:
 
 
 def _local_devices_of(environ) -> list[int] | None:
-  """The accelerator of this process where torchrun starts one for each."""
+  """The accelerator of this process if torchrun starts one for each."""
   if int(environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
     return [int(environ["LOCAL_RANK"])]
   return None
@@ -95,7 +95,7 @@ def limit_cpus(count: int) -> None:
   """Keeps all threads of this process to its first `count` CPUs.
 
   To be called before JAX is used, which takes as many threads as it finds
-  CPUs. Where the system cannot do it (macOS) nothing happens.
+  CPUs. If the system cannot do it (macOS), nothing happens.
 
   Raises:
     ValueError: The process has fewer CPUs.

@@ -2,7 +2,7 @@
 
 The ground truth is the file that was given, once it is checked against queries
 and base (`truth_check`), else what an exact search finds. A `Truth` measures
-recall; vectors that are equally near count alike where the base is at hand.
+recall; vectors that are equally near count alike if the base is at hand.
 """
 
 import numpy as np
@@ -81,10 +81,10 @@ class Truth:
     return values
 
   def num_ties(self) -> int:
-    """Queries where several vectors are as near as a neighbour that counts.
+    """Queries for which vectors tie with a neighbour that counts.
 
-    The nearest, and the last that recall asks for. Where the list ends with
-    it, those are known that a search has found.
+    The nearest, and the last that recall asks for. If the list ends with
+    it, only ties that a search has found are known.
     """
     if self._base is None:
       return 0
@@ -168,7 +168,7 @@ class Truth:
 
 
 def faiss_metric(metric: str) -> str:
-  """How vectors are compared: by "ip", those of length 1, for "cosine"."""
+  """How vectors are compared: by "ip", at length 1, for "cosine"."""
   return "ip" if metric == "cosine" else metric
 
 
@@ -177,10 +177,8 @@ def read_ids(files: Files, num_vectors: int, sizes=()) -> np.ndarray | None:
 
   That is if there is none, or one of more rows than `num_vectors`.
 
-  Args:
-    files: Open files.
-    num_vectors: The first rows of the base, which are searched.
-    sizes: Other numbers of first rows that a ground truth may be of.
+  The first `num_vectors` of the base are searched; `sizes` are other numbers of
+  first rows that a ground truth may be of.
 
   Raises:
     ValueError: The ground truth is not of these files.
@@ -224,13 +222,10 @@ def open_truth(
 
   Says how many queries have none.
 
-  Args:
-    files: See `read_ids`, as `num_vectors` and `sizes`.
-    num_vectors: The number of vectors that are searched.
-    base: These vectors, an open file; None if they are not at hand.
-    sizes: Other numbers of rows that the ground truth may be of.
-    num: The most neighbours of a query that a recall asks for.
-    is_shown: Whether an exact search shows a progress line.
+  `base` are the vectors that are searched, an open file, None if they are not
+  at hand. `num` is the most neighbours of a query that a recall asks for;
+  `is_shown` shows a progress line of an exact search. For the others see
+  `read_ids`.
   """
   xq_QD = batches.read_rows(files.queries, np.arange(len(files.queries)))
   ids_QG = read_ids(files, num_vectors, sizes)

@@ -94,14 +94,9 @@ class Index:
   ):
     """Takes the parts as they are.
 
-    Args:
-      codec: What made the codes.
-      faiss_index: From `faiss_ivf`.
-      metric: "l2", "ip" or "cosine".
-      pairwise_params: `pairwise.PairwiseParams`, or None.
-      refiner: `ResidualBits`, `faiss_fastscan.Loaded`, or None.
-      settings: Of encoding, for `add`.
-      items_N: Item ids, where the ids in the lists are row numbers.
+    `faiss_index` is from `faiss_ivf`; `settings` of encoding are for `add`. The
+    refiner is `ResidualBits`, `faiss_fastscan.Loaded`, or None. `items_N` are
+    item ids, if the ids in the lists are row numbers.
     """
     self.codec, self.metric = codec, metric
     self.settings = dict(settings or {})
@@ -216,7 +211,7 @@ class Index:
       **settings: Of `search`, as `nprobe=16`.
 
     Returns:
-      `1-recall@R` for R of 1, 10 and 100 up to `k`, `knn_recall@10` where `k`
+      `1-recall@R` for R of 1, 10 and 100 up to `k`, `knn_recall@10` if `k`
       and G are 10 or more, and `queries_per_second`.
     """
     opened = open_for(queries, self.dim, self.metric, "queries")
@@ -354,7 +349,7 @@ class Index:
     return np.concatenate(lists).astype(np.int64), codes_NM
 
   def make_refiner(self, kind: str, vectors, ids_N, seed: int) -> None:
-    """Makes the refiner of vectors, which are those of the index."""
+    """Makes the refiner of the vectors in the index."""
     contents = faiss_lists.contents(self._faiss)
     read_fn = _make_read_fn(vectors, ids_N, contents)
     self._searcher = None

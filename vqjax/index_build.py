@@ -54,12 +54,10 @@ def build_index(
     ids: Distinct integers `[N]`, 0 or more, or text; a column of the Parquet
       file `x`, or a file, see `vqjax.data.item_ids`; None for 0, 1, ...
     metric: "l2", "ip" or "cosine"; None for the codec's.
-    refiner: "rabitq" for more recall, "fastscan" for more speed, None for none;
-      see `vqjax.search.refiners`.
+    refiner: "rabitq" for more recall, "fastscan" for more speed, or None.
     coarse: "flat" or "hnsw", how lists are found; None for flat below 16,384.
-    num_tables: Tables of the pairwise decoder, 0 for none; None for those that
-      pay on held-out vectors. Only codecs that are no sums of codewords have
-      one.
+    num_tables: Tables of the pairwise decoder, which only codecs that are no
+      sums of codewords have; None for those that pay on held-out vectors.
     seed: Of k-means and of the rotation of rabitq.
     progress: Shows progress lines.
     **settings: Fields of `vqjax.codecs.rule.SearchRule`, see `Codec.encode`.
@@ -68,14 +66,9 @@ def build_index(
     ValueError: Vectors, ids or settings do not fit; before any work.
   """
   codec = codec if isinstance(codec, Codec) else load_codec(codec)
-  own = codec.info.get("metric") or "l2"
-  metric = metric or own
+  metric = metric or codec.info.get("metric") or "l2"
   _check_choices(metric=(metric, METRICS), refiner=(refiner, refiners.KINDS))
-  if (metric == "cosine") != (own == "cosine"):
-    raise ValueError(
-      f"metric={metric!r} does not fit a codec that was trained for {own}: for "
-      "the cosine vectors are made of length 1. Train a codec for this metric."
-    )
+  _check_metric(codec, metric)
   codec.check_settings(settings, _ARGUMENTS)
   decoders_lib.check_sizes(codec.codebook_sizes[codec.is_ivf :], codec.name)
   vectors = open_for(x, codec.dim, metric)
@@ -85,12 +78,8 @@ def build_index(
   num_lists = _check_lists(codec, num_lists, len(vectors))
   _check_refiner(refiner, metric, codec, len(vectors))
   codes_NM = codec.encode(vectors, progress=progress, **settings)
-  centroids_LD = codec.centroids
-  if not codec.is_ivf and num_lists > 1:
-    centroids_LD = _fit_centroids(vectors, num_lists, seed)
-  codewords, pairwise_params = _fit_decoders(
-    codec, vectors, codes_NM, num_tables
-  )
+  centroids_LD = _centroids(codec, vectors, num_lists, seed)
+  codewords, tables = _fit_decoders(codec, vectors, codes_NM, num_tables)
   faiss_index = faiss_ivf.make_index(
     centroids_LD,
     np.asarray(codewords.codebooks_MKD),
@@ -99,12 +88,7 @@ def build_index(
     by_residual=codec.is_ivf,
   )
   index = Index(
-    codec,
-    faiss_index,
-    metric,
-    pairwise_params,
-    settings=settings,
-    items_N=items_N,
+    *(codec, faiss_index, metric, tables), settings=settings, items_N=items_N
   )
   index.append(vectors, codes_NM, ids_N)
   if refiner is not None:
@@ -129,6 +113,16 @@ def _check_choices(**values) -> None:
       raise ValueError(
         f"{name} must be one of {', '.join(choices)}; got {value!r}."
       )
+
+
+def _check_metric(codec: Codec, metric: str) -> None:
+  """Raises ValueError if the codec was trained for another kind of vectors."""
+  own = codec.info.get("metric") or "l2"
+  if (metric == "cosine") != (own == "cosine"):
+    raise ValueError(
+      f"metric={metric!r} does not fit a codec that was trained for {own}: for "
+      "the cosine vectors are made of length 1. Train a codec for this metric."
+    )
 
 
 def _check_refiner(refiner: str | None, metric: str, codec, num: int) -> None:
@@ -170,7 +164,10 @@ def default_lists(num: int) -> int:
   return min(1 << power, max(num // _LEAST_PER_LIST, 1))
 
 
-def _fit_centroids(vectors, num_lists: int, seed: int) -> np.ndarray:
+def _centroids(codec, vectors, num_lists: int, seed: int) -> np.ndarray:
+  """The codec's own, or k-means of a sample."""
+  if codec.is_ivf or num_lists == 1:
+    return codec.centroids
   x_ND = batches.subsample(vectors, _PER_LIST * num_lists, seed)
   return np.asarray(kmeans.fit(jax.random.key(seed), x_ND, num_lists))
 

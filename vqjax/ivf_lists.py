@@ -4,7 +4,7 @@ Both are made once, before the first step, and lie in the run folder, so that a
 resumed run uses the same: `centroids.npy` float32 `[L, D]` in data
 units and `lists.npy` int32 `[N]`, the list of every training vector. Next to
 each, in `*.npy.json`, is what it was made of; until the first checkpoint it is
-made anew where that has changed.
+made anew if that has changed.
 """
 
 import contextlib
@@ -20,7 +20,6 @@ from vqjax.data import (
   batches,
   files,
   formats,
-  json_files,
   numpy_files,
   unit,
 )
@@ -46,19 +45,7 @@ def prepare(config, workdir: pathlib.Path, xt_ND, num_rows: int):
     {"assign": config.ivf.assign, "centroids": _identify(centroids_LD)} | data,
     lambda: _assign(config, xt_ND, centroids_LD),
   )
-  _check_lists(workdir, lists_N, (len(xt_ND),), len(centroids_LD))
   return np.asarray(centroids_LD), batches.WithLists(xt_ND, lists_N)
-
-
-def _check_lists(workdir, lists_N, shape, num_lists: int) -> None:
-  """Raises ValueError unless each vector has one of the lists."""
-  is_whole = lists_N.shape == shape and lists_N.dtype.kind in "iu"
-  if not is_whole or not 0 <= lists_N.min() <= lists_N.max() < num_lists:
-    raise ValueError(
-      f"{workdir / 'lists.npy'} is damaged: it must hold a number of 0 to "
-      f"{num_lists - 1} for each of {shape[0]} vectors; remove it to make it "
-      "anew."
-    )
 
 
 def _kept(path: pathlib.Path, made_of: dict, make_fn) -> np.ndarray:
@@ -68,10 +55,14 @@ def _kept(path: pathlib.Path, made_of: dict, make_fn) -> np.ndarray:
     ValueError: The training has begun with it, and it is of something else or
       damaged.
   """
-  is_begun = (path.parent / "checkpoints").exists()
-  if devices.is_first() and not (
-    path.exists() and (is_begun or _is_made_of(path, made_of))
-  ):
+  try:
+    is_made = files.find_made(path, made_of) is not None
+  except (FileExistsError, ValueError) as error:
+    if (path.parent / "checkpoints").exists():
+      raise ValueError(_refusal(path, error)) from error
+    is_made = False
+  devices.gather(0)  # All have looked.
+  if devices.is_first() and not is_made:
     array, described = make_fn(), dict(made_of)
     with (
       files.atomic_output(path, True, description=described) as temporary,
@@ -79,44 +70,21 @@ def _kept(path: pathlib.Path, made_of: dict, make_fn) -> np.ndarray:
     ):
       np.save(file, array)
   devices.gather(0)  # It is there for all.
-  try:
-    _check_made_of(path, made_of)
-    return numpy_files.open_array(path)
-  except _OtherError:
-    raise
-  except ValueError as error:
-    raise ValueError(
-      f"{error} Or remove {path} and {files.description_path(path).name} "
-      "next to it: the same command makes them again."
-    ) from error
+  return numpy_files.open_array(path)
 
 
-class _OtherError(ValueError):
-  """An array is of something else."""
-
-
-def _is_made_of(path: pathlib.Path, made_of: dict) -> bool:
-  """Whether an array is whole, and its description says that it is of this."""
-  with contextlib.suppress(ValueError):
-    _check_made_of(path, made_of)
-    return files.description_path(path).exists()
-  return False
-
-
-def _check_made_of(path: pathlib.Path, made_of: dict) -> None:
-  """Raises ValueError if an array is damaged or, so described, another."""
-  beside = files.description_path(path)
-  if not beside.exists():
-    return
-  found = json_files.read_json(beside)
-  known = {k: v for k, v in found.items() if k not in ("bytes", "sha256")}
-  for name, old, new in files.differences(known, made_of):
-    raise _OtherError(
-      f"{path} was made with {name}={old}, now it is {new}, and the training "
-      "has begun with it: use the same data and configuration, or choose "
-      "another --workdir."
+def _refusal(path: pathlib.Path, error: Exception) -> str:
+  """What to do about an array that is not the one the training began with."""
+  said, is_other, _ = str(error).partition("; choose another name")
+  if is_other:
+    return (
+      f"{said}, and the training has begun with it: use the same data and "
+      "configuration, or choose another --workdir."
     )
-  files.check_file(path, found, is_thorough=devices.is_first())
+  return (
+    f"{said} Or remove {path} and {files.description_path(path).name} next to "
+    "it: the same command makes them again."
+  )
 
 
 def _identify(centroids_LD) -> dict:

@@ -84,7 +84,7 @@ def import_configs(path: str | os.PathLike) -> None:
   """Makes `import configs` mean the folder of this file, then the shipped one.
 
   So `from configs import base` finds the base next to the file, and
-  never that of the folder in which a program happens to be started.
+  never the one in the folder in which a program happens to be started.
   """
   own = root() / "configs"
   beside = pathlib.Path(path).resolve().parent
@@ -132,7 +132,7 @@ def import_experiments() -> None:
       return
     raise ImportError(
       "This program has imported a package `experiments` of its own "
-      f"({list(known.__path__)[0]}), so those of vqjax cannot be: run them in "
+      f"({list(known.__path__)[0]}), so those in vqjax cannot be: run them in "
       "a process of their own."
     )
   spec = importlib.util.spec_from_file_location(

@@ -3,7 +3,7 @@
 Of the matrix products that are left once `qinco.prepare` has made the tables,
 per vector, with the letters of `vqjax.core` and L residual blocks:
 
-  candidate   H E + (L - 1) 2 E H + E D       the last only where E differs
+  candidate   H E + (L - 1) 2 E H + E D       the last only if E differs
   hypothesis  D E + D H + K D                 K D only with pre-selection
   with ranker  H U of a candidate, 2 D U of a hypothesis
   first step  K D

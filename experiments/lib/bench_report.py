@@ -12,7 +12,7 @@ import jax
 import vqjax
 from vqjax import devices
 
-_PACKAGES = ("jax", "jaxlib", "numpy", "faiss-cpu", "torch")
+_PACKAGES = ("jax", "jaxlib", "numpy", "faiss-cpu")
 _COLUMNS = {  # Title to figure and format.
   "us/vec": ("median_us", ".4g"),
   "min": ("min_us", ".4g"),
@@ -65,7 +65,7 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> str | None:
-  """The model of the processor, where it is the device; JAX says "cpu"."""
+  """The model of the processor, if it is the device; JAX says "cpu"."""
   info = pathlib.Path("/proc/cpuinfo")
   if jax.default_backend() != "cpu" or not info.exists():
     return None

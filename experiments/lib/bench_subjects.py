@@ -29,7 +29,7 @@ class Subject(NamedTuple):
   name: str
   codec: Codec
   x_ND: Any
-  config: Any = None  # Where the weights are drawn.
+  config: Any = None  # If the weights are drawn.
 
 
 def load(config) -> list[Subject]:

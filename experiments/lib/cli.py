@@ -161,7 +161,7 @@ def takes(options: dict[str, Option]) -> Callable:
 
 
 def config_of(config) -> config_dict.ConfigDict:
-  """Returns a configuration, or that of a name or file, as --config takes."""
+  """Returns a configuration, or reads it by name or file, as --config does."""
   if isinstance(config, str | os.PathLike):
     return shipped.read_config(os.fspath(config))
   return config
@@ -199,7 +199,7 @@ def run_config(
 ) -> None:
   """Runs `run(config, workdir, **options)` from --config=NAME[:ARGUMENT].
 
-  Where it returns None it was interrupted, and the exit code is 130: a job
+  If it returns None, it was interrupted, and the exit code is 130: a job
   scheduler must not take it for done.
   """
   config_flags.DEFINE_config_file("config", None, config_help)
@@ -281,7 +281,7 @@ def _expand_config(config) -> None:
 def _start(main_fn, doc: str, options: dict, required, multihost: bool) -> None:
   """Hands over to absl, with messages made for people.
 
-  Where a command shares its work (`multihost`), its flag --multihost joins the
+  If a command shares its work (`multihost`), its flag --multihost joins the
   other processes before JAX is used.
   """
   process.prepare()
@@ -290,7 +290,7 @@ def _start(main_fn, doc: str, options: dict, required, multihost: bool) -> None:
     _define({"multihost": _MULTIHOST_OPTION})
   logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().python_handler.setStream(sys.stderr)
-  for handler in std_logging.root.handlers:  # absl removes those of stderr.
+  for handler in std_logging.root.handlers:  # absl removes handlers of stderr.
     if isinstance(handler, std_logging.StreamHandler):
       handler.setStream(sys.stderr)
   logging.get_absl_handler().setFormatter(errors.PlainFormatter())
@@ -308,7 +308,7 @@ def _start(main_fn, doc: str, options: dict, required, multihost: bool) -> None:
 
 def _work(main_fn, multihost: bool) -> None:
   """Prepares JAX as the flags say, and runs the command."""
-  # Here, where JAX has not started: a program that calls `run` has its own.
+  # Here, as JAX has not started: a program that calls `run` has its own.
   jax.config.update("jax_enable_x64", False)  # All types here are of 32 bits.
   with user_errors():
     if "threads" in flags.FLAGS and flags.FLAGS.threads is not None:

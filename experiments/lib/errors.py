@@ -18,7 +18,7 @@ _CHATTY = {"orbax", "etils", "tensorstore", "matplotlib"}
 
 
 class PlainFormatter(std_logging.Formatter):
-  """The message alone; its level where it is more than information."""
+  """The message alone; its level if it is more than information."""
 
   def format(self, record):
     text = record.getMessage()
@@ -32,7 +32,7 @@ class PlainFormatter(std_logging.Formatter):
 def is_for_people(record) -> bool:
   """False for what libraries tell each other, such as orbax's progress.
 
-  Their warnings are shown, but for those of the checkpoint libraries and of
+  Their warnings are shown, except those by the checkpoint libraries and by
   matplotlib, which are about their own defaults and folders.
   """
   if _is_ours(record.pathname) or logging.level_debug():

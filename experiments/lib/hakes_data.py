@@ -23,7 +23,7 @@ _BLOCK = 16_384
 
 
 class Data(NamedTuple):
-  """Open files; `metric` is that of the index, "ip" or "l2"."""
+  """Open files; `metric` is what the index has, "ip" or "l2"."""
 
   name: str
   base: Any
@@ -34,7 +34,7 @@ class Data(NamedTuple):
   metric: str
   is_cosine: bool
   paths: dict[str, str]  # Of these files, for messages.
-  whole: Any  # All rows of the base, where `base` are its first; else None.
+  whole: Any  # All rows of the base, if `base` are its first; else None.
 
   @property
   def dim(self) -> int:
@@ -152,7 +152,7 @@ def _check(data: Data) -> None:
 def _check_training(data: Data) -> None:
   """Raises ValueError if the training neighbours are not of these files.
 
-  They may be those of an approximate search.
+  An approximate search may have found them.
   """
   files = _files(data)
   names = data.paths | {

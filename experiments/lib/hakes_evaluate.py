@@ -12,6 +12,7 @@ from vqjax.data import files
 from vqjax.interop import faiss_hakes, hakes_files
 from vqjax.search import operating_points, plots
 
+_LEAST_SHOWN = 0.5  # Recall of a point in the picture.
 _RECALLS = (0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.99)
 
 
@@ -124,13 +125,12 @@ def _write(config, data, workdir, series, num_queries, num_threads):
   with files.atomic_output(
     workdir / "operating_points.png", overwrite=True
   ) as temporary:
-    plots.plot_operating_points(
-      temporary,
-      series,
-      title=f"{len(data.base):,} vectors, {num_threads} threads",
-      recall_name=name,
-      least_recall=0.5,
-    )
+    shown = {
+      key: [point for point in points if point.recall >= _LEAST_SHOWN]
+      for key, points in series.items()
+    }
+    title = f"{len(data.base):,} vectors, {num_threads} threads"
+    plots.plot_panels(temporary, {name: shown}, title=title)
   with files.atomic_output(
     workdir / "evaluation.json", overwrite=True
   ) as temporary:

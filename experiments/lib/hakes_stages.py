@@ -73,21 +73,21 @@ def samples(config, data, workdir: pathlib.Path) -> bool:
     k,
   )
   if data.train_neighbours is not None:
-    near_NG = np.asarray(data.train_neighbours)[rows_N]
+    near_QG = np.asarray(data.train_neighbours)[rows_N]
   else:
-    near_NG = _find(config, data, workdir, x_ND, k + is_base)
+    near_QG = _find(config, data, workdir, x_ND, k + is_base)
     if is_base:
-      near_NG = _without_itself(near_NG, rows_N)
-  if near_NG.min() < 0 or near_NG.max() >= len(data.base):
+      near_QG = _without_itself(near_QG, rows_N)
+  if near_QG.min() < 0 or near_QG.max() >= len(data.base):
     raise ValueError(
       f"Neighbours must be rows of the base, 0 to {len(data.base) - 1}, got "
-      f"{near_NG.min()} to {near_NG.max()}."
+      f"{near_QG.min()} to {near_QG.max()}."
     )
   with files.atomic_output(workdir / "samples.npz") as temporary:
     np.savez(
       temporary,
       queries=x_ND,
-      neighbours=near_NG.astype(np.int32),
+      neighbours=near_QG.astype(np.int32),
       num_held_out=num_held,
     )
   return True
@@ -104,23 +104,23 @@ def _find(config, data, workdir, x_ND, k):
   side = hakes_files.load(workdir / "findex.bin").side
   index = _fill(data, side, "float32")
   num_probes = max(len(side.centroids_LE) // 10, 1)
-  near_NG = faiss_hakes.search(
+  near_QG = faiss_hakes.search(
     index, x_ND, k, num_probes=num_probes, refine_factor=10
   )
-  if near_NG.min() < 0:
+  if near_QG.min() < 0:
     raise ValueError(
       f"The base index found fewer than {k} neighbours of some queries in "
       f"{num_probes} lists; set samples.find_by=exact or fewer "
       "samples.num_neighbours."
     )
-  return near_NG
+  return near_QG
 
 
-def _without_itself(near_NG, rows_N):
-  """Drops the query from its neighbours; the last one where it is not there."""
-  is_self_NG = near_NG == rows_N[:, None]
-  is_self_NG[~is_self_NG.any(axis=1), -1] = True
-  return near_NG[~is_self_NG].reshape(len(near_NG), -1)
+def _without_itself(near_QG, rows_N):
+  """Drops the query from its neighbours; the last one if it is not there."""
+  is_self_QG = near_QG == rows_N[:, None]
+  is_self_QG[~is_self_QG.any(axis=1), -1] = True
+  return near_QG[~is_self_QG].reshape(len(near_QG), -1)
 
 
 def read_samples(workdir: pathlib.Path) -> dict[str, np.ndarray]:
@@ -151,8 +151,8 @@ def learn(config, data, workdir: pathlib.Path) -> bool:
       f"A batch takes {train.batch_size} training queries, but there are only "
       f"{num}; lower train.batch_size."
     )
-  near_NG = found["neighbours"][:, : train.num_neighbours]
-  table = _look_up(params.base, data, found["queries"], near_NG)
+  near_QG = found["neighbours"][:, : train.num_neighbours]
+  table = _look_up(params.base, data, found["queries"], near_QG)
   knobs = _loss_knobs(config, data, table)
   plan = loop.Plan(
     seed=config.seed,
@@ -204,24 +204,24 @@ def _start(workdir) -> hakes.HakesParams:
   return hakes.HakesParams(side, jax.tree.map(jnp.copy, side))
 
 
-def _look_up(side, data, queries_ND, near_NG) -> hakes_learner.Samples:
+def _look_up(side, data, queries_QD, near_QG) -> hakes_learner.Samples:
   """Vectors, codes and lists of all neighbours, each once."""
-  rows_U, near_NG = np.unique(near_NG, return_inverse=True)
-  near_NG = near_NG.reshape(len(queries_ND), -1).astype(np.int32)
-  vectors_UD = batches.read_rows(data.base, rows_U)
+  rows_N, near_QG = np.unique(near_QG, return_inverse=True)
+  near_QG = near_QG.reshape(len(queries_QD), -1).astype(np.int32)
+  vectors_ND = batches.read_rows(data.base, rows_N)
 
   @jax.jit
   def keep_fn(x_ND):
     return hakes.encode(side, x_ND), hakes.assign(side, x_ND, data.metric)
 
   parts = [
-    out for _, out in batches.map_blocks(keep_fn, vectors_UD, block_size=16_384)
+    out for _, out in batches.map_blocks(keep_fn, vectors_ND, block_size=16_384)
   ]
-  codes_UM, lists_U = (np.concatenate(x) for x in zip(*parts, strict=True))
-  if np.array_equal(vectors_UD.astype(np.float16), vectors_UD):
-    vectors_UD = vectors_UD.astype(np.float16)  # Half of the memory to read.
+  codes_NM, lists_N = (np.concatenate(x) for x in zip(*parts, strict=True))
+  if np.array_equal(vectors_ND.astype(np.float16), vectors_ND):
+    vectors_ND = vectors_ND.astype(np.float16)  # Half of the memory to read.
   return hakes_learner.Samples(
-    queries_ND, near_NG, vectors_UD, codes_UM.astype(np.uint8), lists_U
+    queries_QD, near_QG, vectors_ND, codes_NM.astype(np.uint8), lists_N
   )
 
 

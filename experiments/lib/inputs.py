@@ -84,7 +84,7 @@ def of_index(config, info: dict):
   ValueError if they are others.
   """
   metric = "cosine" if info.get("is_cosine") else "l2"
-  dataset = datasets.own_dataset(base=config.data, metric=metric)
+  dataset = datasets.resolve(base=config.data, metric=metric)
   num_rows = info.get("num_rows")
   vectors = datasets.open_split(dataset, "base", max_vectors=num_rows)
   check_shape("--data", vectors, (num_rows, info["dim"]))
@@ -125,7 +125,7 @@ def blocks(found: codes.Codes, sizes, block_size: int, rows=None):
 
 
 def split(codec, codes_NM):
-  """Returns lists `[N]`, those of the one list if there are none, and codes.
+  """Returns lists `[N]`, zeros if the codec has none, and codes.
 
   The list number is not among the codes.
   """

@@ -1,6 +1,5 @@
 """Vectors cut into parts, in a folder that says how; see `pq_qinco`."""
 
-import hashlib
 import os
 import pathlib
 import shlex
@@ -79,7 +78,7 @@ def prepare(config) -> dict:
 
 
 def _claim(folder, record: dict, vectors):
-  """Makes `folder` that of `record`: as it is written there, and rotation."""
+  """Gives `folder` to `record`; returns it as written, and the rotation."""
   path = folder / PREPARED_NAME
   if path.exists():
     found = load_prepared(folder)
@@ -99,7 +98,6 @@ def _claim(folder, record: dict, vectors):
         "choose another --output, or remove it."
       )
   rotation_DD = _find_rotation(rotation, record, vectors)
-  record = record | {"rotation_checksum": _checksum(rotation_DD)}
   files.write_json(path, record)
   return record, rotation_DD
 
@@ -111,7 +109,7 @@ def _find_rotation(path, record: dict, vectors) -> np.ndarray | None:
   meta = record | {"format": "vqjax rotation"}
   del meta["source"]
   if files.find_made(path, meta):
-    return read_rotation(path)
+    return np.array(formats.open_vectors(path), np.float32)
   rotation_DD = _fit_rotation(vectors, record["num_blocks"], record["seed"])
   with files.atomic_output(path, description=meta) as temporary:
     formats.write_vectors(temporary, rotation_DD)
@@ -183,33 +181,5 @@ def load_rotation(folder, prepared: dict) -> np.ndarray | None:
   if not prepared["opq"]:
     return None
   path = pathlib.Path(folder) / ROTATION_NAME
-  rotation_DD = read_rotation(path)
-  if _checksum(rotation_DD) != prepared["rotation_checksum"]:
-    raise ValueError(
-      f"{path} is not the rotation that the parts next to it were made with: "
-      f"its checksum is {_checksum(rotation_DD)}, {PREPARED_NAME} has "
-      f"{prepared['rotation_checksum']}."
-    )
-  return rotation_DD
-
-
-def read_rotation(path) -> np.ndarray:
-  """Reads an orthonormal matrix: decoding takes its transpose as inverse."""
-  rotation_DD = np.array(formats.open_vectors(path), np.float32)
-  dim = rotation_DD.shape[1]
-  formats.check_vectors(rotation_DD, name=str(path))
-  is_square = len(rotation_DD) == dim
-  if (
-    not is_square or abs(rotation_DD @ rotation_DD.T - np.eye(dim)).max() > 1e-3
-  ):
-    raise ValueError(
-      f"{path} must be an orthonormal matrix (D, D), got shape "
-      f"{rotation_DD.shape}{', not orthonormal' if is_square else ''}."
-    )
-  return rotation_DD
-
-
-def _checksum(rotation_DD) -> str | None:
-  if rotation_DD is None:
-    return None
-  return hashlib.sha256(np.ascontiguousarray(rotation_DD)).hexdigest()[:16]
+  files.check_file(path, json_files.read_json(files.description_path(path)))
+  return np.array(formats.open_vectors(path), np.float32)

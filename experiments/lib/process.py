@@ -49,7 +49,7 @@ class _Steady:
   def write(self, text: str) -> int:
     try:
       self._stream.write(text)
-      self._stream.flush()  # Or it fails later, where it cannot be caught.
+      self._stream.flush()  # Or it fails later, and cannot be caught.
     except (OSError, ValueError) as error:  # ValueError: it is closed.
       self._report(error)
     return len(text)
@@ -90,7 +90,7 @@ def _fill_closed() -> None:
 
 
 def _use_utf8() -> None:
-  """Starts anew in UTF-8 mode where Python would not take all file names.
+  """Starts anew in UTF-8 mode if Python would not take all file names.
 
   Libraries write paths as UTF-8, whatever the locale says.
   """

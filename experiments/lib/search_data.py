@@ -17,7 +17,7 @@ _MAX_TRAIN = 200_000  # IVF-RQ trains half a minute on them, on 2 threads.
 
 
 class Data(NamedTuple):
-  """Queries, their true neighbours, and the base where it is given."""
+  """Queries, their true neighbours, and the base if it is given."""
 
   xq_QD: np.ndarray
   truth: evaluation.Truth
@@ -50,7 +50,7 @@ def _resolve(codec, config) -> datasets.Dataset:
   """The data of the options, else those that the codec was trained on."""
   if config.queries or config.data or config.groundtruth:
     cli.require(config, "queries")
-    dataset = datasets.own_dataset(
+    dataset = datasets.resolve(
       base=config.data,
       queries=config.queries,
       groundtruth=config.groundtruth,
@@ -93,7 +93,7 @@ def open_train(codec, config):
   """Opens the vectors that baselines may be trained on, and says how many."""
   if config.train:
     metric = codec.info.get("metric") or "l2"
-    dataset = datasets.own_dataset(train=config.train, metric=metric)
+    dataset = datasets.resolve(train=config.train, metric=metric)
     held_out = 0
   else:
     dataset = codecs.resolve_data(codec, config, needs_base=False)

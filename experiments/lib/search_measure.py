@@ -70,7 +70,7 @@ def explore(config, record, ours: str, ranges, search_fns, data) -> None:
         num_tried += 1
       done(number, grid.num_settings)
   for setting in baseline_settings("", ranges):
-    if jobs := of_probe(setting):  # Where none of ours was worth trying.
+    if jobs := of_probe(setting):  # If none of ours was worth trying.
       measure(jobs)
   logging.info(
     "Measured %d of %d settings. The others cannot be the best at any recall, "

@@ -185,7 +185,7 @@ def _picture(path: pathlib.Path) -> pathlib.Path:
 
 
 def threads(num_faiss: int) -> dict[str, int]:
-  """Threads of faiss, and those of JAX and of the scan."""
+  """Threads of faiss; of JAX and the scan."""
   return {"faiss": num_faiss, "jax": devices.num_cpus()}
 
 

@@ -13,8 +13,7 @@ def of_dataset(dataset) -> tuple[Files, list[int]]:
   base = datasets.open_split(whole, "base") if dataset.base else None
   truth = None
   if dataset.groundtruth:
-    alone = dataclasses.replace(dataset, base=None, queries=None)
-    truth = datasets.open_split(alone, "groundtruth")
+    truth = datasets.open_split(dataset, "groundtruth")
   files = Files(
     datasets.open_split(dataset, "queries"),
     *(base, truth, dataset.metric),

@@ -20,8 +20,8 @@ from experiments import (
   train,
 )
 from experiments.lib import cli, codecs
-from tests import qinco_cases
-from vqjax.codecs import additive, rq
+from tests import fits, qinco_cases
+from vqjax.codecs import rq
 from vqjax.storage import codec_file, decoder_file
 
 D, K, M, L, NUM = 8, 8, 3, 5, 260
@@ -162,7 +162,7 @@ def make_inputs(folder: pathlib.Path, seed: int) -> pathlib.Path:
   left_ND = np.load(folder / "x.npy") - codec.centroids[codes_NM[:, 0]]
   decoder_file.save(
     folder / "decoders.safetensors",
-    additive.fit(codes_NM[:, 1:], left_ND, K),
+    fits.additive(codes_NM[:, 1:], left_ND, K),
     codec_fingerprint=codec.fingerprint,
     info={},
   )

@@ -63,50 +63,26 @@ def from_codec(params) -> AdditiveParams | None:
 
 
 def fit(
-  codes_NM,
-  target_ND,
-  codebook_size: int,
-  *,
-  ridge: float = 1.0,
-  block_size: int = 65_536,
-) -> AdditiveParams:
-  """Finds the codewords whose sums lie nearest to the targets `[N, D]`.
-
-  Args:
-    codes_NM: integers `[N, M]`, list numbers not among them.
-    target_ND: what the codewords add up to, in data units.
-    codebook_size: K, codewords per position.
-    ridge: pulls codewords to zero like this number of zero vectors,
-      each with that codeword alone. It must be positive, as codewords are found
-      up to constants that move from one position to another.
-    block_size: rows that are summed up at a time.
-
-  Raises:
-    ValueError: If shapes do not fit, or a code is no id of its codebook.
-  """
-  check_shape("codes", codes_NM, (None, None))
-  check_shape("target", target_ND, (codes_NM.shape[0], None))
-  starts = range(0, codes_NM.shape[0], block_size)
-  blocks = (
-    (codes_NM[i : i + block_size], target_ND[i : i + block_size])
-    for i in starts
-  )
-  return fit_blocks(
-    blocks, codebook_size, ridge=ridge, centre_D=centre_of(target_ND)
-  )
-
-
-def fit_blocks(
   blocks: Iterable,
   codebook_size: int,
   *,
   ridge: float = 1.0,
   centre_D: Array | None = None,
 ) -> AdditiveParams:
-  """`fit` of blocks `(codes_NM, target_ND)` that need not exist all at once.
+  """Finds the codewords whose sums lie nearest to the targets `[N, D]`.
 
-  `centre_D` is that of the targets, None for zeros. It is fitted apart, so that
-  the ridge does not pull it and sums do not cancel.
+  Args:
+    blocks: pairs `(codes_NM, target_ND)` that need not exist all at once:
+      integers, list numbers not among them, and what the codewords add up to.
+    codebook_size: K, codewords per position.
+    ridge: pulls codewords to zero like this number of zero vectors, each with
+      that codeword alone. It must be positive, as codewords are found up to
+      constants that move from one position to another.
+    centre_D: of the targets, None for zeros. It is fitted apart, so that the
+      ridge does not pull it and sums do not cancel.
+
+  Raises:
+    ValueError: If shapes do not fit, or a code is no id of its codebook.
   """
   check_range("codebook_size", codebook_size, 1, MAX_UNKNOWNS)
   if not ridge > 0:

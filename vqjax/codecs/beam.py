@@ -62,8 +62,8 @@ def advance(
   """Extends the hypotheses and keeps the `beam_size` best.
 
   Returns the new beam and, for `backtrack`, the `(parents, ids)` of its
-  hypotheses, both `[N, F]`. Ties go to the lower slot. Where fewer candidates
-  than `beam_size` are offered the rest of the beam is empty.
+  hypotheses, both `[N, F]`. Ties go to the lower slot. If fewer candidates
+  than `beam_size` are offered, the rest of the beam is empty.
   """
   found = propose(weights, x_ND, beam)
   num_kept = min(beam_size, found.error_NC.shape[1])

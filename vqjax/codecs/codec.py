@@ -22,15 +22,15 @@ class CodecSpec:
   codebook_sizes: Callable  # -> codewords at each code position
   # (tables, x_ND, lists_N or None, SearchRule) -> codes_NM
   encode: Callable
-  # (tables, codes_NM) -> x_ND, with `dtype` where that is a knob
+  # (tables, codes_NM) -> x_ND, with `dtype` if that is a knob
   decode: Callable
   knobs: tuple[str, ...]  # Fields of `SearchRule` that `encode` looks at.
-  rule: SearchRule = SearchRule()  # Where nothing else is stored.
+  rule: SearchRule = SearchRule()  # If nothing else is stored.
   check_rule: Callable = lambda params, rule: None  # Raises ValueError.
   # (key, x_ND, *, num_codes, ...) -> params; None if it is trained.
   fit: Callable | None = None
   is_ivf: Callable = lambda params: False  # Whether codes begin with a list.
-  centroids: Callable | None = None  # -> those of the lists, in data units
+  centroids: Callable | None = None  # -> centroids of the lists, in data units
   # Of codecs that quantise residuals, in the space where they do so:
   latent: Callable | None = None  # (tables, x_ND) -> z_NE
   levels: Callable | None = None  # tables -> a codebook [K, E] per position

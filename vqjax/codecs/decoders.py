@@ -36,9 +36,8 @@ class Sample(NamedTuple):
 def check_sizes(sizes, name: str = "") -> None:
   """Raises ValueError unless decoders can be fitted to codes of these sizes.
 
-  Args:
-    sizes: Codewords at each code position, without the list number.
-    name: Of the codec, for the message.
+  `sizes` are the codewords at each code position, without the list number; the
+  codec has this `name` in the message.
   """
   if len(set(sizes)) != 1:
     raise ValueError(
@@ -53,11 +52,9 @@ def fit_additive(
 ) -> AdditiveParams:
   """Fits codewords whose sums lie near the targets.
 
-  Args:
-    params: Of the codec; one that is additive brings its own codewords.
-    sizes: Codewords at each code position, without the list number.
-    train: What to fit to.
-    progress: Called with `(vectors done, vectors in all)`.
+  `params` of a codec that is additive bring their own codewords; `sizes` are
+  codewords at each code position, without the list number. `progress` is called
+  with `(vectors done, vectors in all)`.
   """
   own = additive.from_codec(params)
   if own is not None:
@@ -71,9 +68,7 @@ def fit_additive(
       if progress is not None:
         progress(start + len(part.target_ND), num)
 
-  return additive.fit_blocks(
-    blocks(), sizes[0], centre_D=centre_of(train.target_ND)
-  )
+  return additive.fit(blocks(), sizes[0], centre_D=centre_of(train.target_ND))
 
 
 def most_tables(
@@ -81,12 +76,8 @@ def most_tables(
 ) -> int:
   """Returns how many tables of the pairwise decoder to make, at most.
 
-  Args:
-    sizes: Codewords at each code position, without the list number.
-    num_lists: L, 0 for a codec without lists.
-    num_train: Vectors to fit to.
-    num_tables: Number of tables; None for 2M, and at most as many
-      that they have 8 rows for each training vector.
+  `num_tables` None is 2M, and at most as many that they have 8 rows for each
+  training vector. `num_lists` is 0 for a codec without lists.
 
   Returns:
     0 if there are too few vectors for any.
@@ -123,15 +114,9 @@ def fit_pairwise(
 ) -> PairwiseParams | None:
   """Fits tables over pairs of codes; None if they do not pay.
 
-  Args:
-    words: From `fit_additive`.
-    sizes: Codewords at each code position, without the list number.
-    train: What to fit to.
-    held_out: Other vectors, that decide how many tables pay; None to make
-      `num_tables`.
-    num_tables: From `most_tables`.
-    centroids_LD: Of the lists, for a codec with lists.
-    progress: Called with `(tables made, tables in all)`.
+  `held_out` vectors decide how many tables pay; None makes `num_tables`, which
+  is from `most_tables`. `centroids_LD` are for a codec with lists, `progress`
+  is called with `(tables made, tables in all)`.
   """
   list_codes_LV = None
   if train.lists_N is not None:

@@ -3,7 +3,7 @@
 Distances are in squared data units and computed from float32 products at full
 precision: the default of JAX may be TF32 or bfloat16 on accelerators.
 
-They are expanded, `|x|^2 - 2 <x, y> + |y|^2`, which cancels where the vectors
+They are expanded, `|x|^2 - 2 <x, y> + |y|^2`, which cancels if the vectors
 lie far from the origin: at 10,000 the terms of distances near 1 are rounded to
 steps of 8 and more. So a centre that depends on the codewords alone is
 subtracted from both sides first (`centre_of`).
@@ -30,7 +30,7 @@ def sq_norms(x_D: Array) -> Array:
 def centre_of(y_KD):
   """Point `[D]` to subtract from `y_KD`, and from what is compared with it.
 
-  The mean of a sample of the rows where these lie far from the origin, measured
+  The mean of a sample of the rows if these lie far from the origin, measured
   by their spread; otherwise zero, so that the products of integers stay exact.
   A numpy array gives a numpy array.
   """

@@ -3,9 +3,9 @@
 An index keeps lists and codes made by the base parameters: reduce, find the
 list, cut into slices and take the nearest codeword of each. Queries go through
 parameters of their own: another reduction, other centroids, and the codewords
-that the codes now stand for. Both start equal; learning moves those of the
-queries until the neighbours of a query rank as they do in full. Nothing is
-encoded again.
+that the codes now stand for. Both start equal; learning moves the parameters
+of the queries until the neighbours of a query rank as they do in full. Nothing
+is encoded again.
 
 Scores are higher for nearer neighbours: inner products ("ip"), minus squared
 L2 ("l2"), or plain L2 distances without the minus sign, which the released
@@ -42,7 +42,7 @@ class HakesSide:
   """What turns a vector into a reduced one, a list and a code.
 
   `x_ND @ reduction_ED.T + bias_E` is the reduced vector, in data units. Its
-  list is that of the best centroid; its code is of the vector itself, not of
+  list has the best centroid; its code is of the vector itself, not of
   what the centroid leaves over.
   """
 
@@ -64,7 +64,7 @@ class HakesParams:
 class Batch:
   """Queries, the vectors near each, and where the index keeps those.
 
-  Lists and codes are those of the base side, which never change.
+  Lists and codes are made by the base side, and never change.
   """
 
   queries_QD: Array
@@ -96,7 +96,7 @@ def reduce(side: HakesSide, x_ND: Array) -> Array:
 
 
 def encode(side: HakesSide, x_ND: Array) -> Array:
-  """Codes `[N, M]` int32 of `[N, D]`; an index keeps those of the base side."""
+  """Codes `[N, M]` int32 of `[N, D]`; an index keeps codes by the base side."""
   codewords = pq.PQParams(side.codebooks_MKS)
 
   def body(_, x_ND):
@@ -137,7 +137,7 @@ def centroid_sums(
   Sums over blocks of vectors add up; `mean_centroids` finishes them.
 
   Args:
-    params: Vectors are reduced by `query`; the centroids are those of `base`.
+    params: Vectors are reduced by `query`; the centroids are of `base`.
     x_ND: Vectors of the index, or queries.
     metric: One of `METRICS`.
     assign_by: Whose reduction finds the list: "query" as in the released
@@ -196,7 +196,7 @@ def loss(
 
   The mean over queries of `reduction_weight * KL(full, reduced) + KL(full,
   coded)`, each the divergence between two softmaxes over the neighbours.
-  Gradients are those of `params.query`.
+  Gradients are for `params.query`.
 
   Args:
     params: Both sides.
@@ -207,7 +207,7 @@ def loss(
     neighbour_side: Whose reduction the neighbours go through in the first
       term: "query" as in the released program, "base" as in the paper.
     temperature: Scores are divided by it; 1 in the publication.
-    list_temperature: Where positive, the centroids learn too, to score high
+    list_temperature: If positive, the centroids learn too, to score high
       for the lists of the neighbours: their mean cross entropy in a softmax
       over lists is added, which moves the centroids alone. In units of the
       spread of the scores over lists. 0 in the publication.
@@ -313,5 +313,5 @@ def _pair_scores(x_QD, v_QGD, score):
   sq_QG = sq_norms(x_QD[:, None] - v_QGD)
   if score == "l2":
     return -sq_QG
-  # The root has no slope at 0, where a query is its own neighbour.
+  # The root has no slope at 0, which a query that is its own neighbour has.
   return jnp.sqrt(jnp.where(sq_QG > 0, sq_QG, 1)) * (sq_QG > 0)

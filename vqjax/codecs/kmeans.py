@@ -36,7 +36,7 @@ from vqjax.data import batches
 class KMeans:
   """Codewords, and how the iterations went.
 
-  Entry i of `objectives` and the counts are those of the assignment that
+  Entry i of `objectives` and the counts belong to the assignment that
   iteration i started with, thus of the codewords before its update.
   """
 
@@ -46,24 +46,9 @@ class KMeans:
   num_refilled: Array  # Empty codewords refilled, over all iterations; int32.
 
 
-def fit(
-  key: Array,
-  x_ND: Array,
-  num_codewords: int,
-  *,
-  num_iterations: int = 10,
-  weights_N: Array | None = None,
-  block_size: int = 4096,
-) -> Array:
+def fit(key: Array, x_ND: Array, num_codewords: int, **knobs) -> Array:
   """Codewords `[K, D]` that lie near the vectors `[N, D]`; see `fit_report`."""
-  return fit_report(
-    key,
-    x_ND,
-    num_codewords,
-    num_iterations=num_iterations,
-    weights_N=weights_N,
-    block_size=block_size,
-  ).words_KD
+  return fit_report(key, x_ND, num_codewords, **knobs).words_KD
 
 
 def fit_report(
@@ -79,13 +64,9 @@ def fit_report(
 
   Calls with equal shapes and knobs share one compiled program.
 
-  Args:
-    key: Draws the start, nothing else.
-    x_ND: Vectors; the caller has checked that they are finite.
-    num_codewords: K, at most N.
-    num_iterations: Rounds of assignment and update; 0 returns the start.
-    weights_N: Not negative, at least K of them positive; None for all equal.
-    block_size: Rows that are compared with all codewords at a time.
+  The key draws the start, nothing else; `num_iterations` 0 returns the start.
+  Weights are not negative, at least K of them positive; None for all equal.
+  `block_size` rows are compared with all codewords at a time.
 
   Raises:
     ValueError: If a size or a name makes no sense.
@@ -156,12 +137,9 @@ def assign(
 ) -> tuple[Array, Array]:
   """Nearest codewords `[N]`, int32, and squared distances to them `[N]`.
 
-  Args:
-    x_ND: Vectors.
-    words_KD: Codewords; the lower of two that are equally near wins.
-    block_size: Vectors that are compared at a time,
-    num_at_once: codewords per block, None for all. Memory is that many
-      numbers; few of both stay in the caches.
+  The lower of two codewords that are equally near wins. `block_size` vectors
+  are compared with `num_at_once` codewords, None for all: memory is as many
+  numbers; few of both stay in the caches.
   """
   check_shape("x", x_ND, (None, None))
   check_shape("codewords", words_KD, (None, x_ND.shape[1]))
@@ -183,12 +161,8 @@ def pass_over(
   Sums are float64 in the order of the rows: equal ids give equal codewords.
   Keeps 16 bytes of each number of a codeword and 4 of each vector.
 
-  Args:
-    vectors: Open file or array; NaN is refused by its row number.
-    words_KD: Codewords to assign to.
-    assign_fn: Takes float32 `[n, D]`, returns what `assign` does.
-    block_size: Rows read and assigned at a time.
-    progress: Called with `(rows done, rows in all)` after each block.
+  `assign_fn` takes float32 `[n, D]` and returns what `assign` does; `progress`
+  is called with `(rows done, rows in all)`. NaN is refused by its row.
   """
   check_shape("codewords", words_KD, (None, vectors.shape[1]))
   sums_KD = np.zeros(words_KD.shape)

@@ -11,7 +11,7 @@ float16 would round what is far from the origin.
 
 Tables are found one after the other. Each round tries all pairs of positions,
 keeps the one whose table leaves the least error, and continues with its
-residuals. Two things differ from the paper, where rounds start from the vectors
+residuals. Two things differ from the paper, whose rounds start from the vectors
 and a row is the mean of its vectors:
 
 * Rounds start from the residuals of the additive decoder. Its codewords are
@@ -45,6 +45,8 @@ from vqjax.data.codes import check_ids
 
 NUM_LEVELS = 5  # V, of the residual quantiser of the centroids.
 SHRINKAGES = tuple(2.0**power for power in range(-2, 13))
+_LEAST_GAIN = 0.005  # Of the error held out, by each table.
+_NUM_SCORED = 100_000  # Vectors that decide between pairs; all are fitted to.
 MAX_WORDS = 1024  # A table of 1024 x 1024 rows of 128 numbers: 256 MiB.
 
 
@@ -98,12 +100,7 @@ def _num_levels(num_lists: int, codebook_size: int) -> int:
 
 
 def fit_list_codes(
-  key: Array,
-  centroids_LD: Array,
-  sizes_L: Array,
-  codebook_size: int,
-  *,
-  num_iterations: int = 10,
+  key: Array, centroids_LD: Array, sizes_L: Array, codebook_size: int
 ) -> Array:
   """Codes `[L, V]` of centroids by a residual quantiser, weighted by sizes.
 
@@ -122,7 +119,6 @@ def fit_list_codes(
       jax.random.fold_in(key, level),
       left_LD,
       codebook_size,
-      num_iterations=num_iterations,
       weights_N=weights_L,
     )
     codes.append(nearest(left_LD, words_KD))
@@ -139,66 +135,68 @@ def fit(
   list_codes_LV=None,
   num_tables: int | None = None,
   held_out=None,
-  min_gain: float = 0.005,
-  num_scored: int = 100_000,
   progress=None,
 ) -> PairwiseParams | None:
   """Finds pairs and their tables for targets `[N, D]`, greedily.
 
-  With vectors held out it ends where a further table would lower their error by
-  less than `min_gain` of it, and returns None if tables do not pay at all.
+  With vectors held out it ends when a further table would lower their squared
+  error by less than half a percent, and returns None if tables do not pay.
 
-  Args:
-    additive: the additive decoder of the same codes, from `additive.fit`.
-    codes_NM: integers `[N, M]`, list numbers not among them; in an order that
-      makes the first ones a fair sample.
-    target_ND: what is to be decoded, in data units, as `additive.fit` had it.
-    lists_N: list of each vector; None without lists.
-    list_codes_LV: from `fit_list_codes`; None without lists.
-    num_tables: R; None for 2M, or all pairs if there are fewer. The most
-      there may be where vectors are held out.
-    held_out: codes, targets and lists of other vectors; None for R tables.
-    min_gain: share of their squared error that each table must take away.
-    num_scored: vectors that decide between pairs. All are fitted to.
-    progress: called with `(tables found, tables in all)`.
+  `additive` is the additive decoder of the same codes and targets, which are in
+  data units. Codes are without list numbers, in an order that makes the first
+  ones a fair sample. Lists and `list_codes_LV`, from `fit_list_codes`, are None
+  without lists. `num_tables` None is 2M, or all pairs if there are fewer; with
+  `held_out`, codes, targets and lists of other vectors, it is the most that
+  there may be. `progress` is called with `(tables found, tables in all)`.
 
   Raises:
     ValueError: If shapes or sizes do not fit, or codes are out of range.
   """
   _, codewords = additive_lib.split_centre(additive)
   words_MKD = np.asarray(codewords.codebooks_MKD)
-  m, k, d = words_MKD.shape
+  m, k, _ = words_MKD.shape
   num_lists = 0 if list_codes_LV is None else len(list_codes_LV)
   num_tables = check_sizes(k, m, num_lists, num_tables)
-  check_shape("codes", codes_NM, (None, m))
-  check_shape("target", target_ND, (codes_NM.shape[0], d))
-  if num_lists:
-    want = (num_lists, _num_levels(num_lists, k))
-    check_shape("list_codes", list_codes_LV, want)
-    check_ids(np.asarray(lists_N)[:, None], [num_lists])
-  all_NM = _join(jnp.asarray(codes_NM), lists_N, list_codes_LV)
-  check_ids(np.asarray(all_NM), [k] * all_NM.shape[1])
-  candidates = list(itertools.combinations(range(all_NM.shape[1]), 2))
+  all_NM = _check_and_join(
+    words_MKD.shape, codes_NM, target_ND, lists_N, list_codes_LV
+  )
   left_ND = _subtract_words(additive, all_NM[:, :m], jnp.asarray(target_ND))
   judge = held_out and _Judge(additive, list_codes_LV, *held_out)
+  pairs, tables, scales = _find_tables(
+    words_MKD, all_NM, left_ND, judge, num_tables, progress
+  )
+  if judge and judge.total_gain() < max(len(pairs), 1) * _LEAST_GAIN:
+    return None
+  return PairwiseParams(
+    pairs_R2=jnp.array(pairs, jnp.int32),
+    tables_RKKD=jnp.asarray(np.stack(tables)),
+    scale_R=jnp.array(scales, jnp.float32),
+    list_codes_LV=list_codes_LV,
+    num_codes=m,
+  )
+
+
+def _find_tables(words_MKD, all_NM, left_ND, judge, num_tables: int, progress):
+  """Pairs, their tables and scales, one after the other."""
+  m, k, _ = words_MKD.shape
+  candidates = list(itertools.combinations(range(all_NM.shape[1]), 2))
   pairs, tables, scales, missing = [], [], [], set(range(m))
   is_enough = False
   while len(pairs) < num_tables and (missing or not is_enough):
     left_over = num_tables - len(pairs) - 1
     if is_enough:  # The rest is there for the additive codewords alone.
       left_over = min(left_over, -(-len(missing) // 2) - 1)
-    errors_R = _errors(
-      all_NM[:num_scored], left_ND[:num_scored], jnp.array(candidates), k
-    )
+    # Every code must be in a table at last, to hold its additive codeword.
     is_allowed_R = [
-      # Every code must be in a table at last, to hold its additive codeword.
       pair not in pairs and len(missing.difference(pair)) <= 2 * left_over
       for pair in candidates
     ]
+    scored = all_NM[:_NUM_SCORED], left_ND[:_NUM_SCORED]
+    errors_R = _errors(*scored, jnp.array(candidates), k)
     best = np.argmin(np.where(is_allowed_R, errors_R, np.inf))
     pairs.append(candidates[best])
     table_KKD, left_ND = _fit_table(all_NM, left_ND, jnp.array(pairs[-1]), k)
-    if judge and judge.gain(table_KKD, pairs[-1]) < min_gain:
+    if judge and judge.gain(table_KKD, pairs[-1]) < _LEAST_GAIN:
       if not missing or len(pairs) == 1:
         pairs.pop()
         break
@@ -212,15 +210,22 @@ def fit(
     tables.append((table_KKD / scales[-1]).astype(np.float16))
     if progress is not None:
       progress(len(tables), num_tables)
-  if judge and judge.total_gain() < max(len(pairs), 1) * min_gain:
-    return None
-  return PairwiseParams(
-    pairs_R2=jnp.array(pairs, jnp.int32),
-    tables_RKKD=jnp.asarray(np.stack(tables)),
-    scale_R=jnp.array(scales, jnp.float32),
-    list_codes_LV=list_codes_LV,
-    num_codes=m,
-  )
+  return pairs, tables, scales
+
+
+def _check_and_join(sizes, codes_NM, target_ND, lists_N, list_codes_LV):
+  """All codes of each vector, `[N, M + V]`; raises if shapes do not fit."""
+  m, k, d = sizes
+  check_shape("codes", codes_NM, (None, m))
+  check_shape("target", target_ND, (codes_NM.shape[0], d))
+  if list_codes_LV is not None:
+    num_lists = len(list_codes_LV)
+    want = (num_lists, _num_levels(num_lists, k))
+    check_shape("list_codes", list_codes_LV, want)
+    check_ids(np.asarray(lists_N)[:, None], [num_lists])
+  all_NM = _join(jnp.asarray(codes_NM), lists_N, list_codes_LV)
+  check_ids(np.asarray(all_NM), [k] * all_NM.shape[1])
+  return all_NM
 
 
 def _total(left_ND) -> float:
@@ -286,8 +291,8 @@ def decode(
   rows_RN = jax.vmap(_cells, (None, 0, None))(all_NM, params.pairs_R2, k)
   rows_RN = rows_RN + jnp.arange(r)[:, None] * k**2
   table_ZD = params.tables_RKKD.reshape(-1, d)
-  # One gather after the other: XLA makes a single loop of them, where a scan
-  # takes twice and one gather of [N, R, D] many times as long on CPUs.
+  # One gather after the other: XLA makes a single loop of them. A scan takes
+  # twice as long on CPUs, one gather of [N, R, D] many times as long.
   terms = [
     table_ZD[rows_N].astype(jnp.float32) * scale
     for rows_N, scale in zip(rows_RN, params.scale_R, strict=True)
@@ -298,7 +303,7 @@ def decode(
 
 
 def _join(codes_NM: Array, lists_N, list_codes_LV) -> Array:
-  """All codes of each vector: its own and those of its list, `[N, M + V]`."""
+  """All codes of each vector: its own, then its list's, `[N, M + V]`."""
   if list_codes_LV is None:
     return codes_NM
   if lists_N is None:

@@ -1,6 +1,6 @@
 """PQ-QINCo: an optional rotation, then one QINCo per block of dimensions.
 
-A vector of `D` dimensions is rotated, cut into `P` equal blocks, and block p
+A vector of `D` dimensions is rotated, cut into `Y` equal blocks, and block y
 is coded by a QINCo of its own with its own scale. Codes are concatenated block
 by block: `[block 0 step 0, block 0 step 1, ..., block 1 step 0, ...]`. All
 blocks have the same sizes, so one `vmap` serves them.
@@ -25,7 +25,7 @@ from vqjax.core import Array, check_shape
 class PqQincoParams:
   """`x_ND @ rotation_DD` is cut into blocks; None for no rotation.
 
-  Every array of `blocks` has a leading axis `P`.
+  Every array of `blocks` has a leading axis `Y`.
   """
 
   rotation_DD: Array | None
@@ -47,7 +47,7 @@ def _one_block(params: PqQincoParams | PqQincoTables):
 
 
 def num_blocks(params: PqQincoParams | PqQincoTables) -> int:
-  """Returns P, the number of blocks."""
+  """Returns Y, the number of blocks."""
   return params.blocks.mean_D.shape[0]
 
 
@@ -105,9 +105,9 @@ def _difference(blocks: Sequence[QincoParams], at: int) -> str:
 
 
 def split(x_ND: Array, params: PqQincoParams | PqQincoTables) -> Array:
-  """Rotates vectors and cuts them: `[N, D]` to `[P, N, S]`.
+  """Rotates vectors and cuts them: `[N, D]` to `[Y, N, S]`.
 
-  Block p is what QINCo p is trained on and encodes.
+  Block y is what QINCo y is trained on and encodes.
   """
   p = num_blocks(params)
   check_shape("x", x_ND, (None, dim(params)))
@@ -135,18 +135,18 @@ def encode(
   lists_N: None = None,
   rule: SearchRule = PUBLISHED,
 ) -> Array:
-  """Finds codes of vectors `[N, D]` in data units: `[N, P * M]` int32.
+  """Finds codes of vectors `[N, D]` in data units: `[N, Y * M]` int32.
 
-  As `qinco.encode` in every block. The `num_steps` of the rule are those of all
-  blocks together, a multiple of P: every block is cut, so the result is no
-  prefix of the full codes.
+  As `qinco.encode` in every block. The `num_steps` of the rule counts the code
+  positions of all blocks together, a multiple of Y: every block is cut, so the
+  result is no prefix of the full codes.
   """
   tables = _tables(params)
   rule = _block_rule(tables, rule)
   one_fn = lambda block, x_NS: qinco.encode(block, x_NS, lists_N, rule)
-  codes_PNM = jax.vmap(one_fn)(tables.blocks, split(x_ND, tables))
-  p, n, m = codes_PNM.shape
-  return codes_PNM.swapaxes(0, 1).reshape(n, p * m)
+  codes_YNM = jax.vmap(one_fn)(tables.blocks, split(x_ND, tables))
+  p, n, m = codes_YNM.shape
+  return codes_YNM.swapaxes(0, 1).reshape(n, p * m)
 
 
 def decode(
@@ -161,17 +161,17 @@ def decode(
   n, num_codes = codes_NM.shape
   shape = (n, num_blocks(tables), _per_block(tables, num_codes))
   one_fn = lambda block, codes: qinco.decode(block, codes, dtype=dtype)
-  x_PNS = jax.vmap(one_fn)(
+  x_YNS = jax.vmap(one_fn)(
     tables.blocks, codes_NM.reshape(shape).swapaxes(0, 1)
   )
-  x_ND = x_PNS.swapaxes(0, 1).reshape(n, dim(tables))
+  x_ND = x_YNS.swapaxes(0, 1).reshape(n, dim(tables))
   if tables.rotation_DD is None:
     return x_ND
   return jnp.matmul(x_ND, tables.rotation_DD.T, precision="highest")
 
 
 def _per_block(tables: PqQincoTables, num_codes: int) -> int:
-  """Code positions of one block where all have `num_codes` together."""
+  """Code positions of one block, if all have `num_codes` together."""
   p, most = num_blocks(tables), len(codebook_sizes(tables))
   if num_codes % p or not p <= num_codes <= most:
     raise ValueError(

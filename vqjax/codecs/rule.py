@@ -20,7 +20,7 @@ _OLD_NAMES = {"num_finalists": "num_ranked"}
 
 @dataclasses.dataclass(frozen=True)
 class SearchRule:
-  """Sizes of a search. The joint rule replaces A by C where C is set.
+  """Sizes of a search. The joint rule replaces A by C if C is set.
 
   References: A and B are as in arXiv 2501.03078.
   """
@@ -65,7 +65,7 @@ class SearchRule:
   def to_dict(self, knobs: tuple[str, ...]) -> dict:
     """Returns the values of these fields, to be stored.
 
-    Those that say nothing where they are unset are left out.
+    Those that say nothing if they are unset are left out.
     """
     values = {name: getattr(self, name) for name in knobs}
     for name in ("num_ranked", "num_steps"):
@@ -90,7 +90,7 @@ PUBLISHED = SearchRule()  # A=16 B=32.
 
 
 def from_dict(values: dict, default: SearchRule | None = None) -> SearchRule:
-  """Makes a rule of stored values, those of old codec files too.
+  """Makes a rule of stored values, of old codec files too.
 
   Raises:
     ValueError: A name is no field.

@@ -2,7 +2,7 @@
 
 Batches have no state: the rows of a batch follow from the seed and the number
 of the step alone, so that a resumed run sees what the uninterrupted one saw.
-A pass over the set is a pseudo-random permutation of its rows, evaluated where
+A pass over the set is a pseudo-random permutation of its rows, evaluated as
 it is needed; a billion rows cost no more memory than ten.
 """
 
@@ -291,11 +291,9 @@ def in_blocks(fn, block_size: int):
 
   For the reason of `map_blocks`, and because small arrays stay in the caches.
 
-  Args:
-    fn: takes `[n, ...]`, returns one array `[n, ...]`; called from two threads.
-      At most `block_size` rows go to it as they are.
-    block_size: rows per block; the last is padded with its last row, and its
-      results are cut back.
+  `fn` takes `[n, ...]` and returns one array `[n, ...]`; it is called from two
+  threads, and at most `block_size` rows go to it as they are. The last block is
+  padded with its last row, and its results are cut back.
   """
   if block_size < 1:
     raise ValueError(f"block_size must be at least 1, got {block_size}.")
@@ -342,7 +340,7 @@ def evenly_spaced_rows(num_rows: int, most: int) -> np.ndarray:
 def check_training(vectors, num_rows: int | None = None) -> None:
   """Raises ValueError if nothing can be learned from the first rows.
 
-  All of them are read where they take at most 256 MiB, else a sample: numbers
+  All of them are read if they take at most 256 MiB, else a sample: numbers
   that are no finite float32, or too large to be squared, are named by row.
   Vectors must differ (`values.check_spread`).
   """

@@ -16,8 +16,6 @@ import math
 import os
 import pathlib
 
-import numpy as np
-
 from vqjax import shipped
 from vqjax.data import formats, unit
 
@@ -201,51 +199,6 @@ def get_dataset(name: str, root=None) -> Dataset:
   return dataclasses.replace(dataset, **paths)
 
 
-def own_dataset(
-  *,
-  train=None,
-  base=None,
-  queries=None,
-  groundtruth=None,
-  metric: str = "l2",
-  scale: float = 1.0,
-  num_train: int | None = None,
-  num_base: int | None = None,
-  num_queries: int | None = None,
-) -> Dataset:
-  """Describes files of the user's own; their dimensions must agree.
-
-  Give what is at hand; `train`, `base` or `queries` at least. Paths are as
-  in `formats.open_vectors`; `num_*` limits a file to its first rows.
-  """
-  if metric not in METRICS:
-    raise ValueError(f"The metric must be one of {METRICS}, got {metric!r}.")
-  paths = dict(train=train, base=base, queries=queries, groundtruth=groundtruth)
-  paths = {k: os.fspath(path) for k, path in paths.items() if path}
-  dims = {
-    f"{part} {path}": formats.open_vectors(path).shape[1]
-    for part, path in paths.items()
-    if part != "groundtruth"
-  }
-  if not dims:
-    raise ValueError(
-      "Files of your own need at least one of train, base and queries."
-    )
-  if len(set(dims.values())) > 1:
-    listed = ", ".join(f"{name} has {dim}" for name, dim in dims.items())
-    raise ValueError(f"All files must have one dimension, but {listed}.")
-  return Dataset(
-    OWN,
-    next(iter(dims.values())),
-    **paths,
-    num_train=num_train,
-    num_base=num_base,
-    num_queries=num_queries,
-    metric=metric,
-    scale=scale,
-  )
-
-
 def resolve(
   name: str | None = None,
   root=None,
@@ -263,7 +216,8 @@ def resolve(
   """Data set `name`, or files of one's own as soon as one path is given.
 
   Paths of one's own are never mixed with those of a named data set, whose
-  queries would not fit. `None` leaves every other value as it is.
+  queries would not fit. Give what is at hand; their dimensions must agree.
+  `num_*` limits a file to its first rows; None leaves a value as it is.
   """
   values = dict(metric=metric, scale=scale, num_train=num_train)
   values |= dict(num_base=num_base, num_queries=num_queries)
@@ -273,28 +227,44 @@ def resolve(
       "The scale of reported errors (--config.data.scale) must be a positive "
       f"number, got {scale}."
     )
+  if values.get("metric", "l2") not in METRICS:
+    raise ValueError(f"The metric must be one of {METRICS}, got {metric!r}.")
   paths = dict(train=train, base=base, queries=queries, groundtruth=groundtruth)
-  if any(paths.values()):
-    return own_dataset(**paths, **values)
+  paths = {k: os.fspath(path) for k, path in paths.items() if path}
+  if paths:
+    return Dataset(OWN, _common_dim(paths), **paths, **values)
   if not name:
     raise ValueError(
       f"No data: give paths, or a name out of {', '.join(NAMES)}."
     )
-  if values.get("metric", "l2") not in METRICS:
-    raise ValueError(f"The metric must be one of {METRICS}, got {metric!r}.")
   return dataclasses.replace(get_dataset(name, root), **values)
+
+
+def _common_dim(paths: dict[str, str]) -> int:
+  """The one dimension of all files but the ground truth."""
+  dims = {
+    f"{part} {path}": formats.open_vectors(path).shape[1]
+    for part, path in paths.items()
+    if part != "groundtruth"
+  }
+  if not dims:
+    raise ValueError(
+      "Files of your own need at least one of train, base and queries."
+    )
+  if len(set(dims.values())) > 1:
+    listed = ", ".join(f"{name} has {dim}" for name, dim in dims.items())
+    raise ValueError(f"All files must have one dimension, but {listed}.")
+  return next(iter(dims.values()))
 
 
 def open_split(dataset: Dataset, split: str, *, max_vectors=None, role=None):
   """Opens "train", "base", "queries" or "groundtruth" as an array `[N, D]`.
 
-  Checks the dimension, and that ground truth fits the queries and the base.
+  Checks the dimension; `search.truth_check` compares a ground truth with the
+  others.
 
-  Args:
-    dataset: from `get_dataset`, `own_dataset` or `resolve`.
-    split: which of its files.
-    max_vectors: a further limit on the number of rows.
-    role: what messages call these vectors; the split's own if None.
+  `max_vectors` is a further limit on the number of rows; `role` is what
+  messages call these vectors, the split's own if None.
   """
   if split not in SPLITS:
     raise ValueError(f"The split must be one of {SPLITS}, got {split!r}.")
@@ -321,36 +291,10 @@ def open_split(dataset: Dataset, split: str, *, max_vectors=None, role=None):
       f"{file.parent}. {dataset.how_to_get}"
     ) from e
   if split == "groundtruth":
-    _check_groundtruth(dataset, vectors, max_vectors)
-  elif vectors.shape[1] != dataset.dim:
+    return vectors
+  if vectors.shape[1] != dataset.dim:
     raise ValueError(
       f"{path} must have dimension {dataset.dim} for data set {dataset.name}, "
       f"got {vectors.shape[1]}."
     )
-  elif dataset.metric == "cosine":
-    return unit.UnitVectors(vectors)
-  return vectors
-
-
-def _check_groundtruth(dataset: Dataset, ids_QG, max_vectors) -> None:
-  if ids_QG.dtype.kind not in "iu":
-    raise ValueError(
-      f"{dataset.groundtruth} must hold integer ids, got {ids_QG.dtype}; "
-      "write the ids as integers, as np.save(path, ids.astype(np.int32))."
-    )
-  if dataset.queries:
-    queries_QD = open_split(dataset, "queries", max_vectors=max_vectors)
-    num_queries = len(queries_QD)
-    if len(ids_QG) < num_queries:
-      raise ValueError(
-        f"{dataset.groundtruth} must have a row for each of the {num_queries} "
-        f"queries, got {len(ids_QG)}."
-      )
-  if dataset.base:
-    num_base = len(open_split(dataset, "base"))
-    largest = int(np.max(ids_QG[:1000]))
-    if largest >= num_base:
-      raise ValueError(
-        f"{dataset.groundtruth} names row {largest}, but the base has only "
-        f"{num_base}: it belongs to another base or number of vectors."
-      )
+  return unit.UnitVectors(vectors) if dataset.metric == "cosine" else vectors

@@ -5,7 +5,7 @@ Every output is written under a temporary name and renamed. Next to it, in
 and the bytes and the checksum of the file.
 
 A file and its description appear in this order: the finished file under its
-temporary name; an earlier file is removed where it is to be replaced; the
+temporary name; an earlier file is removed if it is to be replaced; the
 description; the file. So a program that is killed leaves a description without
 its file at worst, which counts as no output. A file without a description was
 made elsewhere.
@@ -57,11 +57,8 @@ def atomic_output(
   removed and an earlier `path` is untouched. Missing folders are created, a
   symbolic link is followed. Of two writers without `overwrite` one succeeds.
 
-  Args:
-    path: The file.
-    overwrite: Replaces an existing file instead of refusing.
-    description: Written next to the file, with its `bytes` and `sha256`, which
-      are added to this dict. The block may add to it too.
+  A `description` is written next to the file, with its `bytes` and `sha256`,
+  which are added to this dict; the block may add to it too.
 
   Raises:
     FileExistsError: There is such a file already.
@@ -208,12 +205,9 @@ def check_output(
 
   It is tried in that folder, or in the nearest one that exists.
 
-  Args:
-    path: The file.
-    overwrite: Whether an existing file would be replaced.
-    num_bytes: What the file is going to take; a guess may be too small.
-    described: Whether it gets a description. An existing file with one is
-      then no error: `find_made` tells what it is.
+  `num_bytes` is what the file is going to take; a guess may be too small. If it
+  is `described`, an existing file with a description is no error: `find_made`
+  tells what it is.
 
   Raises:
     FileExistsError: There is such a file already.
@@ -351,12 +345,9 @@ def find_made(
 
   None if there is no complete output, or if it is to be replaced.
 
-  Args:
-    path: The file.
-    wanted: What a new description would say, results left out.
-    overwrite: Whether an existing file is to be replaced.
-    read_fn: Returns what the file at `path` says of itself, where that is not
-      next to it; raises ValueError if it is no such file.
+  `wanted` is what a new description would say, results left out. `read_fn`
+  returns what the file says of itself, if that is not next to it, and raises
+  ValueError if it is no such file.
 
   Raises:
     FileExistsError: It was made of something else, which the message names, or
@@ -376,7 +367,6 @@ def find_made(
       ) from error
   elif description_path(path).is_file():
     found = read_json(description_path(path))
-    check_file(path, found)
   else:
     raise FileExistsError(
       f"{path} exists already, without a description that says what it is of; "
@@ -389,6 +379,8 @@ def find_made(
       f"{path} exists already and was made with {name}={a}, now it is {b}; "
       "choose another name, or add --overwrite."
     )
+  if read_fn is None:
+    check_file(path, found)
   return found
 
 
@@ -416,10 +408,7 @@ def check_file(path, found: dict, *, is_thorough: bool = True) -> None:
 
   Old descriptions have no bytes or checksum: nothing is compared then.
 
-  Args:
-    path: The file.
-    found: Its description.
-    is_thorough: Reads the file for its checksum.
+  `is_thorough` reads the file for its checksum.
   """
   size, wanted = os.path.getsize(path), found.get("bytes")
   if wanted is not None and size != wanted:
@@ -442,8 +431,14 @@ def parse_description(path: pathlib.Path, kind: tuple[str, int]) -> dict:
 
   Raises ValueError if it is damaged, or of another kind.
   """
-  name, version = kind
   found = read_json(path)
+  check_kind(path, found, kind)
+  return found
+
+
+def check_kind(path, found: dict, kind: tuple[str, int]) -> None:
+  """Raises ValueError unless a description has this format and version."""
+  name, version = kind
   if found.get("format") != name:
     raise ValueError(f"{path} must have format {name!r}: it is not of vqjax.")
   if found.get("version") != version:
@@ -452,7 +447,6 @@ def parse_description(path: pathlib.Path, kind: tuple[str, int]) -> dict:
       f"reads version {version}; use the vqjax that wrote it, "
       f"{found.get('vqjax_version')}."
     )
-  return found
 
 
 def write_json(path, value: dict, *, overwrite: bool = False) -> None:

@@ -14,7 +14,7 @@ A file holds `N` vectors of `D` numbers. The suffix tells its layout:
 
 Only a .npz is read whole: else `open_vectors` costs the same for a thousand
 vectors as for a billion. A .npy in Fortran order is read where it lies, but
-each row touches all of the file: slow where that is larger than memory.
+each row touches all of the file: slow if that is larger than memory.
 """
 
 import itertools
@@ -44,10 +44,8 @@ def open_vectors(path, *, max_vectors: int | None = None, role=None):
   `rows.MappedRows`, an `np.memmap`, in the type of the file; the rest as
   `rows.Rows`.
 
-  Args:
-    path: the file; its suffix tells the format. `~` is the home folder.
-    max_vectors: shows only the first ones; a shorter file is no error.
-    role: what the vectors are to the user, for messages: "queries".
+  `max_vectors` shows only the first ones; a shorter file is no error. `role` is
+  what the vectors are to the user, for messages: "queries".
 
   Raises:
     FileNotFoundError: There is no file; the message names one that is near.
@@ -192,7 +190,7 @@ def _open_bin(path: pathlib.Path, dtype: np.dtype) -> np.memmap:
 def _are_wide_ids(wide_ND) -> bool:
   """Whether numbers are ids of 8 bytes: -1 or below 2^32, all of a sample.
 
-  Two ids of 4 bytes make such a number only where the second is 0, or both
+  Two ids of 4 bytes make such a number only if the second is 0, or both
   are -1.
   """
   at = np.linspace(0, len(wide_ND) - 1, min(len(wide_ND), 999), dtype=np.int64)
@@ -210,14 +208,9 @@ def write_vectors(
 ) -> int:
   """Writes vectors `[N, D]` in the format of the suffix; returns `N`.
 
-  Args:
-    path: the file; written under a temporary name, then renamed.
-    x: an array `[N, D]`, or an iterable of blocks `[n, D]` in order, which are
-      written as they come.
-    dtype: type of the numbers; only .npy and HDF5 leave a choice, None takes
-      that of the first block.
-    overwrite: replaces an existing file instead of refusing.
-    description: written next to it, see `files.atomic_output`.
+  `x` is an array, or an iterable of blocks `[n, D]` in order, which are written
+  as they come. Only .npy and HDF5 leave a choice of `dtype`; None takes the
+  type of the first block. See `files.atomic_output` for the others.
   """
   path, part = split_path(path)
   suffix = _output_suffix(path)
@@ -345,12 +338,8 @@ def check_vectors(
 ) -> None:
   """Raises ValueError unless host array `x` is `[N, dim]` finite numbers.
 
-  Args:
-    x: a numpy array.
-    dim: wanted number of dimensions; None takes any.
-    name: what the message calls the array.
-    first_row: number, in the file, of the first row of `x`.
-    rows: numbers `[N]` of all rows, where they are not consecutive.
+  The message calls the array `name`; `first_row` is the number of its first row
+  in the file, or `rows` are the numbers `[N]` of all.
   """
   if x.ndim != 2:
     raise ValueError(f"{name} must have shape (N, D), got {tuple(x.shape)}.")

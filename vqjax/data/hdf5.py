@@ -99,7 +99,7 @@ def _choose_part(file) -> str:
 
 
 def _find(h5py, file, path, part: str):
-  """The data set of this name; raises where the way to it leaves the file."""
+  """The data set of this name; raises if the way to it leaves the file."""
   where, choose = f"{path}#{part}", f"choose one with {path.name}#name"
   at, names, num_links = file, part.split("/"), 0
   while names:
@@ -169,10 +169,10 @@ def write_table(
 ) -> int:
   """Writes blocks `[n, dim]` as data set `part` of a new file; returns `N`.
 
-  Raises OSError with its number, such as that of a full disk.
+  Raises OSError with its number, as of a full disk.
   """
   try:
-    # Without a cache of chunks: HDF5 2.0 crashes where it cannot write that.
+    # Without a cache of chunks: HDF5 2.0 crashes if it cannot write that.
     with _import_h5py().File(path, "w", rdcc_nbytes=0) as file:
       table = file.create_dataset(
         part or DEFAULT_PART,

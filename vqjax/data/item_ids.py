@@ -4,7 +4,7 @@ Ids are integers or text, one for each row, none twice. They come from a column
 of the Parquet file that has the vectors, or from a file of their own:
 
   .npy                   integers or text `[N]`
-  .txt                   one id a line, UTF-8; integers where all lines are
+  .txt                   one id a line, UTF-8; integers if all lines are
   file.parquet#column    integers or text
 
 Our outputs keep them beside the file whose rows they name, in FILE.ids.txt, or
@@ -35,7 +35,7 @@ def read(
     source: A column of the Parquet file `data`, or a file.
     num: Number of vectors.
     data: Path of the vectors, `items.parquet#embedding`.
-    may_be_longer: Takes the first ids where there are more than vectors.
+    may_be_longer: Takes the first ids if there are more than vectors.
 
   Raises:
     FileNotFoundError: There is no such file or column.
@@ -47,7 +47,7 @@ def read(
   if len(ids_N) != num:
     raise ValueError(
       f"{name} must have an id for each of the {num} vectors, got "
-      f"{len(ids_N)} ids; give those of the same rows."
+      f"{len(ids_N)} ids; give the ids of the same rows."
     )
   check(ids_N, name)
   return ids_N
@@ -140,7 +140,7 @@ def _load(source: str, data) -> tuple[str, np.ndarray]:
     if column is None:
       raise ValueError(
         f"{path} has several columns, {', '.join(parquet.column_names(path))}; "
-        f"choose that of the ids with {path.name}#name."
+        f"choose the column of ids with {path.name}#name."
       )
     return source, parquet.read_ids(path, column)
   if suffix == ".txt":

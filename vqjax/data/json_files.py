@@ -9,10 +9,7 @@ _MAX_BYTES, _MAX_DEPTH = 1 << 28, 64
 def check_fields(path, found: dict, fields: dict) -> None:
   """Raises ValueError unless fields of a JSON object have these types.
 
-  Args:
-    path: The file, for the message.
-    found: The object.
-    fields: Type or types of each field; a list `[int]` is a list of those.
+  `fields` has the type or types of each; a list `[int]` is a list of those.
   """
   for name, kind in fields.items():
     value = found.get(name)

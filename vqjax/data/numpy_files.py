@@ -61,7 +61,7 @@ def read_ids(path: pathlib.Path) -> np.ndarray:
 def open_npz(path: pathlib.Path, part: str | None) -> rows.Rows:
   """Opens array `part` of a .npz, the only one for None.
 
-  The whole array is read into memory where its first rows are asked for.
+  The whole array is read into memory when its first rows are asked for.
   """
   with _damage_in_words(path), zipfile.ZipFile(path) as archive:
     member = _member(archive, part, path)

@@ -1,6 +1,6 @@
 """Open vectors: rows that are read when they are asked for.
 
-`MappedRows` are rows of a memory-mapped file, `Rows` those of a file that
+`MappedRows` are rows of a memory-mapped file, `Rows` are of a file that
 cannot be mapped. Both know their `name`, for messages: the path, and what the
 vectors are to who reads them, such as `x.npy (queries)`.
 
@@ -38,7 +38,7 @@ class MappedRows(np.memmap):
     return array[()] if return_scalar else array
 
   def __getitem__(self, rows):
-    """Picks rows: mapped where they are a slice, else in memory."""
+    """Picks rows: mapped if they are a slice, else in memory."""
     if self._mmap is not None and self._mmap.size() < self._file_bytes:
       raise OSError(
         f"{self.name} shrank from {self._file_bytes} to {self._mmap.size()} "
@@ -69,11 +69,8 @@ class Rows:
   def __init__(self, read_fn, shape, dtype, name: str):
     """Makes them of a function of slices of step 1 and of arrays of rows.
 
-    Args:
-      read_fn: takes such a slice or int64 `[n]`, returns `[n, D]`.
-      shape: N and D; N may be less than what the file has.
-      dtype: type of the numbers that `read_fn` returns.
-      name: what messages call the vectors.
+    `read_fn` takes such a slice, or int64 `[n]`, and returns `[n, D]`. `shape`
+    may have fewer rows than the file; messages use the `name`.
     """
     self._read_fn, self.name = read_fn, name
     self.shape, self.dtype, self.ndim = tuple(shape), np.dtype(dtype), 2

@@ -1,6 +1,6 @@
 """Temporary files whose names say which process writes them.
 
-So a later one knows those of killed processes, and removes them.
+So a later one knows the files of killed processes, and removes them.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import time
 _STALE_SECONDS = 60
 _NAME = re.compile(r"\..*\.tmp-(\w+)-(\d+)-[0-9a-f]{8}(\.\w+)?")
 _mine = set()  # Temporary files that this process is writing.
-_cleaned = set()  # Folders where it has looked for those of others.
+_cleaned = set()  # Folders in which it has looked for files of others.
 
 
 def at_point(name: str, path) -> None:
@@ -93,7 +93,7 @@ def _is_stale(path: pathlib.Path) -> bool:
 
 
 def _host() -> str:
-  """Names this host, or the container: where process numbers mean the same."""
+  """Names this host or container, in which process numbers mean the same."""
   name = re.sub(r"\W", "_", socket.gethostname(), flags=re.ASCII)[:32]
   with contextlib.suppress(OSError):
     name += f"_{os.stat('/proc/self/ns/pid').st_ino:x}"

@@ -1,6 +1,6 @@
 """Vectors of length 1, for the cosine: divided by their norm when read.
 
-The cosine of two vectors is the inner product of those of length 1, and their
+The cosine of two vectors is the inner product of both at length 1, and their
 squared distance is 2 - 2 cosines, so that the order of neighbours is the same
 by either. A vector of zeros has no direction and is refused by its row.
 """
@@ -11,16 +11,14 @@ import numpy as np
 def normalise(x_ND, *, name="vectors", rows=None) -> np.ndarray:
   """Vectors `[N, D]` divided by their norms, float32.
 
-  Args:
-    x_ND: Vectors, of any numeric type.
-    name: What the message calls them, a file.
-    rows: Their numbers `[N]` in the file; None for 0, 1, ...
+  `rows` are their numbers `[N]` in the file, for the message; None for 0, 1,
+  ...
 
   Raises:
     ValueError: A vector is zero.
   """
   x_ND = np.asarray(x_ND, float)
-  # The largest number first: squares of float32 fit, those of float64 may not.
+  # The largest number first: squares of float32 fit, of float64 they may not.
   most_N1 = np.abs(x_ND).max(axis=1, keepdims=True)
   bad = np.flatnonzero(most_N1[:, 0] == 0)
   if bad.size:

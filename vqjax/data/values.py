@@ -1,7 +1,7 @@
 """Numbers whose squared distances float32 can hold, and tell apart.
 
 Squares of numbers beyond 1e15 come near the largest float32, 3.4e38, when they
-are summed over dimensions and vectors; those of differences below 1e-15 near
+are summed over dimensions and vectors; squares of differences below 1e-15 near
 the smallest, 1.2e-38. Such vectors are refused with what to do about it, before
 they turn into NaN or into distances of zero.
 """
@@ -15,11 +15,7 @@ _MOST_LOST = 1e-4  # Of the variance, by the cast to float32.
 def check_size(x_ND, *, name="vectors", first_row: int = 0, rows=None) -> None:
   """Raises ValueError if a finite number is too large to be squared.
 
-  Args:
-    x_ND: a numpy array.
-    name: what the message calls the array.
-    first_row: number, in the file, of the first row of `x_ND`.
-    rows: numbers `[N]` of all rows, where they are not consecutive.
+  Names and rows in the message are as in `formats.check_vectors`.
   """
   is_small_type = x_ND.dtype.kind in "iu" and x_ND.dtype.itemsize < 8
   if is_small_type or not x_ND.size:
@@ -41,9 +37,7 @@ def check_size(x_ND, *, name="vectors", first_row: int = 0, rows=None) -> None:
 def check_spread(x_ND, *, name="vectors") -> None:
   """Raises ValueError unless some vectors differ by what float32 can square.
 
-  Args:
-    x_ND: a sample, as it was read: a cast to float32 may lose how they differ.
-    name: what the message calls the vectors.
+  `x_ND` is a sample as it was read: a cast to float32 may lose how they differ.
   """
   wide_ND = np.asarray(x_ND, np.float64)
   left_ND = wide_ND - wide_ND[:1]

@@ -95,7 +95,7 @@ def fit(
 
 
 def check_parts(dim: int, num_parts: int | None) -> int:
-  """Returns the number of parts; raises ValueError where it does not fit."""
+  """Returns the number of parts; raises ValueError if it does not fit."""
   if num_parts is None:
     num_parts = max(dim // _PART_DIM, 1)
   check_range("num_parts", num_parts, 1, dim, "dimensions of the vectors")
@@ -132,11 +132,7 @@ def scan(
 
   The nearest come first; if there are no more, id -1 is at distance inf.
 
-  Args:
-    index: From `fit` or `load`.
-    queries_QD: Queries.
-    probes_QP: Lists to look into; -1, for none, in the last columns alone.
-    k: Results.
+  Lists of -1, for none, may stand in the last columns of `probes_QP` alone.
   """
   turn, lists = _parts(index)
   turned_QD = turn.apply(float_rows("queries", queries_QD, index.d))
@@ -154,7 +150,7 @@ def scan(
 
 
 def _scan(lists, queries_QD, probes_QP, k: int):
-  """Ids and distances, as faiss has them, where no list is -1."""
+  """Ids and distances, as faiss has them, if no list is -1."""
   num, nprobe = probes_QP.shape
   probes_QP = np.ascontiguousarray(probes_QP, np.int64)
   ids_QK = np.empty((num, k), np.int64)
@@ -195,13 +191,8 @@ def save(
 ) -> dict:
   """Writes a refiner and its description, which it returns.
 
-  Args:
-    index: From `fit`.
-    path: The file.
-    of_index: Checksum of the index it belongs to, `sha256` of its
-      description.
-    info: What else the description says, plain values.
-    overwrite: Replaces existing files instead of refusing.
+  `of_index` is the checksum of the index it belongs to, `sha256` of its
+  description; `info` is what else the description says, plain values.
   """
   meta = {**info, "of_index": of_index, **describe(index)}
   meta["weights_digest"] = _digest_weights(info)
@@ -221,9 +212,6 @@ def load(path, index_info: dict) -> Loaded:
       f"{path} has no description {path}.json, so its index is unknown: copy "
       "it too, or make the refiner again by vqjax refiner --kind=fastscan."
     )
-  found = describe(index) if _is_refiner(index) else None
-  if found is None or found != {name: info.get(name) for name in found}:
-    raise ValueError(f"{path} is not what its description says: {found}.")
   if info.get("of_index") != index_info.get("sha256"):
     raise ValueError(
       f"{path} belongs to an index with checksum {info.get('of_index')}, but "
@@ -244,14 +232,6 @@ def _digest_weights(info: dict) -> str:
   weights = {k: v for k, v in info.items() if k.endswith("_weight")}
   text = json.dumps(weights, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _is_refiner(index) -> bool:
-  index = faiss.downcast_index(index)
-  return isinstance(index, faiss.IndexPreTransform) and isinstance(
-    faiss.downcast_index(index.index),
-    faiss.IndexIVFProductResidualQuantizerFastScan,
-  )
 
 
 def _parts(index):

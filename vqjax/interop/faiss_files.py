@@ -21,12 +21,8 @@ def save(
 ) -> dict:
   """Writes index and description; returns the description.
 
-  Args:
-    index: Any.
-    path: The index file.
-    info: What the description says, plain values.
-    kind: Name and version of the format.
-    overwrite: Replaces existing files instead of refusing.
+  `info` is what the description says, plain values; `kind` is name and version
+  of the format.
   """
   meta = {
     **dict(zip(("format", "version"), kind, strict=True)),
@@ -44,11 +40,8 @@ def load(
 ) -> tuple[faiss.Index, dict]:
   """Reads an index file and its description, {} if there is none.
 
-  Args:
-    path: The index file.
-    kind: As in `save`.
-    mmap: Leaves lists on disk, read-only, until they are searched. The
-      checksum, which would read them all, is not compared then.
+  `mmap` leaves lists on disk, read-only, until they are searched. The checksum,
+  which would read them all, is not compared then.
 
   Raises:
     FileNotFoundError: There is no index file.

@@ -1,10 +1,10 @@
 """Settings of a search, tried in an order that makes most of them needless.
 
-More of any parameter is taken to cost time and to gain recall. So the time of a
-setting is at least that of every smaller one, and its recall at most that of
-every larger one; where even these bounds lie behind the front of what was
-measured, the setting need not be tried. The bounds are those of
-`faiss.contrib.evaluation`.
+More of any parameter is taken to cost time and to gain recall. So a setting
+takes at least the time of every smaller one, and has at most the recall of
+every larger one. If even these bounds lie behind the front of what was
+measured, the setting need not be tried. `faiss.contrib.evaluation` has the
+bounds.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,9 +19,7 @@ class Grid:
   def __init__(self, ranges: dict[str, Sequence], num_recalls: int = 1):
     """Takes the values of each parameter, from cheap to expensive.
 
-    Args:
-      ranges: By name of the parameter; at least one value each.
-      num_recalls: Kinds of recall; each has a front.
+    Each kind of recall has a front.
     """
     empty = [name for name, values in ranges.items() if not len(values)]
     if empty or not ranges:

@@ -2,8 +2,8 @@
 
 An index is a linear transform with bias, inverted lists over 4-bit fast-scan
 codes of the reduced vectors, and the full vectors to refine with. Its lists and
-codes are those of the base side; its transform, centroids, codewords are those
-of the side that searches. faiss reads and searches the file without vqjax, but
+codes are made by the base side; its transform, centroids and codewords belong
+to the side that searches. faiss reads and searches the file without vqjax, but
 vectors are to be added by `add`, which takes the base side for it.
 """
 
@@ -13,16 +13,16 @@ import faiss
 import numpy as np
 
 from vqjax.codecs.hakes import HakesSide, check_side
-from vqjax.core import check_range, check_shape
-from vqjax.data import files
-from vqjax.interop import faiss_io
-from vqjax.interop.faiss_io import METRICS
+from vqjax.core import check_range
+from vqjax.interop import faiss_files, faiss_io
+from vqjax.interop.faiss_io import METRICS, float_rows, metric_type
 
 STORES = {  # Of the full vectors: name to faiss's quantiser, None for float32.
   "float32": None,
   "float16": faiss.ScalarQuantizer.QT_fp16,
   "sq8": faiss.ScalarQuantizer.QT_8bit,
 }
+_KIND = ("vqjax hakes index", 1)  # Of a description, which there is none of.
 NUM_BITS = 4  # Of a code; fast scan has no other.
 
 
@@ -44,8 +44,8 @@ def fit_base(
   Raises:
     ValueError: If sizes do not fit each other or the sample.
   """
-  _check_metric(metric)
-  x_ND = _float_rows("x", x_ND)
+  metric_type(metric)
+  x_ND = float_rows("x", x_ND)
   n, d = x_ND.shape
   check_range("reduced_dim", reduced_dim, 1, d, "dimensions of the vectors")
   check_range("num_lists", num_lists, 1, n, f"{n} vectors to learn from")
@@ -93,13 +93,10 @@ def make_index(
 ) -> faiss.Index:
   """Returns an empty index that searches by the base side.
 
-  Args:
-    base: Makes lists and codes.
-    metric: "ip" or "l2"; for cosine, vectors of length 1 and "ip".
-    store: One of `STORES`.
-    sample_ND: Vectors that show "sq8" the range of each dimension.
+  For the cosine give vectors of length 1 and "ip". `sample_ND` shows the store
+  "sq8" the range of each dimension.
   """
-  _check_metric(metric)
+  metric_type(metric)
   check_side(base)
   if store not in STORES:
     raise ValueError(f"store must be one of {tuple(STORES)}, got {store!r}.")
@@ -121,7 +118,9 @@ def make_index(
   else:
     full = faiss.IndexScalarQuantizer(d, STORES[store], METRICS[metric])
     if store == "sq8":
-      full.train(_float_rows("the sample", sample_ND, d))
+      if sample_ND is None:
+        raise ValueError("sq8 needs a sample, to learn each dimension's range.")
+      full.train(float_rows("the sample", sample_ND, d))
     full.is_trained = True
   _put(transform, quantizer, lists, base)
   lists.is_trained = reduced.is_trained = True
@@ -167,7 +166,7 @@ def add(
   set_side(index, base)
   try:
     for x_ND in blocks:
-      index.add(_float_rows("x", x_ND, index.d))
+      index.add(float_rows("x", x_ND, index.d))
   finally:
     set_side(index, searched_by)
 
@@ -182,12 +181,8 @@ def search(
 ) -> np.ndarray:
   """Ids `[Q, k]` of the nearest found; -1 for empty slots.
 
-  Args:
-    index: From `make_index` or `fit_factory`.
-    queries_QD: Float32.
-    k: Results.
-    num_probes: Lists looked into.
-    refine_factor: k'/k; this many times k candidates are compared in full.
+  `num_probes` lists are looked into; `refine_factor` (k'/k) times k candidates
+  are compared in full.
   """
   inner = faiss.SearchParametersPreTransform(
     index_params=faiss.SearchParametersIVF(nprobe=num_probes)
@@ -195,17 +190,17 @@ def search(
   params = faiss.IndexRefineSearchParameters(
     k_factor=refine_factor, base_index_params=inner
   )
-  queries_QD = _float_rows("queries", queries_QD, index.d)
+  queries_QD = float_rows("queries", queries_QD, index.d)
   return index.search(queries_QD, k, params=params)[1]
 
 
 def fit_factory(name: str, x_ND: np.ndarray, metric: str) -> faiss.Index:
   """Trains an index by faiss's own name of it and adds the vectors.
 
-  `search` takes it where it refines, as "OPQ48_96,IVF1024,PQ48x4fs,RFlat".
+  `search` takes it if it refines, as "OPQ48_96,IVF1024,PQ48x4fs,RFlat".
   """
-  _check_metric(metric)
-  x_ND = _float_rows("x", x_ND)
+  metric_type(metric)
+  x_ND = float_rows("x", x_ND)
   try:
     index = faiss.index_factory(x_ND.shape[1], name, METRICS[metric])
   except RuntimeError as error:
@@ -222,7 +217,7 @@ def save(
   """Writes the index file, whole or not at all.
 
   `check_fn` gets the written file under a temporary name, before it counts; the
-  file is gone where it raises.
+  file is gone if it raises.
   """
   with faiss_io.write_index(index, path, overwrite=overwrite) as temporary:
     if check_fn is not None:
@@ -235,13 +230,7 @@ def load(path) -> faiss.Index:
   Raises:
     ValueError: It is no index of this kind.
   """
-  path = files.user_path(path)
-  if not path.is_file():
-    raise FileNotFoundError(f"There is no file {path}; check the name.")
-  try:
-    index = faiss.read_index(str(path))
-  except RuntimeError as error:
-    raise ValueError(f"{path} is no index file, or is truncated.") from error
+  index, _ = faiss_files.load(path, kind=_KIND)
   _parts(index, path)
   return index
 
@@ -281,15 +270,3 @@ def _put(transform, quantizer, lists, side: HakesSide) -> None:
   faiss.copy_array_to_vector(flat(side.codebooks_MKS), lists.pq.centroids)
   quantizer.reset()
   quantizer.add(np.ascontiguousarray(side.centroids_LE, np.float32))
-
-
-def _check_metric(metric: str) -> None:
-  if metric not in METRICS:
-    raise ValueError(f"metric must be one of {tuple(METRICS)}, got {metric!r}.")
-
-
-def _float_rows(name: str, x_ND, dim: int | None = None) -> np.ndarray:
-  if x_ND is None:
-    raise ValueError(f"{name} is needed to learn the range of each dimension.")
-  check_shape(name, x_ND, (None, dim))
-  return np.ascontiguousarray(x_ND, np.float32)

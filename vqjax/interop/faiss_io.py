@@ -23,7 +23,8 @@ from vqjax.data.files import atomic_output
 METRICS = {"l2": faiss.METRIC_L2, "ip": faiss.METRIC_INNER_PRODUCT}
 ADDITIVE = ("PQ", "OPQ", "RQ", "LSQ")
 # Numbers of a batch of queries from which on faiss takes matrix products: by
-# itself 128,000, where 32 to 999 queries of 128 dimensions take twice as long.
+# itself 128,000, with which 32 to 999 queries of 128 dimensions take twice as
+# long.
 _LEAST_PRODUCT = 2560
 faiss.cvar.distance_compute_blas_threshold = min(
   faiss.cvar.distance_compute_blas_threshold, _LEAST_PRODUCT
@@ -49,21 +50,21 @@ def knn(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Exact search: distances `[Q, k]` float32 and ids `[Q, k]` int64.
 
-  Squared distances are taken of vectors less the centre of the queries, where
+  Squared distances are taken of vectors less the centre of the queries, if
   these lie far from the origin (`distances.centre_of`).
 
   Args:
     queries_QD: Queries, of any numeric type.
     base: `[N, D]`, or an iterable of its blocks of rows in order, for a base
       that does not fit in memory. Of any numeric type.
-    k: Results per query, best first. Where the base has fewer vectors the
+    k: Results per query, best first. If the base has fewer vectors, the
       slots left are id -1, at distance inf (-inf for "ip").
     metric: "l2" for squared distances, "ip" for inner products.
 
   Raises:
     ValueError: If the metric is unknown or dimensions differ.
   """
-  metric_type = _metric_type(metric)
+  kind = metric_type(metric)
   check_range("k", k, 1, 2**31 - 1)
   queries_QD = float_rows("queries", queries_QD)
   is_ip = metric == "ip"
@@ -77,7 +78,7 @@ def knn(
       continue
     num_here = min(k, len(block_ND))
     block_ND = less(block_ND, centre_D)
-    found = faiss.knn(queries_QD, block_ND, num_here, metric=metric_type)
+    found = faiss.knn(queries_QD, block_ND, num_here, metric=kind)
     heap.add_result(found[0], found[1] + num_seen)
     num_seen += len(block_ND)
   heap.finalize()
@@ -122,12 +123,8 @@ def fit_kmeans(
 ) -> np.ndarray:
   """Codewords `[K, D]` that faiss's k-means finds in all the vectors `[N, D]`.
 
-  Args:
-    x_ND: Vectors, of any numeric type; no sample of them is taken.
-    num_codewords: K, at most N.
-    num_iterations: Rounds of assignment and update.
-    seed: Draws the start where none is given, and splits empty codewords.
-    start_KD: Codewords to start from; None for rows drawn at random.
+  No sample is taken. `seed` draws the start, rows at random, if there is no
+  `start_KD`, and splits empty codewords.
 
   Raises:
     ValueError: If a size makes no sense.
@@ -188,13 +185,9 @@ def train_opq(
 
   Goes to `pq.fit(..., rotation=)`. faiss keeps the transpose.
 
-  Args:
-    x_ND: Training vectors, of any numeric type.
-    num_codes: M, slices.
-    num_bits: Slices are coded by `2 ** num_bits` codewords in training; the
-      right rotation depends on it.
-    num_iterations: Rounds of codebooks and rotation in turn.
-    max_vectors: Number of rows in the sample, at most.
+  Slices, of which there are `num_codes`, are coded by `2 ** num_bits` codewords
+  in training; the right rotation depends on it. `num_iterations` are rounds of
+  codebooks and rotation in turn.
   """
   x_ND = float_rows("x", x_ND)
   d = x_ND.shape[1]
@@ -216,12 +209,8 @@ def fit_additive(
 ) -> FaissCodec:
   """Trains a classical codec of faiss, to compare with.
 
-  Args:
-    name: "PQ", "OPQ", "RQ" or "LSQ".
-    x_ND: Training vectors.
-    num_codes: M.
-    num_bits: Each position has `2 ** num_bits` codewords.
-    beam_size: Of "RQ", in training and in encoding.
+  `name` is "PQ", "OPQ", "RQ" or "LSQ"; "RQ" trains and encodes with
+  `beam_size`.
 
   Raises:
     ValueError: If a name or a size makes no sense.
@@ -257,7 +246,7 @@ def fit_additive(
 def pq_to_faiss(params: PQParams, *, metric: str = "l2") -> faiss.Index:
   """A trained, empty `IndexPQ`, behind the rotation if there is one."""
   m, k, s = params.codebooks_MKS.shape
-  index = faiss.IndexPQ(m * s, m, _num_bits(k), _metric_type(metric))
+  index = faiss.IndexPQ(m * s, m, _num_bits(k), metric_type(metric))
   codewords = np.ascontiguousarray(params.codebooks_MKS, np.float32)
   faiss.copy_array_to_vector(codewords.ravel(), index.pq.centroids)
   index.is_trained = True
@@ -288,7 +277,7 @@ def rq_to_faiss(
   codes decode these, but a beam through them finds poorer ones.
   """
   m, k, d = params.codebooks_MKD.shape
-  index = faiss.IndexResidualQuantizer(d, m, _num_bits(k), _metric_type(metric))
+  index = faiss.IndexResidualQuantizer(d, m, _num_bits(k), metric_type(metric))
   codewords = np.ascontiguousarray(params.codebooks_MKD, np.float32)
   faiss.copy_array_to_vector(codewords.ravel(), index.rq.codebooks)
   index.rq.max_beam_size = beam_size
@@ -416,7 +405,8 @@ def less(x_ND: np.ndarray, centre_D: np.ndarray | None) -> np.ndarray:
   return x_ND if centre_D is None else x_ND - centre_D
 
 
-def _metric_type(metric: str) -> int:
+def metric_type(metric: str) -> int:
+  """What faiss calls a metric; raises ValueError if it has none."""
   if metric not in METRICS:
     raise ValueError(f"metric must be one of {tuple(METRICS)}, got {metric!r}.")
   return METRICS[metric]

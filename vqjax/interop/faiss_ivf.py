@@ -1,13 +1,13 @@
 """Inverted lists of codes as an index of stock faiss: make, fill, read, search.
 
 The index is an `IVF{L},RQ{M}x{bits}_Nqint8` or `IVF{L}_HNSW32,...`: its lists
-hold codes of any codec and a byte for a norm, its codewords are those of an
+hold codes of any codec and a byte for a norm, its codewords are from an
 additive decoder, so that a sum r of codewords stands for what the centroid c
 leaves of a vector. faiss computes from them, without vqjax,
 
   |x - c - r|^2 = |x - c|^2 - 2 <x - c, r> + |r|^2
 
-where the byte stands for |r|^2. (Inner products, of "ip", need no norm.) A
+The byte stands for |r|^2. (Inner products, of "ip", need no norm.) A
 codec without lists has one list, whose centroid is zero, or the centre of
 vectors far from the origin: |r|^2 would be too large for a byte there. Beside
 the file, its description `index.faiss.json` says which codec made the codes.
@@ -55,7 +55,6 @@ def make_index(
   centroids_LD: np.ndarray,
   codebooks_MKD: np.ndarray,
   *,
-  norm_range: tuple[float, float] | None = None,
   coarse: str = "hnsw",
   metric: str = "l2",
   by_residual: bool = True,
@@ -67,10 +66,8 @@ def make_index(
     centroids_LD: Of the lists, in data units; `[1, D]` zeros for a codec
       without lists and an index of one.
     codebooks_MKD: Codewords of the additive decoder; K a power of two. A centre
-      of their sums (`additive.split_centre`) is moved to the centroids where
+      of their sums (`additive.split_centre`) is moved to the centroids if
       codes are of residuals.
-    norm_range: Least and largest squared norm that the byte can say. None for
-      bounds that no sum of codewords exceeds, until `fit_norms` narrows them.
     coarse: See `make_coarse`.
     metric: "l2" or "ip".
     by_residual: Codes are of the residual of a vector after its centroid;
@@ -90,30 +87,17 @@ def make_index(
     if np.any(centre_D):
       centroids_LD = centroids_LD + np.asarray(centre_D)
   codewords = faiss_io.rq_to_faiss(codewords)
-  low, high = norm_range or (0.0, _largest_norm(codebooks_MKD))
-  if not 0 <= low <= high < np.inf:
-    raise ValueError(
-      f"norm_range must be two finite norms in order, got {norm_range}."
-    )
   quantizer = make_coarse(centroids_LD, coarse, metric, progress=progress)
   index = faiss.IndexIVFResidualQuantizer(
-    *(
-      quantizer,
-      d,
-      len(centroids_LD),
-      m,
-      k.bit_length() - 1,
-      METRICS[metric],
-    ),
+    *(quantizer, d, len(centroids_LD), m, k.bit_length() - 1, METRICS[metric]),
     faiss.AdditiveQuantizer.ST_norm_qint8,
   )
-  quantizer.this.disown()
-  index.own_fields = True
+  faiss_lists.hand_over(quantizer, index)
   rq = index.rq
   rq.codebooks = codewords.rq.codebooks
   # Tables of (M K)^2 numbers, which no search needs, made by whoever reads it.
   rq.train_type |= faiss.ResidualQuantizer.Skip_codebook_tables
-  _set_norm_range(index, low, high)
+  set_norm_range(index, 0.0, _largest_norm(codebooks_MKD))
   rq.is_trained = index.is_trained = True
   index.by_residual = by_residual
   return index
@@ -125,7 +109,8 @@ def _largest_norm(codebooks_MKD) -> float:
   return float(norm_MK.max(axis=1).sum() ** 2)
 
 
-def _set_norm_range(index, low: float, high: float) -> None:
+def set_norm_range(index, low: float, high: float) -> None:
+  """Sets the least and the largest squared norm that the byte can say."""
   # Relative alone: vectors may be of any scale.
   high = max(high, low * (1 + _LEAST_RANGE), float(np.finfo(np.float32).tiny))
   index.rq.norm_min, index.rq.norm_max = low, high
@@ -138,9 +123,8 @@ def fit_norms(index: faiss.Index, *, progress=None) -> tuple[float, float]:
   and to write the bytes anew. Returns the range, least and largest squared norm
   of the sums of codewords.
 
-  Args:
-    index: From `make_index`, filled; its lists in memory.
-    progress: Called with `(vectors done, twice the number of vectors)`.
+  The lists must be in memory; `progress` is called with `(vectors done, twice
+  the number of vectors)`.
   """
   index = faiss_lists.check_index(index)
   if not index.ntotal:
@@ -152,7 +136,7 @@ def fit_norms(index: faiss.Index, *, progress=None) -> tuple[float, float]:
     done += len(packed)
     if progress is not None:
       progress(done, 2 * index.ntotal)
-  _set_norm_range(index, low, high)
+  set_norm_range(index, low, high)
   for parts, packed in faiss_lists.blocks(index):
     faiss_lists.write(index, parts, faiss_lists.repack(index, packed))
     done += len(packed)
@@ -248,42 +232,13 @@ def coarse_search(
   Distances are squared; for "ip" they are inner products. A graph may find
   fewer lists than asked for; the slots left are -1.
 
-  Args:
-    index: From `make_index` or `load`.
-    queries_QD: Queries.
-    nprobe: P, lists.
-    ef_search: Effort in a graph, None for the file's; a flat quantiser
-      takes no notice of it.
+  `ef_search` is the effort in a graph, None for the file's; a flat quantiser
+  takes no notice of it.
   """
   index = faiss_lists.check_index(index)
   queries_QD = float_rows("queries", queries_QD, index.d)
   coarse = faiss.downcast_index(index.quantizer)
   return faiss_lists.nearest(coarse, queries_QD, nprobe, ef_search)
-
-
-def search(
-  index: faiss.Index,
-  queries_QD: np.ndarray,
-  k: int,
-  *,
-  nprobe: int,
-  ef_search: int | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-  """Searches as any faiss program would: distances and ids, `[Q, k]`.
-
-  Ordered by the additive decoder. If there are fewer vectors, the
-  remaining slots have id -1. For the options see `coarse_search`.
-  """
-  index = faiss_lists.check_index(index)
-  check_range("k", k, 1, 2**31 - 1)
-  check_range("nprobe", nprobe, 1, index.nlist, "lists of the index")
-  coarse = faiss.downcast_index(index.quantizer)
-  params = faiss.SearchParametersIVF(
-    nprobe=nprobe, quantizer_params=faiss_lists.graph_params(coarse, ef_search)
-  )
-  return index.search(
-    float_rows("queries", queries_QD, index.d), k, params=params
-  )
 
 
 def describe(index: faiss.Index) -> dict:
@@ -317,12 +272,8 @@ def save(
 
   Returns the description.
 
-  Args:
-    index: From `make_index`.
-    path: The index file.
-    info: What else the description says, plain values: `codec_fingerprint`,
-      and what the caller knows.
-    overwrite: Replaces existing files instead of refusing.
+  `info` is what else the description says, plain values, such as
+  `codec_fingerprint`.
   """
   return faiss_files.save(
     index, path, {**info, **describe(index)}, kind=_KIND, overwrite=overwrite
@@ -332,10 +283,7 @@ def save(
 def load(path, *, mmap: bool = False) -> Loaded:
   """Reads an index file and its description, and compares them.
 
-  Args:
-    path: The index file.
-    mmap: Leaves lists on disk, read-only, until they are searched. The
-      checksum, which would read them all, is not compared then.
+  For `mmap` see `faiss_files.load`.
 
   Raises:
     FileNotFoundError: One of them is missing.

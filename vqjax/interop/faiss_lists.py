@@ -1,8 +1,8 @@
 """Inverted lists of faiss: what finds them, and what they hold, as arrays.
 
-The lists are those of `faiss_ivf`, whose coarse quantiser finds them. faiss
-keeps a vector as the packed bits of its code and a byte for the squared norm
-of the sum of its codewords.
+The lists belong to an index of `faiss_ivf`, whose coarse quantiser finds them.
+faiss keeps a vector as the packed bits of its code and a byte for the squared
+norm of the sum of its codewords.
 """
 
 from typing import NamedTuple
@@ -16,13 +16,14 @@ from vqjax.codecs.rq import RQParams
 from vqjax.core import check_range
 from vqjax.data import formats
 from vqjax.interop import faiss_io
-from vqjax.interop.faiss_io import METRICS, float_rows
+from vqjax.interop.faiss_io import float_rows
 
 BLOCK = 16384  # Vectors whose reconstructions exist at a time.
 COARSE = ("hnsw", "flat")
 _L2 = faiss.METRIC_L2
 _NUM_LINKS = 32  # Of a codeword in the graph, and how hard they are looked for:
 _EF_CONSTRUCTION = 200
+_EFFORT = 64  # To find the list of a vector in a graph; misses few.
 
 
 class Contents(NamedTuple):
@@ -32,7 +33,7 @@ class Contents(NamedTuple):
   codewords add to the squared norm of the centroid, which suits tables of a
   query that serve all lists. (The bytes in the file are of the codewords
   alone.) That norm is of the centroid less `centre_D`, see `ivf.make_lists`.
-  The centroids are those that are added to the codewords: where the codes are
+  The centroids are those that are added to the codewords: if the codes are
   of whole vectors zeros, or the centre of the codewords, which these are then
   without.
   """
@@ -66,13 +67,13 @@ def make_coarse(
   """
   if kind not in COARSE:
     raise ValueError(f"coarse must be one of {COARSE}, got {kind!r}.")
-  _check_metric(metric)
+  kind_of_metric = faiss_io.metric_type(metric)
   formats.check_vectors(centroids_LD, name="centroids")
   dim = centroids_LD.shape[1]
   if kind == "flat":
-    coarse = faiss.IndexFlat(dim, METRICS[metric])
+    coarse = faiss.IndexFlat(dim, kind_of_metric)
   else:
-    coarse = faiss.IndexHNSWFlat(dim, _NUM_LINKS, METRICS[metric])
+    coarse = faiss.IndexHNSWFlat(dim, _NUM_LINKS, kind_of_metric)
     coarse.hnsw.efConstruction = _EF_CONSTRUCTION
   num_lists = len(centroids_LD)
   for i in range(0, num_lists, BLOCK):
@@ -98,23 +99,10 @@ def hand_over(part, owner) -> None:
   owner.own_fields = True
 
 
-def assign_lists(
-  coarse: faiss.Index, x_ND: np.ndarray, *, ef_search: int = 64
-) -> np.ndarray:
-  """Finds the list of each vector: int32 `[N]`.
-
-  Args:
-    coarse: From `make_coarse`.
-    x_ND: Vectors, of any numeric type.
-    ef_search: Effort in a graph; 64 misses few.
-  """
+def assign_lists(coarse: faiss.Index, x_ND: np.ndarray) -> np.ndarray:
+  """Finds the list of each vector, of any numeric type: int32 `[N]`."""
   blocks = [
-    nearest(
-      coarse,
-      float_rows("x", x_ND[i : i + BLOCK], coarse.d),
-      1,
-      ef_search,
-    )
+    nearest(coarse, float_rows("x", x_ND[i : i + BLOCK], coarse.d), 1, _EFFORT)
     for i in range(0, len(x_ND), BLOCK)
   ]
   lists = [lists_N1[:, 0] for lists_N1, _ in blocks]
@@ -155,7 +143,7 @@ def lists_of(contents: Contents, rows_N: np.ndarray) -> np.ndarray:
 
 
 def check_index(index, name="The index") -> faiss.IndexIVFResidualQuantizer:
-  """The index; raises ValueError where it is of another kind."""
+  """The index; raises ValueError if it is of another kind."""
   kind = faiss.IndexIVFResidualQuantizer
   if (
     not isinstance(index, kind)
@@ -269,7 +257,7 @@ def write(index, parts, packed) -> None:
 
 
 def _view(index, number: int) -> np.ndarray:
-  """The packed codes of a list, where faiss keeps them."""
+  """The packed codes of a list, in the memory of faiss."""
   num, size = index.invlists.list_size(number), index.code_size
   if not num:
     return np.empty((0, size), np.uint8)
@@ -350,8 +338,3 @@ def graph_params(coarse, ef_search: int | None):
     return None
   check_range("ef_search", ef_search, 1, 2**31 - 1)
   return faiss.SearchParametersHNSW(efSearch=ef_search)
-
-
-def _check_metric(metric: str) -> None:
-  if metric not in METRICS:
-    raise ValueError(f"metric must be one of {tuple(METRICS)}, got {metric!r}.")

@@ -2,7 +2,7 @@
 
 Vectors are read by `read_fn`, which takes rows `[n]` of the index, numbered as
 in `faiss_lists.Contents`, and returns vectors `[n, D]`. It is called in the
-order of their ids: that of the file, if ids are its rows.
+order of their ids: the order of the file, if ids are its rows.
 """
 
 from collections.abc import Callable
@@ -30,12 +30,8 @@ def rabitq(
 ) -> residual_bits.ResidualBits:
   """Returns one-bit residual codes of all vectors of an index.
 
-  Args:
-    contents: What the index holds.
-    read_fn: See above.
-    metric: Of the index; "ip" has no use for norms.
-    seed: Of the random rotation.
-    progress: Called with `(vectors done, vectors in all)`.
+  The metric "ip" has no use for norms; `seed` is of the random rotation,
+  `progress` is called with `(vectors done, vectors in all)`.
   """
   dim = contents.centroids_LD.shape[1]
   rotation_DE = residual_bits.random_rotation(dim, seed)
@@ -58,12 +54,8 @@ def extend_rabitq(
   Those of the vectors that it had stay as they are, unless the new ones exceed
   the range of a byte.
 
-  Args:
-    bits: Of the rows of `before`.
-    before: What the index held.
-    after: What it holds.
-    read_fn: See above; called with new rows of `after`.
-    metric: As in `rabitq`.
+  `bits` are of the rows of `before`, what the index held; `read_fn` is called
+  with new rows of `after`, what it holds.
   """
   lists_N = faiss_lists.lists_of(before, np.arange(len(before.ids_N)))
   moved = after.starts[:-1] - before.starts[:-1]
@@ -138,13 +130,9 @@ def fastscan(
 ) -> tuple[Any, dict]:
   """Returns 4-bit codes of all vectors of an index, and how they are weighted.
 
-  Args:
-    like: The index; its coarse quantiser is copied.
-    contents: What it holds.
-    read_fn: See above.
-    decode_fn: Codes `[n, M]` and lists `[n]` to vectors, by the codec.
-    num_parts: See `faiss_fastscan.fit`.
-    progress: Called with `(vectors done, vectors in all)`.
+  The coarse quantiser of `like`, the index, is copied. `decode_fn` takes codes
+  `[n, M]` and lists `[n]` to vectors, by the codec; `progress` is called with
+  `(vectors done, vectors in all)`.
 
   Raises:
     ValueError: Sizes do not fit each other, or the metric is not l2.

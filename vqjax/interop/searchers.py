@@ -74,15 +74,10 @@ def make_searcher(
 ) -> pipeline.Searcher:
   """Puts a searcher together from parts in memory.
 
-  Args:
-    index: From `faiss_ivf`.
-    metric: "l2" or "ip".
-    decode_fn: From `make_decode_fn`.
-    pairwise_params: Of the pairwise decoder, or None.
-    refiner: From `load_refiner`, or None.
-    is_cosine: Vectors are of length 1, and queries are made so.
-    dtype: Type of the products of the scan.
-    keep_codes: False empties the index, whose codes the searcher has.
+  `decode_fn` is from `make_decode_fn`, a refiner from `load_refiner`. For
+  `is_cosine` vectors are of length 1, and queries are made so. `dtype` is the
+  type of the products of the scan. `keep_codes` False empties the index, whose
+  codes the searcher has.
   """
   contents = faiss_ivf.contents(index)
   if not keep_codes:

@@ -66,7 +66,7 @@ class _Reader(NamedTuple):
     return x
 
   def stack(self, name: str, want: tuple, steps, num_blocks=None):
-    """Stacks over steps, and over blocks where `name` has an `{l}`."""
+    """Stacks over steps, and over blocks if `name` has an `{l}`."""
     if num_blocks is None:
       one = lambda m: self.read(name.format(m=m), want)
     else:
@@ -192,7 +192,9 @@ def _from_v1(archive: Archive, root: Module):
 def _v1_pq_qinco(archive: Archive, root: Module) -> pq_qinco.PqQincoParams:
   """Converts a PQ-QINCo; `opq_matrix` multiplies from the left."""
   if _attribute(root, "db_scale", 1) != 1:
-    raise Refused("has a db_scale in addition to those of its sub-quantizers.")
+    raise Refused(
+      "has a db_scale in addition to the scales of its sub-quantizers."
+    )
   children = _named(root, "_modules", Module)
   subs = []
   while f"sub_quantizer_{len(subs)}" in children:

@@ -13,7 +13,7 @@ large, and cancel. The tables of a block of queries are one matrix product.
 Lists are read in tiles of consecutive codes, so that little but the table
 lookups is done for each code.
 
-The codewords are those of an additive decoder (`vqjax.codecs.additive`).
+The codewords come from an additive decoder (`vqjax.codecs.additive`).
 """
 
 from functools import partial

@@ -4,7 +4,7 @@ Two numbers go by the name of recall; here each is named by its definition.
 Ids are rows of the base, best first; -1 is an empty slot and counts as not
 found. A query without any true neighbour, a row of -1, is left out.
 
-Where several vectors are equally near, any of them is a true neighbour. Ids
+If several vectors are equally near, any of them is a true neighbour. Ids
 alone cannot tell; with the `Errors` of results and true neighbours a result as
 near as the true neighbour counts as found.
 """

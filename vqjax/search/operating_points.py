@@ -36,13 +36,9 @@ def measure(
   The searches take turns within a setting, so that a machine that slows down
   slows them all; the best of the rounds counts.
 
-  Args:
-    search_fns: By name of the series; each searches all queries with a setting.
-    settings: Keyword values of the knobs, the same for every series.
-    recall_fn: What a search returned to its recall.
-    num_queries: That one call searches.
-    num_rounds: Calls per setting and series; the first is not warmed up.
-    progress: Called after each setting.
+  Each search takes a setting, keyword values that are the same for every
+  series, and searches all queries. `recall_fn` makes a recall of what it
+  returned; the first of the rounds is not warmed up.
   """
   if num_rounds < 1 or num_queries < 1 or not settings:
     raise ValueError(
@@ -70,13 +66,9 @@ def time_interleaved(
 ) -> dict[Hashable, tuple[float, list]]:
   """Returns seconds per call and all results of each search's best round.
 
-  Args:
-    search_fns: By name, as in `measure`.
-    setting: Of all of them.
-    num_rounds: That count; the searches take turns.
-    num_warm_ups: Single calls before, of what compiles or fills caches.
-    min_seconds: Of a round: a search that is done sooner is called again,
-      because one short call measures little but noise.
+  Single calls before the rounds warm up what compiles or fills caches. In a
+  round a search that is done before `min_seconds` is called again, because one
+  short call measures little but noise.
   """
   best = dict.fromkeys(search_fns, (np.inf, []))
   for number in range(-num_warm_ups, num_rounds):
@@ -116,7 +108,7 @@ def fastest(points: Sequence[Point], recall: float) -> Point | None:
 def compare(
   series: dict[Hashable, Sequence[Point]], recalls: Sequence[float]
 ) -> list[list]:
-  """Rows `[recall, qps of each series]`; 0 where a series stays below."""
+  """Rows `[recall, qps of each series]`; 0 if a series stays below."""
   rows = []
   for recall in recalls:
     best = [fastest(points, recall) for points in series.values()]

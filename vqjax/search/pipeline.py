@@ -37,7 +37,7 @@ from vqjax.search.refiners import Refiner, round_up, weighted
 STAGES = ("coarse", "scan", "refine", "pairwise", "network")
 _DECODE_ROWS = 4096  # Vectors that are decoded at once.
 _TABLE_BYTES = 2 << 20  # Of one scan; these should stay in the caches.
-_LEAST_QUERIES = 32  # In one scan, where tables are larger.
+_LEAST_QUERIES = 32  # In one scan, if tables are larger.
 _SLOT_BYTES = 64 << 20  # Of the slots of one scan, at most.
 _SCANS_AT_ONCE = 8
 _LEAST_PART = 256  # Queries that a thread is worth.
@@ -72,9 +72,9 @@ class Result(NamedTuple):
   products, the largest first and -inf if there are no more.
 
   A distance is from the last stage that saw the candidate, but never less
-  than that of a result before it: a stage orders its own candidates, and those
-  that it did not see come after them. `seconds` are those of the stages,
-  `num_decoded` the vectors that the network decoded.
+  than the distance of a result before it: a stage orders its own candidates,
+  and all that it did not see come after them. `seconds` are by stage,
+  `num_decoded` counts the vectors that the network decoded.
   """
 
   ids_QR: np.ndarray
@@ -132,8 +132,7 @@ class Searcher:
       queries_QD: Queries `[Q, D]` in data units, or one `[D]`.
       k: Results.
       nprobe: Lists that are searched; None for 16, or all if there are fewer.
-      ef_search: Effort of a coarse quantiser that is a graph; None for its
-        own.
+      ef_search: Effort in a graph of centroids; None for its own.
       num_refined: Candidates that the refiner re-orders, at least as many as
         the network decodes, or 0. None for `max(k, num_network)`; 0 without a
         refiner, and for one that is scanned if the network follows.
@@ -144,12 +143,7 @@ class Searcher:
     Raises:
       ValueError: A number or a dimension does not fit.
     """
-    queries_QD = np.atleast_2d(np.asarray(queries_QD))
-    queries_QD = to_float32(queries_QD, name="queries")
-    check_vectors(queries_QD, dim=self.dim, name="queries")
-    check_range("the number of queries", len(queries_QD), 1, 2**31 - 1)
-    if self.parts.is_cosine:
-      queries_QD = unit.normalise(queries_QD, name="queries")
+    queries_QD = self._check_queries(queries_QD)
     nprobe = min(16, len(self._tiles_L)) if nprobe is None else nprobe
     if num_refined is None:
       num_refined = self._default_refined(k, num_pairwise, num_network)
@@ -167,9 +161,8 @@ class Searcher:
       clock.lap("refine")
     num_decoded = 0
     if num_pairwise:
-      found, _ = self._rerank(
-        self.parts.pairwise_fn, queries_QD, found, num_pairwise
-      )
+      pairwise_fn = self.parts.pairwise_fn
+      found, _ = self._rerank(pairwise_fn, queries_QD, found, num_pairwise)
       clock.lap("pairwise")
     if num_network:
       found, num_decoded = self._rerank(
@@ -182,6 +175,16 @@ class Searcher:
     if self.parts.metric == "ip":
       distances_QR = distances_QR / -2
     return Result(ids_QR, distances_QR, clock.seconds, num_decoded)
+
+  def _check_queries(self, queries_QD) -> np.ndarray:
+    """Queries as float32 `[Q, D]`, of length 1 for the cosine."""
+    queries_QD = np.atleast_2d(np.asarray(queries_QD))
+    queries_QD = to_float32(queries_QD, name="queries")
+    check_vectors(queries_QD, dim=self.dim, name="queries")
+    check_range("the number of queries", len(queries_QD), 1, 2**31 - 1)
+    if self.parts.is_cosine:
+      queries_QD = unit.normalise(queries_QD, name="queries")
+    return queries_QD
 
   def _default_refined(self, k, num_pairwise, num_network) -> int:
     if self.parts.refiner is None or num_pairwise:

@@ -17,25 +17,6 @@ _PLACES = (
 )
 
 
-def plot_operating_points(
-  path,
-  series: dict[str, Sequence[Point]],
-  *,
-  title: str = "",
-  recall_name: str = "recall",
-  least_recall: float = 0.0,
-) -> pathlib.Path:
-  """Draws every series of points with its front, as a .png.
-
-  Replaces an earlier picture. Points below `least_recall` are left out.
-  """
-  shown = {
-    name: [point for point in points if point.recall >= least_recall]
-    for name, points in series.items()
-  }
-  return plot_panels(path, {recall_name: shown}, title=title)
-
-
 def plot_panels(
   path, panels: dict[str, dict[str, Sequence[Point]]], *, title: str = ""
 ) -> pathlib.Path:
@@ -44,11 +25,8 @@ def plot_panels(
   Replaces an earlier picture. Points of a front carry the values of the knobs
   that vary; the legend names these knobs.
 
-  Args:
-    path: Picture to write.
-    panels: By name of the recall: series of points by name. A series has the
-      same colour in all panels that have it at the same place.
-    title: Of the whole.
+  `panels` has series of points by name, by the name of the recall. A series has
+  the same colour in all panels that have it at the same place.
   """
   if not panels or not all(panels.values()):
     raise ValueError("There is no series of points to draw, got 0.")
@@ -95,13 +73,8 @@ def draw_series(axes, every, best, labels, *, name: str, color: str) -> list:
 
   Two points are drawn without a line, which would promise points between them.
 
-  Args:
-    axes: Panel.
-    every: Pairs (x, y) of all settings.
-    best: Pairs of those that no other setting beats, in the order of x.
-    labels: Text for each of `best`.
-    name: For the legend.
-    color: Of the series.
+  `every` are pairs (x, y) of all settings, `best` the pairs that no other
+  setting beats, in the order of x, with a text of `labels` each.
 
   Returns:
     The labels wanted, for `finish`, the most important first.

@@ -8,8 +8,8 @@ next to them, of one of two kinds:
   fastscan  4-bit codes that faiss compares 32 at a time; they are scanned in
             place of the codewords, which re-order the best of that scan
 
-Either way the head of the scan gets a distance that joins both codes. Where the
-network follows, its distances and those are averaged by `network_weight`,
+Either way the head of the scan gets a distance that joins both codes. If the
+network follows, its distances and these are averaged by `network_weight`,
 because the refiner knows of a vector what its codes do not.
 """
 
@@ -71,7 +71,7 @@ def fastscan(
     codewords_fn: Rows `[n]` to vectors `[n, D]`, the sums of their codewords.
     distances_to_fn: `(xq_QD, x_ND, at_QC)` to squared distances `[Q, C]`.
     map_fn: See `Refiner`.
-    codewords_weight: Of distances by codewords against those of the scan.
+    codewords_weight: Of distances by codewords, against distances of the scan.
     network_weight: See `Refiner`.
   """
 

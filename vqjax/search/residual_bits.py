@@ -12,8 +12,8 @@ The first term is what the scan has found, the bracket is kept with the code, as
 is f, each as a byte. So a shortlist is re-ordered by a few additions, without a
 network.
 
-Reference: the estimator is that of RaBitQ (arXiv 2405.12497), applied to the
-residual of all codewords instead of that of the centroid.
+Reference: the estimator of RaBitQ (arXiv 2405.12497), applied to the residual
+of all codewords instead of the residual of the centroid.
 """
 
 import jax
@@ -107,13 +107,8 @@ def insert(
 ) -> ResidualBits:
   """Joins residual bits with what `describe` found of more vectors.
 
-  Args:
-    bits: What there is.
-    old_N: Its rows in the result.
-    new_N: Rows of the new ones in the result.
-    bits_NW: Of the new ones, as the next two.
-    scale_N: Scales.
-    offset_N: Offsets.
+  `old_N` are its rows in the result, `new_N` the rows of the new vectors, whose
+  bits, scales and offsets follow.
   """
   num = len(old_N) + len(new_N)
   joined_NW = np.empty((num, bits_NW.shape[1]), np.uint32)

@@ -91,8 +91,8 @@ def check(
   """Compares ids with the base; returns of how many first rows they are.
 
   That is the least of `sizes`, numbers of rows that may have been searched,
-  that they fit. A share `slack` of the queries may have others, as where an
-  approximate search has found them.
+  that they fit. A share `slack` of the queries may have others, as an
+  approximate search finds.
 
   Raises:
     ValueError: They fit none of them. The message says what they fit instead.
@@ -249,7 +249,7 @@ def _explain(files: Files, ids_QG, at, sample: _Sample, slack) -> str:
 
 
 def _is_fit(sample: _Sample, ids_QG, metric: str, sign: int, slack) -> bool:
-  """Whether the ids are these rows, where not just any would do.
+  """Whether the ids are these rows, and not just any would do.
 
   Far from the origin all cosines are as good as equal.
   """

@@ -96,13 +96,8 @@ def save_codec(
 ) -> pathlib.Path:
   """Writes a codec into a folder, whole or not at all; returns its file.
 
-  Args:
-    folder: made where it is missing.
-    codec_name: name in the registry.
-    params: the codec's `Params`.
-    info: what else to keep, plain JSON values; see the file's docstring.
-    ranker: of `qinco_ranker.fit`, or None.
-    overwrite: replaces a codec that is there instead of refusing.
+  `codec_name` is in the registry; `info` is what else to keep, plain JSON
+  values, see the file's docstring; `ranker` is of `qinco_ranker.fit`, or None.
   """
   folder = files.user_path(folder)
   header = _make_header(codec_name, params, info)
@@ -112,7 +107,7 @@ def save_codec(
     arrays |= _flatten(ranker, _RANKER)[0]
   text = tensors.to_json(header)
   # The inner file appears first: a codec.json has its arrays next to it, and
-  # that of an earlier codec is gone before.
+  # the one of an earlier codec is gone before.
   with atomic_output(folder / HEADER_NAME, overwrite) as header_path:
     header_path.write_text(text + "\n", encoding="utf-8")
     with atomic_output(folder / TENSORS_NAME, overwrite) as tensors_path:

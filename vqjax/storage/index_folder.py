@@ -19,21 +19,13 @@ KIND = ("vqjax index folder", 1)
 ROLES = ("codec", "index", "decoders", "refiner")
 
 
-def is_folder(path) -> bool:
-  """Whether a path is a folder with the manifest of an index."""
-  return (files.user_path(path) / MANIFEST).is_file()
-
-
 def write_manifest(
   folder, paths: dict[str, str], info: dict, *, overwrite: bool = False
 ) -> None:
   """Writes the manifest: last, when all files are there.
 
-  Args:
-    folder: The folder.
-    paths: Names of files in it by their role, one of `ROLES`.
-    info: What else the manifest says, plain values.
-    overwrite: Replaces an existing manifest.
+  `paths` are names of files in the folder by their role, one of `ROLES`; `info`
+  is what else the manifest says, plain values.
   """
   unknown = set(paths) - set(ROLES)
   if unknown:

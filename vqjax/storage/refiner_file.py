@@ -15,7 +15,6 @@ in addition to what `tensors` needs:
 
 import pathlib
 
-from vqjax.core import check_shape
 from vqjax.search.residual_bits import WORD, ResidualBits, num_numbers
 from vqjax.storage import tensors
 
@@ -44,12 +43,8 @@ def save(
 ) -> None:
   """Writes residual bits, whole or not at all.
 
-  Args:
-    path: File to write, `*.safetensors`.
-    bits: From `residual_bits.make_bits`.
-    of_index: Checksum of the index, `sha256` of its description.
-    info: What else to keep, plain JSON values.
-    overwrite: Replaces a file that is there instead of refusing.
+  `of_index` is the checksum of the index, `sha256` of its description; `info`
+  is what else to keep, plain JSON values.
   """
   check_path(path)
   tensors.save(
@@ -97,23 +92,8 @@ def load(path, index_info: dict) -> ResidualBits:
       "refiner --kind=rabitq."
     )
   try:
-    bits = tensors.rebuild(ResidualBits, arrays, dict(header["static"]))
-    _check(bits, index_info["num_vectors"], index_info["dim"])
+    return tensors.rebuild(ResidualBits, arrays, dict(header["static"]))
   except ValueError as error:
     raise ValueError(
       f"{path} is no valid file of residual bits: {error}."
     ) from error
-  return bits
-
-
-def _check(bits: ResidualBits, num_vectors: int, dim: int) -> None:
-  """Raises ValueError if arrays are not of this many vectors."""
-  num = num_numbers(dim)
-  for name, shape in (
-    ("bits_NW", (num_vectors, num)),
-    ("scale_N", (num_vectors,)),
-    ("offset_N", (num_vectors,)),
-    ("range_22", (2, 2)),
-    ("rotation_DE", (dim, num * WORD)),
-  ):
-    check_shape(name, getattr(bits, name), shape)

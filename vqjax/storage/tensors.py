@@ -160,13 +160,8 @@ def save(
 ) -> None:
   """Writes arrays and static values, whole or not at all.
 
-  Args:
-    path: File to write.
-    arrays: From `flatten`, as `static`.
-    static: Of the header.
-    overwrite: Replaces a file that is there instead of refusing.
-    info: What the caller knows, plain JSON values.
-    **header: `format`, `version`, and what else this kind of file says.
+  Both are from `flatten`; `info` is what the caller knows, plain JSON values,
+  and `header` has `format`, `version`, and what else this kind of file says.
   """
   header |= {
     "static": static,
@@ -186,12 +181,8 @@ def load(
 ) -> tuple[dict, dict]:
   """Reads what `save` wrote: the header, and the arrays.
 
-  Args:
-    path: The file.
-    format: That it must have, as `version`.
-    version: See there.
-    what: It is, for people.
-    missing: What to do if there is none.
+  It must have this `format` and `version`. People read `what` it is, and what
+  to do if it is `missing`.
 
   Raises:
     FileNotFoundError: There is no such file.
@@ -224,14 +215,7 @@ def parse_header(
     header = json_files.parse_json(text, "it")
   except ValueError as error:
     raise ValueError(f"{path} has a damaged header: {error}") from error
-  if header.get("format") != format:
-    raise ValueError(f"{path} must have a header of format {format!r}.")
-  if header.get("version") != version:
-    raise ValueError(
-      f"{path} has format version {header.get('version')!r}, this vqjax "
-      f"{__version__} reads version {version}; use the vqjax that "
-      f"wrote it, {header.get('vqjax_version')}."
-    )
+  files.check_kind(path, header, (format, version))
   for key, kind in (("static", dict), ("info", dict), ("fingerprint", str)):
     if not isinstance(header.get(key), kind):
       raise ValueError(f"{path} has a damaged header: no valid {key!r}.")

@@ -33,25 +33,25 @@ _PARTS = hakes.HakesSide(
 class Samples(NamedTuple):
   """Training queries and the base vectors that are near some of them.
 
-  `near_NG` are rows of the other three, U base vectors in all. Vectors stay in
+  `near_QG` are rows of the other three, N base vectors in all. Vectors stay in
   the type of their file.
   """
 
-  queries_ND: np.ndarray
-  near_NG: np.ndarray
-  vectors_UD: np.ndarray
-  codes_UM: np.ndarray
-  lists_U: np.ndarray
+  queries_QD: np.ndarray
+  near_QG: np.ndarray
+  vectors_ND: np.ndarray
+  codes_NM: np.ndarray
+  lists_N: np.ndarray
 
 
 def take(samples: Samples, rows) -> hakes.Batch:
   """Puts the batch of some rows of the queries together, on the host."""
-  near_QG = samples.near_NG[rows]
+  near_QG = samples.near_QG[rows]
   return hakes.Batch(
-    queries_QD=samples.queries_ND[rows],
-    neighbours_QGD=samples.vectors_UD[near_QG].astype(np.float32),
-    codes_QGM=samples.codes_UM[near_QG],
-    lists_QG=samples.lists_U[near_QG],
+    queries_QD=samples.queries_QD[rows],
+    neighbours_QGD=samples.vectors_ND[near_QG].astype(np.float32),
+    codes_QGM=samples.codes_NM[near_QG],
+    lists_QG=samples.lists_N[near_QG],
   )
 
 
@@ -122,11 +122,9 @@ def make_learner(
   Validation is the divergence of coded neighbours, over held-out queries. The
   state has no statistics; codewords that no neighbour has learn nothing.
 
-  Args:
-    samples: Queries to learn from and to validate on.
-    held_out: The latter.
-    knobs: Keyword values of `hakes.loss`.
-    parts: Those of the query side that learn, as the names of `make_optimiser`.
+  Queries of the `samples` to validate on are `held_out`; `knobs` are keyword
+  values of `hakes.loss`, and those `parts` of the query side learn that
+  `make_optimiser` names.
   """
 
   def loss_fn(params, key, batch):
@@ -179,6 +177,6 @@ def natural_temperature(samples: Samples, score: str) -> float:
   spread over thousands: at 1 their softmax is all on the nearest neighbour,
   and the others teach nothing.
   """
-  rows = slice(0, min(_VALIDATION_BLOCK, len(samples.queries_ND)))
+  rows = slice(0, min(_VALIDATION_BLOCK, len(samples.queries_QD)))
   full_QG = hakes.full_scores(take(samples, rows), score)
   return max(float(jnp.std(full_QG, axis=1).mean()), 1.0)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
 
-from vqjax.codecs import registry
+from vqjax.codecs import qinco_search, registry
 from vqjax.data import temporary
 from vqjax.interop import torch_qinco
-from vqjax.storage import codec_file
+from vqjax.storage import codec_file, tensors
 from vqjax.storage.codec_file import load_codec, save_codec
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "third_party" / "golden"
@@ -253,6 +253,23 @@ def test_refuses_truncated_files(folder, share):
   path.write_bytes(raw[: int(len(raw) * share)])
   with pytest.raises(ValueError, match="truncated or no safetensors file"):
     load_codec(folder)
+
+
+def test_a_ranker_is_stored_with_a_fingerprint_of_its_own(folder, tmp_path):
+  numbers = np.arange(4, dtype=np.float32).reshape(1, 2, 2)
+  ranker = qinco_search.Ranker(*(numbers + i for i in range(5)))
+  save_codec(tmp_path / "r", "qinco", _params(), info=INFO, ranker=ranker)
+  loaded = load_codec(tmp_path / "r")
+  assert loaded.fingerprint == load_codec(folder).fingerprint
+  assert codec_file.fingerprint(loaded.ranker) == codec_file.fingerprint(ranker)
+  path = tmp_path / "r" / "codec.safetensors"
+  text, arrays = tensors.read(path)
+  for changed in ({"ranker.plain_TKU": numbers}, {}):
+    del arrays["ranker.plain_TKU"]
+    arrays |= changed
+    tensors.write(path, arrays, text)
+    with pytest.raises(ValueError, match="ranker does not match its finger"):
+      load_codec(tmp_path / "r")
 
 
 def test_refuses_changed_arrays(folder):

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import shlex
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -152,14 +153,15 @@ class Codec:
     codec = dataclasses.replace(self, ranker=tables.steps.ranker)
     return codec.with_rule(**settings)
 
-  def check_rule(self, rule: SearchRule) -> None:
-    """Raises ValueError unless the codec can search by a rule."""
+  def check_rule(self, rule: SearchRule, path: str = "FOLDER") -> None:
+    """Raises ValueError unless the codec, of a path, can search by a rule."""
     self.spec.check_rule(self.params, rule)
     if rule.num_ranked and self.ranker is None:
       raise ValueError(
         f"num_ranked={rule.num_ranked} needs a ranker, which this codec has "
-        "not. vqjax tradeoff --codec=FOLDER --output=tradeoff.png --write fits "
-        "and stores one if it pays; in Python codec.with_ranker does."
+        f"not. vqjax tradeoff --codec={shlex.quote(path)} "
+        "--output=tradeoff.png --write fits one and stores it if it pays; in "
+        "Python codec.with_ranker does."
       )
 
   def describe_search(self, rule: SearchRule, assign: str = "auto") -> dict:

@@ -62,7 +62,7 @@ def search_rule(
   if fits_ranker:
     codec.spec.check_rule(codec.params, rule)
   else:
-    codec.check_rule(rule)
+    codec.check_rule(rule, str(config.get("codec") or "FOLDER"))
   return rule
 
 

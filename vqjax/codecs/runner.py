@@ -1,8 +1,8 @@
-"""Runs a codec over arrays, memory maps and open files, block by block.
+"""Compiles encode and decode of a codec, and says how many rows to give them.
 
-All devices of this process share a block; memory does not grow with the number
-of vectors. Rows do not depend on each other, so that neither do codes on the
-size of the blocks, near ties in the last bits of float32 aside.
+All devices of this process share a block of rows. Rows do not depend on each
+other, so that neither do codes on the size of the blocks, near ties in the last
+bits of float32 aside.
 """
 
 import functools

@@ -15,7 +15,7 @@ RULE = SearchRule(3, 3)
 
 def _rule(params):
   if params.preselect_TKD is None:
-    return dict(num_candidates=0, beam_size=1)
+    return SearchRule(0, 1)
   return RULE
 
 

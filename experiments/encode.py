@@ -145,7 +145,7 @@ def _share(config) -> tuple[int, list[int]]:
 
 
 def _check_output(config, num_shards: int) -> None:
-  """Raises before any work where the output cannot be written."""
+  """Raises before any work if the output cannot be written."""
   output = pathlib.Path(config.output)
   if num_shards:
     if config.raw or config.overwrite or output.suffix == ".npy":
@@ -302,7 +302,7 @@ def _remedy(folder, manifest, shards) -> str:
 
 
 def _verify(config) -> dict:
-  """Checks a folder of shards; raises ValueError where it is not whole."""
+  """Checks a folder of shards; raises ValueError if it is not whole."""
   cli.require(config, "output")
   folder = config.output
   manifest = codes.load_manifest(folder)

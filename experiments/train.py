@@ -166,7 +166,7 @@ def _train_learned(config, workdir, dataset, xt_ND, this, finish: bool):
 def _best(workdir, checkpoints, like, plan, seconds: float):
   """Parameters of the best checkpoint, and how the run ended.
 
-  `seconds` are those of earlier processes.
+  `seconds` are of earlier processes.
   """
   last, found = checkpoints.latest(), checkpoints.restore_best(like)
   if found is None:

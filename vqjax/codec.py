@@ -42,7 +42,7 @@ class Codec:
   params: Any
   info: dict = dataclasses.field(default_factory=dict)
   ranker: Any = None  # Of `with_ranker`.
-  fingerprint: str | None = None  # Of the parameters; found where left out.
+  fingerprint: str | None = None  # Of the parameters; found if left out.
 
   def __post_init__(self):
     """Finds the fingerprint, 16 hex digits."""

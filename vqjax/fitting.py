@@ -57,7 +57,7 @@ def fit(
     x: An array, a memory map, or the path of a file of vectors.
     name: A configuration by name, as "pq", "opq", "rq", "qinco2_xs",
       "ivf_qinco2_s" or "qinco2_xs:smoke", or the path of one.
-    num_codes: Code positions; None for those of the configuration.
+    num_codes: Code positions; None for as many as in the configuration.
     seed: Of the start and of the batches.
     **overrides: Settings of the configuration by name, as `num_epochs=10`, or
       a whole group, as `train={"num_epochs": 10}`.
@@ -152,7 +152,7 @@ def make_config(
 def _override(config, name: str, value) -> None:
   """Sets a group, or one setting in each of the groups that have it.
 
-  Iterations are those of the codebooks, not of the lists.
+  Iterations are of the codebooks, not of the lists.
   """
   if name in _GROUPS and name in config:
     config[name].update(value)

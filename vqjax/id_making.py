@@ -75,7 +75,7 @@ def make(codec, vectors, resolver, settings, published, progress) -> Made:
 
 
 def settings_of(codec, is_balanced: bool | None, settings: dict) -> dict:
-  """Returns settings of encoding, with `is_balanced` where levels are.
+  """Returns settings of encoding, with `is_balanced` if levels are.
 
   Raises ValueError if a codec has no levels that can be.
   """

@@ -66,7 +66,7 @@ def evaluate(
     base: Vectors `[N, D]`, an array, a memory map or a path.
     queries: `[Q, D]`, of the same kind, for the recall.
     true_ids: Ids `[Q, G]` of their true neighbours, nearest first, -1 for
-      none; an array or a path. Found by exact search where left out.
+      none; an array or a path. Found by exact search if left out.
     metric: "l2", "ip", or "cosine" for a codec that was trained for it; None
       for the codec's.
     ranks: R of each 1-recall@R, the share of queries whose nearest neighbour,

@@ -21,7 +21,7 @@ _MODULES = {"qinco": "vqjax.recipe_qinco", "rqvae": "vqjax.recipe_rqvae"}
 class Job(NamedTuple):
   """Training that is ready to start."""
 
-  vectors: Any  # To draw batches from; those of an IVF model with their lists.
+  vectors: Any  # To draw batches from; of an IVF model with their lists.
   learner: loop.Learner
   tx: Any
   schedule: Callable  # Step -> learning rate.

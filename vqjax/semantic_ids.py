@@ -88,14 +88,14 @@ class SemanticIds:
   ) -> "SemanticIds":
     """Returns these ids, none of them moved, and ids of new items behind them.
 
-    New items are told apart as these were, or by `nearest` where that was
+    New items are told apart as these were, or by `nearest` if that was
     `sinkhorn`, which would move published ids. The report says in `append` how
     far they are from the published ones.
 
     Args:
       x: Vectors `[N, D]` of the new items.
       ids: Their item ids; None goes on counting.
-      codec: What made the ids; needed where they were loaded.
+      codec: What made the ids; needed if they were loaded.
       progress: Shows progress lines.
 
     Raises:

@@ -101,7 +101,7 @@ def saving(codec: Codec, rule: SearchRule) -> str | None:
 def make_encoder(codec: Codec, config, x_ND) -> tuple[Callable, SearchRule]:
   """Returns `Codec.encode_blocks` of vectors by the options, and the rule.
 
-  A graph of the centroids is made here, where the options ask for one.
+  A graph of the centroids is made here, if the options ask for one.
   """
   rule, assign = search_rule(codec, config), config.get("assign") or "auto"
   line = saving(codec, rule)

@@ -33,7 +33,7 @@ def of_codec(
 
 
 def item_ids_of(config, num: int):
-  """Reads --ids of `num` vectors; None where there are none."""
+  """Reads --ids of `num` vectors; None if there are none."""
   if config.ids is None:
     return None
   is_part = config.get("num_vectors") is not None

@@ -83,7 +83,7 @@ def look(config, workdir: pathlib.Path, dataset, xt_ND, **wishes) -> Run:
 
 
 def begin(workdir: pathlib.Path, run: Run) -> None:
-  """Makes the folder that of the run; to be called under its lock."""
+  """Gives the folder to the run; to be called under its lock."""
   summary = workdir / run_folder.SUMMARY_NAME
   # First: a run of more epochs must never look finished.
   if devices.is_first() and summary.exists():

@@ -118,7 +118,7 @@ class _Moves:
       self.labels_N[rows] = total_nK.argmin(axis=1)
     k = len(self.prices_K)
     sizes_K = np.bincount(self.labels_N, minlength=k)
-    # The largest get one more, where N is no multiple of K.
+    # The largest get one more, if N is no multiple of K.
     wanted_K = np.full(k, num // k)
     wanted_K[np.argsort(-sizes_K, kind="stable")[: num % k]] += 1
     self._excess_K = sizes_K - wanted_K
@@ -198,7 +198,7 @@ def fit_level(
 ) -> tuple[np.ndarray, np.ndarray]:
   """k-means with balanced labels: codewords `[K, D]`, and labels `[N]`.
 
-  Starts from plain k-means of as many iterations. The labels are those of
+  Starts from plain k-means of as many iterations. The labels are as by
   `assign`.
   """
   x_ND = np.asarray(x_ND, np.float32)

@@ -177,7 +177,7 @@ def decode(
 
 
 def normalise(params: QincoParams | QincoTables, x_ND: Array) -> Array:
-  """Takes vectors `[N, D]` from data units to those of the codewords."""
+  """Takes vectors `[N, D]` from data units to the units of the codewords."""
   return (x_ND.astype(jnp.float32) - params.mean_D[None]) / params.std
 
 

@@ -129,10 +129,10 @@ def loss(
 ) -> tuple[Array, dict]:
   """Training loss of vectors `[N, D]` in data units, coded by `rule`.
 
-  `lists_N` are those of an IVF model, the nearest where left out.
+  `lists_N` are those of an IVF model, the nearest if left out.
   Returns the loss and `{"metrics": scalars, "stats": WordStats}` of the batch.
   Reference: the sum over steps of the mean squared error in normalised units,
-  plus that of the pre-selection codebooks, arXiv 2501.03078.
+  plus the error of the pre-selection codebooks, arXiv 2501.03078.
   """
   del key
   qinco.check_lists(params, x_ND, lists_N)
@@ -297,7 +297,7 @@ def _num_unrolled(stacked) -> int:
   """How many steps of a scan with a gradient to write out.
 
   A scan keeps what the gradient needs in arrays over the steps, which XLA
-  fills with zeros first: a fifth of a training step of S. Where weights are
+  fills with zeros first: a fifth of a training step of S. If weights are
   large (L), joining the gradients of steps written out costs more, and many
   steps take long to compile.
   """

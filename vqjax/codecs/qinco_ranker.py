@@ -96,7 +96,7 @@ def fit(
 
 
 def _make_rule(tables, beam_size, num_joint, dtype) -> SearchRule:
-  """The search without a ranker; raises ValueError where it can have none."""
+  """The search without a ranker; raises ValueError if it can have none."""
   check_range("networks", tables.steps.base_TKE.shape[0], 1, 1 << 20)
   num_codewords = tables.steps.base_TKE.shape[1]
   check_range("codebook_size", num_codewords, 2, MAX_WORDS, "of a ranker")

@@ -2,7 +2,7 @@
 
 Codewords that may extend a hypothesis are pruned in up to three stages of
 increasing cost and accuracy: pre-selection codewords for all of them
-(`_select`), where wanted a ranker for the C best of these (`_rank`), and the
+(`_select`), if wanted a ranker for the C best of these (`_rank`), and the
 network for those that are left. `vqjax.codecs.rule` says what the sizes mean.
 
 Weights are the slice of one step of `StepTables`.
@@ -248,7 +248,7 @@ def _begin(tables, z_ND, lists_N, rule):
 
 
 def _extend(codes_MNF, parents_NF, more_MNF):
-  """Codes of hypotheses: those of their parents, and the codewords since."""
+  """Codes of hypotheses: their parents', and the codewords since."""
   before_MNF = jnp.take_along_axis(codes_MNF, parents_NF[None], axis=2)
   return jnp.concatenate([before_MNF, more_MNF])
 

@@ -11,7 +11,7 @@ nothing; a later one removes it.
 
 In a shard each code takes the whole bytes that its codebook needs, low byte
 first. For 256 codewords that is the code itself, uint8 `[n, M]`, a quarter of
-int32. With a million lists in front a row takes 3 + M bytes, where one type
+int32. With a million lists in front a row takes 3 + M bytes; one type
 for all columns would take 4 + 4M. Packed bits would be smaller only below 8
 bits; whole bytes can be read by any program.
 
@@ -93,7 +93,7 @@ def shard_path(folder, num_shards: int, shard: int) -> pathlib.Path:
 
 
 def claim(folder, manifest: dict) -> dict:
-  """Makes `folder` that of `manifest`, which it returns as written.
+  """Gives `folder` to `manifest`, which it returns as written.
 
   Many processes may do so at once: the manifest of one counts for all.
 
@@ -191,7 +191,7 @@ def write_shard(folder, manifest: dict, shard: int, blocks) -> None:
 
 
 def unfinished(folder, manifest: dict, shards) -> list[int]:
-  """Returns those of `shards` that are still to be made, or made again.
+  """Returns which of `shards` are still to be made, or made again.
 
   Raises:
     ValueError: A shard is of another codec, data file or options.
@@ -255,7 +255,7 @@ def _problem(folder, manifest, shard: int, is_thorough: bool) -> str | None:
 
 
 def _read_record(path: pathlib.Path) -> dict:
-  """The record of a shard; raises ValueError where it is damaged."""
+  """The record of a shard; raises ValueError if it is damaged."""
   path = path.with_suffix(".json")
   record = json_files.read_json(path)
   fields = {"rows": [int], "manifest": str, "bytes": int, "sha256": str}
@@ -277,10 +277,10 @@ class Codes:
     Args:
       parts: arrays `[n, ...]`, the rows of one after the other.
       meta: description of the codes.
-      sizes: codebook sizes, where `meta` does not have them.
+      sizes: codebook sizes, if `meta` does not have them.
       unpack_fn: turns rows of a part into codes `[n, M]`.
       check_fn: called with the number of a part before its rows are first
-        read; raises where they must not be.
+        read; raises if they must not be.
     """
     self.meta = meta
     self.codebook_sizes = tuple(meta.get("codebook_sizes", sizes))
@@ -330,12 +330,12 @@ def open_codes(path) -> Codes:
   """Opens a folder of shards, or a .npy of integers `[N, M]`, for reading.
 
   Opening is cheap: the checksum of a shard is compared when its first codes are
-  read, as is that of a file; ranges are as codes are read.
+  read, as of a file; ranges are as codes are read.
 
   Raises:
     FileNotFoundError: There is nothing.
     ValueError: Shards are missing or of another run, or the file is no codes.
-      Where a shard is damaged, reading raises it.
+      If a shard is damaged, reading raises it.
   """
   path = files.user_path(path)
   if path.is_dir():

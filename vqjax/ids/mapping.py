@@ -11,7 +11,7 @@ def parse(found: dict, name: str) -> tuple[np.ndarray, np.ndarray, int]:
   """Returns items `[N]`, codes `[N, L]` and the number of the first token.
 
   Ids are lists of tokens, `["<a_12>", "<b_7>"]`, or of numbers, or one text
-  `"<a_12><b_7>"`; shorter ones end in -1. Where no level has a 0, tokens are
+  `"<a_12><b_7>"`; shorter ones end in -1. If no level has a 0, tokens are
   taken to count from 1, and codes are one less.
 
   Args:

@@ -62,7 +62,7 @@ def backtrack(
 ) -> tuple[np.ndarray, int]:
   """As `nearest`, but the codeword before the last may change, too.
 
-  Where that leaves too few ids, so may the one before it, and so on. Items are
+  If that leaves too few ids, so may the one before it, and so on. Items are
   settled 32 at a time, those that fit their id best first; each chooses among
   its 32 best free ids, which lie below the 32 best prefixes of each length.
   """
@@ -198,7 +198,7 @@ def _place(codes_NL, rows_n, data_nX, errors, first: int, room) -> None:
   is_known_nS = np.isfinite(cost_nS)
   spread = np.ptp(cost_nS[is_known_nS]) + 1
   far = cost_nS[is_known_nS].max() + spread * (len(rows_n) + 1)
-  cost_nS[~is_known_nS] = far  # Only where nothing else is left.
+  cost_nS[~is_known_nS] = far  # Only if nothing else is left.
   for i, slot in zip(*linear_sum_assignment(cost_nS), strict=True):
     if is_known_nS[i, slot]:
       path = paths[slots[slot]]
@@ -306,7 +306,7 @@ def token(
   Args:
     label_N: Items with the same label share an id.
     capacity: Groups up to this size need no token.
-    every: Gives all items a token, 0 where an id is unique.
+    every: Gives all items a token, 0 if an id is unique.
     num_fixed: The first items have theirs already; those that have none count
       in their group all the same.
 

@@ -70,7 +70,7 @@ class Resolver:
     return "token" in (self.resolve, self.separate_duplicates)
 
   def of(self, info: dict) -> "Resolver":
-    """Returns it with what a codec says of Sinkhorn where that is unset."""
+    """Returns it with what a codec says of Sinkhorn if that is unset."""
     if self.resolve != "sinkhorn":
       return self
     epsilon = (info.get("sk_epsilons") or [0.0])[-1]

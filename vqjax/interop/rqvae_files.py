@@ -1,6 +1,6 @@
 """Reads item codecs of other programs: RQ-VAE `.pth`, RQ-KMeans `.npz`.
 
-The checkpoints are those of the programs around LC-Rec (arXiv 2311.09049):
+The checkpoints are of the programs around LC-Rec (arXiv 2311.09049):
 LC-Rec, MiniOneRec (arXiv 2510.24431), GRec, GenRec, and RQ-KMeans+, whose
 encoder adds its network to its input. They are read without torch and without
 running them; the optimiser in them is not read.

@@ -11,7 +11,7 @@ codec.json:
   codec, static      name in the registry; fields that are no arrays
   dim, codebook_sizes
   fingerprint        of the parameters; checked whenever a codec is loaded
-  ranker             fingerprint of the ranker, where there is one; checked too
+  ranker             fingerprint of the ranker, if there is one; checked too
   info_digest        of info; checked then too
   vqjax_version, created
   info               what the caller knows: encode (keyword arguments of

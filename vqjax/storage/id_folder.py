@@ -5,12 +5,12 @@
   ids.npy           a row per item: `item`; `codes`, -1 for a token it lacks;
                     `tokens`, numbers of tokens that are different at all
                     levels; `checksum` of the vector
-  ids.parquet       the same without checksums, where pyarrow is installed
+  ids.parquet       the same without checksums, if pyarrow is installed
   report.json, report.png
   delta.json        as index.json, of the items that were appended
   manifest.json     last: what made the ids, and the checksums of the files
 
-The letters are those of the levels; the first level is a.
+The letters are of the levels; the first level is a.
 """
 
 import contextlib

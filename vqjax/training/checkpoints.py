@@ -99,7 +99,7 @@ class Checkpoints:
   ):
     """Starts to save `state`.
 
-    With `validation`, where less is better, it may become the best, and by
+    With `validation`, of which less is better, it may become the best, and by
     other `figures` the best of them.
     """
     if step in self._manager.all_steps():
@@ -177,7 +177,7 @@ class Checkpoints:
   def restore_latest(self, like: Any) -> tuple[int, Any] | None:
     """Returns step and state of the newest checkpoint that is whole.
 
-    Damaged ones after it are removed, so that they are made again. None where
+    Damaged ones after it are removed, so that they are made again. None if
     there is no checkpoint.
 
     Raises:
@@ -238,7 +238,7 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _full_disk_in_words(self):
-    """Makes one sentence of what orbax raises where a disk is full."""
+    """Makes one sentence of what orbax raises if a disk is full."""
     try:
       yield
     except Exception as error:

@@ -4,7 +4,7 @@ Optimisers have the defaults of PyTorch, so that published settings mean what
 they say. `ramp_cosine` is the schedule of QINCo2 (a linear ramp, then a quarter
 of a cosine), `plateau` that of QINCo (divide by ten when the validation error
 stops falling, stop when that no longer helps); `constant`, `linear` and
-`cosine` rise from 0 and are those of RQ-VAE programs.
+`cosine` rise from 0, as in RQ-VAE programs.
 """
 
 import jax

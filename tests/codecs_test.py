@@ -107,21 +107,11 @@ def _make_rqvae():
   return rqvae_start.init(KEY, D, batch_norm=True, **sizes)
 
 
-def _make_levels(codebooks):
-  """The codec without networks: RQ with levels of several sizes."""
-  nothing = rqvae.Mlp((), ())
-  return rqvae.RQVAEParams(nothing, nothing, tuple(codebooks))
-
-
-def _make_rq_levels():
-  params = _make_levels(jnp.zeros((size, D)) for size in (9, 8, 8))
-  vectors = jnp.asarray(_vectors(60, 0))
-  return rqvae_start.start_codebooks(KEY, params, vectors, num_iterations=3)
-
-
 def _make_exact_levels():
+  """The codec without networks: RQ with levels of several sizes."""
   books_MKD = _make_exact_rq().codebooks_MKD
-  return _make_levels(book[: 8 - m] for m, book in enumerate(books_MKD))
+  codebooks = tuple(book[: 8 - m] for m, book in enumerate(books_MKD))
+  return rqvae.RQVAEParams(rqvae.Mlp((), ()), rqvae.Mlp((), ()), codebooks)
 
 
 def _qinco_row(name, case, num_joint_candidates=0, **sizes):
@@ -166,15 +156,8 @@ ROWS = (
     "rqvae",
     _make_rqvae,
     greedy=_knobs(beam_size=1),
-    is_fitted=False,
-  ),
-  Row(
-    "rqvae_levels",
-    "rqvae",
-    _make_rq_levels,
-    greedy=_knobs(beam_size=1),
-    wider=tuple(_knobs(beam_size=size) for size in (1, 3)),
     exact_fn=_make_exact_levels,
+    is_fitted=False,
   ),
   _qinco_row("qinco2", "qinco2"),
   _qinco_row("qinco2_joint", "qinco2", num_joint_candidates=6),

@@ -60,8 +60,8 @@ def _keep(candidates, size):
 
 
 def beam(books, x, beam_size):
-  """Codes `[N, M]` of a beam search over additive codebooks `[M, K, D]`."""
-  books = np.asarray(books, np.float64)
+  """Codes `[N, M]` of a beam search over additive codebooks, `[K, D]` each."""
+  books = [np.asarray(book, np.float64) for book in books]
   codes = []
   for row in np.asarray(x, np.float64):
     kept = [(float(row @ row), (), np.zeros_like(row))]

@@ -31,6 +31,19 @@ def test_encode_matches_exhaustive_beam(beam_size):
   np.testing.assert_array_equal(codes_NM, oracles.beam(books, x, beam_size))
 
 
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_levels_may_differ_in_size(beam_size):
+  rng = np.random.default_rng(0)
+  books = [rng.normal(size=(size, 6)) for size in (8, 5, 7)]
+  x = rng.normal(size=(20, 6))
+  codes_NM = jax.jit(rq.encode_levels, static_argnums=2)(
+    [jnp.asarray(book, jnp.float32) for book in books],
+    jnp.asarray(x, jnp.float32),
+    beam_size,
+  )
+  np.testing.assert_array_equal(codes_NM, oracles.beam(books, x, beam_size))
+
+
 def test_decode_sums_the_words_of_a_prefix():
   params = rq.RQParams(_vectors(24).reshape(3, 8, 6))
   codes = np.array([[0, 7, 3], [5, 5, 5]], np.int32)

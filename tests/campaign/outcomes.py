@@ -93,9 +93,6 @@ def forget_process(folder: pathlib.Path) -> None:
   """Makes what this process has begun that of a process that died long ago."""
   temporary._mine.clear()
   temporary._cleaned.clear()
-  for path in folder.rglob(run_folder.LOCK_NAME):
-    held = json.loads(path.read_text())
-    path.write_text(json.dumps(held | {"started": "0"}))
   for path in folder.rglob("*"):
     if is_temporary(path.name):
       os.utime(path, (0, 0))

@@ -63,12 +63,12 @@ def test_levels_are_as_good_as_those_of_another_program():
   # Its sizes are 9 to 11.
   theirs = x - sum(b[c] for b, c in zip(books, golden["codes"].T, strict=True))
   params = rq.fit(
-    KEY, x, num_codes=2, codebook_size=6, num_iterations=20, is_balanced=True
+    KEY, x, num_codes=2, codebook_size=6, num_iterations=8, is_balanced=True
   )
   codes = balanced.encode_all(params.codebooks_MKD, x)
   assert codes.dtype == np.int32
   assert [set(_sizes(c, 6)) for c in codes.T] == [{10}, {10}]
-  assert ((x - rq.decode(params, codes)) ** 2).mean() < 1.1 * (theirs**2).mean()
+  assert ((x - rq.decode(params, codes)) ** 2).mean() < (theirs**2).mean()
   # Of codebooks of different sizes, the second level by what is left over.
   books[1] = books[1][:5]
   codes = balanced.encode_all(books, x)

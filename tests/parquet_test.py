@@ -102,7 +102,8 @@ def test_random_rows_are_kept_or_warned_of(tmp_path, monkeypatch, caplog):
 def test_a_large_row_group_is_not_read_whole(tmp_path, monkeypatch):
   monkeypatch.setattr(parquet, "_PIECE_BYTES", 1 << 18)
   monkeypatch.setattr(parquet, "_FEW_BYTES", 1 << 20)
-  path, x = tmp_path / "a.parquet", np.zeros((100_000, 32), "f4")
+  x = np.random.default_rng(0).normal(size=(100_000, 32)).astype("f4")
+  path = tmp_path / "a.parquet"
   _write(path, {"v": _column(x, None)}, row_group_size=100_000)
   pool = pa.default_memory_pool()
   got = formats.open_vectors(path)
@@ -110,7 +111,7 @@ def test_a_large_row_group_is_not_read_whole(tmp_path, monkeypatch):
   for start in range(0, 100_000, 5000):
     got[start : start + 5000]
     peak = max(peak, pool.bytes_allocated() - before)
-  assert peak < 4e6 < 12.8e6  # All would be 12.8 MB.
+  assert peak < 8e6  # All of it takes 17 MB.
 
 
 def test_columns_are_chosen_by_name(tmp_path):

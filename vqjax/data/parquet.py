@@ -53,8 +53,9 @@ def _damage_in_words(name):
 def _open(path):
   pa = _import_parquet()
   with _damage_in_words(path):
-    # Buffered: else a column of a row group is read whole before its pieces.
-    return pa, pa.parquet.ParquetFile(path, buffer_size=1 << 20)
+    # Else a column of a row group is read whole before its first piece.
+    knobs = {"pre_buffer": False, "buffer_size": 1 << 20}
+    return pa, pa.parquet.ParquetFile(path, **knobs)
 
 
 def open_rows(path, column: str | None) -> rows.Rows:

@@ -14,9 +14,9 @@ dimensions, 2 CPU cores shared with others, seconds of processor time.
   :reference        .281            .748           .14 .43 .37     328
   rq                .157            .401            1  .91 .98      14
 
-Of the 10 nearest neighbours of an item 47 %, 59 % and 50 % have its first code,
-3.5 %, 14 % and 12 % its first two. Of 368 items held out the default (60 epochs)
-leaves .57 of the variance, rq .51; 32 components, not quantised, leave .49.
+Of the 10 nearest neighbours of an item 47 %, 59 % and 50 % have its first
+code, 3.5 %, 14 % and 12 % its first two. Of 368 items held out the default (60
+epochs) leaves .57 of the variance, rq .51; 32 components, not quantised, .49.
 """
 
 from ml_collections import config_dict

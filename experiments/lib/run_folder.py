@@ -135,8 +135,8 @@ def locked(workdir: pathlib.Path):
     yield
   finally:
     if lock is not None:
-      (workdir / LOCK_NAME).unlink(missing_ok=True)
-      lock.close()
+      with lock:
+        (workdir / LOCK_NAME).unlink(missing_ok=True)
 
 
 def _take_lock(workdir: pathlib.Path):

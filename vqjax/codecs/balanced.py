@@ -26,6 +26,8 @@ _NOISES = 0.3 * 0.5 ** np.arange(
   9
 )  # Of the median of mean less least distance.
 _LAST_NOISES = _NOISES[-4:]  # For prices that are near already.
+# Of all vectors, after a sample: one round each.
+_WHOLE_NOISES = np.concatenate([np.repeat(_NOISES[2:6], 3), _NOISES[6:]])
 _ROUNDS = 6  # Of prices at each noise.
 _PRICED_PAIRS, _PRICED_ROWS = 1 << 24, 16  # Sample: N x K numbers, rows a word.
 _FITTED_ROWS = 256  # Per codeword.
@@ -57,9 +59,16 @@ def _solve(x_ND, words_KD, prices_K):
   if prices_K is None:
     prices_K = np.zeros(len(words_KD))
   noises = jnp.asarray(np.repeat(noises, _ROUNDS), jnp.float32)
-  prices_K = _find_prices(
+  prices_K, scale = _find_prices(
     sample_nD, words_KD, jnp.asarray(prices_K, jnp.float32), noises
   )
+  if len(sample_nD) < len(x_ND):
+    for noise in _WHOLE_NOISES * float(scale):
+      sizes_K = sum(
+        np.asarray(_soft_sizes(x_ND[i : i + _BLOCK], words_KD, prices_K, noise))
+        for i in range(0, len(x_ND), _BLOCK)
+      )
+      prices_K = prices_K + noise * np.log(sizes_K * len(sizes_K) / len(x_ND))
   moves = _Moves(_make_distance_fn(x_ND, words_KD), len(x_ND), prices_K)
   moves.run()
   return moves.labels_N, moves.prices_K
@@ -67,7 +76,7 @@ def _solve(x_ND, words_KD, prices_K):
 
 @jax.jit
 def _find_prices(x_ND, words_KD, prices_K, noises) -> Array:
-  """Prices `[K]` at which the sizes are nearly balanced."""
+  """Prices `[K]` at which the sizes are nearly balanced, and their scale."""
   distance_NK = sq_distances(x_ND, words_KD)
   scale = jnp.median(distance_NK.mean(axis=1) - distance_NK.min(axis=1))
   n, k = distance_NK.shape
@@ -81,7 +90,14 @@ def _find_prices(x_ND, words_KD, prices_K, noises) -> Array:
     prices_K = prices_K + noise * size_K
     return prices_K - prices_K.mean(), None
 
-  return jax.lax.scan(body, prices_K, noises)[0]
+  return jax.lax.scan(body, prices_K, noises)[0], scale
+
+
+@jax.jit
+def _soft_sizes(x_ND, words_KD, prices_K, noise) -> Array:
+  """Sizes `[K]` of codewords that share out vectors at these prices."""
+  total_NK = sq_distances(x_ND, words_KD) + prices_K[None]
+  return jax.nn.softmax(-total_NK / noise, axis=1).sum(axis=0)
 
 
 def _make_distance_fn(x_ND, words_KD):

@@ -27,6 +27,7 @@ Figures of ids that any program has made, with --data of their neighbours too:
 
 import dataclasses
 import pathlib
+import shlex
 
 import numpy as np
 from absl import logging
@@ -124,7 +125,13 @@ def run(config) -> dict:
     logging.info("ids.parquet is left out: pip install vqjax[parquet].")
   ids.save(config.output, overwrite=config.overwrite)
   _log(ids.report)
-  logging.info("%d items: %s", len(ids), config.output)
+  logging.info(
+    "Written to %s: %s\nNext, for new items:\n"
+    "  vqjax semantic_ids --codec=%s --append=%s --data=NEW --output=FOLDER",
+    config.output,
+    ", ".join(sorted(p.name for p in files.user_path(config.output).iterdir())),
+    *map(shlex.quote, (config.codec, config.output)),
+  )
   return ids.report
 
 

@@ -112,7 +112,7 @@ def test_the_settings_of_the_published_rqvae_programs():
   train, init = config.train, config.init
   assert (train.optimiser, train.peak_lr, train.clip_norm) == ("adamw", 1e-3, 1)
   assert (train.schedule, train.ramp_epochs) == ("constant", 50)
-  assert (train.best, train.save_limit) == ("train_loss", 5)
+  assert (train.best, train.save_limit) == ("collision_rate", 5)
   assert (train.redraw, init.kmeans, init.num_iterations) == (
     *("none", "large"),
     100,

@@ -50,7 +50,7 @@ def test_train_refuses_more_words_than_vectors(tmp_path):
     (dict(log_every=0), "train.log_every must lie between 1"),
     (dict(redraw="reset"), "train.redraw must be one of split, .* 'reset'"),
     (dict(dtype="float8"), "train.dtype must be one of .* 'float8'"),
-    (dict(schedule="cosine"), "train.schedule must be one of .* 'cosine'"),
+    (dict(schedule="triangle"), "train.schedule must be one of .* 'triangle'"),
   ],
 )
 def test_train_refuses_options(options, message, tmp_path):

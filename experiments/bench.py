@@ -3,7 +3,7 @@ r"""Measures how fast this machine encodes, decodes, trains and clusters.
   vqjax bench
   vqjax bench --tasks=encode,decode
   vqjax bench --codec=runs/qinco2_s --dtype=float32,bfloat16
-  vqjax bench --config=qinco2_l:bigann1M
+  vqjax bench --config=qinco2_l:bigann1M --torch
 
 A trained --codec is measured on its own vectors. A --config is measured without
 training: its codewords are a residual k-means of the vectors, so that the
@@ -25,7 +25,9 @@ for the network's products alone. Every result is a line of JSON added to
 --output, with device, versions and spread.
 """
 
+import contextlib
 import functools
+import importlib.util
 import json
 import pathlib
 
@@ -44,6 +46,7 @@ from experiments.lib import (
 )
 from experiments.lib.bench_arithmetic import Work, decode_work, encode_work
 from vqjax.codecs import kmeans, runner
+from vqjax.codecs.rule import SearchRule
 from vqjax.core import check_range
 from vqjax.data import batches, files
 from vqjax.interop import faiss_io
@@ -68,6 +71,7 @@ OPTIONS = {
   **{name: cli.SEARCH_OPTIONS[name] for name in codecs.SIZES},
   "kmeans_vectors": cli.Option(int, 60_000, "Vectors of k-means."),
   "kmeans_words": cli.Option(int, 1024, "Centroids of k-means."),
+  "torch": cli.Option(bool, False, "Also measure the same network in PyTorch."),
   "repeats": cli.Option(int, 9, "Timed calls per result, at most."),
   "output": cli.Option(
     str, "runs/bench.jsonl", "File that results are added to."
@@ -122,6 +126,9 @@ def _check(config) -> tuple[list[str], list[str]]:
   if not config.output.endswith(".jsonl"):
     raise ValueError(f"--output must end in .jsonl, got {config.output}.")
   files.check_output(config.output, overwrite=True)
+  if config.torch and importlib.util.find_spec("torch") is None:
+    logging.warning("PyTorch is not installed here: measuring without it.")
+    config.torch = False
   return tuple(lists)
 
 
@@ -166,15 +173,21 @@ def _encode(config, subject, dtype, peak):
     encode_fn, block = codec.encoder(rule)
     contenders = {
       "vqjax": bench_timing.contender(
-        _encoder(subject, encode_fn), [block], work
+        _encoder(subject, encode_fn, _codes), [block], work
       )
     }
+    blocks = (block, 8 * block, 32 * block)  # PyTorch may like larger ones.
+    for name, program in _torch(config, subject, dtype, rule).items():
+      with _left_out(name):
+        make_fn = _encoder(subject, program.encode, _plain_codes)
+        contenders[name] = bench_timing.contender(make_fn, blocks, work)
     x_ND = bench_subjects.rows(subject, _MSE_ROWS)
     codes_NM = _codes(encode_fn, x_ND, block)
     xhat_ND = np.asarray(codec.decoder()(codes_NM))
     mse = np.mean(np.sum((x_ND - xhat_ND) ** 2, axis=1))
-    (row,) = bench_timing.measure(contenders, peak, repeats=config.repeats)
-    yield about | row | {"mse": mse}
+    ours, *theirs = _measure(config, contenders, peak)
+    yield about | ours | {"mse": mse}
+    yield from (about | row for row in theirs)
 
 
 def _with_ranker(codec, rule, x_ND):
@@ -186,12 +199,12 @@ def _with_ranker(codec, rule, x_ND):
     return codec.with_ranker(x_ND, progress=done, **settings)
 
 
-def _encoder(subject, encode_fn):
+def _encoder(subject, encode_fn, codes_fn):
   """Returns `make_fn` of `bench_timing.contender`."""
 
   def make_fn(num, block):
     x_ND = bench_subjects.rows(subject, num)
-    return lambda: _codes(encode_fn, x_ND, block)
+    return lambda: codes_fn(encode_fn, x_ND, block)
 
   return make_fn
 
@@ -200,6 +213,20 @@ def _codes(encode_fn, x_ND, block: int) -> np.ndarray:
   """All blocks through `encode_fn`, as the commands do it."""
   blocks = batches.map_blocks(encode_fn, x_ND, block_size=block)
   return np.concatenate([codes_NM for _, codes_NM in blocks])
+
+
+def _plain_codes(encode_fn, x_ND, block: int) -> np.ndarray:
+  """The same one block after the other: PyTorch uses all cores by itself."""
+  starts = range(0, len(x_ND), block)
+  return np.concatenate([encode_fn(x_ND[i : i + block]) for i in starts])
+
+
+def _measure(config, contenders, peak) -> list[dict]:
+  """Times ours (the first) next to the others, with rests in between."""
+  rest = bench_timing.REST if len(contenders) > 1 else 0.0
+  return bench_timing.measure(
+    contenders, peak, repeats=config.repeats, rest=rest
+  )
 
 
 def _decode(config, subject, dtype, peak):
@@ -211,19 +238,51 @@ def _decode(config, subject, dtype, peak):
     0, codebooks, (block, len(codebooks)), dtype=np.int32
   )
   work = decode_work(codec.tables) if codec.name == "qinco" else None
+
+  def contender(decode_fn, *blocks):
+    def make_fn(num, block):
+      def run_fn():
+        for _ in range(num // block):
+          jax.block_until_ready(decode_fn(codes_NM[:block]))
+
+      return run_fn
+
+    return bench_timing.contender(make_fn, blocks, work)
+
   decode_fn = codec.decoder(dtype)
+  contenders = {"vqjax": contender(decode_fn, block // 4, block)}
+  # The search makes no difference to decoding.
+  rule = SearchRule(num_candidates=0, beam_size=1)
+  for name, program in _torch(config, subject, dtype, rule).items():
+    with _left_out(name):  # PyTorch may like smaller ones.
+      contenders[name] = contender(
+        program.decode, block // 16, block // 4, block
+      )
+  yield from (about | row for row in _measure(config, contenders, peak))
 
-  def make_fn(num, block):
-    def run_fn():
-      for _ in range(num // block):
-        jax.block_until_ready(decode_fn(codes_NM[:block]))
 
-    return run_fn
+def _torch(config, subject, dtype, rule: SearchRule) -> dict:
+  """PyTorch's encode and decode by name; none where not wanted."""
+  is_joint = rule.num_joint_candidates  # Ours alone.
+  if not config.torch or subject.codec.name != "qinco" or is_joint:
+    return {}
+  from experiments.lib import torch_baseline
 
-  blocks = (block // 4, block)
-  contenders = {"vqjax": bench_timing.contender(make_fn, blocks, work)}
-  (row,) = bench_timing.measure(contenders, peak, repeats=config.repeats)
-  yield about | row
+  return torch_baseline.programs(
+    subject.codec.params,
+    dtype=dtype,
+    num_candidates=rule.num_candidates,
+    beam_size=rule.beam_size,
+  )
+
+
+@contextlib.contextmanager
+def _left_out(name: str):
+  """Leaves out a program that does not compile or fit in memory."""
+  try:
+    yield
+  except RuntimeError as error:
+    logging.warning("Measuring without %s: %.300s", name, error)
 
 
 def _train(config, subject, dtype, peak):
@@ -268,9 +327,7 @@ def _kmeans(config, subject, peak):
       fn, num, Work(count, count), bench_timing.seconds(fn)
     )
     words[name] = np.asarray(fn())
-  for row in bench_timing.measure(
-    contenders, peak, repeats=config.repeats, rest=bench_timing.REST
-  ):
+  for row in _measure(config, contenders, peak):
     error_N1, _ = faiss_io.knn(x_ND, words[row["program"]], 1)
     mse = error_N1.mean(dtype=float)
     yield about | row | {"iterations": _ITERATIONS, "mse": mse}

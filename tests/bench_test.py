@@ -1,4 +1,4 @@
-"""The benchmark: its arithmetic, its turns, its lines."""
+"""The benchmark: its arithmetic, its turns, its lines; the PyTorch baseline."""
 
 import json
 import pathlib
@@ -300,3 +300,37 @@ def test_kmeans_of_faiss_starts_where_told():
     faiss_io.fit_kmeans(x_ND, 61)
   with pytest.raises(ValueError, match=r"start .*\(4, 6\), got \(5, 6\)"):
     faiss_io.fit_kmeans(x_ND, 4, start_KD=start_KD)
+
+
+def _torch_baseline():
+  pytest.importorskip("torch", reason="PyTorch is no dependency")
+  from experiments.lib import torch_baseline
+
+  return torch_baseline
+
+
+@pytest.mark.parametrize("case", [c for c in qinco_cases.CASES if c != "ivf"])
+@pytest.mark.parametrize("num_candidates", [0, 3])
+def test_pytorch_finds_our_codes(case, num_candidates):
+  torch_baseline = _torch_baseline()
+  params = qinco_cases.make_params(**qinco_cases.CASES[case])
+  if params.preselect_TKD is None:
+    num_candidates = 0
+  knobs = dict(num_candidates=num_candidates, beam_size=4)
+  program = torch_baseline.programs(params, **knobs)["torch eager"]
+  x_ND = qinco_cases.vectors(50)
+  codes_NM = np.asarray(qinco.encode(params, x_ND, rule=SearchRule(**knobs)))
+  np.testing.assert_array_equal(program.encode(x_ND), codes_NM)
+  np.testing.assert_allclose(
+    program.decode(codes_NM),
+    qinco.decode(params, codes_NM),
+    rtol=1e-4,
+    atol=1e-4,
+  )
+
+
+def test_pytorch_refuses_lists():
+  torch_baseline = _torch_baseline()
+  params = qinco_cases.make_params(num_lists=11)
+  with pytest.raises(ValueError, match="--torch has no IVF models"):
+    torch_baseline.programs(params, num_candidates=3, beam_size=2)

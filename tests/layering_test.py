@@ -35,6 +35,7 @@ DOORS = {  # Module to the only place that may import it.
   "optax": "vqjax/training/",
   "orbax": "vqjax/training/",
 }
+TORCH_DOOR = "experiments/lib/torch_baseline.py"
 CONFIG_IMPORTS = {"ml_collections", "configs"}
 NEVER = {
   "experiments",
@@ -117,7 +118,22 @@ def test_configs_import_ml_collections_alone(path):
 @pytest.mark.parametrize("path", _files("experiments"), ids=_name)
 def test_experiments_leave_faiss_to_its_door(path):
   tops = {module.split(".")[0] for module in _imports(path)}
+  if _name(path) == TORCH_DOOR:
+    tops.remove("torch")
   assert not tops & {"faiss", "optax", "orbax", "torch", "tensorflow"}
+
+
+def test_commands_start_without_torch():
+  """Whoever uses the baseline imports it inside of a function."""
+  for path in _files("experiments"):
+    module = ast.parse(path.read_text(encoding="utf-8"))
+    at_the_top = [node for node in module.body if _is_import(node)]
+    found = imports_of(ast.unparse(at_the_top))
+    assert "experiments.lib.torch_baseline" not in found, _name(path)
+
+
+def _is_import(node) -> bool:
+  return isinstance(node, ast.Import | ast.ImportFrom)
 
 
 @pytest.mark.parametrize(

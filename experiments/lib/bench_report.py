@@ -12,7 +12,7 @@ import jax
 import vqjax
 from vqjax import devices
 
-_PACKAGES = ("jax", "jaxlib", "numpy", "faiss-cpu")
+_PACKAGES = ("jax", "jaxlib", "numpy", "faiss-cpu", "torch")
 _COLUMNS = {  # Title to figure and format.
   "us/vec": ("median_us", ".4g"),
   "min": ("min_us", ".4g"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import vqjax
-from configs import pq, qinco2_s
+from configs import pq, qinco2_s, rq
 from experiments import evaluate, train
 from experiments.lib import cli
 from vqjax.storage import codec_file
@@ -223,6 +223,21 @@ def test_an_old_run_keeps_the_half_that_it_held_out(folder):
   config = _config(folder / "x.npy")
   config.data.validation_size = None
   assert train.run(config, folder / "run")["num_held_out"] == 200
+
+
+def test_a_switch_that_an_old_run_did_not_have_was_off(tmp_path):
+  config = rq.get_config("smoke")
+  config.data.update(train=str(tmp_path / "x.npy"), num_train=None)
+  np.save(tmp_path / "x.npy", _vectors(1))
+  first = train.run(config, tmp_path / "run")
+  path = tmp_path / "run" / "config.json"
+  record = json.loads(path.read_text())
+  del record["model"]["is_balanced"]
+  path.write_text(json.dumps(record))
+  assert train.run(config, tmp_path / "run") == first
+  config.model.is_balanced = True
+  with pytest.raises(ValueError, match="is_balanced"):
+    train.run(config, tmp_path / "run")
 
 
 def test_too_many_codewords_are_named_by_their_flag(made, tmp_path):

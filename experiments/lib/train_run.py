@@ -25,6 +25,7 @@ _FREE = (
   *("data.validation_size", "ivf.centroids", "derived.codec"),
   *("train.log_every", "train.checkpoint_minutes", "train.keep_checkpoints"),
   *("train.tracker", "train.save_limit"),
+  "train.tensorboard",  # Of earlier versions.
 )
 _SAYS = {  # Of names that are no flags.
   "derived.data.train": "the checksum of the vectors in --config.data.train",
@@ -151,6 +152,9 @@ def _check_same(workdir, old: dict, new: dict) -> bool:
   found = run_folder.differences(old, new)
   take = functools.partial(run_folder.take, found)
   take(*_FREE)
+  # A switch that an earlier version did not have was off.
+  is_off = lambda both: all(value in (None, False) for value in both)
+  take(*(name for name, both in found.items() if is_off(both)))
   known = old.get("derived", {})
   for name in ("data", "held_out"):  # Earlier versions do not say it.
     if name not in known:

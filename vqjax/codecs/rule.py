@@ -121,7 +121,10 @@ def check(
     can_preselect: Whether the codec has pre-selection codebooks.
   """
   b, c, f = rule.beam_size, rule.num_joint_candidates, rule.num_ranked
-  check_range("beam_size", b, 1, num_codewords, "codewords of the first step")
+  check_range(
+    "beam_size",
+    *(b, 1, num_codewords, f"the first step has {num_codewords} codewords"),
+  )
   why = "codewords of a step; 0 for all"
   check_range("num_candidates", rule.num_candidates, 0, num_codewords, why)
   if rule.num_steps is not None:

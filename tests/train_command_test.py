@@ -95,6 +95,7 @@ def test_train_refuses_nan(tmp_path):
     train.run(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_from_the_shell_equals_uninterrupted(tmp_path):
   whole, part = tmp_path / "whole", tmp_path / "part"
   # Every step is slow enough to be hit, and the epochs are long.

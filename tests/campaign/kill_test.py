@@ -15,10 +15,12 @@ import pytest
 from tests import commands
 from tests.campaign import attacks, interrupts, outcomes, subjects
 
+_EVERY = [3, pytest.param(1, marks=pytest.mark.slow)]  # Changes on disk.
 
-def _kill_everywhere(table, name, inputs, tmp_path, others=None) -> None:
+
+def _kill_everywhere(table, name, inputs, tmp_path, every, others=None) -> None:
   attack = attacks.Attack(table, name, inputs, tmp_path, others)
-  for number in range(1000):
+  for number in range(0, 1000, every):
     attack.begin()
     error = attack.disturbed(interrupts.killing(number))
     if error is None:
@@ -28,20 +30,22 @@ def _kill_everywhere(table, name, inputs, tmp_path, others=None) -> None:
   assert number > 4
 
 
-def test_kills_of_new_outputs(inputs, tmp_path):
+@pytest.mark.parametrize("every", _EVERY)
+def test_kills_of_new_outputs(inputs, tmp_path, every):
   table = outcomes.Table("kill", attacks.COLUMNS)
   for name in subjects.COMMANDS:
     folder = tmp_path / name.replace(" ", "_")
-    _kill_everywhere(table, name, inputs, folder)
+    _kill_everywhere(table, name, inputs, folder, every)
   table.check()
 
 
-def test_kills_of_outputs_that_are_replaced(inputs, others, tmp_path):
+@pytest.mark.parametrize("every", _EVERY)
+def test_kills_of_outputs_that_are_replaced(inputs, others, tmp_path, every):
   table = outcomes.Table("kill", attacks.COLUMNS)
   for name, subject in subjects.COMMANDS.items():
     if subject.overwrites:
       folder = tmp_path / name.replace(" ", "_")
-      _kill_everywhere(table, name, inputs, folder, others)
+      _kill_everywhere(table, name, inputs, folder, every, others)
   table.check()
 
 

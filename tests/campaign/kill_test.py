@@ -15,7 +15,7 @@ import pytest
 from tests import commands
 from tests.campaign import attacks, interrupts, outcomes, subjects
 
-_EVERY = [3, pytest.param(1, marks=pytest.mark.slow)]  # Changes on disk.
+_EVERY = [5, pytest.param(1, marks=pytest.mark.slow)]  # Changes on disk.
 
 
 def _kill_everywhere(table, name, inputs, tmp_path, every, others=None) -> None:

@@ -95,6 +95,7 @@ def _assert_same_run(whole, part):
   assert a == b
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path):
   command = [*TRAIN, f"--workdir={tmp_path}"]
   with _two(*command) as running:

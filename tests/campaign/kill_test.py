@@ -39,7 +39,8 @@ def test_kills_of_new_outputs(inputs, tmp_path, every):
   table.check()
 
 
-@pytest.mark.parametrize("every", _EVERY)
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [1])
 def test_kills_of_outputs_that_are_replaced(inputs, others, tmp_path, every):
   table = outcomes.Table("kill", attacks.COLUMNS)
   for name, subject in subjects.COMMANDS.items():

@@ -113,7 +113,8 @@ def loss(
       at all pairs of rows of this device.
 
   Returns:
-    The loss, and `{"metrics": scalars, "stats": Stats}` of the batch.
+    The loss, and a dict of `metrics`, scalars, and `stats`, the `Stats` of the
+    batch.
 
   Raises:
     ValueError: A name or a number makes no sense.

@@ -75,8 +75,8 @@ def get_config(arg: str = ""):
       best="mse",
       log_every=50,  # Steps.
       checkpoint_minutes=10.0,  # And at every validation.
-      keep_checkpoints=2,  # Latest ones, besides the best of each figure,
-      save_limit=0,  # and those of the last so many validations.
+      keep_checkpoints=2,  # Latest ones, besides the best of each figure.
+      save_limit=0,  # Checkpoints kept of the latest validations.
       tracker="none",  # Or "tensorboard", "wandb"; JSON lines always.
     ),
   )

@@ -53,6 +53,18 @@ def run_dir():
   return str(folder)
 
 
+@pytest.fixture
+def base_file(tmp_path):
+  """A file of 333 of the bundled vectors."""
+  from vqjax.data import formats
+
+  path = str(tmp_path / "base.fvecs")
+  sample = pathlib.Path(__file__).parents[1] / "third_party" / "sample_sift"
+  x_ND = formats.open_vectors(sample / "base.bvecs")[:333]
+  formats.write_vectors(path, x_ND, dtype="float32")
+  return path
+
+
 @pytest.fixture(scope="module")
 def one_thread():
   """Gives faiss one thread: those that wait take time from those of JAX."""

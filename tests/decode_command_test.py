@@ -1,29 +1,16 @@
 """decode: what it makes of codes, and which it refuses."""
 
 import os
-import pathlib
 
 import numpy as np
 import pytest
 
 from experiments import decode, encode
 from experiments.lib import cli, codecs
-from vqjax.data import formats
-
-ROOT = pathlib.Path(__file__).parents[1]
-SAMPLE = ROOT / "third_party" / "sample_sift"
 
 
 def _config(module, **values):
   return cli.get_config(module.OPTIONS, **values)
-
-
-@pytest.fixture
-def base_file(tmp_path):
-  path = str(tmp_path / "base.fvecs")
-  x_ND = formats.open_vectors(SAMPLE / "base.bvecs")[:333]
-  formats.write_vectors(path, x_ND, dtype=np.float32)
-  return path
 
 
 def test_decoding_again_says_that_it_is_done(run_dir, base_file, tmp_path):

@@ -13,19 +13,10 @@ from vqjax.codecs import packing
 from vqjax.data import formats
 
 ROOT = pathlib.Path(__file__).parents[1]
-SAMPLE = ROOT / "third_party" / "sample_sift"
 
 
 def _config(module, **values):
   return cli.get_config(module.OPTIONS, **values)
-
-
-@pytest.fixture
-def base_file(tmp_path):
-  path = str(tmp_path / "base.fvecs")
-  x_ND = formats.open_vectors(SAMPLE / "base.bvecs")[:333]
-  formats.write_vectors(path, x_ND, dtype=np.float32)
-  return path
 
 
 def test_encode_then_decode(run_dir, base_file, tmp_path):

@@ -86,11 +86,11 @@ class SemanticIds:
   def append(
     self, x, ids=None, *, codec: Codec | None = None, progress: bool = False
   ) -> "SemanticIds":
-    """Returns these ids, none of them moved, and ids of new items behind them.
+    """Returns the published ids, unchanged, followed by ids of new items.
 
-    New items are told apart as these were, or by `nearest` if that was
-    `sinkhorn`, which would move published ids. The report says in `append` how
-    far they are from the published ones.
+    New items are made unique by the same resolver; `sinkhorn`, which would move
+    published ids, is replaced by `nearest`. `append` in the report compares the
+    new items with the published ones.
 
     Args:
       x: Vectors `[N, D]` of the new items.

@@ -267,3 +267,13 @@ def _start(key, x_ND, weights_N, num_codewords):
   noise_N = jax.random.gumbel(key, weights_N.shape)
   _, rows_K = lax.top_k(jnp.log(weights_N) + noise_N, num_codewords)
   return x_ND[rows_K]
+
+
+def replace_dead(words_KD, is_dead_K, parents_K, draw_KD) -> Array:
+  """Replaces dead codewords by copies of their parents.
+
+  `draw_KD` is added to the copies, in standard deviations of the codewords.
+  """
+  spread_1D = jnp.std(words_KD, axis=0, keepdims=True)
+  copies_KD = words_KD[parents_K] + draw_KD * spread_1D
+  return jnp.where(is_dead_K[:, None], copies_KD, words_KD)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from vqjax.codecs import qinco, qinco_search, rq
+from vqjax.codecs import kmeans, qinco, qinco_search, rq
 from vqjax.codecs.distances import nearest
 from vqjax.codecs.qinco import QincoParams
 from vqjax.codecs.rule import PUBLISHED, SearchRule
@@ -224,25 +224,21 @@ def _split_words(params, key, used_MK, noise, min_share):
   shape = used_MK.shape + params.mean_D.shape
   draw_MKD = noise * jax.random.normal(noise_key, shape, jnp.float32)
 
-  def refill(words_KD, is_dead_K, parents_K, draw_KD):
-    copy_KD = words_KD[parents_K] + draw_KD * jnp.std(
-      words_KD, axis=0, keepdims=True
-    )
-    return jnp.where(is_dead_K[:, None], copy_KD, words_KD)
-
   t = params.codebooks_TKD.shape[0]
   new = (is_dead_MK, parents_MK, draw_MKD)
   last = jax.tree.map(lambda x_MK: x_MK[-t:], new)
   params = params.replace(
-    codebooks_TKD=jax.vmap(refill)(params.codebooks_TKD, *last)
+    codebooks_TKD=jax.vmap(kmeans.replace_dead)(params.codebooks_TKD, *last)
   )
   if params.preselect_TKD is not None:
     params = params.replace(
-      preselect_TKD=jax.vmap(refill)(params.preselect_TKD, *last)
+      preselect_TKD=jax.vmap(kmeans.replace_dead)(params.preselect_TKD, *last)
     )
   if not params.is_ivf:
     first = jax.tree.map(lambda x_MK: x_MK[0], new)
-    params = params.replace(first_KD=refill(params.first_KD, *first))
+    params = params.replace(
+      first_KD=kmeans.replace_dead(params.first_KD, *first)
+    )
   return params
 
 

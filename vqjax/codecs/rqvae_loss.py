@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from vqjax.codecs import rqvae, sinkhorn
+from vqjax.codecs import kmeans, rqvae, sinkhorn
 from vqjax.codecs.distances import nearest, sq_distances, sq_norms
 from vqjax.codecs.rqvae import Mlp, RQVAEParams
 from vqjax.core import Array, check_range, check_shape
@@ -300,7 +300,5 @@ def _split(key, words_KE, used_K, *, noise, min_share):
   is_dead_K = used_K <= min_share * used_K.mean()
   logits_K = jnp.log(jnp.where(is_dead_K, 0, used_K))
   parents_K = jax.random.categorical(parent_key, logits_K, shape=logits_K.shape)
-  draw_KE = jax.random.normal(noise_key, words_KE.shape, jnp.float32)
-  spread_1E = jnp.std(words_KE, axis=0, keepdims=True)
-  copies_KE = words_KE[parents_K] + noise * spread_1E * draw_KE
-  return jnp.where(is_dead_K[:, None], copies_KE, words_KE)
+  draw_KE = noise * jax.random.normal(noise_key, words_KE.shape, jnp.float32)
+  return kmeans.replace_dead(words_KE, is_dead_K, parents_K, draw_KE)

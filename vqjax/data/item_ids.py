@@ -71,9 +71,9 @@ def check(ids_N: np.ndarray, name: str = "ids") -> None:
 
 
 def check_items(ids, num: int, published_F=None) -> np.ndarray:
-  """Returns item ids `[N]`, int64 or text; for None row numbers.
+  """Returns item ids `[N]`, int64 or text; row numbers if `ids` is None.
 
-  Those of new items go on where the published ones end.
+  With published ids, which must be row numbers then, counting continues.
 
   Raises:
     TypeError: They are no integers or text, or of another kind than those.

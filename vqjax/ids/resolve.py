@@ -38,13 +38,13 @@ def nearest(
   num_fixed: int = 0,
   progress: Callable | None = None,
 ) -> tuple[np.ndarray, int]:
-  """Other last codewords, at the least error that is added over all items.
+  """Gives colliding items other last codewords; adds the least total error.
 
-  The items of a prefix that collide share out the last codewords that are free
-  or their own, as an assignment problem: exact up to about 10,000 items at 3
-  levels of 256 codewords. More of one prefix are solved in pieces of that size,
-  those that fit their id best first. What finds no room goes on as by
-  `backtrack`.
+  The colliding items of a prefix choose among its free last codewords and their
+  own. This is an assignment problem. At 3 levels of 256 codewords it is solved
+  exactly for up to about 10,000 items of one prefix. More are solved in pieces
+  of that size, those that fit their id best first. Items that find no free
+  codeword are treated as by `backtrack`.
 
   Returns:
     Codes, and how many items got another codeword before the last.

@@ -11,6 +11,7 @@ from tests import qinco_cases
 from vqjax import index as index_lib
 from vqjax.codec import Codec
 from vqjax.codecs import pq, rq
+from vqjax.data import row_ids
 from vqjax.index import load_index
 from vqjax.index_build import build_index
 
@@ -300,3 +301,25 @@ def test_results_have_the_ids_of_items(codecs, tmp_path):
   assert (np.sort(index.ids) == np.arange(5, _NUM + 5)).all()
   with pytest.raises(ValueError, match="an id for each of the 9 vectors"):
     build_index(codecs["rq", "l2"], x_ND[:9], ids=tmp_path / "ids.txt")
+
+
+@pytest.mark.parametrize("name", ["rq", "qinco_ivf"])
+def test_a_search_keeps_codes_once_and_ids_on_disk(codecs, name, tmp_path):
+  x_ND, xq_QD = _vectors(_NUM, 1), _vectors(5, 2)
+  ids_N = np.random.default_rng(0).permutation(5000)[:_NUM]
+  index = build_index(codecs[name, "l2"], x_ND, ids=ids_N, num_tables=0)
+  index.save(tmp_path / "before")
+  found = index.search(xq_QD)
+  opened = load_index(tmp_path / "before")
+  for one in (index, opened):
+    np.testing.assert_array_equal(one.search(xq_QD)[1], found[1])
+    assert row_ids.num_bytes(one._searcher.parts.ids_N)["ram"] == 0
+    assert one._index.ntotal == 0  # Its lists are empty.
+    np.testing.assert_array_equal(one.ids, np.sort(ids_N))
+    assert len(one) == _NUM
+  opened.save(tmp_path / "after")
+  read = lambda folder: (tmp_path / folder / "index.faiss").read_bytes()
+  assert read("before") == read("after")
+  opened.add(x_ND[:3], np.array([6000, 6001, 6002]))
+  opened.search(xq_QD)
+  assert row_ids.num_bytes(opened._searcher.parts.ids_N)["disk"] == 0

@@ -9,7 +9,8 @@
 A saved index is a folder: `manifest.json` names its files, by default
 `codec.safetensors`, `index.faiss` (for any faiss program, with its description
 `index.faiss.json`), and if there are such `decoders.safetensors` and
-`refiner.safetensors` or `refiner.faiss`.
+`refiner.safetensors` or `refiner.faiss`. `index.faiss.order.npy` has the ids in
+list order: a search maps it, and keeps no id in memory.
 """
 
 import pathlib
@@ -75,6 +76,7 @@ def load_index(folder) -> "Index":
     refiner,
     settings=info.get("encode"),
     items_N=item_ids.load_beside(paths["index"], meta, faiss_index.ntotal),
+    path=paths["index"],
   )
 
 
@@ -91,22 +93,35 @@ class Index:
     *,
     settings: dict | None = None,
     items_N: np.ndarray | None = None,
+    path: str | None = None,
   ):
     """Takes the parts as they are.
 
     `faiss_index` is from `faiss_ivf`; `settings` of encoding are for `add`. The
     refiner is `ResidualBits`, `faiss_fastscan.Loaded`, or None. `items_N` are
-    item ids, if the ids in the lists are row numbers.
+    item ids, if the ids in the lists are row numbers. `path` is the file of
+    `faiss_index`, whose ids stay on disk; without they are in memory.
     """
     self.codec, self.metric = codec, metric
     self.settings = dict(settings or {})
-    self._faiss, self._pairwise = faiss_index, pairwise_params
-    self._refiner, self._searcher = refiner, None
-    self._items_N = items_N
+    # The codes are in the lists of faiss until a search, in a searcher then.
+    self._index, self._searcher = faiss_index, None
+    self._pairwise, self._refiner = pairwise_params, refiner
+    self._items_N, self._path = items_N, path
+
+  @property
+  def _faiss(self):
+    """The index with all its codes; closes the searcher that has them."""
+    if self._searcher is not None:
+      searchers.refill(self._index, self._searcher)
+      self._searcher = None
+    return self._index
 
   def __len__(self) -> int:
     """Number of vectors."""
-    return self._faiss.ntotal
+    if self._searcher is not None:
+      return len(self._searcher.parts.ids_N)
+    return self._index.ntotal
 
   def __repr__(self) -> str:
     """Says what it is in a line."""
@@ -119,17 +134,17 @@ class Index:
   @property
   def dim(self) -> int:
     """Dimensions of the vectors."""
-    return self._faiss.d
+    return self._index.d
 
   @property
   def num_lists(self) -> int:
     """L, inverted lists."""
-    return self._faiss.nlist
+    return self._index.nlist
 
   @property
   def num_bytes(self) -> int:
     """Bytes of a vector on disk: code, norm, id, and the refiner."""
-    num = self._faiss.code_size + 8
+    num = self._index.code_size + 8
     if isinstance(self._refiner, residual_bits.ResidualBits):
       return num + refiner_file.num_bytes(self.dim)
     if self._refiner is not None:
@@ -138,14 +153,16 @@ class Index:
 
   @property
   def _words(self) -> additive.AdditiveParams:
-    return additive.AdditiveParams(faiss_lists.words_of(self._faiss.rq))
+    return additive.AdditiveParams(faiss_lists.words_of(self._index.rq))
 
   @property
   def ids(self) -> np.ndarray:
     """Ids of all vectors `[N]`: integers, rising, or item ids by row."""
     if self._items_N is not None:
       return self._items_N.copy()
-    return np.sort(faiss_lists.contents(self._faiss).ids_N)
+    if self._searcher is not None:
+      return np.sort(self._searcher.parts.ids_N).astype(np.int64)
+    return np.sort(faiss_lists.ids_of(self._index))
 
   def search(
     self, queries, k: int = 10, *, nprobe: int | None = None, **settings
@@ -296,6 +313,7 @@ class Index:
       about = {"metric": self.metric, "encode": self.settings}
       about |= {"made_of": made_of} if made_of else {}
       index_folder.write_manifest(temporary, paths, about)
+    self._path = str(folder / "index.faiss")
     return folder
 
   def _save_decoders(self, folder) -> dict[str, str]:
@@ -331,7 +349,7 @@ class Index:
     lists_N, codes_NM = self._split(vectors, codes_NM)
     faiss_ivf.add_codes(self._faiss, lists_N, codes_NM, ids_N)
     faiss_ivf.fit_norms(self._faiss)
-    self._searcher = None
+    self._path = None
 
   def _split(self, vectors, codes_NM):
     """Lists `[N]` of vectors, and codes without the list number."""
@@ -339,7 +357,7 @@ class Index:
       return codes_NM[:, 0].astype(np.int64), codes_NM[:, 1:]
     if self.num_lists == 1:
       return np.zeros(len(codes_NM), np.int64), codes_NM
-    coarse = self._faiss.quantizer
+    coarse = self._index.quantizer
     lists = [
       faiss_lists.assign_lists(coarse, x_nD)
       for _, x_nD in batches.map_blocks(
@@ -352,7 +370,6 @@ class Index:
     """Makes the refiner of the vectors in the index."""
     contents = faiss_lists.contents(self._faiss)
     read_fn = _make_read_fn(vectors, ids_N, contents)
-    self._searcher = None
     if kind == "rabitq":
       metric = "ip" if self.metric == "ip" else "l2"
       self._refiner = refining.rabitq(
@@ -386,13 +403,15 @@ class Index:
   def _open_searcher(self):
     if self._searcher is None:
       self._searcher = searchers.make_searcher(
-        self._faiss,
+        self._index,
         "ip" if self.metric == "ip" else "l2",
         self._decode_fn(),
         pairwise_params=self._pairwise,
         refiner=self._refiner,
         is_cosine=self.metric == "cosine",
+        ids_of=self._path,
       )
+      faiss_ivf.keep_coarse(self._index)  # Its codes are in memory once.
     return self._searcher
 
 

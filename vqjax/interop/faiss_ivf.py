@@ -10,7 +10,8 @@ leaves of a vector. faiss computes from them, without vqjax,
 The byte stands for |r|^2. (Inner products, of "ip", need no norm.) A
 codec without lists has one list, whose centroid is zero, or the centre of
 vectors far from the origin: |r|^2 would be too large for a byte there. Beside
-the file, its description `index.faiss.json` says which codec made the codes.
+the file, its description `index.faiss.json` says which codec made the codes,
+and `index.faiss.order.npy` repeats the ids in list order, to be mapped.
 
 Reference: arXiv 2501.03078, section 3.4.
 """
@@ -24,7 +25,7 @@ import numpy as np
 
 from vqjax.codecs.additive import AdditiveParams, split_centre
 from vqjax.core import check_range, check_shape
-from vqjax.data import codes, files
+from vqjax.data import codes, files, row_ids
 from vqjax.interop import faiss_files, faiss_io, faiss_lists
 from vqjax.interop.faiss_io import METRICS, float_rows
 from vqjax.interop.faiss_lists import assign_lists as assign_lists
@@ -270,14 +271,15 @@ def save(
 ) -> dict:
   """Writes index and description, each whole or not at all.
 
-  Returns the description.
+  The ids of the rows are written beside them, see `row_ids`. Returns the
+  description.
 
   `info` is what else the description says, plain values, such as
   `codec_fingerprint`.
   """
-  return faiss_files.save(
-    index, path, {**info, **describe(index)}, kind=_KIND, overwrite=overwrite
-  )
+  info = {**info, **describe(index)}
+  row_ids.save_beside(path, faiss_lists.ids_of(index), overwrite=overwrite)
+  return faiss_files.save(index, path, info, kind=_KIND, overwrite=overwrite)
 
 
 def load(path, *, mmap: bool = False) -> Loaded:

@@ -285,6 +285,17 @@ def _join_lists(index) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   return starts, packed, ids_N
 
 
+def ids_of(index) -> np.ndarray:
+  """Ids of all rows, int64 `[N]`, list after list."""
+  lists = index.invlists
+  parts = [
+    faiss.rev_swig_ptr(lists.get_ids(number), num).copy()
+    for number in range(index.nlist)
+    if (num := lists.list_size(number))
+  ]
+  return np.concatenate([np.empty(0, np.int64), *parts])
+
+
 def _norms(starts, codes_NM, words_MKD, centroids_LD):
   """`norm_N`, `low_L` and `step_L` of `Contents`.
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqjax.codecs import additive, pairwise, registry, runner
+from vqjax.data import row_ids
 from vqjax.interop import faiss_fastscan, faiss_io, faiss_ivf, faiss_lists
 from vqjax.search import ivf, pipeline, refiners, residual_bits
 from vqjax.storage import codec_file, decoder_file, refiner_file
@@ -58,6 +59,7 @@ def open_searcher(
     is_cosine=loaded.info.get("metric") == "cosine",
     dtype=dtype,
     keep_codes=False,
+    ids_of=index,
   )
 
 
@@ -71,17 +73,22 @@ def make_searcher(
   is_cosine: bool = False,
   dtype: str = "float32",
   keep_codes: bool = True,
+  ids_of=None,
 ) -> pipeline.Searcher:
   """Puts a searcher together from parts in memory.
 
   `decode_fn` is from `make_decode_fn`, a refiner from `load_refiner`. For
   `is_cosine` vectors are of length 1, and queries are made so. `dtype` is the
   type of the products of the scan. `keep_codes` False empties the index, whose
-  codes the searcher has.
+  codes the searcher has; `refill` puts them back. `ids_of` is the file of the
+  index, whose ids are mapped then; None to keep them in memory.
   """
   contents = faiss_ivf.contents(index)
   if not keep_codes:
     index = faiss_ivf.keep_coarse(index)
+  ids_N = row_ids.narrow(contents.ids_N)
+  if ids_of is not None:
+    ids_N = row_ids.open_beside(ids_of, contents.ids_N)
   pairwise_fn = None
   if pairwise_params is not None:
     pairwise_fn = partial(
@@ -104,7 +111,7 @@ def make_searcher(
   return pipeline.Searcher(
     pipeline.Parts(
       lists=lists,
-      ids_N=contents.ids_N,
+      ids_N=ids_N,
       coarse_fn=_make_coarse_fn(index, metric, contents.centre_D),
       decode_fn=decode_fn,
       pairwise_fn=pairwise_fn,
@@ -114,6 +121,17 @@ def make_searcher(
       is_cosine=is_cosine,
     )
   )
+
+
+def refill(index, searcher: pipeline.Searcher) -> None:
+  """Puts all codes of a searcher back into the index it was made of."""
+  index = faiss_ivf.keep_coarse(index)
+  lists, ids_N = searcher.parts.lists, searcher.parts.ids_N
+  lists_N = np.repeat(np.arange(index.nlist), np.diff(lists.starts_L1))
+  faiss_ivf.add_codes(
+    index, lists_N, ivf.codes_of(lists), ids_N.astype(np.int64)
+  )
+  faiss_ivf.fit_norms(index)
 
 
 def _left_out(index, contents, pairwise_params):

@@ -119,6 +119,13 @@ def _unpack(packed_W, num_codes: int, num_bits: int) -> list[Array]:
   ]
 
 
+def codes_of(lists: Lists) -> np.ndarray:
+  """All codes `[N, M]` on the host, uint8 or uint16."""
+  packed_NW = np.ascontiguousarray(lists.packed_NW[:-TILE], "<u4")
+  dtype = np.uint8 if lists.num_bits == 8 else np.dtype("<u2")
+  return packed_NW.view(dtype)[:, : lists.num_codes]
+
+
 @jax.jit
 def codes_at(lists: Lists, rows: Array) -> Array:
   """Codes `[..., M]` int32 of rows `[...]`."""

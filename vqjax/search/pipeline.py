@@ -29,7 +29,7 @@ import numpy as np
 
 from vqjax import devices
 from vqjax.core import check_range
-from vqjax.data import unit
+from vqjax.data import row_ids, unit
 from vqjax.data.formats import check_vectors, to_float32
 from vqjax.search import ivf
 from vqjax.search.refiners import Refiner, round_up, weighted
@@ -53,7 +53,7 @@ class Parts(NamedTuple):
   """
 
   lists: ivf.Lists
-  ids_N: np.ndarray  # Id of each row of `lists`.
+  ids_N: np.ndarray  # Id of each row of `lists`; may be memory-mapped.
   coarse_fn: Callable  # (xq_QD, nprobe, ef_search) -> lists and distances.
   decode_fn: Callable  # -> x_ND, by the network.
   pairwise_fn: Callable | None  # -> x_ND, by the pairwise decoder.
@@ -170,7 +170,7 @@ class Searcher:
       )
       clock.lap("network")
     rows_QR = found.rows_QC[:, :k]
-    ids_QR = np.where(rows_QR < 0, -1, self.parts.ids_N[rows_QR])
+    ids_QR = row_ids.pick(self.parts.ids_N, rows_QR)
     distances_QR = np.maximum.accumulate(found.distances_QC[:, :k], axis=1)
     if self.parts.metric == "ip":
       distances_QR = distances_QR / -2

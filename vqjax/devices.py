@@ -229,6 +229,34 @@ def data_parallel(fn: Callable) -> Callable:
   return run
 
 
+def data_parallel_sums(fn: Callable) -> Callable:
+  """Returns a jitted `(tree, rows) -> (tree, rows)` over the own devices.
+
+  `fn` runs as on a single device on its share of the rows, and must itself
+  reduce the tree that it returns over `DATA_AXIS`. The devices must be able to
+  share the rows evenly.
+  """
+  return jax.jit(
+    jax.shard_map(
+      fn,
+      mesh=_own_mesh(),
+      in_specs=(_COPIED, _SPLIT),
+      out_specs=(_COPIED, _SPLIT),
+      check_vma=False,
+    )
+  )
+
+
+def split_rows(rows):
+  """Spreads rows over the devices of this process, which share them evenly."""
+  return jax.device_put(rows, NamedSharding(_own_mesh(), _SPLIT))
+
+
+def num_own_devices() -> int:
+  """Returns how many devices this process has."""
+  return _own_mesh().size
+
+
 def process_rows(num_rows: int) -> range:
   """Returns this process's share of `num_rows`, in the order of processes."""
   cut = lambda i: num_rows * i // jax.process_count()

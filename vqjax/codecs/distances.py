@@ -76,15 +76,19 @@ def nearest(
 
 
 def make_nearest_fn(
-  y_KD: Array, num_at_once: int | None = None
+  y_KD: Array, num_at_once: int | None = None, *, by_product: bool = False
 ) -> Callable[[Array], Array]:
   """Returns `x_ND -> ids_N`, int32: the nearest rows, ties to the lower one.
 
   `x_ND` is compared with `num_at_once` rows of `y_KD` at a time, all for None.
+  `by_product` takes the largest inner product for the nearest.
   """
   k = y_KD.shape[0]
-  centre_1D = centre_of(y_KD)[None]
-  half_K = sq_norms(y_KD - centre_1D) / 2
+  if by_product:
+    centre_1D, half_K = jnp.zeros_like(y_KD[:1]), jnp.zeros_like(y_KD[:, 0])
+  else:
+    centre_1D = centre_of(y_KD)[None]
+    half_K = sq_norms(y_KD - centre_1D) / 2
   if (num_at_once or k) >= k:
     centred_KD = y_KD - centre_1D
     return lambda x_ND: argmin_rows(

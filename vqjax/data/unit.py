@@ -20,7 +20,16 @@ def normalise(x_ND, *, name="vectors", rows=None) -> np.ndarray:
   x_ND = np.asarray(x_ND, float)
   # The largest number first: squares of float32 fit, of float64 they may not.
   most_N1 = np.abs(x_ND).max(axis=1, keepdims=True)
-  bad = np.flatnonzero(most_N1[:, 0] == 0)
+  refuse_zeros(most_N1[:, 0] == 0, name=name, rows=rows)
+  with np.errstate(invalid="ignore"):  # NaN and Inf are refused by readers.
+    x_ND = x_ND / most_N1
+    x_ND /= np.linalg.norm(x_ND, axis=1, keepdims=True)
+  return x_ND.astype(np.float32)
+
+
+def refuse_zeros(is_zero_N, *, name="vectors", rows=None) -> None:
+  """Raises ValueError if a vector is zero; args are as in `normalise`."""
+  bad = np.flatnonzero(is_zero_N)
   if bad.size:
     row = int(bad[0] if rows is None else np.asarray(rows)[bad[0]])
     more = f", and {bad.size - 1} more of those read" if bad.size > 1 else ""
@@ -28,10 +37,6 @@ def normalise(x_ND, *, name="vectors", rows=None) -> np.ndarray:
       f"{name}: row {row}{more} is a vector of zeros, which has no cosine with "
       "any other; remove it, or take another metric."
     )
-  with np.errstate(invalid="ignore"):  # NaN and Inf are refused by readers.
-    x_ND = x_ND / most_N1
-    x_ND /= np.linalg.norm(x_ND, axis=1, keepdims=True)
-  return x_ND.astype(np.float32)
 
 
 class UnitVectors:

@@ -86,10 +86,33 @@ def test_missing_file_says_how_to_get_it(name, tmp_path, monkeypatch):
       datasets.open_split(dataset, split)
     for part in (path.name, str(path.parent), dataset.how_to_get):
       assert part in str(e.value)
-    assert "http" in str(e.value) or "QINCo repository" in str(e.value)
+    command = f"vqjax download {name} --data_root={tmp_path}"
+    assert command in str(e.value)
   monkeypatch.delenv("VQJAX_DATA", raising=False)
   with pytest.raises(ValueError, match="VQJAX_DATA"):
     datasets.get_dataset(name)
+
+
+def test_files_of_other_programs_serve(tmp_path):
+  """Folders of the benchmark's own files, or made by the released scripts."""
+  for file in ("deep1B_queries.fvecs", "base.fvecs", "base.1B.fbin"):
+    formats.write_vectors(tmp_path / "deep1b" / file, np.ones((3, 96), "f4"))
+  of_million = datasets.get_dataset("deep1M", tmp_path)
+  of_billion = datasets.get_dataset("deep1B", tmp_path)
+  name = lambda path: pathlib.Path(path).name
+  assert name(of_million.queries) == "deep1B_queries.fvecs"
+  assert name(of_million.base) == "base.fvecs"
+  assert name(of_billion.base) == "base.1B.fbin"
+  assert name(of_billion.train) == "learn.350M.fbin"  # Missing.
+
+
+def test_the_folder_data_is_the_default_root(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.delenv("VQJAX_DATA", raising=False)
+  with pytest.raises(ValueError, match="VQJAX_DATA. vqjax download deep1M"):
+    datasets.get_dataset("deep1M")
+  (tmp_path / "data").mkdir()
+  assert datasets.get_dataset("deep1M").base == "data/deep1b/base.fvecs"
 
 
 def test_wrong_dimension(tmp_path):

@@ -39,7 +39,7 @@ _WORDS = {
 DATA_OPTIONS = {
   "data": Option(str, None, "Vectors (.npy, .bvecs, items.parquet#embedding)."),
   "data_root": Option(
-    str, None, "Folder of named data sets; else $VQJAX_DATA."
+    str, None, "Folder of named data sets; else $VQJAX_DATA, else data."
   ),
 }
 SEARCH_OPTIONS = {
@@ -175,10 +175,13 @@ def main(
   required: tuple[str, ...] = (),
   how_to_resume: str = "Run the same command again.",
   multihost: bool = False,
+  positional: str | None = None,
 ) -> None:
   """Runs a command from its flags; errors of the user end in one line.
 
   `required` are the options that --help names first; `run` checks them.
+  `positional` is the option of the words that are no flags, joined by commas;
+  without it there may be none.
   """
   _define(options)
 
@@ -186,7 +189,7 @@ def main(
     with user_errors(how_to_resume):
       run(get_config(options, **_given(options)))
 
-  _start(main_fn, doc, options, required, multihost)
+  _start(main_fn, doc, options, required, multihost, positional)
 
 
 def run_config(
@@ -278,7 +281,9 @@ def _expand_config(config) -> None:
       config[name] = _expanded(value)
 
 
-def _start(main_fn, doc: str, options: dict, required, multihost: bool) -> None:
+def _start(
+  main_fn, doc: str, options: dict, required, multihost: bool, positional=None
+) -> None:
   """Hands over to absl, with messages made for people.
 
   If a command shares its work (`multihost`), its flag --multihost joins the
@@ -295,7 +300,9 @@ def _start(main_fn, doc: str, options: dict, required, multihost: bool) -> None:
       handler.setStream(sys.stderr)
   logging.get_absl_handler().setFormatter(errors.PlainFormatter())
   logging.get_absl_handler().addFilter(errors.is_for_people)
-  parse_fn = lambda argv: parsing.parse(argv, doc, options, required)
+  parse_fn = lambda argv: parsing.parse(
+    argv, doc, options, required, positional
+  )
   work_fn = lambda _: _work(main_fn, multihost)
   process.raise_on_ctrl_c()  # It ended at once while modules were imported.
   try:

@@ -17,7 +17,7 @@ GROUPS = {
     *("ivf_pipeline", "ivf_centroids", "pairwise_decoder", "build_index"),
     *("refiner", "search"),
   ),
-  "Tools": ("bench", "export"),
+  "Tools": ("download", "bench", "export"),
 }
 _HELP = ("-h", "-help", "--help", "help")
 

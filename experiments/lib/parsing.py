@@ -13,8 +13,11 @@ from vqjax import shipped
 _ASK_FOR_HELP = ("-h", "-help", "--help", "--helpshort")
 
 
-def parse(argv, doc: str, options: dict, required):
-  """Returns `argv` without the flags; prints help if asked for."""
+def parse(argv, doc: str, options: dict, required, positional=None):
+  """Returns `argv` without the flags; prints help if asked for.
+
+  Words that are no flags become the value of the option `positional`.
+  """
   if any(arg in _ASK_FOR_HELP for arg in argv[1:]):
     sys.stdout.write(help_text(doc, options, required))
     sys.exit(0)
@@ -47,6 +50,10 @@ def parse(argv, doc: str, options: dict, required):
       f"Its file and {shipped.root() / 'configs/base.py'} list the fields and "
       f"their types.{_fields_beside(argv, reason)}"
     )
+  if positional and len(rest) > 1:
+    given = [flags.FLAGS[positional].value or "", *rest[1:]]
+    flags.FLAGS[positional].value = ",".join(filter(None, given))
+    rest = rest[:1]
   if len(rest) > 1:
     hint = " Flags begin with --." if rest[1].split("=")[0] in options else ""
     sys.exit(f"Unexpected argument {rest[1]!r}.{hint} See --help.")

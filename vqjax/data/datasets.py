@@ -3,7 +3,7 @@
 A `Dataset` has up to four files: vectors to train on, the base to compress and
 search, queries, and the ids of their true neighbours in the base. The two
 samples come with a clone of the repository; the others are read from a data
-root, the argument `root` or the environment variable VQJAX_DATA:
+root, the argument `root`, the environment variable VQJAX_DATA, or data/:
 
   ROOT/bigann/bigann_learn.bvecs, ROOT/deep1b/..., ROOT/contriever/...
 
@@ -15,6 +15,7 @@ import dataclasses
 import math
 import os
 import pathlib
+import shlex
 
 from vqjax import shipped
 from vqjax.data import formats, unit
@@ -58,33 +59,6 @@ _CLONE = (
   "The samples come with a clone of the vqjax repository, in its folder "
   "third_party; run from a clone installed with pip install -e."
 )
-_BIGANN = (
-  "BIGANN is at http://corpus-texmex.irisa.fr (ANN_SIFT1B): unpack "
-  "bigann_learn.bvecs, bigann_base.bvecs and bigann_query.bvecs here, and the "
-  "ground truth with its folder gnd. The first 1,000,000 rows of the base are "
-  "enough for bigann1M."
-)
-_DEEP1M = (
-  "Deep1B's learn.fvecs, base.fvecs (its first 1,000,000 rows are enough), "
-  "deep1B_queries.fvecs and deep1M_groundtruth.ivecs go here: see the "
-  "instructions of the authors' QINCo repository."
-)
-_DEEP1B = (
-  "Yandex publishes Deep1B for the billion-scale benchmarks "
-  "(https://big-ann-benchmarks.com): put base.1B.fbin, learn.350M.fbin, "
-  "query.public.10K.fbin and groundtruth.public.10K.ibin here."
-)
-_CONTRIEVER = (
-  "Make or download training_set.npy, database1M.npy, queries.npy and "
-  "ground_truth1M.npy by the instructions of the authors' QINCo repository."
-)
-_SSNPP = (
-  "FB_ssnpp_database.u8bin (FB SimSearchNet++) and "
-  "FB_ssnpp_public_queries.u8bin are listed at https://big-ann-benchmarks.com; "
-  "for the training vectors and the neighbours among the first 1,000,000 rows "
-  "see the instructions of the authors' QINCo repository, or name files of "
-  "your own."
-)
 
 
 def _bigann(name: str, num_base: int) -> Dataset:
@@ -96,7 +70,6 @@ def _bigann(name: str, num_base: int) -> Dataset:
     queries="bigann/bigann_query.bvecs",
     groundtruth=f"bigann/gnd/idx_{num_base // _MILLION}M.ivecs",
     num_base=num_base,
-    how_to_get=_BIGANN,
     scale=1e-4,
   )
 
@@ -132,10 +105,9 @@ _NAMED = (
     96,
     train="deep1b/learn.fvecs",
     base="deep1b/base.fvecs",
-    queries="deep1b/deep1B_queries.fvecs",
+    queries="deep1b/query.public.10K.fbin",
     groundtruth="deep1b/deep1M_groundtruth.ivecs",
     num_base=_MILLION,
-    how_to_get=_DEEP1M,
   ),
   Dataset(
     "deep1B",
@@ -143,8 +115,7 @@ _NAMED = (
     train="deep1b/learn.350M.fbin",
     base="deep1b/base.1B.fbin",
     queries="deep1b/query.public.10K.fbin",
-    groundtruth="deep1b/groundtruth.public.10K.ibin",
-    how_to_get=_DEEP1B,
+    groundtruth="deep1b/deep1B_groundtruth.ivecs",
   ),
   Dataset(
     "contriever1M",
@@ -154,20 +125,35 @@ _NAMED = (
     queries="contriever/queries.npy",
     groundtruth="contriever/ground_truth1M.npy",
     num_base=_MILLION,
-    how_to_get=_CONTRIEVER,
   ),
   Dataset(
     "fb_ssnpp1M",
     256,
-    train="FB_ssnpp/training_set10010000.npy",
-    base="FB_ssnpp/FB_ssnpp_database.u8bin",
-    queries="FB_ssnpp/FB_ssnpp_public_queries.u8bin",
-    groundtruth="FB_ssnpp/ground_truth1M.npy",
+    train="fb_ssnpp/training_set10010k.npy",
+    base="fb_ssnpp/database1M.npy",
+    queries="fb_ssnpp/queries.npy",
+    groundtruth="fb_ssnpp/ground_truth1M.npy",
     num_base=_MILLION,
-    how_to_get=_SSNPP,
     scale=1e-4,
   ),
 )
+# Files that hold the same vectors, or begin with them; of other programs.
+_SAME = {
+  "deep1b/learn.fvecs": ("deep1b/learn.350M.fbin",),
+  "deep1b/learn.350M.fbin": ("deep1b/learn.fvecs",),
+  "deep1b/base.fvecs": ("deep1b/base.1B.fbin",),
+  "deep1b/base.1B.fbin": ("deep1b/base.fvecs",),
+  "deep1b/query.public.10K.fbin": (
+    "deep1b/deep1B_queries.fvecs",
+    "deep1b/queries.fvecs",
+  ),
+  "deep1b/deep1B_groundtruth.ivecs": ("deep1b/groundtruth.public.10K.ibin",),
+  "fb_ssnpp/training_set10010k.npy": ("FB_ssnpp/training_set10010000.npy",),
+  "fb_ssnpp/database1M.npy": ("FB_ssnpp/FB_ssnpp_database.u8bin",),
+  "fb_ssnpp/queries.npy": ("FB_ssnpp/FB_ssnpp_public_queries.u8bin",),
+  "fb_ssnpp/ground_truth1M.npy": ("FB_ssnpp/ground_truth1M.npy",),
+}
+DEFAULT_ROOT = "data"
 NAMES = tuple(d.name for d in (*_BUNDLED, *_NAMED))
 
 
@@ -185,18 +171,33 @@ def get_dataset(name: str, root=None) -> Dataset:
     )
   dataset = found[0]
   if dataset in _BUNDLED:
-    root = _bundled_root()
+    root, hint = _bundled_root(), dataset.how_to_get
   else:
-    root = root or os.environ.get("VQJAX_DATA")
-  if not root:
-    raise ValueError(
-      f"Data set {name} needs a data root: set the environment variable "
-      "VQJAX_DATA to the folder that holds "
-      f"{pathlib.Path(dataset.base).parent}/. {dataset.how_to_get}"
+    is_given = bool(root or os.environ.get("VQJAX_DATA"))
+    root = data_root(root)
+    hint = (
+      f"vqjax download {name} --data_root={shlex.quote(str(root))} gets it."
     )
-  root = pathlib.Path(os.path.expanduser(root))
-  paths = {part: str(root / getattr(dataset, part)) for part in SPLITS}
-  return dataclasses.replace(dataset, **paths)
+    if not (is_given or root.is_dir()):
+      raise ValueError(
+        f"Data set {name} needs a data root, the folder that holds "
+        f"{pathlib.Path(dataset.base).parent}/: set the "
+        f"environment variable VQJAX_DATA. {hint}"
+      )
+  paths = {part: _find(root, getattr(dataset, part)) for part in SPLITS}
+  return dataclasses.replace(dataset, **paths, how_to_get=hint)
+
+
+def data_root(root=None) -> pathlib.Path:
+  """Returns the folder of named sets: `root`, else VQJAX_DATA, else data."""
+  root = root or os.environ.get("VQJAX_DATA") or DEFAULT_ROOT
+  return pathlib.Path(os.path.expanduser(root))
+
+
+def _find(root: pathlib.Path, name: str) -> str:
+  """The path of a file, or of another of the same vectors that is there."""
+  paths = [root / each for each in (name, *_SAME.get(name, ()))]
+  return str(next((path for path in paths if path.exists()), paths[0]))
 
 
 def resolve(
@@ -238,6 +239,11 @@ def resolve(
       f"No data: give paths, or a name out of {', '.join(NAMES)}."
     )
   return dataclasses.replace(get_dataset(name, root), **values)
+
+
+def shape_of(path) -> tuple[int, int]:
+  """Returns rows and columns of a file of vectors or of neighbours."""
+  return tuple(formats.open_vectors(path).shape)
 
 
 def _common_dim(paths: dict[str, str]) -> int:

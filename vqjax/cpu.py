@@ -55,3 +55,21 @@ def prepare_libraries() -> None:
   os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
   if blas_kernels():
     os.environ.setdefault("OPENBLAS_CORETYPE", blas_kernels())
+
+
+@functools.cache
+def _blas():
+  """The OpenBLAS of NumPy, whose threads can be set."""
+  import threadpoolctl
+
+  return threadpoolctl.ThreadpoolController().select(user_api="blas")
+
+
+def one_blas_thread():
+  """Returns a context in which a matrix product takes one thread.
+
+  For many small products that threads of ours share out: threads of OpenBLAS
+  that wait for each other take several times as long, on a busy machine above
+  all. What the limit was before is set again at the end.
+  """
+  return _blas().limit(limits=1)

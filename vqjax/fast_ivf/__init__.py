@@ -6,10 +6,12 @@ Names, attributes and meaning are those of github.com/kmkolasinski/fast-ivf.
 """
 
 _DOORS = {
+  "FastIVF": "vqjax.fast_ivf.flat",
   "MiniBatchKMeans": "vqjax.fast_ivf.kmeans",
   "SubvectorsMiniBatchKMeans": "vqjax.fast_ivf.kmeans",
 }
 __all__ = [  # noqa: F822 (loaded on demand, below)
+  "FastIVF",
   "MiniBatchKMeans",
   "SubvectorsMiniBatchKMeans",
 ]

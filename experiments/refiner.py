@@ -71,7 +71,7 @@ def run(config) -> dict:
 def _rabitq(config) -> dict:
   refiner_file.check_path(config.output)
   files.check_output(config.output, overwrite=True)
-  index, info = faiss_ivf.load(config.index)
+  index, info = _open_index(config)
   vectors = inputs.of_index(config, info)
   num_bytes = refiner_file.num_bytes(index.d)
   result = {
@@ -109,12 +109,18 @@ def _rabitq(config) -> dict:
   return result
 
 
+def _open_index(config):
+  """The index; with --codec it may be one without a description."""
+  if not config.codec:
+    return faiss_ivf.load(config.index)
+  return inputs.open_index(config.index, codec_file.load_codec(config.codec))
+
+
 def _fastscan(config) -> dict:
   cli.require(config, "codec")
   files.check_output(config.output, config.overwrite, described=True)
   loaded = codec_file.load_codec(config.codec)
-  like, info = faiss_ivf.load(config.index)
-  faiss_ivf.check_codec(config.index, info, loaded.fingerprint)
+  like, info = inputs.open_index(config.index, loaded)
   num_parts = faiss_fastscan.check_parts(info["dim"], config.num_parts)
   vectors = inputs.of_index(config, info)
   wanted = {

@@ -67,11 +67,15 @@ OPTIONS = {
   "index": cli.Option(
     str,
     None,
-    "Index file of build_index, or a folder of ivf_pipeline or of a program's "
-    "Index.save, which needs no other flag if the codec knows its queries.",
+    "Index file of build_index, a released .faissindex, or a folder of "
+    "ivf_pipeline or of a program's Index.save, which needs no other flag if "
+    "the codec knows its queries.",
   ),
   "decoders": cli.Option(
-    str, None, "Decoders of pairwise_decoder, for --num_pairwise."
+    str,
+    None,
+    "Decoders of pairwise_decoder, or a released pairwise .pt, for "
+    "--num_pairwise.",
   ),
   "refiner": cli.Option(
     str, None, "Refiner of the command refiner, for --num_refined."
@@ -171,9 +175,9 @@ def run(config) -> dict:
     search_results.check_output(config.results, config.overwrite)
   names = search_data.baseline_names(config)
   num_threads = faiss_hakes.set_num_threads(config.threads)
-  like, info = faiss_ivf.load(config.index, mmap=True)
-  _check_whole(config, info)
   codec = codecs.open_codec(config.codec)
+  like, info = inputs.open_index(config.index, codec, mmap=True)
+  _check_whole(config, info)
   dtype = codecs.ranking_dtype(config.dtype)
   searcher = searchers.open_searcher(
     config.codec,

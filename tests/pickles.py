@@ -28,6 +28,11 @@ class Pid(NamedTuple):
   parts: Any
 
 
+class Items(NamedTuple):  # A dict of another class, and what is put into it.
+  instance: Any
+  items: dict
+
+
 def emit(value) -> bytes:
   """Pickles plain values and the above, without importing what they name."""
   match value:
@@ -37,6 +42,9 @@ def emit(value) -> bytes:
       return emit(fn) + emit(args) + opcode
     case Build(instance, state):
       return emit(instance) + emit(state) + b"b"
+    case Items(instance, items):
+      pairs = [emit(part) for pair in items.items() for part in pair]
+      return emit(instance) + b"(" + b"".join(pairs) + b"u"
     case Pid(parts):
       return emit(parts) + b"Q"
     case None | True | False:
@@ -79,6 +87,19 @@ def write(path, root, records=None, compression=zipfile.ZIP_STORED):
     for name, data in (records or {}).items():
       file.writestr(f"a/{name}", data)
   return path
+
+
+def write_arrays(path, arrays: dict):
+  """Writes an OrderedDict of contiguous arrays, as of a state dict."""
+  kinds = {"float32": "FloatStorage", "int64": "LongStorage"}
+  items = {}
+  for key, (name, x) in enumerate(arrays.items()):
+    steps = [step // x.itemsize for step in x.strides]
+    of = storage(kinds[x.dtype.name], str(key), x.size)
+    items[name] = tensor(of, 0, x.shape, tuple(steps))
+  root = Items(Call(Name("collections", "OrderedDict"), ()), items)
+  records = {f"data/{i}": x.tobytes() for i, x in enumerate(arrays.values())}
+  return write(path, root, records)
 
 
 def rewrite(path, source, change=(), drop=()):

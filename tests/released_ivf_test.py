@@ -6,6 +6,7 @@ one, and a PQ-QINCo with a rotation. Origin: third_party/golden/README.md.
 
 import importlib
 import pathlib
+import shutil
 from typing import NamedTuple
 
 import numpy as np
@@ -21,8 +22,8 @@ from experiments import (
 )
 from experiments.lib import cli, codecs
 from tests import oracles
-from vqjax.interop import searchers
-from vqjax.storage import decoder_file
+from vqjax.interop import foreign_index, searchers
+from vqjax.storage import codec_file, decoder_file
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "third_party" / "golden"
 NUM_LISTS = {
@@ -232,3 +233,93 @@ def test_released_centroids_start_a_training(tmp_path):
   np.testing.assert_array_equal(
     np.load(tmp_path / "codes.npy")[:, 0], oracles.nearest(x_ND, centroids_LD)
   )
+
+
+@pytest.fixture(name="bare")
+def _bare(files, tmp_path):
+  """The index as a released program leaves it, without a description."""
+  path = tmp_path / "index.faissindex"
+  shutil.copy(files.index, path)
+  return str(path)
+
+
+def test_an_index_without_a_description_is_compared(
+  files, bare, tmp_path, caplog
+):
+  caplog.set_level("INFO", "absl")
+  is_ivf = NUM_LISTS[files.name] > 1
+  at = {"nprobe": NUM_LISTS[files.name], "num_network": 20}
+  at["ef_search"] = 64 if is_ivf else None
+  found, want = (
+    searchers.open_searcher(files.codec, index).search(
+      np.load(files.queries), k=5, **at
+    )
+    for index in (bare, files.index)
+  )
+  np.testing.assert_array_equal(found.ids_QR, want.ids_QR)
+  if files.name != "ivf_qinco2_tiny":
+    return  # The command takes seconds.
+  result = _run(
+    search,
+    codec=files.codec,
+    index=bare,
+    data=files.base,
+    queries=files.queries,
+    nprobe=str(at["nprobe"]),
+    ef_search="64",
+    num_network="10",
+    rounds=1,
+    output=str(tmp_path / "search.json"),
+  )
+  assert result["header"]["num_vectors"] == NUM
+  assert "has no description, so it was compared" in caplog.text
+  assert "Sizes and centroids are equal; of 200 sampled codes" in caplog.text
+
+
+def test_an_index_of_another_codec_is_refused(files, bare):
+  codec = codecs.open_codec(files.codec)
+  decode_fn = searchers.make_decode_fn(codec, "float32")
+  open_fn = foreign_index.open_index
+  other = lambda codes_NM, lists_N: decode_fn(codes_NM[::-1], lists_N)
+  with pytest.raises(ValueError, match="100 %|1[0-9]{2} %|9[0-9] %"):
+    open_fn(bare, codec, other)
+  wide = codecs.open_codec(str(GOLDEN / "qinco1_tiny_v2format.pt"))
+  with pytest.raises(ValueError, match="is of another codec: its "):
+    open_fn(bare, wide, decode_fn)
+  if codec.is_ivf:
+    moved = codec.params.replace(first_KD=codec.params.first_KD[::-1])
+    loaded = codec_file.LoadedCodec(codec.name, moved, {}, "other")
+    with pytest.raises(ValueError, match="centroids differ from those"):
+      open_fn(bare, loaded, decode_fn)
+
+
+def _cut(files, folder):
+  """The codes in parts, as the released program writes them."""
+  codes_NM = np.load(files.codes).astype(np.int64)
+  k = np.int64(codecs.open_codec(files.codec).codebook_sizes[-1])
+  m = np.int64(codes_NM.shape[1] - (NUM_LISTS[files.name] > 1))
+  np.savez(folder / "codes.npz", n_parts=3, K=k, M=m, D=np.int64(8))
+  for i, part_NM in enumerate(np.array_split(codes_NM, 3)):
+    np.savez_compressed(folder / f"codes.part_{i}.npz", codes=part_NM)
+  return str(folder / "codes.npz")
+
+
+def test_codes_in_parts_are_decoded_and_indexed(files, tmp_path):
+  codes = _cut(files, tmp_path)
+  _run(decode, codec=files.codec, codes=codes, output=str(tmp_path / "x.npy"))
+  np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), files.decoded_ND)
+  index = str(tmp_path / "index.faiss")
+  values = {"codec": files.codec, "decoders": files.decoders}
+  values["coarse"] = "hnsw" if NUM_LISTS[files.name] > 1 else "flat"
+  _run(build_index, codes=codes, output=index, **values)
+  same = (
+    pathlib.Path(index).read_bytes() == pathlib.Path(files.index).read_bytes()
+  )
+  assert same
+  # Other parts of the same names are not taken for these.
+  np.savez(
+    tmp_path / "codes.part_2.npz",
+    codes=np.zeros_like(np.load(tmp_path / "codes.part_2.npz")["codes"]),
+  )
+  with pytest.raises(FileExistsError, match="codes_sha256"):
+    _run(build_index, codes=codes, output=index, **values)

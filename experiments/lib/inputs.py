@@ -1,11 +1,13 @@
 """Codes and decoders that a command is given, compared with its codec."""
 
-import os
+import hashlib
 
 import numpy as np
+from absl import logging
 
 from vqjax.core import check_shape
 from vqjax.data import codes, datasets, files, item_ids
+from vqjax.interop import faiss_ivf, foreign_index, searchers, torch_pairwise
 from vqjax.storage import decoder_file
 
 
@@ -43,13 +45,21 @@ def item_ids_of(config, num: int):
 def describe_codes(config, found: codes.Codes) -> dict:
   """What tells --codes from others of the same codec."""
   checksum = found.meta.get("sha256")
-  if not checksum and os.path.isfile(config.codes):
-    checksum = files.sha256(config.codes)
+  if not checksum:
+    checksum = _checksum_of(found.paths)
   return {
     "data": found.meta.get("data"),
     "encode": found.meta.get("encode"),
     "codes_sha256": checksum,
   }
+
+
+def _checksum_of(paths) -> str | None:
+  """A checksum of one file, or of many in this order."""
+  checksums = list(map(files.sha256, paths))
+  if len(checksums) > 1:
+    return hashlib.sha256("".join(checksums).encode()).hexdigest()
+  return checksums[0] if checksums else None
 
 
 def check_codec(config, codec, meta: dict) -> None:
@@ -75,6 +85,18 @@ def check_data(path, data: dict | None, vectors) -> None:
     raise ValueError(
       f"{error} Give the vectors that were encoded as --data."
     ) from error
+
+
+def open_index(path, codec, *, mmap: bool = False) -> faiss_ivf.Loaded:
+  """Opens an index file of this codec; says how that is known if it is not.
+
+  The file may be without a description, as released ones are.
+  """
+  decode_fn = searchers.make_decode_fn(codec, "float32")
+  found = foreign_index.open_index(path, codec, decode_fn, mmap=mmap)
+  if found.said:
+    logging.info("%s", found.said)
+  return faiss_ivf.Loaded(found.index, found.info)
 
 
 def of_index(config, info: dict):
@@ -136,6 +158,11 @@ def split(codec, codes_NM):
 
 def decoders(config, codec) -> decoder_file.Decoders:
   """Loads --decoders: of this codec, for all codes but the list number."""
+  if config.decoders.endswith(torch_pairwise.SUFFIX):
+    raise ValueError(
+      f"{config.decoders} is a pairwise decoder, which is for search; an index "
+      "needs the additive one too: vqjax pairwise_decoder makes both."
+    )
   found = decoder_file.load(config.decoders)
   decoder_file.check_codec(found, codec.fingerprint)
   m, k, d = found.additive.codebooks_MKD.shape

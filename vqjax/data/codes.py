@@ -30,11 +30,11 @@ import numpy as np
 
 from vqjax import __version__
 from vqjax.core import check_range
-from vqjax.data import files, formats, json_files
+from vqjax.data import files, formats, json_files, npz_codes
 
 MANIFEST_NAME = "manifest.json"
 KIND = ("vqjax codes", 1)  # Of manifest and description.
-_MAX_ID = np.iinfo(np.int32).max
+_MAX_ID = npz_codes.MAX_ID
 _FOREIGN = "is of another codec, data file or options; remove it first"
 _DAMAGED = "is damaged: it does not match its checksum"
 
@@ -270,7 +270,14 @@ class Codes:
   """
 
   def __init__(
-    self, parts, meta: dict, *, sizes=None, unpack_fn=None, check_fn=None
+    self,
+    parts,
+    meta: dict,
+    *,
+    sizes=None,
+    unpack_fn=None,
+    check_fn=None,
+    paths=(),
   ):
     """Joins arrays of rows; for shards `unpack_fn` follows from `meta`.
 
@@ -281,8 +288,9 @@ class Codes:
       unpack_fn: turns rows of a part into codes `[n, M]`.
       check_fn: called with the number of a part before its rows are first
         read; raises if they must not be.
+      paths: files of codes without a description.
     """
-    self.meta = meta
+    self.meta, self.paths = meta, tuple(paths)
     self.codebook_sizes = tuple(meta.get("codebook_sizes", sizes))
     self._unpack_fn = unpack_fn or self._from_bytes
     # Once for each part: what is cached is that nothing was raised.
@@ -329,6 +337,8 @@ class Codes:
 def open_codes(path) -> Codes:
   """Opens a folder of shards, or a .npy of integers `[N, M]`, for reading.
 
+  Or the codes of the program released with QINCo2, see `npz_codes`.
+
   Opening is cheap: the checksum of a shard is compared when its first codes are
   read, as of a file; ranges are as codes are read.
 
@@ -345,6 +355,9 @@ def open_codes(path) -> Codes:
       f"There is no file or folder {path}; codes are a folder of shards or a "
       ".npy of vqjax encode."
     )
+  if npz_codes.is_head(path):
+    parts, sizes, paths = npz_codes.open_parts(path)
+    return Codes(parts, {}, sizes=sizes, unpack_fn=np.asarray, paths=paths)
   codes_NM, meta = formats.open_vectors(path), read_description(path)
   if codes_NM.dtype.kind not in "iu":
     raise TypeError(f"{path} must hold integer codes, got {codes_NM.dtype}.")
@@ -356,6 +369,7 @@ def open_codes(path) -> Codes:
     sizes=sizes,
     unpack_fn=np.asarray,
     check_fn=lambda part: files.check_file(path, meta),
+    paths=(path,),
   )
 
 

@@ -58,10 +58,11 @@ def read_ids(path: pathlib.Path) -> np.ndarray:
   return ids_N.astype(np.int64)
 
 
-def open_npz(path: pathlib.Path, part: str | None) -> rows.Rows:
+def open_npz(path: pathlib.Path, part: str | None, keep_fn=None) -> rows.Rows:
   """Opens array `part` of a .npz, the only one for None.
 
-  The whole array is read into memory when its first rows are asked for.
+  The whole array is read into memory when its first rows are asked for, and
+  stays there. `keep_fn` is from `keep_latest`, if it need not.
   """
   with _damage_in_words(path), zipfile.ZipFile(path) as archive:
     member = _member(archive, part, path)
@@ -79,7 +80,7 @@ def open_npz(path: pathlib.Path, part: str | None) -> rows.Rows:
     ):
       return np.lib.format.read_array(f, allow_pickle=False)
 
-  load = _once(load)
+  load = (keep_fn or _once)(load)
   if dtype == _RAW_BFLOAT16:
     read = lambda at: _from_bfloat16(load().view(_stored(dtype))[at])
     return rows.Rows(read, shape, np.float32, name)
@@ -97,6 +98,29 @@ def _once(fn):
     return found[0]
 
   return get
+
+
+def keep_latest():
+  """Returns a `keep_fn`: of the arrays of all that get it, one is in memory."""
+  lock, found = threading.Lock(), {}
+
+  def keep(fn):
+    def get():
+      with lock:
+        if fn not in found:
+          found.clear()
+          found[fn] = fn()
+        return found[fn]
+
+    return get
+
+  return keep
+
+
+def names_in_npz(path: pathlib.Path) -> list[str]:
+  """Returns the names of the arrays of a .npz."""
+  with _damage_in_words(path), zipfile.ZipFile(path) as archive:
+    return [name.removesuffix(".npy") for name in archive.namelist()]
 
 
 def load_npz(path: pathlib.Path) -> dict[str, np.ndarray]:

@@ -282,10 +282,11 @@ def save(
   return faiss_files.save(index, path, info, kind=_KIND, overwrite=overwrite)
 
 
-def load(path, *, mmap: bool = False) -> Loaded:
+def load(path, *, mmap: bool = False, describe_fn=None) -> Loaded:
   """Reads an index file and its description, and compares them.
 
-  For `mmap` see `faiss_files.load`.
+  For `mmap` see `faiss_files.load`. `describe_fn` makes the description of an
+  index that has none beside it.
 
   Raises:
     FileNotFoundError: One of them is missing.
@@ -293,11 +294,13 @@ def load(path, *, mmap: bool = False) -> Loaded:
   """
   index, info = faiss_files.load(path, kind=_KIND, mmap=mmap)
   index = faiss_lists.check_index(index, path)
+  if not info and describe_fn is not None:
+    info = describe_fn(index)
   if not info:
     raise FileNotFoundError(
       f"{path} has no description {files.description_path(path).name} next to "
-      "it, so its codec is unknown. Copy the description too, or build the "
-      "index again."
+      "it, so its codec is unknown. Give --codec, which is then compared with "
+      "its codes; or copy the description too, or build the index again."
     )
   found = describe(index)
   wanted = {name: info.get(name, value) for name, value in found.items()}

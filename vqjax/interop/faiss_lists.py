@@ -221,11 +221,16 @@ def pack(index, codes_NM) -> np.ndarray:
   return packed
 
 
-def repack(index, packed) -> np.ndarray:
-  """Packed codes with their norms in the range that the index has."""
+def unpack(index, packed) -> np.ndarray:
+  """The codes `[n, M]` of packed ones, without the byte of the norm."""
   m, k, _ = sizes_of(index)
   bits = [k.bit_length() - 1] * m + [8]
-  return pack(index, faiss.unpack_bitstrings(packed, bits)[:, :m])
+  return faiss.unpack_bitstrings(packed, bits)[:, :m]
+
+
+def repack(index, packed) -> np.ndarray:
+  """Packed codes with their norms in the range that the index has."""
+  return pack(index, unpack(index, packed))
 
 
 def blocks(index):
@@ -246,6 +251,23 @@ def blocks(index):
         parts, views, num = [], [], 0
   if parts:
     yield parts, np.concatenate(views)
+
+
+def sample(index, num: int) -> tuple[np.ndarray, np.ndarray]:
+  """Lists and packed codes of up to `num` vectors, spread over all lists."""
+  sizes_L = np.array(list(map(index.invlists.list_size, range(index.nlist))))
+  starts_L = np.cumsum(sizes_L) - sizes_L
+  num_all = int(sizes_L.sum())
+  at_n = np.unique(np.linspace(0, max(num_all - 1, 0), num, dtype=np.int64))
+  at_n = at_n[:num_all]
+  lists_n = np.searchsorted(starts_L + sizes_L, at_n, "right")
+  packed = [
+    _view(index, int(number))[row : row + 1]
+    for number, row in zip(lists_n, at_n - starts_L[lists_n], strict=True)
+  ]
+  return lists_n, np.concatenate(
+    [np.empty((0, index.code_size), "u1"), *packed]
+  )
 
 
 def write(index, parts, packed) -> None:

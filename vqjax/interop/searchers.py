@@ -15,7 +15,14 @@ import numpy as np
 
 from vqjax.codecs import additive, pairwise, registry, runner
 from vqjax.data import row_ids
-from vqjax.interop import faiss_fastscan, faiss_io, faiss_ivf, faiss_lists
+from vqjax.interop import (
+  faiss_fastscan,
+  faiss_io,
+  faiss_ivf,
+  faiss_lists,
+  foreign_index,
+  torch_pairwise,
+)
 from vqjax.search import ivf, pipeline, refiners, residual_bits
 from vqjax.storage import codec_file, decoder_file, refiner_file
 
@@ -32,8 +39,9 @@ def open_searcher(
 
   Args:
     codec: Run folder, codec.safetensors or released checkpoint.
-    index: File of `vqjax build_index`.
-    decoders: File of `vqjax pairwise_decoder`, for the pairwise stage.
+    index: File of `vqjax build_index`, or a released .faissindex.
+    decoders: File of `vqjax pairwise_decoder`, for the pairwise stage, or a
+      released .pt of a pairwise decoder.
     refiner: File of `vqjax refiner`, of either kind.
     dtype: Type of the products of the scan and of the network, "float32" or
       "bfloat16"; sums are float32.
@@ -43,18 +51,22 @@ def open_searcher(
     ValueError: A file is damaged, or of another codec.
   """
   loaded = codec_file.load_codec(codec)
-  faiss_index, meta = faiss_ivf.load(index)
-  faiss_ivf.check_codec(index, meta, loaded.fingerprint)
-  pairwise_params = None
-  if decoders is not None:
+  decode_fn = make_decode_fn(loaded, dtype)
+  faiss_index, meta, _ = foreign_index.open_index(index, loaded, decode_fn)
+  pairwise_params, added_LD = None, None
+  if decoders is not None and str(decoders).endswith(torch_pairwise.SUFFIX):
+    sample = foreign_index.sample(faiss_index, loaded, decode_fn)
+    pairwise_params, added_LD = torch_pairwise.load(decoders, sample)
+  elif decoders is not None:
     found = decoder_file.load(decoders)
     decoder_file.check_codec(found, loaded.fingerprint)
     pairwise_params = found.pairwise
   return make_searcher(
     faiss_index,
     meta["metric"],
-    make_decode_fn(loaded, dtype),
+    decode_fn,
     pairwise_params=pairwise_params,
+    pairwise_added_LD=added_LD,
     refiner=None if refiner is None else load_refiner(refiner, meta),
     is_cosine=loaded.info.get("metric") == "cosine",
     dtype=dtype,
@@ -69,6 +81,7 @@ def make_searcher(
   decode_fn,
   *,
   pairwise_params: pairwise.PairwiseParams | None = None,
+  pairwise_added_LD: np.ndarray | None = None,
   refiner=None,
   is_cosine: bool = False,
   dtype: str = "float32",
@@ -77,7 +90,9 @@ def make_searcher(
 ) -> pipeline.Searcher:
   """Puts a searcher together from parts in memory.
 
-  `decode_fn` is from `make_decode_fn`, a refiner from `load_refiner`. For
+  `decode_fn` is from `make_decode_fn`, a refiner from `load_refiner`. What the
+  pairwise decoder leaves out is `pairwise_added_LD`, of each list; None for the
+  centroids, as `pairwise.fit` does. For
   `is_cosine` vectors are of length 1, and queries are made so. `dtype` is the
   type of the products of the scan. `keep_codes` False empties the index, whose
   codes the searcher has; `refill` puts them back. `ids_of` is the file of the
@@ -94,7 +109,9 @@ def make_searcher(
     pairwise_fn = partial(
       pairwise.decode,
       pairwise_params,
-      centroids_LD=_left_out(index, contents, pairwise_params),
+      centroids_LD=_left_out(index, contents, pairwise_params)
+      if pairwise_added_LD is None
+      else jnp.asarray(pairwise_added_LD),
     )
   is_ip = metric == "ip"
   norm = 0 if is_ip else 1

@@ -5,6 +5,8 @@ r"""Finds the centroids of inverted lists: k-means over a file of vectors.
   vqjax ivf_centroids --data=learn.bvecs \
       --num_vectors=50000000 --num_centroids=1048576 --num_iterations=100 \
       --output=centroids.npy
+  vqjax ivf_centroids --data=huge.fbin --minibatch \
+      --num_centroids=4096 --output=centroids.npy
 
 Every iteration reads the file in blocks. Memory is 24 bytes for each number of
 a centroid, at most 16 for each vector, and on accelerators up to twice 4 GiB of
@@ -16,6 +18,11 @@ done.
 The default start is in two levels: sqrt(K) coarse clusters of a sample, then
 k-means in each of them with a share of the K centroids in proportion to its
 vectors. It costs less than one iteration and saves several.
+
+--minibatch begins with steps on small batches instead, until few vectors change
+their list, and makes one iteration over the file afterwards: fewer passes over
+a file that is larger than memory. The rules are those of
+vqjax.fast_ivf.MiniBatchKMeans.
 
 Centroids are float32 `[K, D]` in the units of the data. centroids.npy.json says
 what made them, their mean squared error and the sizes of the lists.
@@ -29,12 +36,11 @@ import shlex
 import time
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from absl import logging
 
-from experiments.lib import cli
-from vqjax import __version__, devices
+from experiments.lib import cli, minibatch_start
+from vqjax import __version__
 from vqjax.codecs import kmeans
 from vqjax.core import check_range
 from vqjax.data import (
@@ -66,11 +72,15 @@ OPTIONS = {
     int, None, "K, lists; at most 1,048,576 and no more than vectors."
   ),
   "num_iterations": cli.Option(
-    int, 20, "Passes over the vectors, not counting one to measure the result."
+    int,
+    None,
+    "Passes over the vectors, not counting one to measure the result; 20 if "
+    "unset, 1 with --minibatch.",
   ),
   "start": cli.Option(
     str, "two-level", "two-level, or random: K of the vectors."
   ),
+  **minibatch_start.OPTIONS,
   "seed": cli.Option(int, 0, "The same seed gives the same centroids."),
   "output": cli.Option(str, None, "File to write, .npy."),
   "overwrite": cli.Option(
@@ -78,12 +88,10 @@ OPTIONS = {
   ),
 }
 _MAX_CENTROIDS = 1 << 20
-_SAVE_SECONDS = 60.0  # Between checkpoints, at least.
+_ITERATIONS, _ITERATIONS_AFTER_STEPS = 20, 1
 _START_ITERATIONS = 10  # On either level of the start.
 _START_VECTORS = 256  # For each centroid of a k-means of the start, at most.
-_CPU_BUDGET, _DEVICE_BUDGET = 1 << 20, 4 << 30  # Bytes of distances at once.
 _BLOCK_DISTANCES = 1 << 33  # Between signs of progress.
-_WORDS_AT_ONCE = 1024  # On CPUs, so that these distances stay in the caches.
 
 
 class State(NamedTuple):
@@ -91,6 +99,7 @@ class State(NamedTuple):
 
   words_KD: np.ndarray
   errors: tuple[float, ...]
+  steps: dict | None = None  # What is said of mini-batch steps.
 
 
 @cli.takes(OPTIONS)
@@ -105,13 +114,13 @@ def run(config) -> dict:
     checkpoint.unlink(missing_ok=True)
     logging.info("%s is made already.", config.output)
     return made
-  state = _find_state(config, checkpoint, meta)
+  state, kept = _find_state(config, checkpoint, meta)
   began = time.perf_counter()
   if state is None:
-    start_fn = _start_in_two if config.start == "two-level" else _start_random
-    words_KD = start_fn(vectors, config.num_centroids, config.seed)
-    logging.info("%s start: %.1f s.", config.start, time.perf_counter() - began)
-    state = State(words_KD, ())
+    state = _start(config, vectors, checkpoint, meta, kept)
+    logging.info(
+      "%s start: %.1f s.", meta["start"], time.perf_counter() - began
+    )
   state, last = _iterate(config, vectors, state, checkpoint, meta)
   seconds = time.perf_counter() - began
   record = _record(config, meta, state, last, seconds)
@@ -145,7 +154,12 @@ def _check(config):
   if not config.output.endswith(".npy"):
     raise ValueError(f"--output must end in .npy, got {config.output}.")
   files.check_output(config.output, config.overwrite, described=True)
+  if config.num_iterations is None:
+    config.num_iterations = (
+      _ITERATIONS_AFTER_STEPS if config.minibatch else _ITERATIONS
+    )
   check_range("--num_iterations", config.num_iterations, 0, 100_000)
+  minibatch_start.check(config)
   check_range("--seed", config.seed, 0, 2**31 - 1)
   vectors = formats.open_vectors(
     config.data, max_vectors=config.num_vectors, role="--data"
@@ -188,42 +202,52 @@ def describe(config, vectors) -> dict:
     "seed": config.seed,
     "start": config.start,
     "method": "jax",  # As of files made when there was another.
+    **minibatch_start.describe(config),
   }
 
 
-def _find_state(config, checkpoint: pathlib.Path, meta: dict) -> State | None:
-  """The state to resume from, None to begin."""
+def _find_state(config, checkpoint: pathlib.Path, meta: dict):
+  """The state to resume from, and the steps to resume: None to begin."""
   if not checkpoint.exists() or config.overwrite:
-    return None
-  words_KD, errors, found = _load(checkpoint)
+    return None, None
+  state, found, kept = _load(checkpoint)
   for name, a, b in files.differences(found, meta):
     raise ValueError(
       f"{checkpoint} is of a run that was stopped, with {name}={a}, now it is "
       f"{b}: resume with the same data and options, or start again with "
       "--overwrite."
     )
+  if state is None:
+    return None, kept
   wanted = (meta["num_centroids"], meta["dim"])
-  if words_KD.shape != wanted or not np.isfinite(words_KD).all():
+  if state.words_KD.shape != wanted or not np.isfinite(state.words_KD).all():
     raise ValueError(
       f"{checkpoint} is damaged (its centroids are not {wanted} finite "
       "numbers): begin anew with --overwrite."
     )
-  if len(errors) > config.num_iterations:
+  if len(state.errors) > config.num_iterations:
     raise ValueError(
-      f"{checkpoint} has done {len(errors)} iterations, more than "
+      f"{checkpoint} has done {len(state.errors)} iterations, more than "
       f"--num_iterations={config.num_iterations}."
     )
-  logging.info("Resuming after %d iterations.", len(errors))
-  return State(words_KD, errors)
+  logging.info("Resuming after %d iterations.", len(state.errors))
+  return state, None
 
 
 def _load(checkpoint: pathlib.Path):
-  """Centroids, errors and description of a run that was stopped."""
+  """State, description and mini-batch steps of a run that was stopped.
+
+  There is no state if it was stopped in its steps.
+  """
   try:
     kept = numpy_files.load_npz(checkpoint)
     found = json_files.parse_json(str(kept["meta"]), "its description")
+    if "num_steps" in kept:
+      return None, found, kept
+    words_KD = np.asarray(kept["words_KD"], np.float32)
     errors = tuple(map(float, kept["errors"]))
-    return np.asarray(kept["words_KD"], np.float32), errors, found
+    steps = json_files.parse_json(str(kept.get("steps", "{}")), "its steps")
+    return State(words_KD, errors, steps or None), found, None
   except (ValueError, TypeError, KeyError, OSError) as error:
     raise ValueError(
       f"{checkpoint} is damaged ({error}): begin anew with --overwrite."
@@ -231,13 +255,20 @@ def _load(checkpoint: pathlib.Path):
 
 
 def _save(checkpoint: pathlib.Path, state: State, meta: dict) -> None:
+  _save_arrays(
+    checkpoint,
+    {
+      "words_KD": state.words_KD,
+      "errors": np.array(state.errors, np.float64),
+      "steps": json.dumps(state.steps or {}),
+    },
+    meta,
+  )
+
+
+def _save_arrays(checkpoint: pathlib.Path, arrays: dict, meta: dict) -> None:
   with files.atomic_output(checkpoint, overwrite=True) as temporary:
-    np.savez(
-      temporary,
-      words_KD=state.words_KD,
-      errors=np.array(state.errors, np.float64),
-      meta=json.dumps(meta),
-    )
+    np.savez(temporary, **arrays, meta=json.dumps(meta))
 
 
 def _iterate(config, vectors, state: State, checkpoint, meta):
@@ -251,16 +282,16 @@ def _iterate(config, vectors, state: State, checkpoint, meta):
         step = kmeans.pass_over(
           vectors,
           state.words_KD,
-          _make_assign_fn(state.words_KD),
+          kmeans.make_assign_fn(state.words_KD),
           block_size=_block_size(config.num_centroids),
           progress=lambda done, _, at=before: bar.update(at + done - bar.n),
         )
         errors = (*state.errors, float(step.objectives[0]) / num)
         bar.set_postfix_str(f"iteration {len(errors)}, mse {errors[-1]:.6g}")
         if len(errors) > config.num_iterations:
-          return State(state.words_KD, errors), step
-        state = State(step.words_KD, errors)
-        if time.perf_counter() - saved >= _SAVE_SECONDS:
+          return state._replace(errors=errors), step
+        state = state._replace(words_KD=step.words_KD, errors=errors)
+        if time.perf_counter() - saved >= cli.SAVE_SECONDS:
           _save(checkpoint, state, meta)
           saved = time.perf_counter()
   except KeyboardInterrupt:
@@ -277,25 +308,22 @@ def _block_size(num_codewords: int) -> int:
   return int(np.clip(_BLOCK_DISTANCES // num_codewords, 1, 65536))
 
 
-def _make_assign_fn(words_KD):
-  """Returns `x_ND -> (ids_N, squared distances_N)`."""
-  is_cpu = jax.default_backend() == "cpu"
-  num_at_once = min(_WORDS_AT_ONCE, len(words_KD)) if is_cpu else len(words_KD)
-  budget = _CPU_BUDGET if is_cpu else _DEVICE_BUDGET
-  rows = int(np.clip(budget // (4 * num_at_once), 128, 65536))
-  return functools.partial(
-    _assign_fn(rows, num_at_once), devices.to_local_devices(words_KD)
-  )
-
-
-@functools.cache
-def _assign_fn(block_size: int, num_at_once: int):
-  """One compiled program for all iterations."""
-  return devices.data_parallel(
-    lambda words_KD, x_ND: kmeans.assign(
-      x_ND, words_KD, block_size=block_size, num_at_once=num_at_once
-    )
-  )
+def _start(config, vectors, checkpoint, meta, kept) -> State:
+  """Centroids to begin the iterations with."""
+  args = vectors, config.num_centroids, config.seed
+  if not config.minibatch:
+    start_fn = _start_in_two if config.start == "two-level" else _start_random
+    return State(start_fn(*args), ())
+  save_fn = functools.partial(_save_arrays, checkpoint, meta=meta)
+  try:
+    words_KD, report = minibatch_start.run(config, vectors, kept, save_fn)
+  except (ValueError, KeyError, IndexError) as error:
+    if kept is None:
+      raise
+    raise ValueError(
+      f"{checkpoint} is damaged ({error}): begin anew with --overwrite."
+    ) from error
+  return State(words_KD, (), report)
 
 
 def _start_random(vectors, num_codewords: int, seed: int) -> np.ndarray:
@@ -309,7 +337,7 @@ def _start_in_two(vectors, num_codewords: int, seed: int) -> np.ndarray:
   coarse_KD = faiss_io.fit_kmeans(
     sample_ND, num_groups, num_iterations=_START_ITERATIONS, seed=seed
   )
-  assign_fn = _make_assign_fn(coarse_KD)
+  assign_fn = kmeans.make_assign_fn(coarse_KD)
   with cli.progress(len(vectors), "coarse clusters") as done:
     blocks = batches.map_blocks(
       lambda x_ND: assign_fn(x_ND)[0],
@@ -373,6 +401,7 @@ def _record(config, meta, state: State, last, seconds: float) -> dict:
     "source": os.path.abspath(config.data),
     **meta,
     "num_iterations": len(state.errors) - 1,
+    **(state.steps or {}),
     "mean_squared_error": state.errors[-1],
     "mean_squared_errors": list(state.errors),  # Before each iteration.
     "lists": {

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import ivf_centroids
 from tests import fits, oracles
 from vqjax.codecs import additive, distances, kmeans, pairwise, pq, rq
 from vqjax.interop import faiss_io, faiss_ivf, searchers
@@ -87,7 +86,7 @@ def test_kmeans_fit_reports_what_its_words_leave(offset):
 
 def test_pass_over(offset):
   x_ND, y_KD = _pair(offset)
-  assign_fn = ivf_centroids._make_assign_fn(y_KD)
+  assign_fn = kmeans.make_assign_fn(y_KD)
   got = kmeans.pass_over(x_ND, y_KD, assign_fn, block_size=128)
   words, _, objective = oracles.kmeans_step(x_ND, np.ones(400), y_KD)
   np.testing.assert_allclose(got.words_KD, words, rtol=2e-7, atol=1e-5)

@@ -11,7 +11,8 @@ import pytest
 from experiments import ivf_centroids
 from experiments.lib import cli
 from tests import oracles
-from vqjax.codecs import kmeans
+from vqjax.codecs import kmeans, minibatch_training
+from vqjax.fast_ivf import MiniBatchKMeans
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -55,7 +56,7 @@ def test_a_pass_matches_loops(block_size):
   x_ND = rng.normal(size=(120, 4)).astype(np.float32)
   # Nobody chooses the two far words.
   words_KD = np.concatenate([x_ND[:5], np.full((2, 4), 1e3, np.float32)])
-  assign_fn = ivf_centroids._make_assign_fn(words_KD)
+  assign_fn = kmeans.make_assign_fn(words_KD)
   got = kmeans.pass_over(x_ND, words_KD, assign_fn, block_size=block_size)
   words, counts, objective = oracles.kmeans_step(x_ND, np.ones(120), words_KD)
   # Distances are float32, and the refilled words follow their order.
@@ -84,13 +85,13 @@ def test_shares_are_in_proportion(total):
 
 def test_many_centroids_go_in_blocks_of_seconds(data, monkeypatch):
   assert ivf_centroids._block_size(1 << 20) == 8192
-  sizes, make_fn = set(), ivf_centroids._make_assign_fn
+  sizes, make_fn = set(), kmeans.make_assign_fn
 
   def make_noting_fn(*args):
     assign_fn = make_fn(*args)
     return lambda x_ND: sizes.add(len(x_ND)) or assign_fn(x_ND)
 
-  monkeypatch.setattr(ivf_centroids, "_make_assign_fn", make_noting_fn)
+  monkeypatch.setattr(kmeans, "make_assign_fn", make_noting_fn)
   monkeypatch.setattr(ivf_centroids, "_BLOCK_DISTANCES", 9 * 50 + 8)
   ivf_centroids.run(_config(data, start="random"))
   assert sizes == {50}
@@ -165,8 +166,80 @@ def test_stopped_and_resumed_equals_uninterrupted(
     ivf_centroids.run(_config(data, seed=1))
 
 
+MINIBATCH = dict(minibatch=True, batch_size=32, max_steps=40)
+
+
+def test_minibatch_steps_are_those_of_the_class(data, tmp_path):
+  config = _config(data, **MINIBATCH, num_iterations=None)
+  record = ivf_centroids.run(config)
+  words_KD = np.load(config.output)
+  ours = MiniBatchKMeans(9, 32, max_steps=40, metric="l2", verbose=False)
+  history = ours.train(np.load(data))
+  np.testing.assert_allclose(words_KD, ours.centroids, atol=1e-6)
+  assert record["num_steps"] == 40
+  assert record["changed_labels"] == history[-1]
+  assert (record["start"], record["num_iterations"]) == ("minibatch", 1)
+  error = ours.predict_scores(np.load(data)).min(axis=1).mean()
+  assert record["mean_squared_error"] == pytest.approx(error, rel=1e-4)
+  assert ivf_centroids.run(config) == record
+  with pytest.raises(FileExistsError, match="max_steps=40, now it is 41"):
+    ivf_centroids.run(_config(data, **{**MINIBATCH, "max_steps": 41}))
+
+
+@pytest.mark.parametrize("where", ["steps", "first", "pass"])
+def test_minibatch_stopped_and_resumed_equals_uninterrupted(
+  where, data, monkeypatch
+):
+  whole = _config(data, **MINIBATCH, output=data + ".whole.npy")
+  want = ivf_centroids.run(whole)
+  config, done = _config(data, **MINIBATCH), []
+  advance = minibatch_training.advance
+
+  def interrupted(*args, **kwargs):
+    if len(done) == (2 if where == "steps" else 0):
+      raise KeyboardInterrupt
+    done.append(0)
+    return advance(*args, **kwargs)
+
+  with monkeypatch.context() as patch:
+    if where == "pass":
+      _stop_after(patch, 1)
+    else:
+      patch.setattr(minibatch_training, "advance", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      ivf_centroids.run(config)
+  with pytest.raises(ValueError, match="with batch_size=32, now it is 64"):
+    ivf_centroids.run(_config(data, **{**MINIBATCH, "batch_size": 64}))
+  record = ivf_centroids.run(config)
+  assert pathlib.Path(config.output).read_bytes() == (
+    pathlib.Path(whole.output).read_bytes()
+  )
+  assert {**record, "seconds": 0} == {**want, "seconds": 0}
+  assert not _checkpoint(config).exists()
+
+
+def test_minibatch_steps_save_and_damage_is_seen(data, monkeypatch):
+  monkeypatch.setattr(cli, "SAVE_SECONDS", 0.0)
+  saved, save = [], ivf_centroids._save_arrays
+
+  def noting(path, arrays, meta):
+    saved.append(int(arrays.get("num_steps", -1)))
+    save(path, arrays, meta)
+
+  monkeypatch.setattr(ivf_centroids, "_save_arrays", noting)
+  config = _config(data, **MINIBATCH)
+  ivf_centroids.run(config)
+  assert saved == [16, 32, 40, -1, -1, -1, -1]
+  meta = ivf_centroids.describe(config, np.load(data))
+  kept = {"num_steps": np.int64(3), "words_KD": np.ones((9, 6))}
+  save(_checkpoint(config), kept, meta)
+  pathlib.Path(config.output).unlink()
+  with pytest.raises(ValueError, match="damaged .* anew with --overwrite"):
+    ivf_centroids.run(config)
+
+
 def test_iterations_save(data, monkeypatch):
-  monkeypatch.setattr(ivf_centroids, "_SAVE_SECONDS", 0.0)
+  monkeypatch.setattr(cli, "SAVE_SECONDS", 0.0)
   saved, save = [], ivf_centroids._save
   monkeypatch.setattr(
     ivf_centroids,
@@ -229,6 +302,9 @@ def test_resume_refuses_other_data_and_damage(data, monkeypatch):
     (dict(start="best"), "--start must be one of two-level.* got 'best'"),
     (dict(output="centroids.txt"), r"must end in \.npy"),
     (dict(num_iterations=-1), "between 0 and 100000, got -1"),
+    (dict(batch_size=0), "--batch_size must lie between 1 .* got 0"),
+    (dict(max_steps=-1), "--max_steps must lie between 0 .* got -1"),
+    (dict(tol=2.0), "--tol must lie between 0 and 1, got 2"),
     (dict(seed=-1), "seed must lie between 0 .* got -1"),
   ],
 )

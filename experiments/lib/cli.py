@@ -21,6 +21,8 @@ from experiments.lib.errors import leave, user_errors
 from vqjax import devices, shipped
 from vqjax.progress import progress as progress
 
+SAVE_SECONDS = 60.0  # Between checkpoints of long work, at least.
+
 
 class Option(NamedTuple):
   """One flag of a command; `default` None has the type of `kind`."""

@@ -14,7 +14,7 @@ cannot raise it.
 over a file, and sums in float64 on the host.
 """
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from flax import struct
 from jax import lax
 from scipy import sparse
 
+from vqjax import devices
 from vqjax.codecs.distances import (
   centre_of,
   make_nearest_fn,
@@ -33,6 +34,8 @@ from vqjax.core import Array, add_exactly, check_range, check_shape
 from vqjax.data import batches
 
 _ROWS_ADDED = 4096  # At a time, in float64 on the host.
+_CPU_BUDGET, _DEVICE_BUDGET = 1 << 20, 4 << 30  # Bytes of distances at once.
+_WORDS_AT_ONCE = 1024  # On CPUs, so that these distances stay in the caches.
 
 
 @struct.dataclass
@@ -154,6 +157,31 @@ def assign(
     return None, (ids_N, sq_norms(x_ND - words_KD[ids_N]))
 
   return scan_blocks(body, None, x_ND, block_size=block_size)[1]
+
+
+def block_of(num_codewords: int, num_subvectors: int = 1) -> tuple[int, int]:
+  """Returns how many vectors, and codewords, to compare with each other."""
+  is_cpu = jax.default_backend() == "cpu"
+  words = min(_WORDS_AT_ONCE, num_codewords) if is_cpu else num_codewords
+  budget = _CPU_BUDGET if is_cpu else _DEVICE_BUDGET
+  rows = int(np.clip(budget // (4 * words * num_subvectors), 128, 65536))
+  return rows, words
+
+
+def make_assign_fn(words_KD):
+  """Returns `x_ND -> (ids_N, squared distances_N)` over the own devices."""
+  rows, words = block_of(len(words_KD))
+  return partial(_assign_fn(rows, words), devices.to_local_devices(words_KD))
+
+
+@cache
+def _assign_fn(block_size: int, num_at_once: int):
+  """One compiled program for all iterations."""
+  return devices.data_parallel(
+    lambda words_KD, x_ND: assign(
+      x_ND, words_KD, block_size=block_size, num_at_once=num_at_once
+    )
+  )
 
 
 def pass_over(

@@ -37,8 +37,6 @@ METRICS = ("cosine", "l2")
 CHUNK = 16  # Steps of one compiled program.
 _EPSILON = 1e-5  # Added to norms, and to counts of sub-vectors.
 _SMOOTHING = 0.95
-_CPU_BUDGET, _DEVICE_BUDGET = 1 << 20, 1 << 30  # Bytes of distances at once.
-_WORDS_AT_ONCE = 1024  # On CPUs, so that these distances stay in the caches.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,10 +205,7 @@ def _scan(rule: Rule, copied, rows):
 def label(rule: Rule, x_NMS: Array, words_MKS: Array) -> Array:
   """Nearest centroids, `[N, M]` int32; ties go to the lower one."""
   m, k, _ = words_MKS.shape
-  is_cpu = jax.default_backend() == "cpu"
-  num_at_once = min(_WORDS_AT_ONCE, k) if is_cpu else k
-  budget = _CPU_BUDGET if is_cpu else _DEVICE_BUDGET
-  rows = int(np.clip(budget // (4 * m * num_at_once), 64, 65536))
+  rows, num_at_once = kmeans.block_of(k, m)
 
   def one(x_NS, words_KS):
     nearest_fn = distances.make_nearest_fn(

@@ -28,8 +28,8 @@ def _sizes(labels, k):
 @pytest.mark.parametrize(("n", "k"), [(180, 6), (101, 7), (10, 16), (5, 1)])
 @pytest.mark.parametrize("is_easy", [True, False])
 def test_labels_are_the_cheapest_of_their_sizes(monkeypatch, n, k, is_easy):
-  if not is_easy:  # All by moves, of distances that are not kept.
-    monkeypatch.setattr(balanced, "_KEPT_PAIRS", 0)
+  if not is_easy:  # All by moves, compared a few at a time.
+    monkeypatch.setattr(balanced, "_BLOCK_PAIRS", 16)
     monkeypatch.setattr(balanced, "_NOISES", np.zeros(0))
   x, words = _vectors(n), _vectors(k, seed=1)
   labels = balanced.assign(x, words)
@@ -50,13 +50,22 @@ def test_equal_vectors_are_shared_out():
   assert set(_sizes(balanced.assign(np.ones_like(x), words), 8)) == {6}
 
 
+def test_vectors_that_cost_the_same_move_together(monkeypatch):
+  num, find = [], balanced._Moves._cheapest_path
+  counted = lambda self: num.append(1) or find(self)
+  monkeypatch.setattr(balanced._Moves, "_cheapest_path", counted)
+  labels = balanced.assign(np.ones((800, 4)), _vectors(8, seed=1))
+  assert set(_sizes(labels, 8)) == {100}
+  assert len(num) == 7
+
+
 @pytest.mark.parametrize("pairs", [1 << 24, 1 << 12])
 def test_prices_alone_come_near(monkeypatch, pairs):
-  monkeypatch.setattr(balanced, "_PRICED_PAIRS", pairs)  # Or of a sample.
+  monkeypatch.setattr(balanced, "_SLOPE_PAIRS", pairs)  # Or of a sample.
   x, words = _vectors(2000), _vectors(16, seed=1)
   monkeypatch.setattr(balanced._Moves, "run", lambda self: None)
   sizes = _sizes(balanced.assign(x, words), 16)
-  assert np.abs(sizes - 125).sum() < 200  # Of a sample alone: 266.
+  assert np.abs(sizes - 125).sum() < 60  # By nearest words alone: 1,362.
 
 
 def test_levels_are_as_good_as_those_of_another_program():

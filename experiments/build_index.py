@@ -182,7 +182,7 @@ def _build_folder(config) -> dict:
   logging.info(
     "%d vectors in %s: %s, %d bytes per vector for code, norm and id.\nNext:\n"
     "  vqjax search --index=%s%s --output=search.json",
-    *(len(index), _lists_text(index.num_lists), config.output),
+    *(len(index), cli.count(index.num_lists, "list"), config.output),
     *(index.num_bytes, shlex.quote(config.output), _data_flags(config, codec)),
   )
   return {
@@ -385,7 +385,7 @@ def _report(config, info: dict, data_flags: str) -> dict:
   logging.info(
     "%d vectors in %s: %s, %d bytes per vector for code, norm and id, %.1f MB "
     "with centroids and codewords; what it is in %s.",
-    *(info["num_vectors"], _lists_text(info["num_lists"]), output),
+    *(info["num_vectors"], cli.count(info["num_lists"], "list"), output),
     *(faiss_ivf.code_bytes(info) + 8, info["bytes"] / 1e6),
     files.description_path(output),
   )
@@ -425,10 +425,6 @@ def _data_flags(config, codec=None) -> str:
     return ""
   base = shlex.quote(config.data) if config.data else "BASE"
   return f" --queries=QUERIES --data={base}"
-
-
-def _lists_text(num_lists: int) -> str:
-  return "one list" if num_lists == 1 else f"{num_lists} lists"
 
 
 if __name__ == "__main__":

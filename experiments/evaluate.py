@@ -101,6 +101,7 @@ def run(config) -> dict:
   search = Search(xb_ND, _open_truth(config, dataset, xb_ND), dataset.metric)
   rows = [_measure(codec, rule, search)]
   for name in names:
+    _log_row(rows[-1], dataset.scale)
     rows.append(_measure_baseline(name, codec, config.num_steps, xt_ND, search))
   result = {
     "codec": str(config.codec),
@@ -213,17 +214,21 @@ def _measure_baseline(name, codec, num_steps, xt_ND, search) -> dict:
   sizes = _baseline_sizes(codec, num_steps)
   num_bits = int(sizes[0] - 1).bit_length()
   num_rows, _ = batches.split(len(xt_ND), _validation_size(codec))
-  logging.info("Training faiss %s %dx%d.", name, len(sizes), num_bits)
-  with cli.timed(seconds, "train"):
+  with cli.elapsed(f"train faiss {name}"), cli.timed(seconds, "train"):
     xt_ND = batches.subsample(xt_ND, 1_000_000, 0, num_rows=num_rows)
     baseline = faiss_io.fit_additive(name, xt_ND, len(sizes), num_bits)
   parts = np.array_split(
     np.arange(len(xb_ND)), -(-len(xb_ND) // _BASELINE_BLOCK)
   )
-  with cli.timed(seconds, "encode"):
-    codes_NM = np.concatenate(
-      [baseline.encode(batches.read_rows(xb_ND, rows)) for rows in parts]
-    )
+  codes = []
+  with (
+    cli.progress(len(xb_ND), f"encode by {name}") as done,
+    cli.timed(seconds, "encode"),
+  ):
+    for rows in parts:
+      codes.append(baseline.encode(batches.read_rows(xb_ND, rows)))
+      done(rows[-1] + 1, len(xb_ND))
+  codes_NM = np.concatenate(codes)
   return {
     "name": f"faiss {name}",
     "bytes": len(sizes) * num_bits / 8,
@@ -260,6 +265,17 @@ def _quality(blocks_fn, search, seconds) -> dict:
     * 1e6,
     **({"train_s": seconds["train"]} if "train" in seconds else {}),
   }
+
+
+def _log_row(row: dict, scale: float) -> None:
+  """Says the figures of a row when they come; the table follows at the end."""
+  recalls = "".join(f", {n} {row[n]:.3f}" for n in _NAMES if n in row)
+  train = f", trained in {row['train_s']:.0f} s" if "train_s" in row else ""
+  logging.info(
+    "%s: MSE%s %s%s%s",
+    *(row["name"], "" if scale == 1 else f" x{scale:g}"),
+    *(cli.number(row["mse"] * scale), recalls, train),
+  )
 
 
 def _log_table(result) -> None:

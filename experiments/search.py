@@ -16,7 +16,8 @@ point is the best of --rounds rounds, after one call that compiles. In a round
 all queries are searched repeatedly for a tenth of a second, or once if that
 takes longer. Baselines are measured interleaved with ours. If interrupted, the
 same command measures the points that are missing. The picture is search.png,
-next to the output. Each point is also printed to stdout as a JSON line.
+next to the output. Standard output gets each point as a JSON line too, if it is
+a file or a pipe of its own: vqjax search ... > points.jsonl
 
 Columns of the table: nprobe lists are searched. Their vectors are ordered by
 the additive decoder, or by a fastscan refiner. The best num_refined of them are
@@ -389,10 +390,11 @@ def _numbers(config, name: str, low: int, high: int) -> list[int]:
 def _summarise(config, record, data) -> None:
   t = record.header["threads"]
   logging.info(
-    "%d vectors, %d lists, k=%d, threads: %d of faiss, %d of JAX\n%s\n\nThe "
+    "%d vectors, %s, k=%d, threads: %d of faiss, %d of JAX\n%s\n\nThe "
     "fastest setting within 1 %% of the best 1-recall@1:\n%s",
-    *(record.header["num_vectors"], record.header["num_lists"], config.k),
-    *(t["faiss"], t["jax"]),
+    record.header["num_vectors"],
+    cli.count(record.header["num_lists"], "list"),
+    *(config.k, t["faiss"], t["jax"]),
     record.table(),
     record.latency_table(),
   )

@@ -21,13 +21,21 @@ def _config(module, **values):
   return cli.get_config(module.OPTIONS, **values)
 
 
-def test_evaluate_agrees_with_its_definition(run_dir, tmp_path):
+def test_evaluate_agrees_with_its_definition(run_dir, tmp_path, caplog, capfd):
+  caplog.set_level("INFO", "absl")
   output = str(tmp_path / "out" / "figures.json")
   result = evaluate.run(
     _config(evaluate, codec=run_dir, baselines="RQ", output=output)
   )
   assert json.loads(pathlib.Path(output).read_text()) == result
   row, baseline = result["rows"]
+  # A row is said before the next one is begun, then all of them in a table.
+  first, *_ = caplog.text.partition("encode us")
+  assert f"{row['name']}: MSE x0.0001 {row['mse'] * 1e-4:.4f}" in first
+  shown = capfd.readouterr()
+  assert "train faiss RQ: 00:0" in shown.err
+  assert "encode by RQ: 100%" in shown.err
+  assert shown.out == ""
   codec = codecs.open_codec(run_dir)
   x_ND = formats.open_vectors(SAMPLE / "base.bvecs")[:500].astype(np.float32)
   xq_QD = formats.open_vectors(SAMPLE / "query.bvecs")[:50].astype(np.float32)

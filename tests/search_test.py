@@ -150,6 +150,7 @@ def test_points_are_printed_as_they_are_measured(small, capsys, monkeypatch):
     return measure(*args)
 
   monkeypatch.setattr(search_measure, "_measure", look)
+  monkeypatch.setattr(cli, "has_own_stdout", lambda: True)
   points = _run(small)["points"]
   assert num_printed == [0] + [1] * (len(points) - 1)
   (last,) = capsys.readouterr().out.splitlines()

@@ -54,7 +54,9 @@ class Codec:
     """Says what it is in a line."""
     data = self.info.get("data", {})
     trained_on = data.get("train") or data.get("name")
-    lists = f"{self.codebook_sizes[0]:,} lists, " if self.is_ivf else ""
+    lists = ""
+    if self.is_ivf:
+      lists = progress_lib.count(self.codebook_sizes[0], "list") + ", "
     return (
       f"Codec({self.name}, {self.dim} dimensions, {lists}{self.num_codes} "
       f"codes, {self.num_bytes:g} bytes, fingerprint {self.fingerprint}"

@@ -31,6 +31,7 @@ from vqjax.interop import (
   refining,
   searchers,
 )
+from vqjax.progress import count
 from vqjax.search import residual_bits, truth_check
 from vqjax.storage import (
   codec_file,
@@ -127,8 +128,8 @@ class Index:
     """Says what it is in a line."""
     return (
       f"Index({len(self):,} vectors of {self.dim} dimensions, "
-      f"{self.num_lists:,} lists, {self.metric}, {self.codec.name} codes of "
-      f"{self.codec.num_bytes:g} bytes)"
+      f"{count(self.num_lists, 'list')}, {self.metric}, {self.codec.name} "
+      f"codes of {self.codec.num_bytes:g} bytes)"
     )
 
   @property

@@ -2,14 +2,18 @@
 
 import contextlib
 import sys
+import threading
 
 from tqdm import tqdm
 
 
 def progress_bar(
-  total: int, what: str, *, unit: str = "vec", start: int = 0
+  total: int | None, what: str, *, unit: str = "vec", start: int = 0
 ) -> tqdm:
-  """Returns a bar over `total` units; one line every 20 s into a log file."""
+  """Returns a bar over `total` units; one line every 20 s into a log file.
+
+  None is a total that is not known.
+  """
   is_terminal = sys.stderr is not None and sys.stderr.isatty()
   return tqdm(
     total=total,
@@ -35,3 +39,30 @@ def progress(
     return
   with progress_bar(total, what, unit=unit) as bar:
     yield lambda done, _: bar.update(done - bar.n)
+
+
+@contextlib.contextmanager
+def elapsed(what: str):
+  """Shows the time of a block that cannot say how far it is."""
+  is_over = threading.Event()
+  bar = progress_bar(None, what)
+  bar.bar_format = "{desc}: {elapsed}"
+  bar.refresh()
+
+  def tick():
+    while not is_over.wait(bar.mininterval):
+      bar.refresh()
+
+  thread = threading.Thread(target=tick, daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    is_over.set()
+    thread.join()
+    bar.close()
+
+
+def count(num: int, what: str) -> str:
+  """Returns `1 list` or `1,024 lists`."""
+  return f"{num:,} {what}" + ("" if num == 1 else "s")

@@ -19,6 +19,8 @@ from experiments.lib import errors, parsing, process
 from experiments.lib.compiled import keep_compiled  # noqa: F401 For commands.
 from experiments.lib.errors import leave, user_errors
 from vqjax import devices, shipped
+from vqjax.progress import count as count
+from vqjax.progress import elapsed as elapsed
 from vqjax.progress import progress as progress
 
 SAVE_SECONDS = 60.0  # Between checkpoints of long work, at least.
@@ -335,6 +337,15 @@ def _work(main_fn, multihost: bool) -> None:
   except Exception:
     logging.exception("This is an error in the program.")
     leave(1)
+
+
+def has_own_stdout() -> bool:
+  """Whether standard output is no terminal, and not where progress is shown."""
+  try:
+    out, err = (os.fstat(s.fileno()) for s in (sys.stdout, sys.stderr))
+    return not (sys.stdout.isatty() or os.path.samestat(out, err))
+  except (OSError, ValueError, AttributeError):  # Of a notebook.
+    return False
 
 
 def require(config, *names: str) -> None:

@@ -75,9 +75,9 @@ def _truth(data, workdir, k: int) -> evaluation.Truth | None:
 def _factory(data, path: pathlib.Path, name: str):
   """An index of faiss's own training, kept for the next evaluation."""
   if not path.exists():
-    logging.info("Training faiss %s.", name)
-    x_ND = hakes_data.read_all(data.base)
-    index = faiss_hakes.fit_factory(name, x_ND, data.metric)
+    with cli.elapsed(f"train faiss {name}"):
+      x_ND = hakes_data.read_all(data.base)
+      index = faiss_hakes.fit_factory(name, x_ND, data.metric)
     faiss_hakes.save(index, path)
   return faiss_hakes.load(path)
 

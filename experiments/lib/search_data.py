@@ -122,8 +122,8 @@ def fit_baselines(names, like, train, base) -> dict:
   found, seconds = {}, {}
   xt_ND = batches.subsample(train[0], _MAX_TRAIN, 0, num_rows=train[1])
   for name in names:
-    logging.info("Training faiss %s on %d vectors ...", name, len(xt_ND))
-    with cli.timed(seconds, name):
+    what = f"train faiss {name} on {len(xt_ND):,} vectors"
+    with cli.elapsed(what), cli.timed(seconds, name):
       found[name] = faiss_baselines.fit(name, like, xt_ND)
     with cli.progress(len(base), f"add to {name}") as done:
       faiss_baselines.add(found[name], _blocks(base, done))

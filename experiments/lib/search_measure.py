@@ -73,10 +73,12 @@ def explore(config, record, ours: str, ranges, search_fns, data) -> None:
     if jobs := of_probe(setting):  # If none of ours was worth trying.
       measure(jobs)
   logging.info(
-    "Measured %d of %d settings. The others cannot be the best at any recall, "
-    "have stages that undo each other, or were measured before.",
-    num_tried,
-    grid.num_settings,
+    "Measured %d of %d settings.%s",
+    *(num_tried, grid.num_settings),
+    ""
+    if num_tried == grid.num_settings
+    else " The others cannot be the best at any recall, have stages that undo "
+    "each other, or were measured before.",
   )
 
 

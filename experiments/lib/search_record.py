@@ -5,7 +5,6 @@ import pathlib
 import sys
 
 from absl import logging
-from tqdm import tqdm
 
 from experiments.lib import cli
 from vqjax import devices
@@ -69,12 +68,16 @@ class Record:
     return next(filter(same, self.points), None)
 
   def add(self, points: list[dict]) -> None:
-    """Takes points, writes the file anew, and prints them as JSON lines."""
+    """Takes points, writes the file anew, and prints them as JSON lines.
+
+    These go to a standard output of their own: a file, or another program.
+    """
     self.points += points
     self.save()
-    for point in points:
-      tqdm.write(json.dumps(point))  # Above the progress line.
-    sys.stdout.flush()
+    if cli.has_own_stdout():
+      lines = [json.dumps(point) + "\n" for point in points]
+      sys.stdout.write("".join(lines))
+      sys.stdout.flush()
 
   def add_latency(self, row: dict) -> None:
     """Takes the times of a series, for earlier ones, and writes the file."""
@@ -122,9 +125,10 @@ class Record:
         series = self.series(recall).items()
         panels[recall] = {label(name): points for name, points in series}
     threads = self.header["threads"]
+    lists = cli.count(self.header["num_lists"], "list")
     title = (
-      f"{self.header['num_vectors']:,} vectors, {self.header['num_lists']:,} "
-      f"lists; threads: {threads['faiss']} faiss, {threads['jax']} JAX"
+      f"{self.header['num_vectors']:,} vectors, {lists}; threads: "
+      f"{threads['faiss']} faiss, {threads['jax']} JAX"
     )
     plots.plot_panels(self.picture, panels, title=title)
 

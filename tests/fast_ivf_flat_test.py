@@ -79,10 +79,11 @@ def test_golden_padding_and_negative_scores(golden):
   assert ((scores_QK == -np.inf) == (ids_QK < 0)).all()
 
   index = _of(golden["neg_centroids"])
-  index.nprobe = 2
+  index.nprobe = 4
   index.add(golden["neg_x"])
-  index.nprobe = 8
   scores_QK, ids_QK = index.search(golden["neg_queries"], 10)
+  np.testing.assert_array_equal(ids_QK, golden["neg_ids_r000"])
+  np.testing.assert_allclose(scores_QK, golden["neg_scores_r000"], atol=1e-5)
   index.ratio_threshold = 0.5  # Keeps the best list, which is negative too.
   assert (index.search(golden["neg_queries"], 10)[1] >= 0).any(axis=1).all()
 

@@ -7,11 +7,13 @@ Names, attributes and meaning are those of github.com/kmkolasinski/fast-ivf.
 
 _DOORS = {
   "FastIVF": "vqjax.fast_ivf.flat",
+  "FastIVFPQ": "vqjax.fast_ivf.pq",
   "MiniBatchKMeans": "vqjax.fast_ivf.kmeans",
   "SubvectorsMiniBatchKMeans": "vqjax.fast_ivf.kmeans",
 }
 __all__ = [  # noqa: F822 (loaded on demand, below)
   "FastIVF",
+  "FastIVFPQ",
   "MiniBatchKMeans",
   "SubvectorsMiniBatchKMeans",
 ]

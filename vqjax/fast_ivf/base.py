@@ -386,24 +386,26 @@ class BaseIVF:
       is_distance=self.metric == "l2",
     )
 
-  def _search(self, queries, k: int, find_fn) -> tuple[np.ndarray, np.ndarray]:
+  def _search(
+    self, queries, k: int, find_fn, *, is_distance: bool
+  ) -> tuple[np.ndarray, np.ndarray]:
     """Scores and ids `[Q, k]`, block by block of the queries.
 
     `find_fn(queries_QD, lists_QP, k)` returns those of a block, padded at the
-    end by id -1 and the worst score.
+    end by id -1 and the worst score, inf for distances, else -inf. Its k may be
+    smaller, if the index has fewer vectors.
     """
     check_range("k", k, 1, 2**31 - 1)
     width = max(min(k, len(self)), 1)
     found = [np.zeros((0, width), np.float32)], [np.zeros((0, width), np.int64)]
     for queries_QD in self._query_blocks(queries):
       lists_QP = self._choose(self._coarse_scores(queries_QD))
-      for parts, part in zip(
-        found, find_fn(queries_QD, lists_QP, width), strict=True
-      ):
+      here = find_fn(queries_QD, lists_QP, width)
+      for parts, part in zip(found, here, strict=True):
         parts.append(part)
     scores_QK, ids_QK = map(np.concatenate, found)
     if k > width:
-      worst = np.inf if self.metric == "l2" else -np.inf
+      worst = np.inf if is_distance else -np.inf
       room = (0, 0), (0, k - width)
       scores_QK = np.pad(scores_QK, room, constant_values=worst)
       ids_QK = np.pad(ids_QK, room, constant_values=-1)

@@ -30,7 +30,7 @@ class FastIVF(BaseIVF):
       ValueError: Shapes do not fit, or a number is not finite, or zero under
         the cosine.
     """
-    return self._search(queries, k, self._find)
+    return self._search(queries, k, self._find, is_distance=self.metric == "l2")
 
   def _find(self, queries_QD, lists_QP, k: int):
     scores_QK, ids_QK = flat_scan.search(

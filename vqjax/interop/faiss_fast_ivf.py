@@ -17,6 +17,11 @@ from vqjax.interop import faiss_files, faiss_io, faiss_lists
 KIND = ("vqjax fast_ivf file", 1)
 
 
+def kind_of(metric: str) -> int:
+  """What faiss calls the metric of lists."""
+  return faiss_io.metric_type("ip" if metric == "cosine" else metric)
+
+
 def num_threads() -> int:
   """Threads that faiss takes: OMP_NUM_THREADS, or all processors."""
   return faiss.omp_get_max_threads()
@@ -60,7 +65,7 @@ def make_flat(
   `parts` are number, ids and vectors of lists. For the metric "cosine" vectors
   and centroids are of length 1, and the index makes queries so.
   """
-  kind = faiss_io.metric_type("ip" if metric == "cosine" else metric)
+  kind = kind_of(metric)
   num_lists, dim = centroids_LD.shape
   coarse = faiss.IndexFlat(dim, kind)
   coarse.add(np.ascontiguousarray(centroids_LD, np.float32))
@@ -94,7 +99,7 @@ def read_flat(path, metric: str) -> Stored:
   lists = faiss.downcast_index(index)
   if isinstance(lists, faiss.IndexPreTransform):
     lists = faiss.downcast_index(lists.index)
-  kind = faiss_io.metric_type("ip" if metric == "cosine" else metric)
+  kind = kind_of(metric)
   if not isinstance(lists, faiss.IndexIVFFlat) or lists.metric_type != kind:
     raise ValueError(
       f"{path} must hold whole vectors in lists, as IVF1024,Flat, of metric "

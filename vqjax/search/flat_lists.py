@@ -85,12 +85,23 @@ def add(
 
 def _free_slots(lists: FlatLists, lists_n: np.ndarray) -> np.ndarray:
   """The slots that vectors of these lists go to, in their order."""
-  order_n = np.argsort(lists_n, kind="stable")
-  sorted_n = lists_n[order_n]
-  place_n = np.arange(len(lists_n)) - np.searchsorted(sorted_n, sorted_n)
-  slots_n = np.empty(len(lists_n), np.int64)
-  slots_n[order_n] = (lists.starts[:-1] + lists.sizes_L)[sorted_n] + place_n
-  return slots_n
+  return (lists.starts[:-1] + lists.sizes_L)[lists_n] + _ranks(lists_n)
+
+
+def _ranks(lists_N: np.ndarray) -> np.ndarray:
+  """How many vectors of the same list come before each."""
+  order_N = np.argsort(lists_N, kind="stable")
+  sorted_N = lists_N[order_N]
+  ranks_N = np.empty(len(lists_N), np.int64)
+  first_N = np.searchsorted(sorted_N, sorted_N)
+  ranks_N[order_N] = np.arange(len(lists_N)) - first_N
+  return ranks_N
+
+
+def places_of_last(lists: FlatLists, lists_N: np.ndarray) -> np.ndarray:
+  """Places in their lists of the vectors that were added last, int64 `[N]`."""
+  added_L = np.bincount(lists_N, minlength=len(lists.sizes_L))
+  return (lists.sizes_L - added_L)[lists_N] + _ranks(lists_N)
 
 
 def _lay_out(lists: FlatLists, room_L: np.ndarray) -> None:

@@ -273,7 +273,7 @@ def _rank(
     if width:
       slot_qR = np.where(is_there_qR, found.slot_C[at_qR], -1)
       score_qR = score_fn(queries_QD[rows], slot_qR)
-      order_qK = _order(score_qR, slot_qR, lists)[:, kept]
+      order_qK = order_of(score_qR, slot_qR, lists)[:, kept]
       take = lambda table, order=order_qK: np.take_along_axis(table, order, 1)
       slots_QK[rows, kept] = take(slot_qR)
       gains_QK[rows, kept] = take(
@@ -284,8 +284,8 @@ def _rank(
   return slots_QK, gains_QK, scores_QK
 
 
-def _order(score_QR, slot_QR, lists: FlatLists) -> np.ndarray:
-  """The order of each row: by score, then by lower id."""
+def order_of(score_QR, slot_QR, lists: FlatLists) -> np.ndarray:
+  """Returns the order of each row: by score, more first, then by lower id."""
   order_QR = np.argsort(-score_QR, axis=1, kind="stable")
   sorted_QR = np.take_along_axis(score_QR, order_QR, axis=1)
   has_ties_Q = (sorted_QR[:, 1:] == sorted_QR[:, :-1]).any(axis=1)

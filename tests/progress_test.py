@@ -13,8 +13,8 @@ from vqjax import progress
 def test_a_block_that_cannot_say_how_far_it_is(capfd, monkeypatch):
   make = progress.progress_bar
 
-  def quick(*args):
-    bar = make(*args)
+  def quick(*args, **values):
+    bar = make(*args, **values)
     bar.mininterval = 0.01
     return bar
 
@@ -50,3 +50,18 @@ def test_json_never_goes_where_progress_is(streams, is_own):
     env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
   )
   assert done.stdout == f"{is_own}\n"
+
+
+def test_a_terminal_without_a_size_shows_the_bar():
+  """As in some containers; its size is 0 x 0."""
+  seen, end = os.openpty()
+  program = "from vqjax import progress; progress.progress_bar(9, 'x').close()"
+  subprocess.run(
+    [sys.executable, "-c", program],
+    stderr=end,
+    check=True,
+    env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+  )
+  os.close(end)
+  assert b"x:   0%" in os.read(seen, 1000)
+  os.close(seen)

@@ -1,6 +1,7 @@
 """The progress line: rate, time left and a few figures, on standard error."""
 
 import contextlib
+import os
 import sys
 import threading
 
@@ -8,25 +9,41 @@ from tqdm import tqdm
 
 
 def progress_bar(
-  total: int | None, what: str, *, unit: str = "vec", start: int = 0
+  total: int | None,
+  what: str,
+  *,
+  unit: str = "vec",
+  start: int = 0,
+  bar_format: str | None = None,
 ) -> tqdm:
   """Returns a bar over `total` units; one line every 20 s into a log file.
 
   None is a total that is not known.
   """
   is_terminal = sys.stderr is not None and sys.stderr.isatty()
+  has_size = is_terminal and _has_size()
   return tqdm(
     total=total,
     initial=start,
     desc=what,
     unit=" " + unit,
     unit_scale=True,
-    dynamic_ncols=is_terminal,
-    ncols=None if is_terminal else 100,
+    bar_format=bar_format,
+    dynamic_ncols=has_size,
+    ncols=None if has_size else 100,
+    nrows=None if has_size else 20,
     mininterval=0.5 if is_terminal else 20,
     file=sys.stderr,
     disable=sys.stderr is None,  # A program without a console.
   )
+
+
+def _has_size() -> bool:
+  """Whether the terminal knows its size; in some containers it is 0 x 0."""
+  try:
+    return min(os.get_terminal_size(sys.stderr.fileno())) > 0
+  except (OSError, ValueError):
+    return False
 
 
 @contextlib.contextmanager
@@ -45,9 +62,7 @@ def progress(
 def elapsed(what: str):
   """Shows the time of a block that cannot say how far it is."""
   is_over = threading.Event()
-  bar = progress_bar(None, what)
-  bar.bar_format = "{desc}: {elapsed}"
-  bar.refresh()
+  bar = progress_bar(None, what, bar_format="{desc}: {elapsed}")
 
   def tick():
     while not is_over.wait(bar.mininterval):

@@ -173,7 +173,9 @@ def test_minibatch_steps_are_those_of_the_class(data, tmp_path):
   config = _config(data, **MINIBATCH, num_iterations=None)
   record = ivf_centroids.run(config)
   words_KD = np.load(config.output)
-  ours = MiniBatchKMeans(9, 32, max_steps=40, metric="l2", verbose=False)
+  ours = MiniBatchKMeans(
+    9, 32, max_steps=40, metric="l2", closing_passes=1, verbose=False
+  )
   history = ours.train(np.load(data))
   np.testing.assert_allclose(words_KD, ours.centroids, atol=1e-6)
   assert record["num_steps"] == 40

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqjax.codecs import minibatch_kmeans, minibatch_training
+from vqjax.codecs import minibatch_kmeans, minibatch_training, near_assign
 from vqjax.codecs.minibatch_kmeans import Rule
 
 GOLDEN = (
@@ -160,29 +160,62 @@ def test_an_emptied_cluster_keeps_its_centroid():
   np.testing.assert_array_equal(got, words_MKS)
 
 
+def _unit_words(metric, words_KS):
+  if metric == "l2":
+    return words_KS
+  return words_KS / (np.linalg.norm(words_KS, axis=1, keepdims=True) + 1e-5)
+
+
+def _loop_pass(metric, x_NS, words_KS):
+  """Means of the vectors of each centroid, and which have any."""
+  sq_NK = ((x_NS[:, None] - words_KS[None]) ** 2).sum(axis=2)
+  near_NK = -x_NS @ words_KS.T if metric == "cosine" else sq_NK
+  labels_N = near_NK.argmin(axis=1)
+  left_N = sq_NK[np.arange(len(x_NS)), labels_N]
+  far = iter(np.argsort(-left_N, kind="stable"))
+  has_any_K = np.isin(np.arange(len(words_KS)), labels_N)
+  means_KS = [
+    x_NS[labels_N == k].mean(axis=0) if has_any else x_NS[next(far)]
+    for k, has_any in enumerate(has_any_K)
+  ]
+  return _unit_words(metric, np.stack(means_KS)), has_any_K
+
+
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("m", [1, 2])
-def test_a_closing_pass_matches_loops(m, metric):
+@pytest.mark.parametrize("num_passes", [1, 2])
+def test_closing_passes_match_loops(num_passes, m, metric):
   rng = np.random.default_rng(0)
   x_ND = rng.normal(size=(60, 4)).astype(np.float32)
   rule = Rule(metric, m)
   first_KD = np.concatenate([x_ND[:5], x_ND[:1]])  # Nobody chooses the last.
   words_MKS = minibatch_training.begin(rule, first_KD, 8).words_MKS
-  got = minibatch_training.closing_pass(rule, x_ND, words_MKS)
-  for i, (words_KS, x_NS) in enumerate(
-    zip(words_MKS, np.split(x_ND, m, axis=1), strict=True)
-  ):
-    sq_NK = ((x_NS[:, None] - words_KS[None]) ** 2).sum(axis=2)
-    near_NK = -x_NS @ words_KS.T if metric == "cosine" else sq_NK
-    labels_N = near_NK.argmin(axis=1)
-    left_N = sq_NK[np.arange(60), labels_N]
-    far = iter(np.argsort(-left_N, kind="stable"))
-    for k in range(6):
-      mine = x_NS[labels_N == k]
-      want = mine.mean(axis=0) if len(mine) else x_NS[next(far)]
-      if metric == "cosine":
-        want = want / (np.linalg.norm(want) + 1e-5)
-      np.testing.assert_allclose(got.words_KD[i, k], want, atol=1e-5)
+  got_MKS = minibatch_training.close(rule, x_ND, words_MKS, num_passes)
+  for i, words_KS in enumerate(words_MKS):
+    x_NS = np.split(x_ND, m, axis=1)[i]
+    want_KS, has_any_K = _loop_pass(metric, x_NS, words_KS)
+    assert not has_any_K[5]
+    if num_passes == 2:
+      further_KS = words_KS + 1.8 * (want_KS - words_KS)
+      further_KS = _unit_words(metric, further_KS)
+      begin_KS = np.where(has_any_K[:, None], further_KS, want_KS)
+      want_KS, _ = _loop_pass(metric, x_NS, begin_KS)
+    np.testing.assert_allclose(got_MKS[i], want_KS, atol=1e-5)
+
+
+def test_near_passes_lower_the_error_nearly_as_full_ones(monkeypatch):
+  rng = np.random.default_rng(0)
+  x_ND = rng.normal(size=(3000, 6)).astype(np.float32)
+  rule, errors = Rule("l2"), []
+  words_MKS = minibatch_training.begin(rule, x_ND[:256], 8).words_MKS
+  for pays in (True, False):
+    monkeypatch.setattr(near_assign, "pays", lambda k, pays=pays: pays)
+    for num_passes in (1, 2, 4):
+      words = minibatch_training.close(rule, x_ND, words_MKS, num_passes)
+      _, error_NM = minibatch_kmeans.assign(rule, x_ND, words)
+      errors.append(float(error_NM.mean()))
+  assert errors[0] > errors[1] > errors[2]
+  np.testing.assert_allclose(errors[:3], errors[3:], rtol=5e-3)
 
 
 @pytest.mark.parametrize(

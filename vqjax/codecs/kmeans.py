@@ -185,7 +185,13 @@ def _assign_fn(block_size: int, num_at_once: int):
 
 
 def pass_over(
-  vectors, words, assign_fn, *, block_size: int = 65536, progress=None
+  vectors,
+  words,
+  assign_fn,
+  *,
+  block_size: int = 65536,
+  progress=None,
+  labels_NM: np.ndarray | None = None,
 ) -> KMeans:
   """One assignment and update over an open file `[N, D]`, on the host.
 
@@ -195,19 +201,23 @@ def pass_over(
   vector.
 
   `assign_fn` takes float32 `[n, D]` and returns what `assign` does, or that of
-  each sub-vector, `[n, M]`; `progress` is called with `(rows done, rows in
-  all)`. NaN is refused by its row.
+  each sub-vector, `[n, M]`; of vectors `WithLists` it takes these. `progress`
+  is called with `(rows done, rows in all)`. Ids are written to `labels_NM`,
+  int32, if it is given. NaN is refused by its row.
   """
+  x_all, _ = batches.split_lists(vectors)
   m = words.shape[0] if words.ndim == 3 else 1
   k, s = words.shape[-2:]
-  check_shape("codewords", words, (*words.shape[:-1], vectors.shape[1] // m))
+  check_shape("codewords", words, (*words.shape[:-1], x_all.shape[1] // m))
   sums_MKS, counts_MK = np.zeros((m, k, s)), np.zeros((m, k), np.int64)
   error_NM = np.empty((len(vectors), m), np.float32)
-  fn = lambda x_ND: (x_ND, *assign_fn(x_ND))
+  fn = lambda rows: (batches.split_lists(rows)[0], *assign_fn(rows))
   for start, (x_ND, ids_N, error_N) in batches.map_blocks(
     fn, vectors, block_size=block_size, progress=progress
   ):
     ids_NM = ids_N.reshape(-1, m)
+    if labels_NM is not None:
+      labels_NM[start : start + len(ids_NM)] = ids_NM
     error_NM[start : start + len(ids_NM)] = error_N.reshape(-1, m)
     for i, ids_N in enumerate(ids_NM.T):
       _add_rows(sums_MKS[i], ids_N, x_ND[:, i * s : (i + 1) * s])
@@ -218,7 +228,7 @@ def pass_over(
     empty = np.flatnonzero(counts_K == 0)
     if len(empty):
       far = np.argsort(-error_NM[:, i], kind="stable")[: len(empty)]
-      far_ND = batches.read_rows(vectors, far)
+      far_ND = batches.read_rows(x_all, far)
       means_MKS[i, empty] = far_ND[:, i * s : (i + 1) * s]
   return KMeans(
     means_MKS.reshape(words.shape),

@@ -328,6 +328,8 @@ def _read_block(vectors, start: int, stop: int, block_size: int):
     name=formats.name_of(vectors),
     first_row=start + getattr(vectors, "first_row", 0),
   )
+  if len(x_ND) == block_size:  # No copy.
+    return x_ND
   return np.pad(x_ND, ((0, block_size - len(x_ND)), (0, 0)), "edge")
 
 

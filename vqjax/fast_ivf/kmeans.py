@@ -44,7 +44,7 @@ class _MiniBatchKMeans:
     metric: str = "cosine",
     *,
     seed: int = 0,
-    closing_passes: int = 1,
+    closing_passes: int = 2,
     allow_fewer: bool = False,
     verbose: bool = True,
   ):
@@ -62,7 +62,8 @@ class _MiniBatchKMeans:
         or "l2".
       seed: The same seed draws the same batches of an array.
       closing_passes: Passes over all vectors of an array at the end; with 0
-        the centroids are those of the last step. An iterator has none.
+        the centroids are those of the last step. An iterator has none. 60 steps
+        and 8 passes are faster and better than many steps, if passes are cheap.
       allow_fewer: Take as many centroids as there are vectors, if fewer.
       verbose: Show progress on standard error.
 
@@ -153,13 +154,15 @@ class _MiniBatchKMeans:
 
   def _close(self, vectors, words_MKS) -> np.ndarray:
     """Centroids after the closing passes."""
-    for _ in range(self.closing_passes):
-      with self._progress(len(vectors), "closing pass", "vec") as done:
-        report = minibatch_training.closing_pass(
-          self._rule, vectors, words_MKS, progress=done
-        )
-      words_MKS = report.words_KD
-    return words_MKS
+    return minibatch_training.close(
+      self._rule,
+      vectors,
+      words_MKS,
+      self.closing_passes,
+      progress_fn=lambda number: self._progress(
+        len(vectors), f"closing pass {number + 1}", "vec"
+      ),
+    )
 
   def _progress(self, total: int, what: str, unit: str):
     return progress_lib.progress(total, what, unit=unit, is_shown=self.verbose)
@@ -324,7 +327,7 @@ class SubvectorsMiniBatchKMeans(_MiniBatchKMeans):
     metric: str = "cosine",
     *,
     seed: int = 0,
-    closing_passes: int = 1,
+    closing_passes: int = 2,
     allow_fewer: bool = False,
     verbose: bool = True,
   ):

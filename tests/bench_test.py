@@ -22,7 +22,7 @@ from experiments.lib import (
   codecs,
 )
 from vqjax.codec import Codec
-from vqjax.codecs import qinco, qinco_ranker
+from vqjax.codecs import qinco, qinco_ranker, runner
 from vqjax.codecs.rule import SearchRule
 from vqjax.interop import faiss_io
 
@@ -151,7 +151,7 @@ def in_a_hurry(monkeypatch):
     bench_timing, "_PRODUCTS", {"cpu": (((64, 32, 16), (128,) * 3), 2)}
   )
   monkeypatch.setattr(bench_timing, "REST", 0.0)
-  monkeypatch.setattr(codecs, "decode_rows", lambda: 32)
+  monkeypatch.setattr(runner, "decode_block", lambda: 4)
   monkeypatch.setattr(bench_subjects, "_MIN_DRAWN", 500)
 
 

@@ -141,45 +141,46 @@ def _choose_by_loops(scores_QL, nprobe, ratio, min_lists, is_distance):
     order = sorted(range(len(scores_L)), key=lambda l: (sign * scores_L[l], l))
     row, best = [], scores_L[order[0]]
     for rank, l in enumerate(order[:nprobe]):
-      far = (
-        best < ratio * scores_L[l]
-        if is_distance
-        else scores_L[l] < ratio * abs(best)
-      )
+      far = scores_L[l] < ratio * abs(best)
+      if is_distance:
+        far = best < ratio * scores_L[l]
       row.append(-1 if ratio > 0 and far and rank >= min_lists else l)
     found.append(row)
   return found
 
 
-@pytest.mark.parametrize("is_distance", [False, True])
-@pytest.mark.parametrize("nprobe", [1, 4, 9, 50])
-def test_lists_are_those_of_loops(nprobe, is_distance):
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+@pytest.mark.parametrize("nprobe", [1, 4, 9])
+def test_lists_are_those_of_loops(nprobe, metric):
   rng = np.random.default_rng(nprobe)
-  scores_QL = rng.integers(-2, 5, (50, 9)).astype(np.float32)  # Ties.
-  scores_QL[:5] = -np.abs(scores_QL[:5]) - 1  # None is positive.
-  scores_QL = np.abs(scores_QL) if is_distance else scores_QL
-  for ratio, min_lists in ((0, 1), (0.5, 1), (0.9, 3), (1.0, 1), (2.0, 2)):
-    found_QP = probing.choose_lists(
-      scores_QL,
-      nprobe,
-      ratio=ratio,
+  # Whole numbers: many ties, no rounding.
+  centroids_LD = rng.integers(-2, 3, (9, 2)).astype(np.float32)
+  queries_QD = rng.integers(-2, 3, (50, 2)).astype(np.float32)
+  coarse = faiss_fast_ivf.make_coarse(centroids_LD, metric)
+  scores_QP, lists_QP = faiss_fast_ivf.best_lists(coarse, queries_QD, nprobe)
+  scores_QL = queries_QD @ centroids_LD.T
+  if metric == "l2":
+    left_QLD = queries_QD[:, None] - centroids_LD
+    scores_QL = np.square(left_QLD).sum(axis=2)
+  is_distance = metric == "l2"
+  for ratio, min_lists in (
+    *((0, 1), (0.5, 1), (0.9, 3), (1.0, 1), (2.0, 2), (-1.0, 1)),
+  ):
+    found_QP = probing.skip_far(
+      *(scores_QP, lists_QP, ratio),
       min_lists=min_lists,
       is_distance=is_distance,
     )
     want = _choose_by_loops(scores_QL, nprobe, ratio, min_lists, is_distance)
     assert found_QP.tolist() == want
     assert (found_QP[:, 0] >= 0).all()  # The best is never skipped.
-  off_QP = probing.choose_lists(scores_QL, nprobe, ratio=-1.0)
-  np.testing.assert_array_equal(
-    off_QP, probing.choose_lists(scores_QL, nprobe, ratio=None)
-  )
+  assert probing.skip_far(scores_QP, lists_QP, None) is lists_QP
 
 
 def test_numbers_without_sense_are_refused():
-  scores_QL = np.zeros((2, 3), np.float32)
   with pytest.raises(ValueError, match="nprobe must lie between 1 and inf"):
-    probing.choose_lists(scores_QL, 0)
+    probing.check(0, 0.5, 1)
   with pytest.raises(ValueError, match="ratio_threshold .* got nan"):
-    probing.choose_lists(scores_QL, 1, ratio=float("nan"))
+    probing.check(1, float("nan"), 1)
   with pytest.raises(ValueError, match="min_lists"):
-    probing.choose_lists(scores_QL, 1, min_lists=0)
+    probing.check(1, None, 0)

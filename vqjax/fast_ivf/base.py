@@ -23,7 +23,6 @@ from vqjax.storage import folders
 
 KIND = ("vqjax fast_ivf index", 1)
 _FILE = "index.faiss"
-_MOST_SCORES = 1 << 24  # Of queries and centroids at a time.
 _MOST_QUERIES = 8192
 _SETTINGS = (  # Arguments that a folder keeps.
   "ndim",
@@ -109,7 +108,7 @@ class BaseIVF:
       verbose=verbose,
     )
     self._centroids_LD, self._lists = None, None
-    self._choose(np.zeros((0, 1), np.float32))  # Refuses what makes no sense.
+    probing.check(nprobe, ratio_threshold, min_lists)
 
   def __len__(self) -> int:
     """Number of vectors."""
@@ -183,8 +182,10 @@ class BaseIVF:
     centre_D = np.zeros(self.ndim, np.float32)
     if self.metric == "l2":
       centre_D = centre_of(self._centroids_LD)
-    near_LD = self._centroids_LD - centre_D
-    self._coarse = centre_D, near_LD, np.einsum("ld,ld->l", near_LD, near_LD)
+    self._centre_D = centre_D if centre_D.any() else None
+    self._coarse = faiss_fast_ivf.make_coarse(
+      self._centroids_LD - centre_D, self.metric
+    )
     self._lists = flat_lists.empty(
       self.nlist, self.ndim, has_norms=self.metric == "l2"
     )
@@ -223,7 +224,7 @@ class BaseIVF:
   def choose_lists(self, queries) -> np.ndarray:
     """Returns the lists that queries look into: `[Q, P]`, best first, or -1."""
     blocks = self._query_blocks(queries)
-    found = [self._choose(self._coarse_scores(block_QD)) for block_QD in blocks]
+    found = [self._lists_of(block_QD) for block_QD in blocks]
     width = min(int(self.nprobe), self.nlist)
     return np.concatenate([np.zeros((0, width), np.int64), *found])
 
@@ -356,32 +357,26 @@ class BaseIVF:
 
     read = functools.partial(_read, vectors)
     lists_N = np.empty(len(vectors), np.int32)
-    block = min(flat_lists.BLOCK, max(_MOST_SCORES // self.nlist, 1))
-    for start in range(0, len(vectors), block):
-      stop = min(start + block, len(vectors))
-      scores_nL = self._coarse_scores(read(start, stop))
-      pick = np.argmin if self.metric == "l2" else np.argmax
-      lists_N[start:stop] = pick(scores_nL, axis=1)
+    for start in range(0, len(vectors), flat_lists.BLOCK):
+      stop = min(start + flat_lists.BLOCK, len(vectors))
+      lists_N[start:stop] = self._best_lists(read(start, stop), 1)[1][:, 0]
     flat_lists.add(self._lists, lists_N, ids_N, read)
     self._added(lists_N, read)
 
-  def _coarse_scores(self, x_ND) -> np.ndarray:
-    """Inner products with all centroids, or squared distances: `[N, L]`."""
-    centre_D, near_LD, norm_L = self._coarse
-    if self.metric != "l2":
-      return x_ND @ near_LD.T
-    x_ND = x_ND - centre_D if centre_D.any() else x_ND
-    scores_NL = x_ND @ near_LD.T
-    scores_NL *= -2
-    scores_NL += norm_L
-    scores_NL += np.einsum("nd,nd->n", x_ND, x_ND)[:, None]
-    return np.maximum(scores_NL, 0, out=scores_NL)
+  def _best_lists(self, x_ND, num: int):
+    """Scores and numbers of the best lists `[N, num]`, the best first."""
+    if self._centre_D is not None:
+      x_ND = x_ND - self._centre_D
+    return faiss_fast_ivf.best_lists(self._coarse, x_ND, num)
 
-  def _choose(self, scores_QL):
-    return probing.choose_lists(
-      scores_QL,
-      self.nprobe,
-      ratio=self.ratio_threshold,
+  def _lists_of(self, queries_QD) -> np.ndarray:
+    """The lists that queries look into, `[Q, P]`, -1 for a skipped one."""
+    probing.check(self.nprobe, self.ratio_threshold, self.min_lists)
+    scores_QP, lists_QP = self._best_lists(
+      queries_QD, min(int(self.nprobe), self.nlist)
+    )
+    return probing.skip_far(
+      *(scores_QP, lists_QP, self.ratio_threshold),
       min_lists=self.min_lists,
       is_distance=self.metric == "l2",
     )
@@ -399,8 +394,7 @@ class BaseIVF:
     width = max(min(k, len(self)), 1)
     found = [np.zeros((0, width), np.float32)], [np.zeros((0, width), np.int64)]
     for queries_QD in self._query_blocks(queries):
-      lists_QP = self._choose(self._coarse_scores(queries_QD))
-      here = find_fn(queries_QD, lists_QP, width)
+      here = find_fn(queries_QD, self._lists_of(queries_QD), width)
       for parts, part in zip(found, here, strict=True):
         parts.append(part)
     scores_QK, ids_QK = map(np.concatenate, found)
@@ -418,9 +412,8 @@ class BaseIVF:
     if getattr(queries, "ndim", 2) == 1:
       queries = queries[None]
     queries = self._open(queries, "queries")
-    block = int(np.clip(_MOST_SCORES // self.nlist, 1, _MOST_QUERIES))
-    for start in range(0, len(queries), block):
-      yield _read(queries, start, start + block)
+    for start in range(0, len(queries), _MOST_QUERIES):
+      yield _read(queries, start, start + _MOST_QUERIES)
 
 
 def _read(vectors, start: int, stop: int) -> np.ndarray:

@@ -162,7 +162,10 @@ class FastIVFPQ(BaseIVF):
 
     def find(queries_QD, lists_QP, width):
       most = max(min(num, len(self)), 1) if rescore else width
-      distances_QK, slots_QK = self._candidates(queries_QD, lists_QP, most)
+      will_sort = rescore and sort and not 0 < self.rescore_num_samples < num
+      distances_QK, slots_QK = self._candidates(
+        queries_QD, lists_QP, most, is_ordered=not will_sort
+      )
       if not rescore:
         return distances_QK, self._ids_at(slots_QK)
       scores_QK, slots_QK = self._rescore(
@@ -206,29 +209,29 @@ class FastIVFPQ(BaseIVF):
     disk = codes + len(self) * (4 * self.ndim + 8)
     return {"ram": ram / num, "disk": disk / num}
 
-  def _candidates(self, queries_QD, lists_QP, k: int):
+  def _candidates(self, queries_QD, lists_QP, k: int, *, is_ordered: bool):
     """Squared distances to decoded vectors and slots `[Q, k]`, least first.
 
-    Of equal distances the lower id comes first. With tables none is lost: more
+    Of equal distances the lower id comes first, if they are to be `is_ordered`.
+    With tables none is lost: more
     codes are asked for while the last one is as near as the k-th.
     """
-    distances_QK = np.empty((len(queries_QD), k), np.float32)
-    slots_QK = np.empty((len(queries_QD), k), np.int64)
-    wanted = k + (self.engine == "tables")
-    rows = np.arange(len(queries_QD))
-    while len(rows):
-      wanted = min(wanted, max(len(self), k))
-      found_qR, slots_qR = self._scan(queries_QD[rows], lists_QP[rows], wanted)
-      last_q = found_qR[:, -1]
-      is_open_q = np.isfinite(last_q) & (last_q == found_qR[:, k - 1])
-      is_open_q &= k < wanted < len(self)
-      done = np.flatnonzero(~is_open_q)
-      order_qK = flat_scan.order_of(
-        -found_qR[done], slots_qR[done], self._lists
-      )[:, :k]
-      for whole, part in ((distances_QK, found_qR), (slots_QK, slots_qR)):
-        whole[rows[done]] = np.take_along_axis(part[done], order_qK, axis=1)
-      rows, wanted = rows[is_open_q], 4 * wanted
+    has_more = self.engine == "tables" and k < len(self)
+    wanted = k + has_more
+    distances_QK, slots_QK = self._scan(queries_QD, lists_QP, wanted)
+    cut = lambda *found: _by_lower_id(
+      *found, self._lists, k, is_ordered=is_ordered
+    )
+    is_open_Q = _is_open(distances_QK, k) if has_more else np.zeros(0, bool)
+    open_q = np.flatnonzero(is_open_Q)
+    distances_QK, slots_QK = cut(distances_QK, slots_QK)
+    while len(open_q):
+      wanted = min(4 * wanted, len(self))
+      found = self._scan(queries_QD[open_q], lists_QP[open_q], wanted)
+      distances_QK[open_q], slots_QK[open_q] = cut(*found)
+      if wanted == len(self):
+        break
+      open_q = open_q[_is_open(found[0], k)]
     return distances_QK, slots_QK
 
   def _scan(self, queries_QD, lists_QP, k: int):
@@ -346,3 +349,25 @@ class FastIVFPQ(BaseIVF):
     )
     places_N = flat_lists.places_of_last(self._lists, found.lists_N)
     self._codes = faiss_fast_pq.place(found, found.lists_N, places_N)
+
+
+def _is_open(distances_QR, k: int) -> np.ndarray:
+  """Whether there may be more codes as near as the k-th, behind the last."""
+  last_Q = distances_QR[:, -1]
+  return np.isfinite(last_Q) & (last_Q == distances_QR[:, k - 1])
+
+
+def _by_lower_id(distances_QR, slots_QR, lists, k: int, *, is_ordered: bool):
+  """The k least distances and their slots, of equal ones the lower ids.
+
+  Unless they are to be ordered, it is enough that they are the right ones.
+  """
+  is_equal_QR = distances_QR[:, 1:] == distances_QR[:, :-1]
+  if not is_ordered:
+    is_equal_QR = is_equal_QR[:, k - 1 : k]
+  rows = np.flatnonzero(is_equal_QR.any(axis=1))
+  ids_qR = lists.ids_N[slots_QR[rows]] if len(rows) else slots_QR[rows]
+  order_qR = np.lexsort((ids_qR, distances_QR[rows]), axis=1)
+  for array in (distances_QR, slots_QR):
+    array[rows] = np.take_along_axis(array[rows], order_qR, axis=1)
+  return distances_QR[:, :k], slots_QR[:, :k]

@@ -27,6 +27,37 @@ def num_threads() -> int:
   return faiss.omp_get_max_threads()
 
 
+def make_coarse(centroids_LD: np.ndarray, metric: str) -> faiss.IndexFlat:
+  """Returns an index of centroids, for `best_lists`."""
+  coarse = faiss.IndexFlat(centroids_LD.shape[1], kind_of(metric))
+  coarse.add(np.ascontiguousarray(centroids_LD, np.float32))
+  return coarse
+
+
+def best_lists(
+  coarse: faiss.IndexFlat, x_ND: np.ndarray, num: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Scores and numbers `[N, num]` of the best lists, the best first.
+
+  Scores are inner products or squared distances. Of equal ones the lower list
+  comes first, and stays if there is no room for both.
+  """
+  wanted = min(num + 1, coarse.ntotal)  # One more shows what is equal.
+  scores_NP, lists_NP = coarse.search(x_ND, wanted)
+  is_equal_N = (scores_NP[:, 1:] == scores_NP[:, :-1]).any(axis=1)
+  for row in np.flatnonzero(is_equal_N):
+    scores_NP[row], lists_NP[row] = _best_of_all(coarse, x_ND[row], wanted)
+  return scores_NP[:, :num], lists_NP[:, :num]
+
+
+def _best_of_all(coarse, x_D, num: int):
+  """Scores and numbers of the best lists, by way of the scores of all."""
+  scores, lists = coarse.search(x_D[None], coarse.ntotal)
+  sign = 1 if coarse.metric_type == faiss.METRIC_L2 else -1
+  order = np.lexsort((lists[0], sign * scores[0]))[:num]
+  return scores[0, order], lists[0, order]
+
+
 def exact_scores(
   queries_QD: np.ndarray, x_ND: np.ndarray, rows_QR: np.ndarray, metric: str
 ) -> np.ndarray:
@@ -65,11 +96,9 @@ def make_flat(
   `parts` are number, ids and vectors of lists. For the metric "cosine" vectors
   and centroids are of length 1, and the index makes queries so.
   """
-  kind = kind_of(metric)
+  coarse = make_coarse(centroids_LD, metric)
   num_lists, dim = centroids_LD.shape
-  coarse = faiss.IndexFlat(dim, kind)
-  coarse.add(np.ascontiguousarray(centroids_LD, np.float32))
-  index = faiss.IndexIVFFlat(coarse, dim, num_lists, kind)
+  index = faiss.IndexIVFFlat(coarse, dim, num_lists, kind_of(metric))
   faiss_lists.hand_over(coarse, index)
   index.is_trained = True
   for number, ids_n, x_nD in parts:

@@ -68,8 +68,7 @@ def make_codes(
   check_shape("codebooks", codebooks_MKS, (m, num_words, dim // m))
   if engine not in ENGINES:
     raise ValueError(f"engine must be one of {ENGINES}, got {engine!r}.")
-  coarse = faiss.IndexFlat(dim, faiss_fast_ivf.kind_of(metric))
-  coarse.add(np.ascontiguousarray(centroids_LD, np.float32))
+  coarse = faiss_fast_ivf.make_coarse(centroids_LD, metric)
   num_bits = max((num_words - 1).bit_length(), 1)
   sizes = coarse, dim, num_lists, m, num_bits
   if engine == "fastscan":

@@ -286,7 +286,7 @@ def _rank(
 
 def order_of(score_QR, slot_QR, lists: FlatLists) -> np.ndarray:
   """Returns the order of each row: by score, more first, then by lower id."""
-  order_QR = np.argsort(-score_QR, axis=1, kind="stable")
+  order_QR = np.argsort(-score_QR, axis=1)
   sorted_QR = np.take_along_axis(score_QR, order_QR, axis=1)
   has_ties_Q = (sorted_QR[:, 1:] == sorted_QR[:, :-1]).any(axis=1)
   tied = np.flatnonzero(has_ties_Q)

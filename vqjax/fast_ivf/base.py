@@ -13,7 +13,7 @@ import numpy as np
 from vqjax import __version__
 from vqjax.codecs.distances import centre_of
 from vqjax.core import check_range, check_shape
-from vqjax.data import files, formats, json_files, unit
+from vqjax.data import files, formats, json_files, unit, values
 from vqjax.fast_ivf import sources
 from vqjax.fast_ivf.kmeans import MiniBatchKMeans
 from vqjax.index import METRICS, check_ids, open_for
@@ -392,12 +392,13 @@ class BaseIVF:
     """
     check_range("k", k, 1, 2**31 - 1)
     width = max(min(k, len(self)), 1)
-    found = [np.zeros((0, width), np.float32)], [np.zeros((0, width), np.int64)]
-    for queries_QD in self._query_blocks(queries):
-      here = find_fn(queries_QD, self._lists_of(queries_QD), width)
-      for parts, part in zip(found, here, strict=True):
-        parts.append(part)
-    scores_QK, ids_QK = map(np.concatenate, found)
+    found = [
+      find_fn(queries_QD, self._lists_of(queries_QD), width)
+      for queries_QD in self._query_blocks(queries)
+    ]
+    if not found:
+      found = [(np.zeros((0, width), t) for t in (np.float32, np.int64))]
+    scores_QK, ids_QK = map(_concatenate, zip(*found, strict=True))
     if k > width:
       worst = np.inf if is_distance else -np.inf
       room = (0, 0), (0, k - width)
@@ -405,9 +406,24 @@ class BaseIVF:
       ids_QK = np.pad(ids_QK, room, constant_values=-1)
     return scores_QK, ids_QK
 
+  def _is_plain(self, queries) -> bool:
+    """Whether queries are one good block as they are: checked sooner so."""
+    return (
+      type(queries) is np.ndarray
+      and queries.dtype == np.float32
+      and queries.shape[1:] == (self.ndim,)
+      and 0 < len(queries) <= _MOST_QUERIES
+      and queries.flags.c_contiguous
+      and float(np.abs(queries).max()) <= values.LARGEST  # No NaN is.
+    )
+
   def _query_blocks(self, queries):
     """Yields blocks of checked queries, float32, of length 1 for the cosine."""
     self._check_trained()
+    if self._is_plain(queries):
+      is_cosine = self.metric == "cosine"
+      yield unit.normalise(queries, name="queries") if is_cosine else queries
+      return
     queries = np.asarray(queries) if isinstance(queries, list) else queries
     if getattr(queries, "ndim", 2) == 1:
       queries = queries[None]
@@ -423,3 +439,7 @@ def _read(vectors, start: int, stop: int) -> np.ndarray:
     name=formats.name_of(vectors),
     first_row=start + getattr(vectors, "first_row", 0),
   )
+
+
+def _concatenate(parts) -> np.ndarray:
+  return parts[0] if len(parts) == 1 else np.concatenate(parts)

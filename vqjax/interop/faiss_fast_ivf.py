@@ -43,7 +43,10 @@ def best_lists(
   comes first, and stays if there is no room for both.
   """
   wanted = min(num + 1, coarse.ntotal)  # One more shows what is equal.
-  scores_NP, lists_NP = coarse.search(x_ND, wanted)
+  scores_NP = np.empty((len(x_ND), wanted), np.float32)
+  lists_NP = np.empty(scores_NP.shape, np.int64)
+  pointers = map(faiss.swig_ptr, (scores_NP, lists_NP))
+  coarse.search_c(len(x_ND), faiss.swig_ptr(x_ND), wanted, *pointers)
   is_equal_N = (scores_NP[:, 1:] == scores_NP[:, :-1]).any(axis=1)
   for row in np.flatnonzero(is_equal_N):
     scores_NP[row], lists_NP[row] = _best_of_all(coarse, x_ND[row], wanted)
@@ -69,10 +72,14 @@ def exact_scores(
   found_QR = np.empty(rows_QR.shape, np.float32)
   is_l2 = metric == "l2"
   score = faiss.fvec_L2sqr_by_idx if is_l2 else faiss.fvec_inner_products_by_idx
+  threads = faiss.omp_get_max_threads()
+  if len(rows_QR) == 1:  # It would wait for threads that have nothing to do.
+    faiss.omp_set_num_threads(1)
   score(
     *map(faiss.swig_ptr, (found_QR, queries_QD, x_ND, rows_QR)),
     *(queries_QD.shape[1], *rows_QR.shape),
   )
+  faiss.omp_set_num_threads(threads)
   if is_l2:
     np.negative(found_QR, out=found_QR)
   found_QR[rows_QR < 0] = -np.inf

@@ -25,6 +25,7 @@ _MOST_FOUND = 1 << 22  # Candidates held for a block of queries, and per thread.
 _MOST_PRODUCTS = 1 << 19  # Numbers of a product: they stay in the cache.
 _MOST_QUERIES = 8192  # Of a block.
 _GROUPED_FROM = 2  # Queries that probe a list, on average, for it to pay.
+_SHARED_FROM = 512  # Vectors of a query for each thread.
 _PIECES = 4  # Of the work of each thread, so that all end together.
 _ROUNDING = 4 * float(np.finfo(np.float32).eps)
 
@@ -62,22 +63,22 @@ def search(
     num_threads: Threads that many queries are searched by.
   """
   num_queries, nprobe = probes_QP.shape
-  scores_QK = np.full((num_queries, k), -np.inf, np.float32)
-  ids_QK = np.full((num_queries, k), -1, np.int64)
-  if not len(lists):
-    return scores_QK, ids_QK
   if num_queries * nprobe >= _GROUPED_FROM * len(lists.sizes_L):
-    args, num_first = (score_fn, num_threads), _first_probes(lists, nprobe, k)
+    num_first = _first_probes(lists, nprobe, k)
     block, search_fn = _block_size(lists, num_first, k), _search_grouped
   else:
-    args, search_fn, block = (score_fn,), _search_each, 1
+    block, search_fn = 1, _search_each
     if num_queries > 1:
       block = max(_MOST_FOUND // _largest(lists, nprobe), 1)
-  for start in range(0, num_queries, block):
-    rows = slice(start, start + block)
-    scores_QK[rows], ids_QK[rows] = search_fn(
-      lists, queries_QD[rows], probes_QP[rows], k, *args
-    )
+  args = k, score_fn, num_threads
+  if num_queries <= block:
+    return search_fn(lists, queries_QD, probes_QP, *args)
+  starts = range(0, num_queries, block)
+  found = [
+    search_fn(lists, queries_QD[i : i + block], probes_QP[i : i + block], *args)
+    for i in starts
+  ]
+  scores_QK, ids_QK = map(np.concatenate, zip(*found, strict=True))
   return scores_QK, ids_QK
 
 
@@ -108,20 +109,23 @@ def _block_size(lists: FlatLists, first: int, k: int) -> int:
   return int(np.clip(_MOST_FOUND // num, 64, _MOST_QUERIES))
 
 
-def _search_each(lists, queries_QD, probes_QP, k, score_fn):
+def _search_each(lists, queries_QD, probes_QP, k, score_fn, num_threads):
   """Scores and ids of the best of each query, all of whose slots are scored."""
   scores_QK = np.full((len(queries_QD), k), -np.inf, np.float32)
   ids_QK = np.full(scores_QK.shape, -1, np.int64)
   slots = [_slots_of(lists, probes_P) for probes_P in probes_QP]
-  slots_QC = np.full((len(slots), max(map(len, slots), default=0)), -1)
-  for slots_C, row_C in zip(slots, slots_QC, strict=True):
-    row_C[: len(slots_C)] = slots_C
-  found_QC = score_fn(queries_QD, slots_QC)
-  for number, slot_C in enumerate(slots):
-    score_C = found_QC[number, : len(slot_C)]
-    if len(slot_C) > k:
-      least = np.partition(score_C, len(slot_C) - k)[len(slot_C) - k]
-      kept = np.flatnonzero(score_C >= least)
+  if len(slots) == 1:
+    found = [_score_one(queries_QD, slots[0], score_fn, num_threads)]
+  else:
+    slots_QC = np.full((len(slots), max(map(len, slots), default=0)), -1)
+    for slot_C, row_C in zip(slots, slots_QC, strict=True):
+      row_C[: len(slot_C)] = slot_C
+    found = score_fn(queries_QD, slots_QC)
+  for number, (slot_C, score_C) in enumerate(zip(slots, found, strict=True)):
+    score_C, num = score_C[: len(slot_C)], len(slot_C)
+    if num > k:
+      least = np.partition(score_C, num - k)[num - k]
+      kept = (score_C >= least).nonzero()[0]
       score_C, slot_C = score_C[kept], slot_C[kept]
     id_C = lists.ids_N[slot_C]
     order_K = np.lexsort((id_C, -score_C))[:k]
@@ -130,14 +134,28 @@ def _search_each(lists, queries_QD, probes_QP, k, score_fn):
   return scores_QK, ids_QK
 
 
+def _score_one(query_1D, slot_C, score_fn, num_threads: int) -> np.ndarray:
+  """Scores of one query, whose slots threads share: as if of many queries."""
+  num = len(slot_C)
+  num_parts = max(min(num_threads, num // _SHARED_FROM), 1)
+  if num_parts == 1:
+    return score_fn(query_1D, slot_C[None])[0]
+  width = -(-num // num_parts)
+  slots_QR = np.full(num_parts * width, -1)
+  slots_QR[:num] = slot_C
+  queries_QD = np.repeat(query_1D, num_parts, axis=0)
+  return score_fn(queries_QD, slots_QR.reshape(num_parts, width)).ravel()
+
+
 def _slots_of(lists: FlatLists, probes_P) -> np.ndarray:
   """All slots of some lists."""
   probes_P = probes_P[probes_P >= 0]
   size_P = lists.sizes_L[probes_P]
-  stop_P = np.cumsum(size_P)
-  num = stop_P[-1] if len(stop_P) else 0
+  stop_P = size_P.cumsum()
   shift_P = lists.starts[probes_P] - stop_P + size_P
-  return np.repeat(shift_P, size_P) + np.arange(num)
+  slots = shift_P.repeat(size_P)
+  slots += np.arange(len(slots))
+  return slots
 
 
 def _search_grouped(lists, queries_QD, probes_QP, k, score_fn, num_threads):

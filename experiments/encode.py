@@ -3,11 +3,11 @@ r"""Turns a file of vectors into codes.
   vqjax encode --codec=runs/qinco2_s --data=base.bvecs --output=codes.npy
   vqjax encode --codec=runs/qinco2_s --data=base.bvecs --output=codes.bin --raw
 
-Codes are int32 `[N, M]` in a .npy file; for an IVF model the list number comes
-first. --raw packs every code into the bits it needs, rows padded to whole
-bytes, without a header: exactly N*M bytes for 8-bit codes. codes.npy.json says
-what made them. Memory does not grow with the file. The same command run again
-says that all is done.
+Codes are int32 `[N, M]` in a .npy file, or lists in a column of a .parquet; for
+an IVF model the list number comes first. --raw packs every code into the bits
+it needs, rows padded to whole bytes, without a header: exactly N*M bytes for
+8-bit codes. codes.npy.json says what made them. Memory does not grow with the
+file. The same command run again says that all is done.
 
 Vectors are encoded by the rule that is stored with the codec. A released codec
 has the published one (A candidates of each of B hypotheses); --rule=joint asks
@@ -28,7 +28,8 @@ Run again, the same command keeps the finished shards and makes the others. It
 refuses a folder of another codec, data file or other options.
 
 --ids=COLUMN of items.parquet#embedding, or a file, keeps item ids beside the
-codes, in codes.npy.ids.txt or codes/ids.txt; build_index takes them over.
+codes, in codes.npy.ids.txt or codes/ids.txt, or in the column id of a .parquet;
+build_index takes them over.
 
   vqjax encode --verify --output=codes [--codec=... --data=...]
 
@@ -110,7 +111,7 @@ def run(config) -> dict:
     logging.info("%s is made already.\nNext:\n  %s", config.output, after)
   else:
     item_ids.save_beside(config.output, ids_N, overwrite=config.overwrite)
-    _write_file(config, meta, blocks_fn, after)
+    _write_file(config, meta, blocks_fn, after, ids_N)
   return {"output": config.output, "shape": tuple(meta["shape"])}
 
 
@@ -163,10 +164,10 @@ def _check_output(config, num_shards: int) -> None:
       f"--output={output} is a folder: give --shards=n or --shard=i/n to fill "
       "it, or name a file."
     )
-  if (output.suffix == ".npy") == config.raw:
+  if (output.suffix in (".npy", ".parquet")) == config.raw:
     raise ValueError(
-      "--output must end in .npy, and in anything else with --raw; a folder "
-      f"needs --shards=n; got {output}."
+      "--output must end in .npy or .parquet, and in anything else with --raw; "
+      f"a folder needs --shards=n; got {output}."
     )
   files.check_output(output, config.overwrite, described=True)
 
@@ -189,7 +190,7 @@ def _command(config, knobs: dict) -> str:
   return shlex.join(["vqjax", "encode", *words])
 
 
-def _write_file(config, meta, blocks_fn, after: str) -> None:
+def _write_file(config, meta, blocks_fn, after: str, ids_N) -> None:
   """Writes all codes into one file, and their description next to it."""
   with cli.progress(meta["shape"][0], "encode") as done:
     blocks = blocks_fn(progress=done)
@@ -199,7 +200,7 @@ def _write_file(config, meta, blocks_fn, after: str) -> None:
       if config.raw:
         _write_raw(temporary, meta["codebook_sizes"], blocks)
       else:
-        formats.write_vectors(temporary, blocks, dtype=np.int32)
+        _write_table(temporary, blocks, ids_N)
   logging.info(
     "%d vectors, %d codes each, in %s; what made them in %s.\nNext:\n  %s",
     *meta["shape"],
@@ -207,6 +208,13 @@ def _write_file(config, meta, blocks_fn, after: str) -> None:
     files.description_path(config.output),
     after,
   )
+
+
+def _write_table(path, blocks, ids_N) -> None:
+  """Writes a .npy, or columns of a .parquet."""
+  if path.suffix == ".parquet":
+    path = f"{path}#codes"
+  formats.write_vectors(path, blocks, dtype=np.int32, ids_N=ids_N)
 
 
 def _write_raw(path, sizes, blocks) -> None:
@@ -279,6 +287,7 @@ def _after(config, codec, num_shards: int, num_vectors: int) -> str:
     ]
   elif not codec.is_ivf:
     num_lists = index_build.default_lists(num_vectors)
+    data += f" {flag('ids')}" if config.ids else ""
     commands.append(
       f"build_index {flag('codec')} {data} --num_lists={num_lists} "
       "--output=my_index"

@@ -111,7 +111,7 @@ def test_a_released_checkpoint_encodes(tmp_path):
   ("values", "error", "message"),
   [
     (dict(data="no.bvecs"), OSError, "no.bvecs"),
-    (dict(data=str(ROOT)), ValueError, "is a folder; name a file"),
+    (dict(data=str(ROOT)), FileNotFoundError, "this folder has no vectors"),
     (
       dict(output="codes.txt"),
       ValueError,

@@ -335,7 +335,7 @@ class Codes:
 
 
 def open_codes(path) -> Codes:
-  """Opens a folder of shards, or a .npy of integers `[N, M]`, for reading.
+  """Opens a folder of shards, or a table of integers `[N, M]`, for reading.
 
   Or the codes of the program released with QINCo2, see `npz_codes`.
 

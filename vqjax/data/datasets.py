@@ -18,7 +18,7 @@ import pathlib
 import shlex
 
 from vqjax import shipped
-from vqjax.data import formats, unit
+from vqjax.data import formats, hdf5, unit
 
 METRICS = ("l2", "ip", "cosine")
 SPLITS = ("train", "base", "queries", "groundtruth")
@@ -30,6 +30,9 @@ _ROLES = {
   "groundtruth": "ground truth",
 }
 _MILLION = 1_000_000
+# Of ann-benchmarks and VIBE.
+_DISTANCES = {"euclidean": "l2", "l2": "l2", "ip": "ip", "dot": "ip"}
+_DISTANCES |= dict.fromkeys(("angular", "cosine", "normalized"), "cosine")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,9 +168,13 @@ def get_dataset(name: str, root=None) -> Dataset:
   """Looks up a data set by name; its paths lie under `root` or VQJAX_DATA."""
   found = [d for d in (*_BUNDLED, *_NAMED) if d.name == name]
   if not found:
+    for path in (data_root(root) / name, data_root(root) / f"{name}.hdf5"):
+      if path.suffix in (".hdf5", ".h5") and path.is_file():
+        return _benchmark(name, path)
     raise ValueError(
-      f"Unknown data set {name!r}; the known ones are {', '.join(NAMES)}. For "
-      "files of your own give their paths instead."
+      f"Unknown data set {name!r}; the known ones are {', '.join(NAMES)}, and "
+      f"NAME.hdf5 of ann-benchmarks or VIBE in {data_root(root)}. For files of "
+      "your own give their paths instead."
     )
   dataset = found[0]
   if dataset in _BUNDLED:
@@ -186,6 +193,38 @@ def get_dataset(name: str, root=None) -> Dataset:
       )
   paths = {part: _find(root, getattr(dataset, part)) for part in SPLITS}
   return dataclasses.replace(dataset, **paths, how_to_get=hint)
+
+
+def _benchmark(name: str, path: pathlib.Path) -> Dataset:
+  """The data set of an HDF5 file of ann-benchmarks or VIBE.
+
+  Such a file has the base in "train", which is trained on too, queries in
+  "test", and "neighbors". Its metric is its attribute "distance", else the end
+  of its name.
+  """
+  parts, distance = hdf5.describe(path)
+  distance = (distance or path.stem.rpartition("-")[2]).lower()
+  if distance not in _DISTANCES:
+    raise ValueError(
+      f"{path} has the distance {distance!r}, expected one of "
+      f"{', '.join(_DISTANCES)}; give its parts as files of your own, "
+      f"{path.name}#train, with a metric."
+    )
+  if missing := [p for p in ("train", "test") if p not in parts]:
+    raise ValueError(
+      f"{path} must have the data sets train and test as ann-benchmarks and "
+      f"VIBE name them, but has no {missing[0]}; it has {', '.join(parts)}."
+    )
+  has_truth = "neighbors" in parts
+  return Dataset(
+    name,
+    formats.open_vectors(f"{path}#train").shape[1],
+    train=f"{path}#train",
+    base=f"{path}#train",
+    queries=f"{path}#test",
+    groundtruth=f"{path}#neighbors" if has_truth else None,
+    metric=_DISTANCES[distance],
+  )
 
 
 def data_root(root=None) -> pathlib.Path:

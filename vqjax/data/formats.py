@@ -11,12 +11,18 @@ A file holds `N` vectors of `D` numbers. The suffix tells its layout:
   .hdf5 .h5              `file.hdf5#group/name` picks a data set, else "train"
                          or the only one
   .parquet               `file.parquet#column`, else the only column of lists
+  .csv                   a vector on each line, with or without a header
 
-Only a .npz is read whole: else `open_vectors` costs the same for a thousand
-vectors as for a billion. A .npy in Fortran order is read where it lies, but
-each row touches all of the file: slow if that is larger than memory.
+A folder, or a pattern such as `part-*.npy`, is all of its files, one after the
+other; `folder#column` picks a column of each.
+
+Only a .npz is read whole, and of a .csv the lines are counted: else
+`open_vectors` costs the same for a thousand vectors as for a billion. A .npy in
+Fortran order is read where it lies, but each row touches all of the file: slow
+if that is larger than memory.
 """
 
+import functools
 import itertools
 import os
 import pathlib
@@ -24,14 +30,23 @@ import re
 
 import numpy as np
 
-from vqjax.data import files, hdf5, numpy_files, parquet, rows, values
+from vqjax.data import (
+  csv_files,
+  files,
+  hdf5,
+  many_files,
+  numpy_files,
+  parquet,
+  rows,
+  values,
+)
 
 _VECS = {".bvecs": "<u1", ".fvecs": "<f4", ".ivecs": "<i4"}
 _BIN = {".fbin": "<f4", ".u8bin": "<u1", ".i8bin": "<i1", ".ibin": "<i4"}
 _HDF5 = (".hdf5", ".h5")
 _WITH_PARTS = dict.fromkeys(_HDF5, hdf5.open_rows)
 _WITH_PARTS |= {".npz": numpy_files.open_npz, ".parquet": parquet.open_rows}
-SUFFIXES = (*_VECS, *_BIN, ".npy", *_WITH_PARTS)
+SUFFIXES = (*_VECS, *_BIN, ".npy", ".csv", *_WITH_PARTS)
 _WITH_PART = re.compile(r"\.(hdf5|h5|npz|parquet)#", re.IGNORECASE)
 _MAX_DIM = 1_000_000
 _BLOCK_BYTES = 1 << 24
@@ -51,15 +66,16 @@ def open_vectors(path, *, max_vectors: int | None = None, role=None):
     FileNotFoundError: There is no file; the message names one that is near.
     ValueError: It holds no vectors, or is damaged.
   """
+  name = os.fspath(path)
   path, part = split_path(path)
   if max_vectors is not None and max_vectors < 1:
     raise ValueError(f"max_vectors must be at least 1, got {max_vectors}.")
-  suffix = _suffix(path)
-  if not path.is_file():
-    raise ValueError(f"{path} is not a regular file of vectors.")
-  if path.stat().st_size == 0:
-    raise ValueError(f"{path} is empty: expected vectors, got 0 bytes.")
-  vectors = _open(path, suffix, part)
+  paths = many_files.find(path, SUFFIXES)
+  if paths is None:
+    vectors = _open_file(path, part)
+  else:
+    open_fn = functools.partial(_open_file, part=part)
+    vectors = many_files.open_rows(name, paths, open_fn)
   if role:
     vectors.name += f" ({role})"
   if isinstance(vectors, rows.Rows):
@@ -67,12 +83,19 @@ def open_vectors(path, *, max_vectors: int | None = None, role=None):
   return vectors[:max_vectors]
 
 
-def _open(path: pathlib.Path, suffix: str, part: str | None):
+def _open_file(path: pathlib.Path, part: str | None):
+  suffix = _suffix(path)
+  if not path.is_file():
+    raise ValueError(f"{path} is not a regular file of vectors.")
+  if path.stat().st_size == 0:
+    raise ValueError(f"{path} is empty: expected vectors, got 0 bytes.")
   open_part_fn = _WITH_PARTS.get(suffix)
   if open_part_fn:
     return open_part_fn(path, part)
   if suffix == ".npy":
     return numpy_files.open_npy(path)
+  if suffix == ".csv":
+    return csv_files.open_rows(path)
   if suffix in _VECS:
     vectors = _open_vecs(path, np.dtype(_VECS[suffix]))
   else:
@@ -81,8 +104,15 @@ def _open(path: pathlib.Path, suffix: str, part: str | None):
 
 
 def split_path(path) -> tuple[pathlib.Path, str | None]:
-  """Splits `file.hdf5#name`; a `#` anywhere else belongs to the file name."""
+  """Splits `file.hdf5#name`; a `#` anywhere else belongs to the file name.
+
+  That is of a file with parts, or of a folder.
+  """
   text = os.fspath(path)
+  left, mark, part = text.rpartition("#")
+  is_folder = bool(left and mark) and files.user_path(left).is_dir()
+  if is_folder and not files.user_path(text).exists():
+    return files.user_path(left), part
   found = list(_WITH_PART.finditer(text))
   if found and not files.user_path(text).exists():
     left, part = text[: found[-1].end() - 1], text[found[-1].end() :]
@@ -90,15 +120,15 @@ def split_path(path) -> tuple[pathlib.Path, str | None]:
   return files.user_path(text), None
 
 
+def paths_of(path) -> list[pathlib.Path]:
+  """Returns the file of a path, or the files of a folder or pattern."""
+  path = split_path(path)[0]
+  return many_files.find(path, SUFFIXES) or [path]
+
+
 def _suffix(path: pathlib.Path) -> str:
   """The suffix in small letters; raises unless a file can be of that kind."""
   suffix = path.suffix.lower()
-  if path.is_dir():
-    found = [p.name for p in sorted(path.iterdir()) if _is_vectors(p)][:5]
-    listed = f", such as {', '.join(found)}" if found else ""
-    raise ValueError(
-      f"{path} is a folder; name a file of vectors in it{listed}."
-    )
   near = [] if path.exists() else _near(path)
   if suffix not in SUFFIXES and not near:
     packed = suffix in (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz")
@@ -110,10 +140,6 @@ def _suffix(path: pathlib.Path) -> str:
     hint = f"there is {', '.join(near)}" if near else "check the name"
     raise FileNotFoundError(f"There is no file {path}; {hint}.")
   return suffix
-
-
-def _is_vectors(path: pathlib.Path) -> bool:
-  return path.suffix.lower() in SUFFIXES
 
 
 def _near(path: pathlib.Path) -> list[str]:
@@ -205,12 +231,14 @@ def write_vectors(
   dtype=None,
   overwrite: bool = False,
   description: dict | None = None,
+  ids_N=None,
 ) -> int:
   """Writes vectors `[N, D]` in the format of the suffix; returns `N`.
 
   `x` is an array, or an iterable of blocks `[n, D]` in order, which are written
-  as they come. Only .npy and HDF5 leave a choice of `dtype`; None takes the
-  type of the first block. See `files.atomic_output` for the others.
+  as they come. Only .npy, HDF5 and Parquet leave a choice of `dtype`; None
+  takes the type of the first block. `ids_N` are ids of the rows, a column of
+  a .parquet. See `files.atomic_output` for the others.
   """
   path, part = split_path(path)
   suffix = _output_suffix(path)
@@ -233,12 +261,14 @@ def write_vectors(
   ) as temporary:
     if suffix in _HDF5:
       return hdf5.write_table(temporary, part, cast, first.shape[1], dtype)
+    if suffix == ".parquet":
+      return parquet.write_blocks(temporary, part or "vectors", cast, ids_N)
     return _write_flat(temporary, suffix, cast, first.shape[1], dtype)
 
 
 def _output_suffix(path: pathlib.Path) -> str:
   """The suffix in small letters; raises unless such files are written."""
-  suffixes = [s for s in SUFFIXES if s not in (".npz", ".parquet")]
+  suffixes = [s for s in SUFFIXES if s not in (".npz", ".csv")]
   if path.suffix.lower() not in suffixes:
     raise ValueError(
       f"{path.name!r} cannot be written: the suffix must be one of "

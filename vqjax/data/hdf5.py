@@ -63,6 +63,17 @@ def open_rows(path, part: str | None):
   return rows.mapped(np.memmap(path, dtype, "r", offset, shape), name)
 
 
+def describe(path) -> tuple[list[str], str | None]:
+  """Returns names of data sets, and the attribute "distance" of the file."""
+  h5py = _import_h5py()
+  file = _ask(path, lambda: h5py.File(path, "r", locking="best-effort"))
+  with file:
+    distance = _ask(path, lambda: file.attrs.get("distance"))
+    is_bytes = isinstance(distance, bytes)
+    distance = distance.decode(errors="replace") if is_bytes else distance
+    return _tables(file), distance if isinstance(distance, str) else None
+
+
 def _ask(name, fn):
   """Returns `fn()`; an error of HDF5 becomes one that names the file."""
   try:

@@ -8,7 +8,8 @@ of the Parquet file that has the vectors, or from a file of their own:
   file.parquet#column    integers or text
 
 Our outputs keep them beside the file whose rows they name, in FILE.ids.txt, or
-ids.txt in a folder. The description of that file has their checksum.
+ids.txt in a folder; a .parquet has them in its column "id". The description of
+that file has their checksum.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from vqjax.data import files, formats, numpy_files, parquet
 
 KIND = ("vqjax item ids", 1)
 FLAG_HELP = (
-  "Item ids, kept through to the results: a column of the Parquet file, or a "
+  "Item ids, kept through to the results: a column of the Parquet files, or a "
   ".npy, a .txt with an id a line, or file.parquet#column."
 )
 _SUFFIXES = (".npy", ".txt", ".parquet")
@@ -124,10 +125,11 @@ def _load(source: str, data) -> tuple[str, np.ndarray]:
   path, column = formats.split_path(source)
   if data is not None:
     table = formats.split_path(data)[0]
-    if table.suffix.lower() == ".parquet" and table.is_file():
-      columns = parquet.column_names(table)
+    tables = [p for p in formats.paths_of(data) if p.is_file()]
+    if tables and tables[0].suffix.lower() == ".parquet":
+      columns = parquet.column_names(tables[0])
       if source in columns:
-        return f"{table}#{source}", parquet.read_ids(table, source)
+        return f"{table}#{source}", _read_column(tables, source)
   if not path.is_file():
     hint = f"; {table} has the columns {', '.join(columns)}" if columns else ""
     raise FileNotFoundError(
@@ -151,6 +153,19 @@ def _load(source: str, data) -> tuple[str, np.ndarray]:
     f"{path} cannot hold item ids: the suffix must be one of "
     f"{', '.join(_SUFFIXES)}."
   )
+
+
+def _read_column(tables, column: str) -> np.ndarray:
+  """Ids of a column of Parquet files, one after the other."""
+  parts = [parquet.read_ids(table, column) for table in tables]
+  for table, ids_n in zip(tables, parts, strict=True):
+    if ids_n.dtype != parts[0].dtype:
+      kind = "integers" if ids_n.dtype.kind == "i" else "text"
+      raise ValueError(
+        f"{table}#{column} holds {kind}, but {tables[0]}#{column} does not; "
+        "ids must be of one kind: write the column anew."
+      )
+  return np.concatenate(parts)
 
 
 def _read_text(path: pathlib.Path) -> np.ndarray:
@@ -206,13 +221,18 @@ def path_beside(path) -> pathlib.Path:
   )
 
 
+def _has_column(path) -> bool:
+  """Whether a file has the ids of its rows itself, in a column."""
+  return pathlib.Path(path).suffix.lower() == ".parquet"
+
+
 def save_beside(path, ids_N: np.ndarray | None, *, overwrite=False) -> None:
   """Writes the ids of the rows of a file or folder, unless they are there.
 
   To be called before the file is written: a file that is there has its ids.
   Ids that were left behind by a stopped command are replaced.
   """
-  if ids_N is None:
+  if ids_N is None or _has_column(path):
     return
   beside = path_beside(path)
   is_ours = bool(beside.is_file() and files.read_description(beside, KIND))
@@ -236,13 +256,13 @@ def load_beside(path, info: dict, num: int) -> np.ndarray | None:
   wanted = info.get("ids_checksum")
   if not wanted:
     return None
-  beside = path_beside(path)
-  if not beside.is_file():
+  beside, has_column = path_beside(path), _has_column(path)
+  if not (has_column or beside.is_file()):
     raise FileNotFoundError(
       f"{beside} is missing, the item ids of {path}; bring it back, or make "
       f"{path} again."
     )
-  ids_N = read(beside, num)
+  ids_N = read(f"{path}#{parquet.ID}" if has_column else beside, num)
   if checksum(ids_N) != wanted:
     raise ValueError(
       f"{beside} has other item ids than {path} was made with; bring them "

@@ -18,6 +18,7 @@ from absl import logging
 
 from vqjax.data import rows
 
+ID = "id"  # Our own column of item ids.
 _PIECE_BYTES = 1 << 24
 _FEW_BYTES = 1 << 26  # Of pieces that are kept, see above.
 _MOST_BYTES = 1 << 31
@@ -307,9 +308,34 @@ def read_ids(path, column: str) -> np.ndarray:
     return found.cast(pa.large_string()).to_numpy().astype(object)
 
 
+def write_blocks(path, column: str, blocks, ids_N=None) -> int:
+  """Writes blocks `[n, D]` as a column of lists as they come; returns `N`.
+
+  `ids_N` are integers or text, which become the column "id" before it.
+  """
+  pa, writer, num = _import_parquet(), None, 0
+  try:
+    for block_nD in blocks:
+      columns = {column: block_nD}
+      if ids_N is not None:
+        columns = {ID: ids_N[num : num + len(block_nD)], **columns}
+      table = _table(pa, columns)
+      writer = writer or pa.parquet.ParquetWriter(path, table.schema)
+      writer.write_table(table)
+      num += len(block_nD)
+  finally:
+    if writer:
+      writer.close()
+  return num
+
+
 def write(path, columns: dict[str, np.ndarray]) -> None:
   """Writes arrays `[N]` and `[N, D]` as columns, the latter as lists."""
   pa = _import_parquet()
+  pa.parquet.write_table(_table(pa, columns), path)
+
+
+def _table(pa, columns: dict[str, np.ndarray]):
   arrays = {}
   for name, array in columns.items():
     if array.ndim == 2 and array.dtype.kind != "O":
@@ -317,4 +343,4 @@ def write(path, columns: dict[str, np.ndarray]) -> None:
       arrays[name] = pa.FixedSizeListArray.from_arrays(flat, array.shape[1])
     else:
       arrays[name] = pa.array(array.tolist())
-  pa.parquet.write_table(pa.table(arrays), path)
+  return pa.table(arrays)

@@ -71,7 +71,8 @@ def test_ids_are_a_column_of_all_files(tmp_path):
   for i, rows in enumerate(np.array_split(np.arange(50), 11)):
     columns = {"item": names[rows], "v": X[rows]}
     parquet.write(folder / f"{i}.parquet", columns)
-  for data in (folder, f"{folder}#v", folder / "*.parquet", f"{folder}/*.parquet#v"):
+  pattern = folder / "*.parquet"
+  for data in (folder, f"{folder}#v", pattern, f"{pattern}#v"):
     got = item_ids.read("item", 50, data=data)
     np.testing.assert_array_equal(got, names)
   parquet.write(folder / "9.parquet", {"item": np.arange(5), "v": X[:5]})
@@ -104,7 +105,7 @@ def test_what_is_no_set_of_files_is_refused(tmp_path):
   with pytest.raises(ValueError, match=r"2.npy has dimension 3, but .* has 4"):
     formats.open_vectors(tmp_path)
   formats.write_vectors(tmp_path / "x.fvecs", X)
-  with pytest.raises(ValueError, match=r"different kinds, x.fvecs and .* as .*\.fvecs"):
+  with pytest.raises(ValueError, match=r"kinds, x.fvecs and .* as .*\.fvecs"):
     formats.open_vectors(tmp_path)
 
 

@@ -69,10 +69,10 @@ class _Reader:
     if found_ND.shape == (len(lines), dim) and dim:
       return found_ND
     row, found = next(self._bad(lines, dim))
+    text = lines[row].strip()[:60].decode(errors="replace")
     raise rows.VectorFileError(
       f"{self._path} must have {dim or 'some'} numbers on each line, got "
-      f"{found} in row {first + row}, "
-      f"{lines[row].strip()[:60].decode(errors='replace')!r}; repair or remove it."
+      f"{found} in row {first + row}, {text!r}; repair or remove it."
     )
 
   def _bad(self, lines, dim: int):

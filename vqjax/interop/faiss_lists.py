@@ -5,6 +5,7 @@ faiss keeps a vector as the packed bits of its code and a byte for the squared
 norm of the sum of its codewords.
 """
 
+import functools
 from typing import NamedTuple
 
 import faiss
@@ -205,10 +206,10 @@ def make_rows_fn(contents: Contents):
     codes = np.column_stack([lists, contents.codes_NM[rows]]).astype(np.int32)
     rq.pack_codes(len(part), faiss.swig_ptr(codes), faiss.swig_ptr(part))
 
-  def decode(rows_N):
+  def decode(packed, rows_N):
     return rq.decode(packed[rows_N])
 
-  return decode
+  return functools.partial(decode, packed)
 
 
 def pack(index, codes_NM) -> np.ndarray:

@@ -16,6 +16,7 @@ import numpy as np
 from vqjax.codecs import additive, pairwise, registry, runner
 from vqjax.data import row_ids
 from vqjax.interop import (
+  faiss_bytes,
   faiss_fastscan,
   faiss_io,
   faiss_ivf,
@@ -23,7 +24,7 @@ from vqjax.interop import (
   foreign_index,
   torch_pairwise,
 )
-from vqjax.search import ivf, pipeline, refiners, residual_bits
+from vqjax.search import footprint, ivf, pipeline, refiners, residual_bits
 from vqjax.storage import codec_file, decoder_file, refiner_file
 
 
@@ -136,8 +137,16 @@ def make_searcher(
       refiner=None if refiner is None else _make_refiner(refiner, contents),
       metric=metric,
       is_cosine=is_cosine,
+      bytes_fn=partial(_bytes, index, decode_fn, pairwise_fn),
     )
   )
+
+
+def _bytes(index, decode_fn, pairwise_fn) -> dict[str, int]:
+  """Bytes in memory of index, codec and pairwise decoder."""
+  found = faiss_bytes.by_part(index)
+  found["tables"] += footprint.array_bytes(pairwise_fn)
+  return found | {"codec": footprint.array_bytes(decode_fn)}
 
 
 def refill(index, searcher: pipeline.Searcher) -> None:
@@ -216,13 +225,18 @@ def _make_refiner(found, contents) -> refiners.Refiner:
     )
     return rows_fn(ids_QK), distances_QK
 
+  codewords_fn = faiss_ivf.make_rows_fn(contents)
+  num_bytes = faiss_bytes.by_part(found.index)
+  num_bytes["refiner"] = num_bytes.pop("codes")
+  num_bytes["rows"] = footprint.array_bytes(rows_fn, codewords_fn)
   return refiners.fastscan(
     scan,
-    faiss_ivf.make_rows_fn(contents),
+    codewords_fn,
     faiss_io.distances_to,
     faiss_io.thread_pool().map,
     codewords_weight=found.info["codewords_weight"],
     network_weight=found.info["network_weight"],
+    num_bytes=num_bytes,
   )
 
 
@@ -232,15 +246,14 @@ def _make_rows_of(ids_N):
   if most <= 4 * len(ids_N):  # Several times as fast as to search.
     row_of_id = np.full(most + 1, -1, np.int32)
     row_of_id[ids_N] = np.arange(len(ids_N), dtype=np.int32)
-    return lambda ids: row_of_id[ids]
+    return partial(np.take, row_of_id, mode="wrap")
   order_N = np.argsort(ids_N).astype(np.int32)
-  sorted_N = ids_N[order_N]
 
-  def rows(ids):
+  def rows(sorted_N, order_N, ids):
     at = np.searchsorted(sorted_N, np.maximum(ids, sorted_N[0]))
     return np.where(ids < 0, -1, order_N[at])
 
-  return rows
+  return partial(rows, ids_N[order_N], order_N)
 
 
 def refiner_bytes(path, index_info: dict) -> int:

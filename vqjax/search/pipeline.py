@@ -31,7 +31,8 @@ from vqjax import devices
 from vqjax.core import check_range
 from vqjax.data import row_ids, unit
 from vqjax.data.formats import check_vectors, to_float32
-from vqjax.search import ivf
+from vqjax.search import footprint, ivf
+from vqjax.search.footprint import Footprint
 from vqjax.search.refiners import Refiner, round_up, weighted
 
 STAGES = ("coarse", "scan", "refine", "pairwise", "network")
@@ -63,6 +64,8 @@ class Parts(NamedTuple):
   # distances without the norms.
   metric: str = "l2"
   is_cosine: bool = False  # Vectors are of length 1; queries are made so.
+  # Bytes in memory of what the functions above keep, see `footprint`.
+  bytes_fn: Callable[[], dict[str, int]] = dict
 
 
 class Result(NamedTuple):
@@ -114,6 +117,24 @@ class Searcher:
   def dim(self) -> int:
     """Dimensions of the vectors."""
     return self.parts.lists.words_DZ.shape[0]
+
+  def footprint(self, disk: dict[str, int] | None = None) -> Footprint:
+    """Returns the bytes it takes; `disk` are those of the files, by part."""
+    lists, ids = self.parts.lists, row_ids.num_bytes(self.parts.ids_N)
+    tables = lists.words_DZ.nbytes
+    norms = lists.norm_N.nbytes if self.parts.metric != "ip" else 0
+    codes = lists.packed_NW.nbytes
+    rest = footprint.array_bytes(lists) - tables - norms - codes
+    ram = {"codes": codes, "norms": norms, "ids": ids["ram"]}
+    ram |= {"centroids": rest, "tables": tables}
+    if self._has_own_scan:
+      ram["rows"] = self._list_of_N.nbytes
+    refiner = self.parts.refiner
+    sizes = [self.parts.bytes_fn(), (refiner and refiner.num_bytes) or {}]
+    for name, size in (item for found in sizes for item in found.items()):
+      ram[name] = ram.get(name, 0) + size
+    ram = {name: size for name, size in ram.items() if size}
+    return Footprint(len(self.parts.ids_N), ram, disk or {})
 
   def search(
     self,

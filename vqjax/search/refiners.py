@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from vqjax.search import residual_bits
+from vqjax.search import footprint, residual_bits
 
 KINDS = ("rabitq", "fastscan")
 # Of the network's distances against those by residual bits. The best of .2 to
@@ -39,6 +39,7 @@ class Refiner(NamedTuple):
   network_weight: float
   scan_fn: Callable | None = None  # (xq_QD, probes_QP, k) -> rows, distances.
   map_fn: Callable | None = None
+  num_bytes: dict[str, int] | None = None  # In memory, see `footprint`.
 
 
 def rabitq(bits: residual_bits.ResidualBits) -> Refiner:
@@ -52,7 +53,14 @@ def rabitq(bits: residual_bits.ResidualBits) -> Refiner:
     args = (np.pad(x, pad, "edge") for x in (queries_QD, rows_QC, scanned_QC))
     return np.asarray(compiled_fn(bits, *args))[:num]
 
-  return Refiner("rabitq", distances, _RABITQ_NETWORK_WEIGHT)
+  shared = bits.rotation_DE.nbytes
+  num_bytes = {
+    "refiner": footprint.array_bytes(bits) - shared,
+    "tables": shared,
+  }
+  return Refiner(
+    *("rabitq", distances, _RABITQ_NETWORK_WEIGHT), num_bytes=num_bytes
+  )
 
 
 def fastscan(
@@ -63,6 +71,7 @@ def fastscan(
   *,
   codewords_weight: float,
   network_weight: float,
+  num_bytes: dict[str, int] | None = None,
 ) -> Refiner:
   """Returns the refiner of 4-bit codes that are scanned by `scan_fn`.
 
@@ -73,6 +82,7 @@ def fastscan(
     map_fn: See `Refiner`.
     codewords_weight: Of distances by codewords, against distances of the scan.
     network_weight: See `Refiner`.
+    num_bytes: See `Refiner`.
   """
 
   def distances(queries_QD, rows_QC, scanned_QC):
@@ -84,7 +94,9 @@ def fastscan(
     )
     return weighted(by_codewords_QC, scanned_QC, codewords_weight)
 
-  return Refiner("fastscan", distances, network_weight, scan_fn, map_fn)
+  return Refiner(
+    *("fastscan", distances, network_weight, scan_fn, map_fn, num_bytes)
+  )
 
 
 def weighted(new_QC, old_QC, weight: float):

@@ -39,8 +39,9 @@ import vqjax
 from experiments.lib import cli, codecs, inputs
 from vqjax import index as index_lib
 from vqjax.codecs import additive
-from vqjax.data import files, item_ids
+from vqjax.data import files, item_ids, row_ids
 from vqjax.interop import faiss_ivf
+from vqjax.search import footprint
 from vqjax.storage import codec_file, index_folder
 
 REQUIRED = ("output",)
@@ -90,6 +91,7 @@ _OF_SEARCH = (
   "dtype",
   "assign",
 )  # Options of encoding --data.
+_ID_BYTES = 4  # In the file of ids in list order; rows are below 2^32.
 _BLOCK = 65536  # Codes read and added at a time.
 _KEPT = (  # In a description, of the parts that are merged.
   *("codec", "codec_fingerprint", "decoders_fingerprint", "is_cosine"),
@@ -180,10 +182,14 @@ def _build_folder(config) -> dict:
     )
     index.save(folder, overwrite=config.overwrite, made_of=made_of)
   logging.info(
-    "%d vectors in %s: %s, %d bytes per vector for code, norm and id.\nNext:\n"
+    "%d vectors in %s: %s. For a search %s.\nNext:\n"
     "  vqjax search --index=%s%s --output=search.json",
     *(len(index), cli.count(index.num_lists, "list"), config.output),
-    *(index.num_bytes, shlex.quote(config.output), _data_flags(config, codec)),
+    *(
+      index.footprint(),
+      shlex.quote(config.output),
+      _data_flags(config, codec),
+    ),
   )
   return {
     "output": config.output,
@@ -220,7 +226,7 @@ def _prepare(config):
     **item_ids.describe(source.ids_N),
   }
   # Codes, norms and ids; centroids and a graph of them take more.
-  num_bytes = len(rows) * (len(codewords.codebooks_MKD) + 9)
+  num_bytes = len(rows) * (len(codewords.codebooks_MKD) + 9 + _ID_BYTES)
   make_fn = lambda: _fill(config, codec, codewords, source, rows)
   return info, num_bytes, make_fn, source.ids_N, _data_flags(config, codec)
 
@@ -382,11 +388,14 @@ def _join(rows) -> list[list[int]]:
 def _report(config, info: dict, data_flags: str) -> dict:
   """Says what was written, what is missing, and what to run next."""
   output, num_rows = config.output, info["num_rows"]
+  beside = footprint.file_bytes(row_ids.path_beside(output))
   logging.info(
-    "%d vectors in %s: %s, %d bytes per vector for code, norm and id, %.1f MB "
-    "with centroids and codewords; what it is in %s.",
+    "%d vectors in %s: %s, %d bytes per vector in memory for code and norm; on "
+    "disk %d more for ids, 8 in the file of faiss and %d in list order, which "
+    "a search maps; %.1f MB with centroids and codewords; what it is in %s.",
     *(info["num_vectors"], cli.count(info["num_lists"], "list"), output),
-    *(faiss_ivf.code_bytes(info) + 8, info["bytes"] / 1e6),
+    *(faiss_ivf.code_bytes(info), 8 + _ID_BYTES, _ID_BYTES),
+    (info["bytes"] + beside) / 1e6,
     files.description_path(output),
   )
   stops = [0, *[stop for _, stop in info["rows"]]]

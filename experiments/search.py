@@ -28,8 +28,13 @@ are the microseconds per query of each stage. decoded is the number of vectors
 that the network decoded per query; one that several queries share counts once.
 
 Times are with all threads; --threads=1 keeps JAX and faiss to one CPU.
-Bytes are of a vector in the lists, without its id. IVF-RaBitQ takes one
-bit for each dimension of the randomly rotated vector, plus 8 bytes.
+The last table has the bytes of each index: those that every vector takes in
+memory (code, norm, id, refiner), those that all vectors share (centroids,
+graph, tables, codec), and both together per vector, as the files on disk.
+IVF-RaBitQ takes one bit for each dimension of the randomly rotated vector, plus
+8 bytes. An index of faiss also has an id of 8 bytes per vector in memory; ours
+maps a file of ids. In the JSON, `bytes` are of code, norm and refiner alone,
+`memory` is all.
 
 --decode_all needs no index: it decodes all codes by the network and searches
 the decoded vectors exactly.
@@ -56,6 +61,7 @@ from vqjax.core import check_range
 from vqjax.data import files
 from vqjax.interop import (
   faiss_baselines,
+  faiss_bytes,
   faiss_hakes,
   faiss_ivf,
   searchers,
@@ -203,6 +209,10 @@ def run(config) -> dict:
     )
   train = search_data.open_train(codec, config) if names else None
   header = _header(config, codec, info, data, train, num_threads)
+  on_disk = searchers.disk_bytes(
+    *(config.codec, config.index, config.decoders, config.refiner)
+  )
+  header["memory"] = {codec.name: searcher.footprint(on_disk).to_json()}
   record = search_record.Record(config.output, header, resume=resume)
   search_fns = {
     codec.name: lambda xq_QD, **at: searcher.search(xq_QD, config.k, **at),
@@ -270,6 +280,8 @@ def _baseline_fns(config, names, ranges, like, train, data, record) -> dict:
   indexes = search_data.fit_baselines(missing, like, train, data.base)
   for name, index in indexes.items():
     record.header["bytes"][name] = faiss_baselines.lists_of(index).code_size
+    found = faiss_bytes.footprint(index)
+    record.header["memory"][name] = found.to_json()
   return {
     name: search_data.baseline_fn(index, config.k)
     for name, index in indexes.items()
@@ -391,12 +403,13 @@ def _summarise(config, record, data) -> None:
   t = record.header["threads"]
   logging.info(
     "%d vectors, %s, k=%d, threads: %d of faiss, %d of JAX\n%s\n\nThe "
-    "fastest setting within 1 %% of the best 1-recall@1:\n%s",
+    "fastest setting within 1 %% of the best 1-recall@1:\n%s\n\n%s",
     record.header["num_vectors"],
     cli.count(record.header["num_lists"], "list"),
     *(config.k, t["faiss"], t["jax"]),
     record.table(),
     record.latency_table(),
+    record.memory_table(),
   )
   data.truth.report_ties()
   _doubt(data, max(p["recall"]["1-recall@1"] for p in record.points))

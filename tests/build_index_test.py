@@ -265,9 +265,9 @@ def test_the_summary_names_the_next_command(files, tmp_path, said):
   output = tmp_path / "my index"
   info = _run(output, files).info
   lists = {1: "1 list"}.get(info["num_lists"], f"{info['num_lists']} lists")
-  each = faiss.read_index(str(output)).code_size + 8  # And the id.
+  each = faiss.read_index(str(output)).code_size
   assert f"{NUM} vectors in {lists}: " in said[-2]
-  assert f"{each} bytes per vector for code, norm and id" in said[-2]
+  assert f"{each} bytes per vector in memory for code and norm" in said[-2]
   assert f"{output}.json" in said[-2]
   assert (
     f"vqjax search --codec={files['codec']} "

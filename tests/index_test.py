@@ -323,3 +323,24 @@ def test_a_search_keeps_codes_once_and_ids_on_disk(codecs, name, tmp_path):
   opened.add(x_ND[:3], np.array([6000, 6001, 6002]))
   opened.search(xq_QD)
   assert row_ids.num_bytes(opened._searcher.parts.ids_N)["disk"] == 0
+
+
+@pytest.mark.parametrize("refiner", [None, "rabitq", "fastscan"])
+def test_bytes_in_memory_and_on_disk(codecs, refiner, tmp_path):
+  x_ND = _vectors(_NUM, 1)
+  index = build_index(codecs["rq", "l2"], x_ND, 4, refiner=refiner)
+  unsaved = index.footprint()
+  assert (unsaved.of("ids") >= 4, unsaved.disk) == (True, {})
+  folder = index.save(tmp_path / "my_index")
+  found = load_index(folder).footprint()
+  # A code is packed into words of 32 bits; both arrays end in a spare tile.
+  assert found.of("codes", "norms") == (4 + 1) * (_NUM + 32) / _NUM
+  assert found.of("ids") == {"fastscan": 8}.get(refiner, 0)
+  each = {None: 0, "rabitq": 6, "fastscan": 2}[refiner]
+  assert found.of("refiner") == pytest.approx(each, abs=0.05)
+  names = ("index.faiss", "index.faiss.order.npy", "codec.safetensors")
+  sizes = [(folder / name).stat().st_size for name in names]
+  named = (found.disk["index"], found.disk["ids"], found.disk["codec"])
+  assert list(named) == sizes
+  whole = sum(path.stat().st_size for path in folder.glob("refiner*[!n]"))
+  assert found.disk["refiner"] == whole

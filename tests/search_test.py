@@ -1,6 +1,7 @@
 """The search command on a small index whose network decodes exactly."""
 
 import json
+import os
 import pathlib
 import shutil
 import types
@@ -136,6 +137,9 @@ def test_points_are_what_searching_gives(small):
     has_pairwise = point["setting"]["num_pairwise"] > 0
     assert ("pairwise" in point["stage_us"]) == has_pairwise
   assert result["header"]["bytes"] == {"qinco": 3}  # 4 x 4 bits and a norm.
+  memory = result["header"]["memory"]["qinco"]
+  assert "ids" not in memory["ram"]  # They stay on disk.
+  assert memory["disk"]["index"] > memory["disk"]["ids"] > 4 * 400
   assert result["header"]["threads"]["faiss"] == 1
   (single,) = written["latency"]
   assert single["num_queries"] == 40

@@ -16,6 +16,8 @@ list order: a search maps it, and keeps no id in memory.
 import pathlib
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vqjax import evaluation
@@ -32,7 +34,8 @@ from vqjax.interop import (
   searchers,
 )
 from vqjax.progress import count
-from vqjax.search import residual_bits, truth_check
+from vqjax.search import footprint, residual_bits, truth_check
+from vqjax.search.footprint import Footprint
 from vqjax.storage import (
   codec_file,
   decoder_file,
@@ -142,15 +145,25 @@ class Index:
     """L, inverted lists."""
     return self._index.nlist
 
-  @property
-  def num_bytes(self) -> int:
-    """Bytes of a vector on disk: code, norm, id, and the refiner."""
-    num = self._index.code_size + 8
-    if isinstance(self._refiner, residual_bits.ResidualBits):
-      return num + refiner_file.num_bytes(self.dim)
-    if self._refiner is not None:
-      return num + self._refiner.info["code_bytes"] + 8
-    return num
+  def footprint(self) -> Footprint:
+    """Returns its bytes in memory, as after a search, and on disk, by part.
+
+    `footprint().each` are those of one more vector in memory, code, norm, id
+    and refiner; `str` of it is a line. Disk is empty unless it is saved.
+    """
+    if not len(self):
+      return Footprint(0, {}, {})
+    paths = {}
+    if self._path is not None:
+      folder = pathlib.Path(self._path).parent
+      paths = index_folder.read_manifest(folder)[0]
+    disk = searchers.disk_bytes(**paths) if paths else {}
+    found = self._open_searcher().footprint(disk)
+    ram = dict(found.ram)
+    ram["codec"] += footprint.array_bytes(self.codec.params)
+    if self._items_N is not None:
+      ram["ids"] = ram.get("ids", 0) + item_ids.num_bytes(self._items_N)
+    return found._replace(ram=ram)
 
   @property
   def _words(self) -> additive.AdditiveParams:
@@ -403,6 +416,9 @@ class Index:
 
   def _open_searcher(self):
     if self._searcher is None:
+      if isinstance(self._refiner, residual_bits.ResidualBits):
+        # Or the searcher had them once more.
+        self._refiner = jax.tree.map(jnp.asarray, self._refiner)
       self._searcher = searchers.make_searcher(
         self._index,
         "ip" if self.metric == "ip" else "l2",

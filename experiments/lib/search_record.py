@@ -9,7 +9,7 @@ from absl import logging
 from experiments.lib import cli
 from vqjax import devices
 from vqjax.data import files, json_files
-from vqjax.search import operating_points, pipeline, plots
+from vqjax.search import footprint, operating_points, pipeline, plots
 from vqjax.search.operating_points import Point
 
 _STAGES = pipeline.STAGES
@@ -118,7 +118,7 @@ class Record:
 
   def draw(self) -> None:
     """Draws the fronts, with the bytes of a vector behind the names."""
-    label = lambda name: f"{name}, {self.header['bytes'][name]} bytes"
+    label = lambda name: f"{name}, {self._size(name)}"
     panels = {}
     for recall in self.points[0]["recall"]:
       if recall in ("1-recall@1", "knn_recall@10"):
@@ -131,6 +131,21 @@ class Record:
       f"{threads['faiss']} faiss, {threads['jax']} JAX"
     )
     plots.plot_panels(self.picture, panels, title=title)
+
+  def _size(self, name: str) -> str:
+    """Bytes of a vector in memory, for the picture."""
+    memory = self.header["memory"].get(name)
+    if memory is None:  # Measured by an earlier version.
+      return f"{self.header['bytes'][name]} bytes without ids"
+    found = footprint.from_json(memory)
+    return f"{found.each:.3g} bytes + {found.shared / 1e6:.3g} MB in memory"
+
+  def memory_table(self) -> str:
+    """Bytes of each series in memory and on disk."""
+    found = self.header["memory"].items()
+    return cli.table(
+      *footprint.table({k: footprint.from_json(v) for k, v in found})
+    )
 
   def table(self) -> str:
     """The front of each series in 1-recall@1, and where its time goes."""
@@ -208,7 +223,11 @@ def _read(path, header: dict) -> tuple[list[dict], list[dict]]:
       "begin anew by --overwrite, or remove it."
     ) from error
   before, measured = found["header"], (found["points"], found["latency"])
+  # Follows from the files, and is no part of what is measured.
+  header["memory"] = {**before.pop("memory", {}), **header.pop("memory", {})}
   for name, value in header.items():
+    if name == "memory":
+      continue
     was = before.get(name)
     if name in _JOINED:  # Baselines of before stay in tables and pictures.
       was, value = {**value, **(was or {})}, {**(was or {}), **value}

@@ -14,6 +14,7 @@ that file has their checksum.
 
 import hashlib
 import pathlib
+import sys
 
 import numpy as np
 
@@ -276,3 +277,10 @@ def pick(ids_N: np.ndarray, rows_X: np.ndarray) -> np.ndarray:
   found_X = ids_N[rows_X.clip(0)]
   found_X[rows_X < 0] = -1 if ids_N.dtype.kind == "i" else None
   return found_X
+
+
+def num_bytes(ids_N: np.ndarray) -> int:
+  """Returns the bytes of ids in memory, those of text as Python keeps it."""
+  if ids_N.dtype.kind == "i":
+    return ids_N.nbytes
+  return ids_N.nbytes + sum(map(sys.getsizeof, ids_N.tolist()))

@@ -45,15 +45,16 @@ def path_beside(path) -> pathlib.Path:
 def save_beside(path, ids_N: np.ndarray, *, overwrite: bool = False) -> None:
   """Writes the ids of the rows of an index file, in list order.
 
-  To be called before the index is written. A file of ours that was left behind
-  by a stopped command is replaced.
+  To be called before the index is written. A file that says the same stays; one
+  of ours that was left behind by a stopped command is replaced.
 
   Raises:
     FileExistsError: There is a file that we have not made, or the index is
       there and not `overwrite`.
   """
   files.check_output(path, overwrite)
-  save(path_beside(path), ids_N, overwrite=True)
+  if not isinstance(open_beside(path, ids_N), np.memmap):
+    save(path_beside(path), ids_N, overwrite=True)
 
 
 def save(path, ids_N: np.ndarray, *, overwrite: bool = False) -> None:

@@ -85,5 +85,7 @@ def _computed_bytes(index) -> int:
   owners = [index] + [
     getattr(index, name) for name in ("pq", "rq") if hasattr(index, name)
   ]
-  tables = [getattr(owner, name, None) for owner in owners for name in _COMPUTED]
+  tables = [
+    getattr(owner, name, None) for owner in owners for name in _COMPUTED
+  ]
   return sum(4 * table.size() for table in tables if table is not None)

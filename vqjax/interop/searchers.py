@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqjax.codecs import additive, pairwise, registry, runner
-from vqjax.data import row_ids
+from vqjax.data import item_ids, row_ids
 from vqjax.interop import (
   faiss_bytes,
   faiss_fastscan,
@@ -147,6 +147,18 @@ def _bytes(index, decode_fn, pairwise_fn) -> dict[str, int]:
   found = faiss_bytes.by_part(index)
   found["tables"] += footprint.array_bytes(pairwise_fn)
   return found | {"codec": footprint.array_bytes(decode_fn)}
+
+
+def disk_bytes(codec, index, decoders=None, refiner=None) -> dict[str, int]:
+  """Returns the bytes of the files of a search, ids with those of rows."""
+  beside = (row_ids.path_beside(index), item_ids.path_beside(index))
+  return {
+    "codec": codec_file.num_bytes(codec),
+    "index": footprint.file_bytes(index),
+    "ids": footprint.file_bytes(*beside),
+    "decoders": footprint.file_bytes(decoders),
+    "refiner": footprint.file_bytes(refiner),
+  }
 
 
 def refill(index, searcher: pipeline.Searcher) -> None:

@@ -7,11 +7,11 @@
 
 What grows with the vectors are the parts of `EACH`: codes, norms, ids, what a
 refiner adds, rows (maps between the lists of an index and of its refiner), full
-vectors, links of a graph of them. The others are shared by all vectors: centroids, the graph that
-finds them, tables (codewords, those of the pairwise decoder, what faiss
-computes when it opens a file), the codec. Memory is that of the arrays while
-nothing is searched; the programs themselves and what a batch of queries needs
-for a moment are not in it.
+vectors, links of a graph of them. All vectors share the others: centroids, the
+graph that finds them, tables (codewords, those of the pairwise decoder, what
+faiss computes when it opens a file), the codec. Memory is that of the arrays
+while nothing is searched; the programs themselves and what a batch of queries
+needs for a moment are not in it.
 """
 
 import functools

@@ -144,6 +144,14 @@ def _find(path: pathlib.Path) -> pathlib.Path:
   return found[0]
 
 
+def num_bytes(path) -> int:
+  """Returns the bytes of the file of a codec; 0 if it is a checkpoint."""
+  try:
+    return _find(files.user_path(path)).stat().st_size
+  except FileNotFoundError:
+    return 0
+
+
 def _parse_header(path: pathlib.Path, text: bytes | str | None) -> dict:
   """Reads and checks the header of `path`."""
   header = tensors.parse_header(

@@ -1,7 +1,6 @@
 """The search command on a small index whose network decodes exactly."""
 
 import json
-import os
 import pathlib
 import shutil
 import types

@@ -149,7 +149,7 @@ def _published() -> config_dict.ConfigDict:
       log_every=50,  # Steps.
       checkpoint_minutes=10.0,  # And at the end of every epoch.
       keep_checkpoints=2,  # Latest ones, in addition to the best.
-      tracker="none",  # Or "tensorboard", "wandb"; JSON lines always.
+      tracker="none",  # Or "tensorboard", "wandb", "trackio".
     ),
   )
 

@@ -97,6 +97,7 @@ def _ours() -> config_dict.ConfigDict:
       temperature=none(float),  # None: 1, or the spread of larger scores.
       list_temperature=0.6,  # 0: centroids do not learn.
       log_every=20,  # Steps.
+      tracker="none",  # Or "tensorboard", "wandb", "trackio".
     ),
     centroids=dict(
       rule="learned",  # "mean": of a sample's reduced vectors, as published.

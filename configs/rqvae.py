@@ -77,7 +77,7 @@ def get_config(arg: str = ""):
       checkpoint_minutes=10.0,  # And at every validation.
       keep_checkpoints=2,  # Latest ones, besides the best of each figure.
       save_limit=0,  # Checkpoints kept of the latest validations.
-      tracker="none",  # Or "tensorboard", "wandb"; JSON lines always.
+      tracker="none",  # Or "tensorboard", "wandb", "trackio".
     ),
   )
   config.data = base.make_data(arg, "sample_text")

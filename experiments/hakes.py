@@ -26,6 +26,7 @@ from experiments.lib import (
   hakes_stages,
   run_folder,
 )
+from vqjax.training import writers
 
 STAGES = {  # Name to function and output.
   "base": (hakes_stages.base, "findex.bin"),
@@ -59,6 +60,7 @@ def run(
     raise ValueError(
       f"--stage must be one of {', '.join(STAGES)}, got {stage!r}."
     )
+  writers.check_tracker(config.train.get("tracker", "none"))
   cli.keep_compiled()
   workdir = pathlib.Path(workdir)
   data = hakes_data.open_data(config)

@@ -45,6 +45,7 @@ from vqjax.data import batches, datasets, files, item_ids, json_files
 from vqjax.interop import faiss_io
 from vqjax.search import refiners
 from vqjax.storage import index_folder
+from vqjax.training import writers
 
 _NUM_FITTED = 1_000_000  # Training vectors for the decoders.
 _SHARD_ROWS = 100_000  # Of the codes; as many are lost by a stop.
@@ -90,6 +91,7 @@ def run(config, workdir, **options):
       f"--refiner must be one of {', '.join(refiners.KINDS)}; got "
       f"{options['refiner']!r}."
     )
+  writers.check_tracker(config.train.tracker)
   config = copy.deepcopy(config)  # It is told where the centroids are.
   dataset = _resolve(config)
   if (options["refiner"], dataset.metric) == ("fastscan", "ip"):

@@ -162,7 +162,7 @@ def test_evaluate_measures_the_items(made):
     (dict(loss=dict(loss_type="huber")), "loss_type must be one of mse, l1;"),
     (dict(train=dict(schedule="triangle")), "train.schedule must .*'triangle'"),
     (dict(train=dict(optimiser="lion")), "train.optimiser must be .*'lion'"),
-    (dict(train=dict(tracker="tb")), "train.tracker must be one of .*'tb'"),
+    (dict(train=dict(tracker="tb")), "train.tracker. must be one of .*'tb'"),
     (dict(train=dict(redraw="yes")), "train.redraw must be one of .*'yes'"),
     (dict(train=dict(best="loss")), "train.best must be one of mse.*'loss'"),
     (dict(init=dict(kmeans="big")), "init.kmeans must be one of .*'big'"),

@@ -1,8 +1,11 @@
 """Lines of metrics: their digits, and what damage leaves of them."""
 
+import contextlib
 import json
 import pathlib
+import sqlite3
 import sys
+import time
 import types
 
 import pytest
@@ -93,11 +96,68 @@ def test_wandb_has_one_run_for_a_folder(tmp_path, monkeypatch):
     _log(tmp_path, "wandb")
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_tracker_that_is_not_installed_is_one_sentence(name, monkeypatch):
-  monkeypatch.setitem(sys.modules, "tensorboardX", None)
-  monkeypatch.setitem(sys.modules, "wandb", None)
-  with pytest.raises(ImportError, match=r"pip install 'vqjax\[tracking\]'"):
+def test_trackio_has_one_run_for_a_folder(tmp_path, monkeypatch, capsys):
+  """Against a stand-in, which greets on standard output as the real one."""
+  inits, logged = [], []
+
+  def init(**settings):
+    sys.stdout.write("* hello")
+    inits.append(settings)
+    log = lambda scalars, step: logged.append((step, scalars))
+    return types.SimpleNamespace(log=log, finish=lambda: logged.append("end"))
+
+  stand_in = types.SimpleNamespace(init=init)
+  monkeypatch.setitem(sys.modules, "trackio", stand_in)
+  monkeypatch.setenv("TRACKIO_PROJECT", "mine")
+  _log(tmp_path / "run", "trackio")
+  _log(tmp_path / "run", "trackio", first_step=1)
+  want = {"loss": 2.0, "usage_M/0": 0.5, "usage_M/1": 1.0}
+  assert logged == [(1, want), "end", (2, want), "end"]
+  first, second = inits
+  assert first == second
+  assert (first["project"], first["resume"]) == ("mine", "allow")
+  assert first["name"].startswith("run-")
+  assert capsys.readouterr().out == ""
+
+
+def test_wandb_offline(tmp_path, monkeypatch):
+  pytest.importorskip("wandb")
+  monkeypatch.setenv("WANDB_MODE", "offline")
+  _log(tmp_path, "wandb")
+  (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+  for _ in range(100):  # It is written by another process.
+    if b"usage_M" in file.read_bytes():
+      return
+    time.sleep(0.1)
+  raise AssertionError(file.read_bytes())
+
+
+def test_trackio_offline(tmp_path, monkeypatch):
+  """Resumed, it is one run of two steps."""
+  monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "base"))
+  monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+  trackio = pytest.importorskip("trackio")
+  _log(tmp_path / "run", "trackio")
+  _log(tmp_path / "run", "trackio", first_step=1)
+  (run,) = trackio.Api().runs("vqjax")
+  assert run.name.startswith("run-")
+  (file,) = (tmp_path / "base").glob("*.db")
+  with contextlib.closing(sqlite3.connect(file)) as base:
+    rows = base.execute("select step, metrics from metrics").fetchall()
+  found = [(step, json.loads(metrics)["usage_M/0"]) for step, metrics in rows]
+  assert found == [(1, 0.5), (2, 0.5)]
+
+
+@pytest.mark.parametrize(
+  ("name", "extra"),
+  [("tensorboard", "tracking"), ("wandb", "tracking"), ("trackio", "trackio")],
+)
+def test_a_tracker_that_is_not_installed_is_one_sentence(
+  name, extra, monkeypatch
+):
+  for package in ("tensorboardX", "wandb", "trackio"):
+    monkeypatch.setitem(sys.modules, package, None)
+  with pytest.raises(ImportError, match=rf"pip install 'vqjax\[{extra}\]'"):
     writers.check_tracker(name)
   with pytest.raises(ValueError, match="must be one of none, .*; got 'mlflow'"):
     writers.check_tracker("mlflow")

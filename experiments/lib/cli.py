@@ -93,6 +93,12 @@ ASSIGN_OPTION = Option(
 CODEC_OPTION = Option(
   str, None, "Run folder, codec.safetensors, or released .pt checkpoint."
 )
+TRACKER_OPTION = Option(
+  str,
+  None,
+  "Also report the training to tensorboard, wandb or trackio; metrics.jsonl is "
+  "always written. The same as --config.train.tracker.",
+)
 
 
 _MULTIHOST_OPTION = Option(
@@ -215,6 +221,7 @@ def run_config(
   options = {
     "workdir": Option(str, None, workdir_help),
     **options,
+    "tracker": TRACKER_OPTION,
     "print_config": Option(bool, False, print_help),
   }
   _define(options)
@@ -228,14 +235,28 @@ def run_config(
       sys.stdout.write("\n".join(lines))
       return
     workdir = given.pop("workdir") or default_workdir(file)
+    tracker = given.pop("tracker")
     with user_errors(how_to_resume):
       _expand_config(flags.FLAGS.config)
+      _set_tracker(flags.FLAGS.config, tracker)
       if run(flags.FLAGS.config, workdir, **given) is None:
         sys.exit(130)
 
   doc = sys.modules["__main__"].__doc__
   shown = {"config": Option(str, None, config_help), **options}
   _start(main_fn, doc, shown, ("config",), multihost)
+
+
+def _set_tracker(config, tracker: str | None) -> None:
+  """Sets where training reports to; raises ValueError if nothing is trained."""
+  if tracker is None:
+    return
+  if "tracker" not in config.get("train", {}):
+    raise ValueError(
+      f"--tracker={tracker} follows a training, but this codec is fitted in "
+      "closed form; leave it out."
+    )
+  config.train.tracker = tracker
 
 
 def _fields(config, prefix: str = "--config"):

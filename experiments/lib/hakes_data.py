@@ -13,7 +13,7 @@ _FILES = ("base", "train_queries", "train_neighbours", "queries", "groundtruth")
 # What files hold is compared instead of their names.
 FREE = (
   *("data.name", "data.root", *(f"data.{name}" for name in _FILES)),
-  *("data.num_base", "base.path"),
+  *("data.num_base", "base.path", "train.tracker"),
 )
 SAYS = {  # What is compared, by its flag.
   **{f"derived.{name}": f"what is in --config.data.{name}" for name in _FILES},

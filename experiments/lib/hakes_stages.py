@@ -243,7 +243,9 @@ def _loop(config, workdir, params, learner, batch_fn, plan, rates):
     if found is not None:
       step, state = found
       logging.info("Resuming from step %d of %d.", step, plan.total_steps)
-    writer = writers.Writer(workdir, first_step=step)
+    name = train.get("tracker", "none")  # Own files may be without.
+    tracker = writers.open_tracker(name, workdir, config.to_dict())
+    writer = writers.Writer(workdir, first_step=step, tracker=tracker)
     outcome = loop.train(
       learner,
       tx,

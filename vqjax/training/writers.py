@@ -1,10 +1,12 @@
 """Where training reports to: JSON lines, and a tracker if one is asked for."""
 
+import contextlib
 import importlib
 import json
 import os
 import pathlib
 import secrets
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,8 +16,12 @@ from absl import logging
 from vqjax import devices
 from vqjax.data import files
 
-TRACKERS = ("none", "tensorboard", "wandb")
-_PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+TRACKERS = ("none", "tensorboard", "wandb", "trackio")
+_PACKAGES = {  # And the extra of vqjax that installs each.
+  "tensorboard": ("tensorboardX", "tracking"),
+  "wandb": ("wandb", "tracking"),
+  "trackio": ("trackio", "trackio"),
+}
 
 
 class Tracker(NamedTuple):
@@ -122,17 +128,17 @@ def check_tracker(name: str) -> None:
   """Raises unless the tracker is known and its package is installed."""
   if name not in TRACKERS:
     raise ValueError(
-      f"--config.train.tracker must be one of {', '.join(TRACKERS)}; got "
+      f"--tracker (train.tracker) must be one of {', '.join(TRACKERS)}; got "
       f"{name!r}."
     )
   if name == "none":
     return
+  package, extra = _PACKAGES[name]
   try:
-    importlib.import_module(_PACKAGES[name])
+    importlib.import_module(package)
   except ImportError as error:
     raise ImportError(
-      f"--config.train.tracker={name} needs {_PACKAGES[name]}: "
-      "pip install 'vqjax[tracking]'."
+      f"--tracker={name} needs {package}: pip install 'vqjax[{extra}]'."
     ) from error
 
 
@@ -148,7 +154,11 @@ def open_tracker(name: str, folder: pathlib.Path, settings: dict) -> Tracker:
   if name == "none" or not devices.is_first():
     return Tracker()
   folder = pathlib.Path(folder).absolute()
-  open_fn = {"tensorboard": _open_tensorboard, "wandb": _open_wandb}[name]
+  open_fn = {
+    "tensorboard": _open_tensorboard,
+    "wandb": _open_wandb,
+    "trackio": _open_trackio,
+  }[name]
   return open_fn(folder, settings)
 
 
@@ -168,19 +178,24 @@ def _open_tensorboard(folder: pathlib.Path, settings: dict) -> Tracker:
   return Tracker(log, lambda: [each.close() for each in opened])
 
 
+def _run_id(own: pathlib.Path) -> str:
+  """The name of the one run of a run folder, however often it resumes."""
+  own.mkdir(parents=True, exist_ok=True)
+  path = own / "run_id"
+  if not path.exists():
+    with files.atomic_output(path) as temporary:
+      temporary.write_text(secrets.token_hex(8), encoding="utf-8")
+  return path.read_text(encoding="utf-8").strip()
+
+
 def _open_wandb(folder: pathlib.Path, settings: dict) -> Tracker:
-  """One run of W&B for one run folder, however often it resumes."""
+  """One run of W&B for one run folder."""
   import wandb
 
   own = folder / "wandb"
-  own.mkdir(parents=True, exist_ok=True)
-  id_path = own / "run_id"
-  if not id_path.exists():
-    with files.atomic_output(id_path) as temporary:
-      temporary.write_text(secrets.token_hex(8), encoding="utf-8")
   try:
     run = wandb.init(
-      id=id_path.read_text(encoding="utf-8").strip(),
+      id=_run_id(own),
       name=folder.name,
       dir=str(folder),
       config=settings,
@@ -193,3 +208,29 @@ def _open_wandb(folder: pathlib.Path, settings: dict) -> Tracker:
       f"environment it writes into {own} and needs no network."
     ) from error
   return Tracker(lambda step, scalars: run.log(scalars, step=step), run.finish)
+
+
+def _open_trackio(folder: pathlib.Path, settings: dict) -> Tracker:
+  """One run of Trackio for one run folder, in the local data base.
+
+  `trackio show` finds it there; TRACKIO_SPACE_ID in the environment sends it to
+  a Space of Hugging Face instead.
+  """
+  import trackio
+
+  with contextlib.redirect_stdout(sys.stderr):  # It greets.
+    run = trackio.init(
+      project=os.environ.get("TRACKIO_PROJECT", "vqjax"),
+      name=f"{folder.name}-{_run_id(folder / 'trackio')[:8]}",
+      config=settings,
+      resume="allow",
+      embed=False,
+      auto_log_gpu=False,
+      auto_log_cpu=False,
+    )
+
+  def close():
+    with contextlib.redirect_stdout(sys.stderr):
+      run.finish()
+
+  return Tracker(lambda step, scalars: run.log(scalars, step=step), close)

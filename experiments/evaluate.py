@@ -26,7 +26,8 @@ from absl import logging
 from experiments.lib import cli, codecs, truth
 from vqjax import devices, evaluation, quality
 from vqjax.data import batches, datasets, files
-from vqjax.interop import faiss_io
+from vqjax.interop import faiss_bytes, faiss_io
+from vqjax.search import footprint
 
 _NAMES = [f"1-recall@{r}" for r in evaluation.RANKS]
 _BASELINE_BLOCK = 16384
@@ -192,6 +193,7 @@ def _measure(codec, rule, search) -> dict:
     "name": codec.name,
     # An index keeps lists, not ids.
     "bytes": _num_bits(sizes[codec.is_ivf :]) / 8,
+    "codec_bytes": footprint.array_bytes(codec.params),
     **({**knobs, "num_candidates": None} if is_joint else knobs),
     **_quality(
       lambda: codec.decode_blocks(codes_NM, rule.dtype), search, seconds
@@ -232,6 +234,7 @@ def _measure_baseline(name, codec, num_steps, xt_ND, search) -> dict:
   return {
     "name": f"faiss {name}",
     "bytes": len(sizes) * num_bits / 8,
+    "codec_bytes": sum(faiss_bytes.by_part(baseline.index).values()),
     **_quality(
       lambda: map(baseline.decode, np.array_split(codes_NM, len(parts))),
       *(search, seconds),
@@ -298,12 +301,14 @@ def _log_table(result) -> None:
       [
         " ".join([row["name"], *search]),
         f"{row['bytes']:g}",
+        f"{row['codec_bytes'] / 1e6:.2f}",
         cli.number(row["mse"] * scale),
       ]
       + [f"{row[name]:.3f}" for name in recalls]
       + [f"{row['encode_us']:.1f}", f"{row['decode_us']:.2f}"]
     )
-  header = ["codec", "bytes", f"MSE{unit}", *recalls, "encode us", "decode us"]
+  header = ["codec", "code bytes", "codec MB", f"MSE{unit}", *recalls]
+  header += ["encode us", "decode us"]
   logging.info(
     "%d vectors of %s\n%s",
     result["num_vectors"],

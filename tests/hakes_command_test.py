@@ -50,6 +50,10 @@ def test_smoke_writes_all_and_does_it_once(smoke):
     assert (folder / output).exists()
   assert (folder / "operating_points.png").exists()
   assert set(result["points"]) == {"base", "learned"}
+  ram = result["memory"]["base, learned"]["ram"]
+  num = result["num_base"]
+  assert ram["ids"] == 8 * num
+  assert ram["vectors"] in (4 * num * 128, 4 * num * 384, 2 * num * 384)
   stamps = {p: p.stat().st_mtime_ns for p in folder.glob("*.*")}
   assert hakes.run(config_file.get_config("smoke"), folder) == result
   assert stamps == {p: p.stat().st_mtime_ns for p in folder.glob("*.*")}

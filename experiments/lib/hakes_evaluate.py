@@ -9,8 +9,8 @@ from absl import logging
 from experiments.lib import cli, hakes_data, hakes_stages
 from vqjax import evaluation
 from vqjax.data import files
-from vqjax.interop import faiss_hakes, hakes_files
-from vqjax.search import operating_points, plots
+from vqjax.interop import faiss_bytes, faiss_hakes, hakes_files
+from vqjax.search import footprint, operating_points, plots
 
 _LEAST_SHOWN = 0.5  # Recall of a point in the picture.
 _RECALLS = (0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.99)
@@ -53,7 +53,11 @@ def evaluate(config, data, workdir: pathlib.Path) -> bool:
       progress=lambda: done(next(count), len(settings)),
     )
   found.report_ties()
-  _write(config, data, workdir, series, len(xq_QD), num_threads)
+  # Both sides search one index.
+  memory = {"base, learned": faiss_bytes.footprint(index)}
+  if knobs.factory:
+    memory[knobs.factory] = faiss_bytes.footprint(other)
+  _write(config, data, workdir, series, len(xq_QD), num_threads, memory)
   return True
 
 
@@ -100,7 +104,7 @@ def _settings(knobs, num_lists: int) -> list[dict]:
   ]
 
 
-def _write(config, data, workdir, series, num_queries, num_threads):
+def _write(config, data, workdir, series, num_queries, num_threads, memory):
   name = f"knn_recall@{config.evaluate.k}"
   reached = operating_points.compare(series, _RECALLS)
   result = {
@@ -113,6 +117,7 @@ def _write(config, data, workdir, series, num_queries, num_threads):
     "device": jax.devices()[0].device_kind,
     "store": config.index.store,
     "settings": config.evaluate.to_dict(),
+    "memory": {key: found.to_json() for key, found in memory.items()},
     "points": operating_points.to_json(series),
     "qps_at_recall": {
       "recall": [row[0] for row in reached],
@@ -129,7 +134,11 @@ def _write(config, data, workdir, series, num_queries, num_threads):
       key: [point for point in points if point.recall >= _LEAST_SHOWN]
       for key, points in series.items()
     }
-    title = f"{len(data.base):,} vectors, {num_threads} threads"
+    sizes = [f"{found.each:.4g}" for found in memory.values()]
+    title = (
+      f"{len(data.base):,} vectors, {' and '.join(sizes)} bytes each in "
+      f"memory, {num_threads} threads"
+    )
     plots.plot_panels(temporary, {name: shown}, title=title)
   with files.atomic_output(
     workdir / "evaluation.json", overwrite=True
@@ -137,7 +146,7 @@ def _write(config, data, workdir, series, num_queries, num_threads):
     pathlib.Path(temporary).write_text(json.dumps(result, indent=2) + "\n")
   logging.info(
     "%s of %d queries, then queries per second (%d threads)\n%s\n\nQueries per "
-    "second at equal recall\n%s",
+    "second at equal recall\n%s\n\n%s",
     name,
     num_queries,
     num_threads,
@@ -149,6 +158,7 @@ def _write(config, data, workdir, series, num_queries, num_threads):
         for row in reached
       ],
     ),
+    cli.table(*footprint.table(memory)),
   )
 
 

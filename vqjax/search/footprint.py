@@ -78,7 +78,7 @@ class Footprint(NamedTuple):
       f"{self.shared / 1e6:.1f} MB for all"
     )
     if self.disk:
-      text += f"; {self.disk_per_vector:.3g} bytes per vector on disk"
+      text += f"; {self.disk_per_vector:.4g} bytes per vector on disk"
     return text
 
 

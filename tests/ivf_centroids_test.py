@@ -192,13 +192,15 @@ def test_minibatch_steps_are_those_of_the_class(data, tmp_path):
 def test_minibatch_stopped_and_resumed_equals_uninterrupted(
   where, data, monkeypatch
 ):
-  whole = _config(data, **MINIBATCH, output=data + ".whole.npy")
+  # So that labels change after the stop.
+  few = {**MINIBATCH, "batch_size": 50, "num_centroids": 40}
+  whole = _config(data, **few, output=data + ".whole.npy")
   want = ivf_centroids.run(whole)
-  config, done = _config(data, **MINIBATCH), []
+  config, done = _config(data, **few), []
   advance = minibatch_training.advance
 
   def interrupted(*args, **kwargs):
-    if len(done) == (2 if where == "steps" else 0):
+    if len(done) == (1 if where == "steps" else 0):
       raise KeyboardInterrupt
     done.append(0)
     return advance(*args, **kwargs)
@@ -210,8 +212,8 @@ def test_minibatch_stopped_and_resumed_equals_uninterrupted(
       patch.setattr(minibatch_training, "advance", interrupted)
     with pytest.raises(KeyboardInterrupt):
       ivf_centroids.run(config)
-  with pytest.raises(ValueError, match="with batch_size=32, now it is 64"):
-    ivf_centroids.run(_config(data, **{**MINIBATCH, "batch_size": 64}))
+  with pytest.raises(ValueError, match="with batch_size=50, now it is 64"):
+    ivf_centroids.run(_config(data, **{**few, "batch_size": 64}))
   record = ivf_centroids.run(config)
   assert pathlib.Path(config.output).read_bytes() == (
     pathlib.Path(whole.output).read_bytes()

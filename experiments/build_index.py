@@ -32,14 +32,15 @@ import shlex
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from absl import logging
 
 import vqjax
-from experiments.lib import cli, codecs, inputs
+from experiments.lib import cli, codecs, inputs, plan
 from vqjax import index as index_lib
 from vqjax.codecs import additive
-from vqjax.data import files, item_ids, row_ids
+from vqjax.data import files, formats, item_ids, row_ids
 from vqjax.interop import faiss_ivf
 from vqjax.search import footprint
 from vqjax.storage import codec_file, index_folder
@@ -84,6 +85,7 @@ OPTIONS = {
     str, None, "Index file to write, index.faiss; a folder with --num_lists."
   ),
   "overwrite": cli.Option(bool, False, "Replace an existing output."),
+  "plan": plan.OPTION,
 }
 _OF_SEARCH = (
   "rule",
@@ -116,8 +118,12 @@ def run(config) -> dict:
   if config.num_lists is not None:
     return _build_folder(config)
   files.check_output(config.output, config.overwrite, described=True)
+  if config.merge and config.plan:
+    raise ValueError("--merge only copies lists, seconds: leave --plan out.")
   prepared = _prepare_merge(config) if config.merge else _prepare(config)
   info, num_bytes, make_fn, ids_N, data_flags = prepared
+  if config.plan:
+    return _plan(info["rows"][0], num_bytes, make_fn)
   made = files.find_made(config.output, info, config.overwrite)
   if made:
     logging.info("%s is made already.", config.output)
@@ -130,6 +136,35 @@ def run(config) -> dict:
     make_fn(), config.output, info, overwrite=config.overwrite
   )
   return _report(config, info, data_flags)
+
+
+def _plan(rows: list[int], num_bytes: int, make_fn) -> dict:
+  """What an index of these rows would take."""
+  first, num = rows[0], rows[1] - rows[0]
+  fill_fn = lambda n: make_fn(range(first, first + n))
+  stage = plan.scaled("fill the lists", fill_fn, num)
+  # A list grows by doubling.
+  return plan.report(
+    [stage], rows=num, num_bytes=num_bytes, more_bytes=2 * num_bytes
+  )
+
+
+def _plan_folder(config, codec, num: int, values: dict, sizes: dict) -> dict:
+  """What an index with lists of its own would take."""
+  made = []
+
+  def build(n):
+    x_nD = np.asarray(formats.open_vectors(config.data, max_vectors=n))
+    made.append(vqjax.build_index(codec, x_nD, **values, **sizes))
+
+  most = max(8192, 4 * config.num_lists)
+  stage = plan.scaled("encode, find lists, fill them", build, num, most)
+  num_bytes = num * made[-1].num_bytes + 4 * config.num_lists * codec.dim
+  # The codec, and its codewords in the index.
+  num_bytes += 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(codec.params))
+  return plan.report(
+    [stage], rows=num, num_bytes=num_bytes, more_bytes=3 * num_bytes
+  )
 
 
 def _build_folder(config) -> dict:
@@ -160,6 +195,8 @@ def _build_folder(config) -> dict:
   }
   x_ND = index_lib.open_for(config.data, codec.dim, values["metric"])
   rule = codec.rule.replace(**codec.check_settings(sizes))
+  if config.plan:
+    return _plan_folder(config, codec, len(x_ND), values, sizes)
   made_of = {
     "codec_fingerprint": codec.fingerprint,
     "num_rows": len(x_ND),
@@ -225,9 +262,10 @@ def _prepare(config):
     **source.made_of,
     **item_ids.describe(source.ids_N),
   }
-  # Codes, norms and ids; centroids and a graph of them take more.
+  # Codes, norms and ids; a graph of the centroids takes more.
   num_bytes = len(rows) * (len(codewords.codebooks_MKD) + 9 + _ID_BYTES)
-  make_fn = lambda: _fill(config, codec, codewords, source, rows)
+  num_bytes += codewords.codebooks_MKD.nbytes + codec.centroids.nbytes
+  make_fn = lambda rows=rows: _fill(config, codec, codewords, source, rows)
   return info, num_bytes, make_fn, source.ids_N, _data_flags(config, codec)
 
 

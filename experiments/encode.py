@@ -46,7 +46,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from experiments.lib import cli, codecs, inputs
+from experiments.lib import cli, codecs, inputs, plan
 from vqjax import index_build
 from vqjax.codecs import packing
 from vqjax.core import check_range
@@ -73,8 +73,9 @@ OPTIONS = {
   ),
   "verify": cli.Option(bool, False, "Check the shards in --output."),
   "overwrite": cli.Option(bool, False, "Replace an existing output file."),
+  "plan": plan.OPTION,
 }
-_WHERE = ("output", "shards", "shard", "multihost", "overwrite")
+_WHERE = ("output", "shards", "shard", "multihost", "overwrite", "plan")
 
 
 @cli.takes(OPTIONS)
@@ -102,6 +103,8 @@ def run(config) -> dict:
     num_shards=num_shards,
   )
   meta |= item_ids.describe(ids_N)
+  if config.plan:
+    return _plan(config, meta, mine, blocks_fn)
   after = _after(config, codec, num_shards, len(x_ND))
   if num_shards:
     codes.claim(config.output, meta)
@@ -113,6 +116,19 @@ def run(config) -> dict:
     item_ids.save_beside(config.output, ids_N, overwrite=config.overwrite)
     _write_file(config, meta, blocks_fn, after, ids_N)
   return {"output": config.output, "shape": tuple(meta["shape"])}
+
+
+def _plan(config, meta: dict, mine: list[int], blocks_fn) -> dict:
+  """What the codes of this process would take."""
+  num, sizes = meta["shape"][0], meta["codebook_sizes"]
+  if meta.get("num_shards"):
+    num = sum(len(_rows_of(meta, shard)) for shard in mine)
+  row_bytes = meta.get("row_bytes", 4 * len(sizes))
+  if config.raw:
+    row_bytes = packing.pack(np.zeros((1, len(sizes)), int), sizes).shape[1]
+  blocks = map(len, blocks_fn(progress=None))
+  stages = [plan.measure("encode", blocks, num)]
+  return plan.report(stages, rows=num, num_bytes=num * row_bytes)
 
 
 def _share(config) -> tuple[int, list[int]]:

@@ -39,7 +39,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
-from experiments.lib import cli, minibatch_start
+from experiments.lib import cli, minibatch_start, plan
 from vqjax import __version__
 from vqjax.codecs import kmeans
 from vqjax.core import check_range
@@ -86,9 +86,11 @@ OPTIONS = {
   "overwrite": cli.Option(
     bool, False, "Replace an existing output, and begin anew."
   ),
+  "plan": plan.OPTION,
 }
 _MAX_CENTROIDS = 1 << 20
 _ITERATIONS, _ITERATIONS_AFTER_STEPS = 20, 1
+_AT_ONCE = 8  # Coarse clusters whose centroids a plan fits.
 _START_ITERATIONS = 10  # On either level of the start.
 _START_VECTORS = 256  # For each centroid of a k-means of the start, at most.
 _BLOCK_DISTANCES = 1 << 33  # Between signs of progress.
@@ -106,6 +108,22 @@ class State(NamedTuple):
 def run(config) -> dict:
   """Writes the centroids; returns what is written next to them."""
   vectors = _check(config)
+  if config.plan:
+    if config.minibatch:
+      raise ValueError(
+        "--plan measures passes over all vectors: leave --minibatch out."
+      )
+    stages = plan_stages(
+      vectors, config.num_centroids, config.num_iterations, config.start
+    )
+    num_bytes = 4 * config.num_centroids * vectors.shape[1]
+    # A vector's coarse cluster, and its order.
+    return plan.report(
+      stages,
+      rows=len(vectors),
+      num_bytes=num_bytes,
+      more_bytes=4 * num_bytes + 16 * len(vectors),
+    )
   meta = describe(config, vectors)
   checkpoint = checkpoint_path(config.output)
   wanted = meta | {"num_iterations": config.num_iterations}
@@ -142,6 +160,45 @@ def run(config) -> dict:
     " --config.data.metric=cosine" if config.metric == "cosine" else "",
   )
   return record
+
+
+def plan_stages(
+  vectors, num_centroids: int, num_iterations: int, start: str = "two-level"
+) -> list:
+  """Measured stages of k-means of these vectors."""
+  num, words_KD = len(vectors), batches.subsample(vectors, num_centroids, 0)
+  num_groups = round(num_centroids**0.5)
+  size, each = num // num_groups, -(-num_centroids // num_groups)
+
+  def groups():
+    rng = np.random.default_rng(0)
+    with faiss_io.thread_pool() as pool:
+      while True:
+        at = [np.sort(rng.choice(num, size, False)) for _ in range(_AT_ONCE)]
+        fit_fn = functools.partial(_fit_group, vectors, 0, num_codewords=each)
+        yield len(list(pool.map(fit_fn, at)))
+
+  steps = _passes(vectors, words_KD)
+  stages = [plan.measure("k-means", steps, (num_iterations + 1) * num)]
+  if start == "random":
+    return stages
+  coarse = _passes(vectors, words_KD[:num_groups])
+  return [
+    plan.measure("start, coarse", coarse, num),
+    plan.measure("start, fine", groups(), num_groups),
+    *stages,
+  ]
+
+
+def _passes(vectors, words_KD):
+  """Compares vectors with codewords, block by block, again and again."""
+  assign_fn = kmeans.make_assign_fn(words_KD)
+  size = _block_size(len(words_KD))
+  while True:
+    for start in range(0, len(vectors), size):
+      block_ND = vectors[start : start + size]
+      kmeans.pass_over(block_ND, words_KD, assign_fn, block_size=size)
+      yield len(block_ND)
 
 
 def _check(config):

@@ -27,6 +27,7 @@ import copy
 import math
 import pathlib
 import shlex
+import tempfile
 
 from absl import logging
 
@@ -39,9 +40,18 @@ from experiments import (
   search,
   train,
 )
-from experiments.lib import cli, errors, search_data, truth
+from experiments.lib import (
+  cli,
+  errors,
+  plan,
+  plan_training,
+  search_data,
+  train_run,
+  truth,
+)
 from vqjax import recipe_qinco
-from vqjax.data import batches, datasets, files, item_ids, json_files
+from vqjax.codec import Codec
+from vqjax.data import batches, datasets, files, formats, item_ids, json_files
 from vqjax.interop import faiss_io
 from vqjax.search import refiners
 from vqjax.storage import index_folder
@@ -68,6 +78,7 @@ OPTIONS = {
     "Also make a refiner: rabitq, for more recall, or fastscan, for more speed "
     "(see the command refiner).",
   ),
+  "plan": plan.OPTION,
 }
 
 
@@ -101,6 +112,8 @@ def run(config, workdir, **options):
   _check_baselines(config, dataset, options)
   _check_ids(dataset, options["ids"])
   truth.check_dataset(dataset)  # Before hours of training.
+  if options.pop("plan"):
+    return _plan(config, dataset)
   files.check_folder(workdir)
   _check_epochs(config, workdir)
   workdir.mkdir(parents=True, exist_ok=True)
@@ -117,6 +130,41 @@ def run(config, workdir, **options):
     options["refiner"] = _make_refiner(workdir, dataset, options["refiner"])
   _write_manifest(workdir, dataset, options["refiner"])
   return _search(workdir, options)
+
+
+def _plan(config, dataset) -> dict:
+  """What the pipeline would take, of a codec that has learned nothing yet."""
+  xt_ND = datasets.open_split(dataset, "train")
+  base_ND = datasets.open_split(dataset, "base")
+  with tempfile.TemporaryDirectory(prefix="vqjax-plan-") as folder:
+    num_rows, _ = batches.split(len(xt_ND), config.data.validation_size)
+    stages, lists = [], config.ivf.num_lists
+    if not config.ivf.centroids:
+      stages = ivf_centroids.plan_stages(
+        xt_ND[:num_rows], lists, config.ivf.num_iterations
+      )
+      config.ivf.centroids = f"{folder}/centroids.npy"
+      words_KD = batches.subsample(xt_ND, lists, 0, num_rows=num_rows)
+      formats.write_vectors(config.ivf.centroids, words_KD)
+    this = train_run.look(config, pathlib.Path(folder) / "run", dataset, xt_ND)
+    found, params, num_bytes = plan_training.stages(config, xt_ND, this)
+  codec = Codec(config.codec, params, {"encode": config.encode.to_dict()})
+  small = codec.check_settings(_small_search(config))
+  most = min(len(xt_ND), dataset.num_train or _NUM_FITTED, _NUM_FITTED)
+  for name, x_ND, rule, num in (
+    ("encode the base", base_ND, codec.rule, len(base_ND)),
+    ("encode for decoders", xt_ND, codec.rule.replace(**small), most),
+  ):
+    blocks = map(len, codec.encode_blocks(x_ND, rule))
+    found.append(plan.measure(name, blocks, num))
+  code_bytes = len(codec.codebook_sizes) + 3
+  return plan.report(
+    stages + found,
+    rows=len(base_ND),
+    num_bytes=num_bytes + (2 * len(base_ND) + most) * code_bytes,
+    more_bytes=2 * len(base_ND) * code_bytes,
+    left_out="decoders and their tables, lists, refiner, search",
+  )
 
 
 def _resolve(config) -> datasets.Dataset:

@@ -29,7 +29,8 @@ import time
 from absl import logging
 from ml_collections import config_dict
 
-from experiments.lib import cli, run_folder, train_run
+from experiments.lib import cli, plan_training, run_folder, train_run
+from experiments.lib import plan as plan_lib
 from vqjax import devices, fitting
 from vqjax.codec import Codec
 from vqjax.data import batches, datasets, files
@@ -43,12 +44,14 @@ def run(
   *,
   resume: bool = False,
   finish: bool = False,
+  plan: bool = False,
 ):
   """Trains into `workdir`; returns its summary, `None` when interrupted.
 
   `config` is a configuration, or its name or file, as --config takes it. A run
   that was begun there is continued. `resume` continues one that `finish` has
-  ended early; `finish` ends one with its best checkpoint.
+  ended early; `finish` ends one with its best checkpoint. `plan` only says what
+  training would take, see `plan.report`.
 
   Raises:
     ValueError: The folder holds another run, or another process is at work.
@@ -65,6 +68,8 @@ def run(
   )
   if (summary := look().summary) is not None:
     return _say_finished(workdir, summary)
+  if plan:
+    return plan_training.run(config, xt_ND, dataset, look())
   with run_folder.locked(workdir):
     this = look()  # Again: another process may have finished it.
     if this.summary is not None:
@@ -303,6 +308,7 @@ if __name__ == "__main__":
         False,
         "End the run in --workdir: its best checkpoint becomes the codec.",
       ),
+      "plan": plan_lib.OPTION,
     },
     "Name or file of a configuration: qinco2_s[:smoke|:bigann1M], ./mine.py.",
     multihost=True,

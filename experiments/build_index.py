@@ -151,15 +151,15 @@ def _plan(rows: list[int], num_bytes: int, make_fn) -> dict:
 
 def _plan_folder(config, codec, num: int, values: dict, sizes: dict) -> dict:
   """What an index with lists of its own would take."""
-  made = []
 
   def build(n):
     x_nD = np.asarray(formats.open_vectors(config.data, max_vectors=n))
-    made.append(vqjax.build_index(codec, x_nD, **values, **sizes))
+    vqjax.build_index(codec, x_nD, **values, **sizes)
 
   most = max(8192, 4 * config.num_lists)
   stage = plan.scaled("encode, find lists, fill them", build, num, most)
-  num_bytes = num * made[-1].num_bytes + 4 * config.num_lists * codec.dim
+  num_bytes = num * (len(codec.codebook_sizes) + 9 + _ID_BYTES)
+  num_bytes += 4 * config.num_lists * codec.dim
   # The codec, and its codewords in the index.
   num_bytes += 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(codec.params))
   return plan.report(

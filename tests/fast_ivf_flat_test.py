@@ -208,7 +208,7 @@ def test_bytes_of_a_vector_are_those_of_the_file(x_ND, tmp_path):
   num_bytes = index.bytes_per_vector
   assert num_bytes["disk"] == pytest.approx(size / len(index), rel=0.01)
   # 6 numbers, an id of 4 bytes, 8 lists.
-  assert num_bytes["ram"] == pytest.approx(28 + 8 * (24 + 16) / 6000, rel=0.01)
+  assert num_bytes["ram"] == pytest.approx(28 + 8 * (48 + 16) / 6000, rel=0.01)
 
 
 def test_bad_input_is_refused_in_words(x_ND):

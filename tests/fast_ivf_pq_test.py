@@ -197,6 +197,8 @@ def test_removed_vectors_are_as_if_never_there(x_ND, engine, num_words):
 def test_of_equal_codes_the_lower_ids_are_found(x_ND):
   copies_ND = np.repeat(x_ND[:10], 50, axis=0)
   index = _small(copies_ND)
+  index.remove(index.ids)
+  index.add(copies_ND, ids=np.arange(500)[::-1])  # The lower ids come last.
   index.nprobe = 6
   for rescore in (False, True):
     ids_QK = index.search(x_ND[:10], 7, rescore)[1]

@@ -73,8 +73,9 @@ class FastIVF(BaseIVF):
   @property
   def bytes_per_vector(self) -> dict[str, float]:
     """Bytes of a vector in memory and on disk, ids and centroids included."""
+    self._check_trained()
     num = max(len(self), 1)
     return {
-      "ram": (self._lists.num_bytes + self.centroids.nbytes) / num,
+      "ram": (self._lists.num_bytes + 2 * self.centroids.nbytes) / num,
       "disk": faiss_fast_ivf.flat_bytes(len(self), self.nlist, self.ndim) / num,
     }

@@ -203,9 +203,10 @@ class FastIVFPQ(BaseIVF):
 
     That is codes, whole vectors, ids of both, codewords and centroids.
     """
+    self._check_trained()
     num = max(len(self), 1)
     codes = faiss_fast_pq.num_bytes(self._get_codes())
-    ram = codes + self._lists.num_bytes + self.centroids.nbytes
+    ram = codes + self._lists.num_bytes + 2 * self.centroids.nbytes
     disk = codes + len(self) * (4 * self.ndim + 8)
     return {"ram": ram / num, "disk": disk / num}
 

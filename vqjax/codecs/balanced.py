@@ -126,9 +126,10 @@ class _Moves:
       total_nK = distance_fn(rows) + self.prices_K[None]
       self.labels_N[rows] = total_nK.argmin(axis=1)
     sizes_K = np.bincount(self.labels_N, minlength=k)
-    # The dearest get one more, if N is no multiple of K; of equals the largest.
+    # The largest get one more, if N is no multiple of K: the dearest would make
+    # labels .05 % better, but k-means of them half a percent worse.
     wanted_K = np.full(k, num // k)
-    wanted_K[np.lexsort((-sizes_K, -self.prices_K))[: num % k]] += 1
+    wanted_K[np.argsort(-sizes_K, kind="stable")[: num % k]] += 1
     self._excess_K = sizes_K - wanted_K
     # Of the cheapest move from a codeword to another: its cost, its vector.
     self._cost_KK = np.full((k, k), np.inf)

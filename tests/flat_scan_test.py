@@ -53,6 +53,7 @@ def test_search_is_that_of_loops(metric, num_queries, k):
   want = _oracle(x_ND, lists_N, ids_N, queries_QD, probes_QP, k, metric)
   np.testing.assert_array_equal(ids_QK, want[1])
   np.testing.assert_array_equal(scores_QK, want[0])
+  assert (scores_QK.dtype, ids_QK.dtype) == (np.float32, np.int64)
 
 
 @pytest.mark.parametrize("metric", ["ip", "l2"])
@@ -184,3 +185,13 @@ def test_numbers_without_sense_are_refused():
     probing.check(1, float("nan"), 1)
   with pytest.raises(ValueError, match="min_lists"):
     probing.check(1, None, 0)
+
+
+@pytest.mark.parametrize("num_queries", [1, 40])
+def test_empty_lists_find_nothing(num_queries):
+  lists = flat_lists.empty(3, 2, has_norms=False)
+  queries_QD = np.ones((num_queries, 2), np.float32)
+  probes_QP = np.tile(np.arange(3), (num_queries, 1))
+  scores_QK, ids_QK = _search(lists, queries_QD, probes_QP, 4)
+  np.testing.assert_array_equal(ids_QK, np.full((num_queries, 4), -1))
+  np.testing.assert_array_equal(scores_QK, np.full((num_queries, 4), -np.inf))

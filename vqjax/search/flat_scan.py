@@ -182,7 +182,10 @@ def _search_grouped(lists, queries_QD, probes_QP, k, score_fn, num_threads):
       found = _join([found, *pool.map(scan, pieces)])
       found, least_Q = _keep_best(found, k, slack_Q)
   slots_QK, _, scores_QK = _rank(lists, queries_QD, found, k, score_fn)
-  return scores_QK, np.where(slots_QK < 0, -1, lists.ids_N[slots_QK])
+  if not len(lists):
+    return scores_QK, slots_QK
+  ids_QK = lists.ids_N[slots_QK].astype(np.int64)
+  return scores_QK, np.where(slots_QK < 0, -1, ids_QK)
 
 
 def _group(probes_QP: np.ndarray) -> list[tuple[int, np.ndarray]]:

@@ -178,3 +178,16 @@ def test_unknown_names(tmp_path):
 def test_a_scale_that_is_none_is_refused(scale):
   with pytest.raises(ValueError, match="--config.data.scale.* positive"):
     datasets.resolve("sample_sift", scale=scale)
+
+
+def test_load_dataset_opens_all_parts_of_a_sample():
+  xt, xb, xq, gt = datasets.load_dataset("sample_text")
+  assert xt.shape == xb.shape == (12000, 384)
+  scores_N = np.asarray(xb, np.float64) @ np.asarray(xq[0], np.float64)
+  assert np.asarray(xq).shape == (500, 384)
+  assert gt[0][0] == np.argmax(scores_N)
+
+
+def test_load_dataset_says_what_a_missing_set_needs(tmp_path):
+  with pytest.raises(FileNotFoundError, match="bigann1M lacks"):
+    datasets.load_dataset("bigann1M", tmp_path)

@@ -16,6 +16,7 @@ import math
 import os
 import pathlib
 import shlex
+from typing import Any, NamedTuple
 
 from vqjax import shipped
 from vqjax.data import formats, hdf5, unit
@@ -343,3 +344,39 @@ def open_split(dataset: Dataset, split: str, *, max_vectors=None, role=None):
       f"got {vectors.shape[1]}."
     )
   return unit.UnitVectors(vectors) if dataset.metric == "cosine" else vectors
+
+
+class Vectors(NamedTuple):
+  """Arrays of a data set: memory maps, or files that read the rows asked for.
+
+  `xt` to train on, `xb` to compress and search, queries `xq`, and the ids `gt`
+  of their true neighbours in `xb`, nearest first. A part that the set does not
+  have is None.
+  """
+
+  xt: Any
+  xb: Any
+  xq: Any
+  gt: Any
+
+
+def load_dataset(name: str, root=None) -> Vectors:
+  """Opens all parts of a named data set, `sample_sift` or `sample_text` first.
+
+  Nothing is read yet: `np.asarray(xb)` reads a part, `xb[:1000]` some rows.
+
+  Args:
+    name: One of `NAMES`. The two samples come with vqjax.
+    root: Folder of the other sets; None for the environment's VQJAX_DATA.
+
+  Raises:
+    ValueError: There is no such set, or no folder is known for it.
+    FileNotFoundError: A file is missing; the message says how to get it.
+  """
+  dataset = get_dataset(name, root)
+  return Vectors(
+    *(
+      open_split(dataset, split) if getattr(dataset, split) else None
+      for split in SPLITS
+    )
+  )

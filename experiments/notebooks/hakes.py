@@ -1,0 +1,68 @@
+# %% [markdown]
+# # HAKES: more recall from an IVF-PQ index
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/vqjax/vqjax/blob/main/experiments/notebooks/hakes.ipynb)
+#
+# An IVF-PQ index often reduces the dimension of its vectors first. HAKES
+# ([arXiv 2505.12524](https://arxiv.org/abs/2505.12524)) learns, for queries, a reduction,
+# codebooks and centroids that keep the true neighbours near. The codes of the base
+# stay as they are, and stock faiss searches the index.
+
+# %%
+# Installs vqjax if it is missing, as on Colab.
+import importlib.util
+
+if importlib.util.find_spec("vqjax") is None:
+  # %pip install -q "git+https://github.com/vqjax/vqjax"
+  pass
+
+# %%
+import json
+import pathlib
+import tempfile
+
+import faiss
+import matplotlib.pyplot as plt
+import numpy as np
+
+import vqjax
+from vqjax import shipped
+
+workdir = pathlib.Path(tempfile.mkdtemp()) / "hakes"
+
+# %% [markdown]
+# ## Train
+#
+# The command runs six stages, and each leaves a file. Run it again, and it goes on
+# with the first one that is missing. Here it uses the bundled sentence embeddings,
+# with a smaller sample than its default. `train_queries=FILE` takes queries that
+# people have asked, which is better than vectors of the base.
+
+# %%
+# !vqjax hakes --config=hakes --workdir={workdir} --config.samples.num_queries=2000 --config.train.num_epochs=3 --config.base.opq_iterations=10 --config.base.kmeans_iterations=10 --config.evaluate.num_rounds=1 2>/dev/null
+sorted(path.name for path in workdir.iterdir())
+
+# %% [markdown]
+# ## Recall before and after
+#
+# `knn_recall@10` is the share of the true 10 neighbours that are among the 10
+# results.
+
+# %%
+record = json.loads((workdir / "evaluation.json").read_text())
+PLOT
+
+# %% [markdown]
+# ## The index is a faiss index
+
+# %%
+index = faiss.read_index(str(workdir / "index.faiss"))
+print(type(faiss.downcast_index(index)).__name__, index.ntotal, "vectors")
+_, _, xq, _ = vqjax.load_dataset("sample_text")
+faiss.ParameterSpace().set_index_parameter(index, "nprobe", 20)
+scores, ids = index.search(np.float32(xq[:3]), 5)
+ids
+
+# %% [markdown]
+# Read on: [HAKES](https://github.com/vqjax/vqjax/blob/main/docs/hakes.md), with figures
+# on 117,639 vectors. Next notebook: `semantic_ids.ipynb`.

@@ -1,0 +1,84 @@
+# %% [markdown]
+# # Semantic ids for items
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/vqjax/vqjax/blob/main/experiments/notebooks/semantic_ids.ipynb)
+#
+# A generative recommender predicts the next item token by token. It needs a short id
+# for each item, such that similar items have similar ids and no two items share one.
+# Here such ids are made of item embeddings: a codec gives each item a code, and
+# collisions are resolved.
+
+# %%
+# Installs vqjax if it is missing, as on Colab.
+import importlib.util
+
+if importlib.util.find_spec("vqjax") is None:
+  # %pip install -q "git+https://github.com/vqjax/vqjax"
+  pass
+
+# %%
+import pathlib
+import tempfile
+
+import matplotlib.pyplot as plt
+import numpy as np
+from IPython.display import Image
+
+import vqjax
+
+xt, xb, xq, gt = vqjax.load_dataset("sample_text")
+items = np.float32(xb[:4_000])
+names = [f"item-{i}" for i in range(len(items))]
+
+# %% [markdown]
+# ## Codes
+#
+# Two ways: residual k-means (`rq`), here balanced so that each codeword gets equally
+# many items, and RQ-VAE, a residual quantiser inside an auto-encoder. With the
+# default number of epochs RQ-VAE takes minutes; here it gets some of them.
+
+# %%
+rq = vqjax.fit(items, "rq", num_codes=3, is_balanced=True, seed=0)
+rqvae = vqjax.fit(items, "rqvae", num_epochs=60, seed=0)
+rq, rqvae
+
+# %% [markdown]
+# ## Ids
+
+# %%
+ids = {name: vqjax.make_ids(codec, items, ids=names)
+       for name, codec in {"RQ, balanced": rq, "RQ-VAE": rqvae}.items()}
+for name, made in ids.items():
+  before, after = made.report["before"], made.report["after"]
+  print(f"{name}: collision rate {before['collision_rate']:.3f} before, "
+        f"{after['collision_rate']:.3f} after")
+dict(zip(names[:4], ids["RQ-VAE"].tokens[:4], strict=True))
+
+# %% [markdown]
+# ## The report
+#
+# The picture says how many items share an id before and after, whether items with the
+# same first tokens are neighbours, and how evenly the codewords are used.
+
+# %%
+folder = pathlib.Path(tempfile.mkdtemp()) / "ids"
+ids["RQ-VAE"].save(folder)
+print(sorted(path.name for path in folder.iterdir()))
+Image(filename=folder / "report.png")
+
+# %% [markdown]
+# ## New items
+#
+# Items that come later get ids of their own. No published id moves.
+
+# %%
+new = np.float32(xb[4_000:4_200])
+more = vqjax.load_ids(folder).append(
+  new, [f"new-{i}" for i in range(len(new))], codec=rqvae
+)
+print(more)
+print("unchanged:", np.array_equal(more.codes[:4_000], ids["RQ-VAE"].codes))
+
+# %% [markdown]
+# Read on: [semantic ids](https://github.com/vqjax/vqjax/blob/main/docs/semantic_ids.md).
+# Next notebook: `own_data.ipynb`.

@@ -10,6 +10,13 @@ sys.path.insert(0, str(_FOLDER.parent))
 # Pages of modules that have since been renamed would be warnings.
 shutil.rmtree(_FOLDER / "reference" / "generated", ignore_errors=True)
 
+# Notebooks lie with the commands; the site shows them as they were run.
+_TUTORIALS = _FOLDER / "tutorials"
+shutil.rmtree(_TUTORIALS, ignore_errors=True)
+_TUTORIALS.mkdir()
+for _path in (_FOLDER.parent / "experiments/notebooks").glob("*.ipynb"):
+  shutil.copy(_path, _TUTORIALS)
+
 import vqjax  # noqa: E402
 
 for _name in vqjax.__all__:  # Loaded on demand; autodoc lists what is there.

@@ -64,6 +64,7 @@ def test_evaluate_the_held_out_part(run_dir):
   assert "1-recall@1" not in result["rows"][0]
 
 
+@pytest.mark.slow
 def test_search_sizes_change_the_code(run_dir):
   mse = lambda **knobs: evaluate.run(
     _config(evaluate, codec=run_dir, num_vectors=300, **knobs)
@@ -74,6 +75,7 @@ def test_search_sizes_change_the_code(run_dir):
   assert mse(num_steps=1) > mse()
 
 
+@pytest.mark.slow
 def test_own_files_are_evaluated_from_any_folder(tmp_path, monkeypatch):
   rng = np.random.default_rng(0)
   x_ND = rng.normal(size=(900, 8)).astype(np.float16)

@@ -16,7 +16,9 @@ def _vectors(num=700, dim=8):
   return np.random.default_rng(0).normal(size=(num, dim)).astype(np.float32)
 
 
-@pytest.mark.parametrize("name", ["pq", "opq", "rq"])
+@pytest.mark.parametrize(
+  "name", ["pq", pytest.param("opq", marks=pytest.mark.slow), "rq"]
+)
 def test_closed_forms_of_arrays_maps_and_paths_are_the_same(name, tmp_path):
   x_ND, path = _vectors(), tmp_path / "x.npy"
   np.save(path, x_ND)

@@ -183,6 +183,7 @@ def test_ways_to_find_the_list(x_ND, how):
     faiss_assign.make_assign_fn(x_ND, "tree")
 
 
+@pytest.mark.slow
 def test_the_codec_has_the_centroids_of_one_graph(tmp_path, monkeypatch):
   made, make_coarse = [], faiss_assign.faiss_ivf.make_coarse
   monkeypatch.setattr(

@@ -233,6 +233,7 @@ def test_what_cannot_be_searched_is_refused_first(tmp_path):
   assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_a_refiner_of_either_kind(tmp_path_factory):
   folder = tmp_path_factory.mktemp("refined")
   few = FEW | {"refiner": "rabitq", "num_refined": "0,10"}

@@ -50,8 +50,7 @@ def _scan(arrays, xq_QD, probes_QP, **sizes):
   return [np.asarray(x) for x in found]
 
 
-@pytest.mark.parametrize("num_probes", [1, 3, 6])
-@pytest.mark.parametrize("m", [3, 4, 9])
+@pytest.mark.parametrize(("m", "num_probes"), [(3, 6), (4, 1), (9, 3)])
 def test_scan_finds_what_loops_find(num_probes, m, monkeypatch):
   monkeypatch.setattr(ivf, "TILE", 8)  # Lists of one, two or more tiles.
   jax.clear_caches()

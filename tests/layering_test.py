@@ -49,7 +49,8 @@ NEVER = {
 
 
 def _files(folder):
-  return sorted((ROOT / folder).rglob("*.py"))
+  files = sorted((ROOT / folder).rglob("*.py"))
+  return [path for path in files if path.parent.name != "notebooks"]
 
 
 def _name(path):

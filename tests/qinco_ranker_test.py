@@ -114,6 +114,7 @@ def test_no_plane_is_nearer_than_the_basis():
   assert error(whole) < error(part) < error(least)
 
 
+@pytest.mark.slow
 def test_a_ranker_beats_as_many_words_without_one():
   params = make_params(num_codewords=32, dim=8, hidden_dim=32, network_dim=8)
   x_ND = vectors(600, dim=8)

@@ -15,7 +15,11 @@ from vqjax.storage import refiner_file
 pytestmark = pytest.mark.usefixtures("one_thread", "single_calls")
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["ivf", "rq"])
+@pytest.fixture(
+  scope="module",
+  params=[True, pytest.param(False, marks=pytest.mark.slow)],
+  ids=["ivf", "rq"],
+)
 def files(request, tmp_path_factory):
   folder = tmp_path_factory.mktemp("rabitq")
   made = search_test._make(folder, request.param)

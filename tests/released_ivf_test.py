@@ -32,6 +32,14 @@ NUM_LISTS = {
   "v1_qinco": 1,
   "v1_pq_qinco_opq": 1,
 }
+_FILES = [  # The others on request.
+  "ivf_qinco2_tiny",
+  "v1_pq_qinco_opq",
+  *(
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("v1_ivf_qinco", "v1_qinco")
+  ),
+]
 NUM, NUM_QUERIES = 200, 20
 CLOSE = {"rtol": 1e-4, "atol": 1e-3}  # float32 sums in another order.
 
@@ -53,7 +61,7 @@ def _run(module, **values):
   return module.run(cli.get_config(module.OPTIONS, **values))
 
 
-@pytest.fixture(name="files", scope="module", params=NUM_LISTS)
+@pytest.fixture(name="files", scope="module", params=_FILES)
 def _files(request, tmp_path_factory):
   folder = tmp_path_factory.mktemp(request.param)
   at = lambda name: str(folder / name)

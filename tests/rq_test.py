@@ -72,6 +72,7 @@ def test_fit_is_kmeans_of_the_residuals():
     residual = residual - np.asarray(want_KD, np.float64)[ids]
 
 
+@pytest.mark.slow
 def test_fit_with_a_beam_leaves_less_of_real_vectors():
   # Of vectors it was not fitted to; residuals of real vectors have a shape.
   x_ND = datasets.open_split(datasets.get_dataset("sample_sift"), "train")[

@@ -35,7 +35,10 @@ def _vectors(num=320):
   return np.random.default_rng(0).normal(size=(num, 6)).astype(np.float32)
 
 
-@pytest.mark.parametrize(("assign", "num_graphs"), [("hnsw", 1), ("blocks", 0)])
+@pytest.mark.parametrize(
+  ("assign", "num_graphs"),
+  [("hnsw", 1), pytest.param("blocks", 0, marks=pytest.mark.slow)],
+)
 def test_an_encoder_makes_one_graph_of_the_centroids(
   assign, num_graphs, monkeypatch
 ):

@@ -24,9 +24,9 @@ import tempfile
 import faiss
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import Image
 
 import vqjax
-from vqjax import shipped
 
 workdir = pathlib.Path(tempfile.mkdtemp()) / "hakes"
 
@@ -39,7 +39,7 @@ workdir = pathlib.Path(tempfile.mkdtemp()) / "hakes"
 # people have asked, which is better than vectors of the base.
 
 # %%
-# !vqjax hakes --config=hakes --workdir={workdir} --config.samples.num_queries=2000 --config.train.num_epochs=3 --config.base.opq_iterations=10 --config.base.kmeans_iterations=10 --config.evaluate.num_rounds=1 2>/dev/null
+# !vqjax hakes --config=hakes --workdir={workdir} --config.samples.num_queries=2000 --config.train.num_epochs=3 --config.base.opq_iterations=10 --config.base.kmeans_iterations=10 --config.evaluate.num_rounds=1 2>&1 | tail -4
 sorted(path.name for path in workdir.iterdir())
 
 # %% [markdown]
@@ -50,7 +50,25 @@ sorted(path.name for path in workdir.iterdir())
 
 # %%
 record = json.loads((workdir / "evaluation.json").read_text())
-PLOT
+figure, axes = plt.subplots(figsize=(7, 3.4))
+for color, (name, points) in zip("C1 C0".split(), record["points"].items()):
+  chosen = [p for p in points if p["setting"]["refine_factor"] == 10]
+  probes = [p["setting"]["num_probes"] for p in chosen]
+  recalls = [p["recall"] for p in chosen]
+  axes.plot(probes, recalls, "o-", color=color, label=name)
+axes.set(
+  xscale="log",
+  xlabel="nprobe, of 128 lists",
+  ylabel=record["recall"],
+  title="100 results re-ranked with whole vectors",
+)
+axes.legend();
+
+# %% [markdown]
+# The command also draws recall against speed, at all its settings.
+
+# %%
+Image(filename=workdir / "operating_points.png")
 
 # %% [markdown]
 # ## The index is a faiss index

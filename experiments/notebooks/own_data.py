@@ -46,7 +46,7 @@ np.save(folder / "query.npy", np.float32(xq[:200]))
 # in seconds; for less error use `--config=qinco2_s`.
 
 # %%
-# !cd {folder} && vqjax train --config=rq --config.data.train=items.parquet#embedding --workdir=codec 2>/dev/null
+# !cd {folder} && vqjax train --config=rq --config.data.train=items.parquet#embedding --workdir=codec 2>&1 | tail -4
 codec = vqjax.load(folder / "codec")
 codec
 
@@ -54,7 +54,7 @@ codec
 # ## Encode, with the ids kept
 
 # %%
-# !cd {folder} && vqjax encode --codec=codec --data=items.parquet#embedding --output=codes.npy 2>/dev/null
+# !cd {folder} && vqjax encode --codec=codec --data=items.parquet#embedding --output=codes.npy 2>&1 | tail -4
 codes = np.load(folder / "codes.npy")
 print(codes.shape, codes.dtype, "-", codes.nbytes, "bytes instead of", items.nbytes)
 
@@ -62,7 +62,7 @@ print(codes.shape, codes.dtype, "-", codes.nbytes, "bytes instead of", items.nby
 # ## Index and search
 
 # %%
-# !cd {folder} && vqjax build_index --codec=codec --data=items.parquet#embedding --ids=item_id --num_lists=64 --output=index 2>/dev/null
+# !cd {folder} && vqjax build_index --codec=codec --data=items.parquet#embedding --ids=item_id --num_lists=64 --output=index 2>&1 | tail -4
 index = vqjax.load_index(folder / "index")
 distances, ids = index.search(folder / "query.npy", k=5, nprobe=16)
 ids[:3]

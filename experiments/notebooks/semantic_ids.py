@@ -38,8 +38,8 @@ names = [f"item-{i}" for i in range(len(items))]
 # default number of epochs RQ-VAE takes minutes; here it gets some of them.
 
 # %%
-rq = vqjax.fit(items, "rq", num_codes=3, is_balanced=True, seed=0)
-rqvae = vqjax.fit(items, "rqvae", num_epochs=60, seed=0)
+rq = vqjax.fit(items, "rq", num_codes=3, codebook_size=64, is_balanced=True)
+rqvae = vqjax.fit(items, "rqvae", codebook_sizes=(64, 64, 64), num_epochs=60)
 rq, rqvae
 
 # %% [markdown]

@@ -37,7 +37,7 @@ def _failing(number: int, code: int):
   ("code", "words"),
   [
     (errno.ENOSPC, ("disk is full", "No space left")),
-    (errno.EACCES, ("Permission denied",)),
+    pytest.param(errno.EACCES, ("Permission denied",), marks=pytest.mark.slow),
   ],
 )
 def test_changes_that_fail(inputs, tmp_path, code, words, step):
@@ -155,7 +155,9 @@ def _rival(number: int, made, folder):
 
 
 @pytest.mark.parametrize("step", _STEPS)
-@pytest.mark.parametrize("is_same", [True, False])
+@pytest.mark.parametrize(
+  "is_same", [pytest.param(True, marks=pytest.mark.slow), False]
+)
 def test_rivals(inputs, others, tmp_path, is_same, step):
   """Another process makes the output while we work: one of both is whole."""
   table = outcomes.Table("rival", ["tries", "ours", "its", "FORBIDDEN"])

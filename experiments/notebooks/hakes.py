@@ -52,8 +52,8 @@ sorted(path.name for path in workdir.iterdir())
 record = json.loads((workdir / "evaluation.json").read_text())
 figure, axes = plt.subplots(figsize=(7, 3.4))
 for color, (name, points) in zip("C1 C0".split(), record["points"].items()):
-  chosen = [p for p in points if p["setting"]["refine_factor"] == 10]
-  probes = [p["setting"]["num_probes"] for p in chosen]
+  chosen = [p for p in points if p["refine_factor"] == 10]
+  probes = [p["num_probes"] for p in chosen]
   recalls = [p["recall"] for p in chosen]
   axes.plot(probes, recalls, "o-", color=color, label=name)
 axes.set(

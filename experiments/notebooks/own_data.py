@@ -19,6 +19,7 @@ if importlib.util.find_spec("vqjax") is None:
 import pathlib
 import tempfile
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -56,7 +57,8 @@ codec
 # %%
 # !cd {folder} && vqjax encode --codec=codec --data=items.parquet#embedding --output=codes.npy 2>&1 | tail -4
 codes = np.load(folder / "codes.npy")
-print(codes.shape, codes.dtype, "-", codes.nbytes, "bytes instead of", items.nbytes)
+print(codes.shape, codec.num_bytes, "bytes each instead of", 4 * codec.dim)
+print(codes[0])
 
 # %% [markdown]
 # ## Index and search
@@ -75,7 +77,22 @@ ids[:3]
 # %%
 scores = np.float32(xq[:200]) @ items.T
 true_ids = np.argsort(-scores, axis=1)[:, :10]
-index.evaluate(folder / "query.npy", true_ids, k=10, nprobe=16)
+recalls = {
+  nprobe: index.evaluate(folder / "query.npy", true_ids, k=10, nprobe=nprobe)
+  for nprobe in (1, 2, 4, 8, 16, 32, 64)
+}
+figure, axes = plt.subplots(figsize=(7, 3.4))
+for name in ("1-recall@1", "1-recall@10", "knn_recall@10"):
+  found = [measured[name] for measured in recalls.values()]
+  axes.plot(list(recalls), found, "o-", label=name)
+axes.set(xscale="log", xlabel="nprobe, of 64 lists", ylabel="recall")
+axes.set_title("384 numbers in 8 bytes")
+axes.legend();
+
+# %% [markdown]
+# 8 bytes are few for 384 dimensions. More codes (`--config.model.num_codes=32`), a
+# learned codec (`--config=qinco2_s`) and a refiner (`--refiner=rabitq`) raise the
+# recall. `--plan` says what each would cost before the work.
 
 # %% [markdown]
 # Read on: [files and formats](https://github.com/vqjax/vqjax/blob/main/docs/files.md).

@@ -91,7 +91,7 @@ axes.legend();
 
 # %% [markdown]
 # 8 bytes are few for 384 dimensions. More codes (`--config.model.num_codes=32`), a
-# learned codec (`--config=qinco2_s`) and a refiner (`--refiner=rabitq`) raise the
+# learned codec (`--config=qinco2_s`) and a refiner (`vqjax refiner`) raise the
 # recall. `--plan` says what each would cost before the work.
 
 # %% [markdown]

@@ -39,7 +39,7 @@ names = [f"item-{i}" for i in range(len(items))]
 
 # %%
 rq = vqjax.fit(items, "rq", num_codes=3, codebook_size=64, is_balanced=True)
-rqvae = vqjax.fit(items, "rqvae", codebook_sizes=(64, 64, 64), num_epochs=60)
+rqvae = vqjax.fit(items, "rqvae", codebook_sizes=(64, 64, 64), num_epochs=30)
 rq, rqvae
 
 # %% [markdown]

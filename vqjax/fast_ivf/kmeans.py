@@ -249,7 +249,6 @@ class MiniBatchKMeans(_MiniBatchKMeans):
   """K-means in mini-batches.
 
   Attributes:
-    centroids: float32 `[K, D]`; `_centroids` is their transpose.
     splits: `(step, 0, fullest, emptiest)` of each split.
     num_steps: Steps of the last training.
     num_vectors, vectors: What was added.
@@ -310,7 +309,6 @@ class SubvectorsMiniBatchKMeans(_MiniBatchKMeans):
   """K-means of each of M sub-vectors of equal length, as PQ needs it.
 
   Attributes:
-    centroids: float32 `[M, K, D / M]`; `_centroids` is `[M, D / M, K]`.
     splits: `(step, sub-vector, fullest, emptiest)` of each split.
     num_steps: Steps of the last training.
     num_vectors, vectors: What was added.

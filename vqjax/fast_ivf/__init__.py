@@ -6,12 +6,14 @@ Names, attributes and meaning are those of github.com/kmkolasinski/fast-ivf.
 """
 
 _DOORS = {
+  "CompressedFastIVF": "vqjax.fast_ivf.compressed",
   "FastIVF": "vqjax.fast_ivf.flat",
   "FastIVFPQ": "vqjax.fast_ivf.pq",
   "MiniBatchKMeans": "vqjax.fast_ivf.kmeans",
   "SubvectorsMiniBatchKMeans": "vqjax.fast_ivf.kmeans",
 }
 __all__ = [  # noqa: F822 (loaded on demand, below)
+  "CompressedFastIVF",
   "FastIVF",
   "FastIVFPQ",
   "MiniBatchKMeans",

@@ -248,7 +248,7 @@ class BaseIVF:
         "settings": self._settings(),
         "vqjax_version": __version__,
       }
-      self.write_faiss(temporary / _FILE)
+      self._write(temporary)
       files.write_json(temporary / folders.MANIFEST, manifest)
     return folder
 
@@ -296,6 +296,10 @@ class BaseIVF:
       kind=faiss_fast_ivf.KIND,
       overwrite=overwrite,
     )
+
+  def _write(self, folder: pathlib.Path) -> None:
+    """Writes the files of a folder, from which `_restore` makes the index."""
+    self.write_faiss(folder / _FILE)
 
   def _settings(self) -> dict:
     """What a folder keeps, plain values."""

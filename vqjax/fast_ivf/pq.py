@@ -12,10 +12,11 @@ import numpy as np
 
 from vqjax.core import check_range, check_shape
 from vqjax.data import batches
+from vqjax.fast_ivf import rescoring
 from vqjax.fast_ivf.base import BaseIVF
 from vqjax.fast_ivf.kmeans import SubvectorsMiniBatchKMeans
-from vqjax.interop import faiss_fast_ivf, faiss_fast_pq
-from vqjax.search import calibration, flat_lists, flat_scan
+from vqjax.interop import faiss_fast_pq
+from vqjax.search import flat_lists
 
 _TRAININGS = ("faiss", "minibatch")
 
@@ -167,12 +168,16 @@ class FastIVFPQ(BaseIVF):
         queries_QD, lists_QP, most, is_ordered=not will_sort
       )
       if not rescore:
-        return distances_QK, self._ids_at(slots_QK)
-      scores_QK, slots_QK = self._rescore(
-        queries_QD, distances_QK, slots_QK, num, sort
+        return distances_QK, rescoring.ids_at(self._lists, slots_QK)
+      scores_QK, slots_QK = rescoring.rescore(
+        *(self._lists, self.metric, queries_QD, distances_QK, slots_QK, num),
+        num_samples=self.rescore_num_samples,
+        sort=sort,
       )
       scores_QK, slots_QK = scores_QK[:, :width], slots_QK[:, :width]
-      return (-scores_QK if is_distance else scores_QK), self._ids_at(slots_QK)
+      return (-scores_QK if is_distance else scores_QK), rescoring.ids_at(
+        self._lists, slots_QK
+      )
 
     return self._search(queries, k, find, is_distance=is_distance)
 
@@ -241,42 +246,6 @@ class FastIVFPQ(BaseIVF):
     )
     slots_QK = self._lists.starts[lists_QK] + places_QK
     return distances_QK, np.where(lists_QK < 0, -1, slots_QK)
-
-  def _rescore(self, queries_QD, distances_QK, slots_QK, k: int, sort: bool):
-    """Scores, more for the better, and slots: by score, or as they are."""
-    is_there_QK = slots_QK >= 0
-    ranks_R = calibration.sample_ranks(k, self.rescore_num_samples)
-    is_exact = not 0 < self.rescore_num_samples < k
-    ranks_R = ranks_R[ranks_R < slots_QK.shape[1]]
-    slots_QR = np.ascontiguousarray(slots_QK[:, ranks_R])
-    scores_QK = faiss_fast_ivf.exact_scores(
-      queries_QD, self._lists.x_ND, slots_QR, self.metric
-    )
-    if not is_exact:
-      slope_Q, offset_Q = calibration.fit_lines(
-        distances_QK[:, ranks_R], scores_QK, is_there_QK[:, ranks_R]
-      )
-      near_QK = np.where(is_there_QK, distances_QK, 0)
-      scores_QK = slope_Q[:, None] * near_QK + offset_Q[:, None]
-      low, high = {"cosine": (0, 1), "l2": (-np.inf, 0)}.get(
-        self.metric, (-np.inf, np.inf)
-      )
-      scores_QK = np.clip(scores_QK, low, high).astype(np.float32)
-      scores_QK[~is_there_QK] = -np.inf
-    if not sort:
-      return scores_QK, slots_QK
-    if is_exact:
-      order_QK = flat_scan.order_of(scores_QK, slots_QK, self._lists)
-    else:  # Equal ones stay in the order of the codes.
-      order_QK = np.argsort(-scores_QK, axis=1, kind="stable")
-    take = lambda table: np.take_along_axis(table, order_QK, axis=1)
-    return take(scores_QK), take(slots_QK)
-
-  def _ids_at(self, slots_QK) -> np.ndarray:
-    if not len(self):
-      return np.full(slots_QK.shape, -1)
-    ids_QK = self._lists.ids_N[slots_QK].astype(np.int64)
-    return np.where(slots_QK < 0, -1, ids_QK)
 
   def _get_codes(self):
     """The codes of faiss, made empty if there are none."""

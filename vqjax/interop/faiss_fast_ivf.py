@@ -118,6 +118,56 @@ def make_flat(
   return faiss_io.normalise_first(index) if metric == "cosine" else index
 
 
+def make_joined(
+  centroids_LD: np.ndarray,
+  parts: Iterable,
+  weight_DE: np.ndarray,
+  bias_E: np.ndarray,
+  metric: str,
+) -> faiss.Index:
+  """Returns an index whose lists are found by D numbers and scanned by E more.
+
+  `parts` are number, ids and short vectors `[n, E]` of lists. Queries `[D]`
+  become `[q, q W + b]`. Lists are those of the largest inner products with the
+  centroids, or for "l2" of the least distances.
+  """
+  num_lists, dim = centroids_LD.shape
+  reduced = len(bias_E)
+  # q c - |c|^2 / 2 orders lists as distances do: one more number of a query,
+  # which is always 1, carries the second term.
+  extra = 1 if metric == "l2" else 0
+  width = dim + extra + reduced
+  coarse_LD = np.zeros((num_lists, width), np.float32)
+  coarse_LD[:, :dim] = centroids_LD
+  if extra:
+    coarse_LD[:, dim] = -0.5 * np.einsum("ld,ld->l", centroids_LD, centroids_LD)
+  coarse = make_coarse(coarse_LD, "ip")
+  index = faiss.IndexIVFFlat(coarse, width, num_lists, kind_of("ip"))
+  faiss_lists.hand_over(coarse, index)
+  index.is_trained = True
+  for number, ids_n, short_nE in parts:
+    ids_n = np.ascontiguousarray(ids_n, np.int64)
+    rows_nD = np.zeros((len(ids_n), width), np.float32)
+    rows_nD[:, dim + extra :] = short_nE
+    index.invlists.add_entries(
+      *(number, len(ids_n), faiss.swig_ptr(ids_n)),
+      faiss.swig_ptr(rows_nD.view(np.uint8)),
+    )
+    index.ntotal += len(ids_n)
+  rows = [np.eye(dim), np.zeros((extra, dim)), weight_DE.T]
+  bias = np.concatenate([np.zeros(dim), np.ones(extra), bias_E])
+  linear = faiss.LinearTransform(dim, width, True)
+  faiss.copy_array_to_vector(
+    np.concatenate(rows).astype(np.float32).ravel(), linear.A
+  )
+  faiss.copy_array_to_vector(bias.astype(np.float32), linear.b)
+  linear.is_trained = True
+  joined = faiss.IndexPreTransform(linear, index)
+  faiss_lists.hand_over(linear, joined)
+  faiss_lists.hand_over(index, joined)
+  return faiss_io.normalise_first(joined) if metric == "cosine" else joined
+
+
 def set_nprobe(index: faiss.Index, nprobe: int) -> None:
   """Sets how many lists an index looks into by itself."""
   faiss.ParameterSpace().set_index_parameter(index, "nprobe", nprobe)

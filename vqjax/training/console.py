@@ -14,9 +14,9 @@ from vqjax import devices
 from vqjax.progress import progress_bar
 
 
-def make_bar(plan, step):
+def make_bar(plan, step, is_shown=True):
   """Returns the progress line, shown by the first process."""
-  if not devices.is_first():
+  if not (is_shown and devices.is_first()):
     return tqdm(disable=True)
   return progress_bar(
     plan.total_steps * plan.batch_size, "train", start=step * plan.batch_size

@@ -217,6 +217,7 @@ def train(
   *,
   checkpoints: Checkpoints,
   writer: Writer,
+  is_shown: bool = True,
 ) -> Outcome:
   """Trains from `state` to the end of the plan, or to a signal.
 
@@ -233,6 +234,7 @@ def train(
     plan: Lengths and intervals.
     checkpoints: Where to save.
     writer: Where to report.
+    is_shown: Shows a progress line.
 
   Raises:
     FloatingPointError: The loss of a step is not finite.
@@ -247,7 +249,7 @@ def train(
     return Outcome(state, True)
   state = devices.replicate(state)
   pending = collections.deque()
-  bar, text = console.make_bar(plan, step), ""
+  bar, text = console.make_bar(plan, step, is_shown), ""
   # Placed by the thread that reads, so that no step waits for a copy.
   batches = prefetch(
     lambda step: devices.shard(batch_fn(step)), range(step, plan.total_steps)

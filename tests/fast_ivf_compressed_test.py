@@ -95,7 +95,9 @@ def test_all_candidates_scored_anew_are_those_of_whole_vectors(metric):
 
 def test_added_removed_and_saved(tmp_path):
   index = _index()
+  index.search(QUERIES, 1)  # Short vectors are there; the next are new.
   index.add(X[:2] * 2, ids=[1000, 1001])  # Other short vectors, for the bias.
+  index.search(QUERIES, 1)
   index.remove([0, 1])
   assert len(index) == 300
   found = index.search(X[:2] * 2, 1)

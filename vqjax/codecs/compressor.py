@@ -1,4 +1,4 @@
-"""Linear maps to fewer dimensions, for scores that are cosines of short vectors.
+"""Linear maps to fewer dimensions: scores are cosines of short vectors.
 
 A vector x becomes y / |y| with y = x W + b. Two objectives learn W and b:
 

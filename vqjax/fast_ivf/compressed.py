@@ -258,11 +258,12 @@ class CompressedFastIVF(FastIVF):
     self._short = None
 
   def to_faiss(self):
-    """Returns a copy as an index of stock faiss, with results in the same order.
+    """Returns a copy as an index of stock faiss, whose results are the same.
 
-    It is an `IVF{L},Flat` of D + E dimensions behind a linear map of queries to
-    D + E dimensions: lists are found by the first D, and stored vectors are
-    zero there. So it takes more memory than this index.
+    Scores are larger by the length of the short query. It is an
+    `IVF{L},Flat` behind a linear map of queries to D + E dimensions: lists are
+    found by the first D, where stored vectors are zero. So it takes more memory
+    than this index.
 
     Raises:
       ValueError: The index is not trained.

@@ -339,13 +339,15 @@ def _ranges(config, info, parts) -> dict[str, list]:
   if info["codec"] in additive.CODECS:
     network = [0]  # It has none: the scan has its decoded vectors already.
   ranges = {
-    "nprobe": _numbers(config, "nprobe", 1, num_lists) or probes,
-    "ef_search": _numbers(config, "ef_search", 1, 1 << 20) or [32, 128, 512],
-    "num_refined": _numbers(config, "num_refined", 0, num_vectors)
+    "nprobe": search_data.numbers(config, "nprobe", 1, num_lists) or probes,
+    "ef_search": search_data.numbers(config, "ef_search", 1, 1 << 20)
+    or [32, 128, 512],
+    "num_refined": search_data.numbers(config, "num_refined", 0, num_vectors)
     or _default_refined(parts.refiner),
-    "num_pairwise": _numbers(config, "num_pairwise", 0, num_vectors)
+    "num_pairwise": search_data.numbers(config, "num_pairwise", 0, num_vectors)
     or ([0, 8, 32, 128] if has_pairwise else [0]),
-    "num_network": _numbers(config, "num_network", 0, num_vectors) or network,
+    "num_network": search_data.numbers(config, "num_network", 0, num_vectors)
+    or network,
   }
   if not is_graph:
     ranges["ef_search"] = [None]
@@ -381,22 +383,6 @@ def _default_refined(refiner) -> list[int]:
   if refiner is None:
     return [0]
   return [0, 10, 20, 50] if refiner.kind == "rabitq" else [0, 3, 5, 10]
-
-
-def _numbers(config, name: str, low: int, high: int) -> list[int]:
-  """Values of an option as 0,5,10, rising; those above `high` become it."""
-  if config[name] is None:
-    return []
-  parts = [part.strip() for part in config[name].split(",")]
-  if not all(part.isdecimal() and int(part) >= low for part in parts):
-    raise ValueError(
-      f"--{name} must be numbers from {low} on, as 4,8,16; got "
-      f"{config[name]!r}."
-    )
-  values = sorted({min(int(part), high) for part in parts})
-  if max(map(int, parts)) > high:
-    logging.info("--%s is cut at %d, the size of the index.", name, high)
-  return values
 
 
 def _summarise(config, record, data) -> None:

@@ -69,16 +69,33 @@ def _resolve(codec, config) -> datasets.Dataset:
   return dataset
 
 
-def _blocks(vectors, done):
+def blocks(vectors, done):
+  """Yields blocks of open vectors `[n, D]`."""
   parts = batches.map_blocks(
     lambda x_ND: x_ND, vectors, block_size=_BLOCK, progress=done
   )
   return (x_ND for _, x_ND in parts)
 
 
-def baseline_names(config) -> list[str]:
-  """Returns the baselines asked for, as `faiss_baselines` spells them."""
-  known = {name.lower(): name for name in faiss_baselines.NAMES}
+def numbers(config, name: str, low: int, high: int) -> list[int]:
+  """Returns values as 0,5,10, rising; those above `high` become it."""
+  if config[name] is None:
+    return []
+  parts = [part.strip() for part in config[name].split(",")]
+  if not all(part.isdecimal() and int(part) >= low for part in parts):
+    raise ValueError(
+      f"--{name} must be numbers from {low} on, as 4,8,16; got "
+      f"{config[name]!r}."
+    )
+  values = sorted({min(int(part), high) for part in parts})
+  if max(map(int, parts)) > high:
+    logging.info("--%s is cut at %d, the size of the index.", name, high)
+  return values
+
+
+def baseline_names(config, names=faiss_baselines.NAMES) -> list[str]:
+  """Returns the baselines asked for, as `names` spells them."""
+  known = {name.lower(): name for name in names}
   asked = [name.strip() for name in config.baselines.split(",") if name.strip()]
   unknown = [name for name in asked if name.lower() not in known]
   if unknown:
@@ -126,7 +143,7 @@ def fit_baselines(names, like, train, base) -> dict:
     with cli.elapsed(what), cli.timed(seconds, name):
       found[name] = faiss_baselines.fit(name, like, xt_ND)
     with cli.progress(len(base), f"add to {name}") as done:
-      faiss_baselines.add(found[name], _blocks(base, done))
+      faiss_baselines.add(found[name], blocks(base, done))
     logging.info("Trained %s in %.1f s.", name, seconds[name])
   return found
 

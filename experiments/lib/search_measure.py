@@ -47,7 +47,7 @@ def explore(config, record, ours: str, ranges, search_fns, data) -> None:
     return found
 
   def measure(jobs):
-    points = _measure(config, jobs, search_fns, data)
+    points = measure_all(config, jobs, search_fns, data)
     record.add(points)
     return points
 
@@ -90,7 +90,7 @@ def is_valid_setting(setting: dict) -> bool:
   return not 0 < pairwise <= network
 
 
-def _measure(config, jobs, search_fns, data) -> list[dict]:
+def measure_all(config, jobs, search_fns, data) -> list[dict]:
   """Points of `(series, setting)`, measured interleaved."""
   fns = {
     i: lambda _, name=name, at=at: search_fns[name](data.xq_QD, **at)

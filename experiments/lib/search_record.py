@@ -40,14 +40,18 @@ class Record:
   The file is one JSON object with a line for each point.
   """
 
-  def __init__(self, path, header: dict, *, resume: bool):
+  def __init__(
+    self, path, header: dict, *, resume: bool, recall: str = "1-recall@1"
+  ):
     """Opens an earlier record to resume, or begins one.
+
+    `recall` is the kind by which the best settings are told.
 
     Raises:
       ValueError: The earlier record was measured with something else.
     """
     self.path, self.header = pathlib.Path(path), header
-    self.points, self.latency = [], []
+    self.points, self.latency, self.recall = [], [], recall
     if resume and self.path.exists():
       self.points, self.latency = _read(self.path, header)
       logging.info(
@@ -112,7 +116,7 @@ class Record:
 
   def best(self, name: str, slack: float = 0.01) -> dict:
     """The fastest point of a series within `slack` of its best recall."""
-    points = self.series("1-recall@1")[name]
+    points = self.series(self.recall)[name]
     top = max(point.recall for point in points)
     return operating_points.fastest(points, (1 - slack) * top).setting
 
@@ -138,7 +142,8 @@ class Record:
     if memory is None:  # Measured by an earlier version.
       return f"{self.header['bytes'][name]} bytes without ids"
     found = footprint.from_json(memory)
-    return f"{found.each:.3g} bytes + {found.shared / 1e6:.3g} MB in memory"
+    each = f"{found.each:.3g}" if found.each < 1000 else f"{found.each:,.0f}"
+    return f"{each} bytes + {found.shared / 1e6:.3g} MB in memory"
 
   def memory_table(self) -> str:
     """Bytes of each series in memory and on disk."""
@@ -148,18 +153,19 @@ class Record:
     )
 
   def table(self) -> str:
-    """The front of each series in 1-recall@1, and where its time goes."""
+    """The front of each series, and where its time goes."""
     names = list(self.points[0]["recall"])
     knobs = list(dict.fromkeys(k for p in self.points for k in p["setting"]))
     shown = [k for k in knobs if any(p["setting"].get(k) for p in self.points)]
     rows = []
-    for series, points in self.series("1-recall@1").items():
+    for series, points in self.series(self.recall).items():
       best = operating_points.front(points)
       for point in best[-_MAX_ROWS:]:
         rows.append(self._row(series, point.setting, names, shown))
-    stages = [f"{stage} us" for stage in _STAGES]
-    header = ["front of", *shown, *names, "qps", *stages, "decoded"]
-    return cli.table(header, rows)
+    header = ["front of", *shown, *names, "qps"]
+    if any(p["stage_us"] for p in self.points):
+      header += [*(f"{stage} us" for stage in _STAGES), "decoded"]
+    return cli.table(header, [row[: len(header)] for row in rows])
 
   def _row(self, series, setting, names, knobs) -> list[str]:
     point = self.find(series, setting)
@@ -181,10 +187,10 @@ class Record:
     for row in self.latency:
       point = self.find(row["series"], row["setting"])
       at = " ".join(f"{k}={v}" for k, v in row["setting"].items() if v)
-      recall = f"{point['recall']['1-recall@1']:.4f}"
+      recall = f"{point['recall'][self.recall]:.4f}"
       times = [f"{row[name]:.2f}" for name in ("p50_ms", "p95_ms")]
       rows.append([row["series"], at, recall, *times])
-    header = ["single queries", "setting", "1-recall@1", "p50 ms", "p95 ms"]
+    header = ["single queries", "setting", self.recall, "p50 ms", "p95 ms"]
     return cli.table(header, rows)
 
 

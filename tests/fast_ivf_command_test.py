@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import fast_ivf
-from experiments.lib import fast_ivf_kinds, search_measure
+from experiments.lib import fast_ivf_kinds, search_measure, search_record
 from vqjax.fast_ivf import FastIVF, FastIVFPQ, memory
 from vqjax.interop import faiss_fast_baselines
 
@@ -100,6 +100,7 @@ def test_the_same_command_finds_all_made_and_more_points_are_added(
 def test_a_run_that_was_stopped_goes_on_with_its_index(
   paths, tmp_path, monkeypatch
 ):
+  monkeypatch.setattr(search_record.Record, "draw", lambda _: None)
   options = {**paths, "output": tmp_path / "lists", "nlist": 4, "nprobe": 2}
   with monkeypatch.context() as patch:
     patch.setattr(fast_ivf, "_explore", lambda *_: 1 / 0)
@@ -112,7 +113,8 @@ def test_a_run_that_was_stopped_goes_on_with_its_index(
     fast_ivf.run(**options)
 
 
-def test_codes_of_faiss_and_ours(paths, tmp_path):
+def test_codes_of_faiss_and_ours(paths, tmp_path, monkeypatch):
+  monkeypatch.setattr(search_record.Record, "draw", lambda _: None)
   made = fast_ivf.run(
     **paths, output=tmp_path / "codes", kind="pq", metric="ip", nlist=4,
     nprobe=16, num_candidates="10,400", baselines="ivfpqfs+rflat,IVFPQ+RFlat",

@@ -25,7 +25,7 @@ def test_times_of_repeated_calls_are_those_of_one(monkeypatch):
   found = evaluation.Truth(np.zeros((5, 2)), np.zeros((5, 1), int))
   data = search_data.Data(found.xq_QD, found, None, "l2")
   config = cli.get_config(search.OPTIONS, rounds=1)
-  (point,) = search_measure._measure(
+  (point,) = search_measure.measure_all(
     config, [("a", {})], {"a": search_fn}, data
   )
   assert number == 5  # One to warm up, then four of half a second.

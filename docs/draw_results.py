@@ -28,7 +28,7 @@ def main() -> None:
     axes.set_xlim(0, 1.18 * max(values))
     axes.spines[["top", "right"]].set_visible(False)
   left.invert_yaxis()
-  figure.suptitle("8 bytes per vector, bundled SIFT sample")
+  figure.suptitle("8 bytes of code per vector (ids apart), bundled SIFT sample")
   figure.savefig(_FOLDER / "results_8_bytes.png", dpi=110)
 
 

@@ -179,8 +179,8 @@ def _log_weights(meta: dict) -> None:
 
 def _log_next(config, num_vectors: int, num_bytes: int) -> None:
   logging.info(
-    "Written: %s, %d vectors, %d bytes each.\nNext:\n  vqjax search "
-    "--codec=%s --index=%s --refiner=%s --num_refined=0,10,20",
+    "Written: %s, %d vectors, %d bytes each on top of the index.\nNext:\n"
+    "  vqjax search --codec=%s --index=%s --refiner=%s --num_refined=0,10,20",
     *(config.output, num_vectors, num_bytes),
     shlex.quote(config.codec or "CODEC"),
     *map(shlex.quote, (config.index, config.output)),

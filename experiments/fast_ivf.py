@@ -361,15 +361,20 @@ def _summarise(config, folder, record, kind, said: str) -> None:
   )
   best = record.best(kind.class_name)
   num = best.get("num_candidates")
+  ratio = best["ratio_threshold"]
+  skips = ""
+  if ratio:
+    least = max(best["nprobe"] // 4, 1)
+    skips = f"\n  index.ratio_threshold, index.min_lists = {ratio}, {least}"
   more = f", rescore=True, num_candidates={num}" if num else ""
   logging.info(
     "%s: %s, %s, %s\nTo search at the fastest setting within 1 %% of the best "
     "recall, in Python:\n  from vqjax.fast_ivf import %s\n  index = "
-    "%s.load(%r)\n  index.nprobe = %d\n  scores, ids = index.search("
+    "%s.load(%r)\n  index.nprobe = %d%s\n  scores, ids = index.search("
     "queries, k=%d%s)",
     *(said, folder / "index", record.path, record.picture),
     *(kind.class_name, kind.class_name, str(folder / "index")),
-    *(best["nprobe"], config.k, more),
+    *(best["nprobe"], skips, config.k, more),
   )
 
 

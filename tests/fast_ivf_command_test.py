@@ -8,7 +8,7 @@ import pytest
 
 from experiments import fast_ivf
 from experiments.lib import fast_ivf_kinds, search_measure, search_record
-from vqjax.fast_ivf import FastIVF, FastIVFPQ, memory
+from vqjax.fast_ivf import CompressedFastIVF, FastIVF, FastIVFPQ, memory
 from vqjax.interop import faiss_fast_baselines
 
 NUM, DIM = 400, 8
@@ -132,6 +132,21 @@ def test_codes_of_faiss_and_ours(paths, tmp_path, monkeypatch):
   assert found.each == pytest.approx(4 * DIM + 1 + 4 + 8)
   stored = faiss.read_index(str(tmp_path / "codes/index/index.faiss"))
   assert stored.ntotal == NUM
+
+
+def test_short_vectors_are_counted_as_codes(paths, tmp_path):
+  index = CompressedFastIVF(
+    DIM, 4, 2, compressor_steps_per_epoch=10, compressor_epochs=1, verbose=False
+  )
+  index.train(paths["data"])
+  index.save(tmp_path / "short")
+  index = CompressedFastIVF.load(tmp_path / "short")
+  found = memory.footprint_of(index, tmp_path / "short")
+  room = len(index._lists.ids_N) / NUM
+  assert found.of("codes") == pytest.approx(4 * 2 * room)
+  assert found.of("ids") == pytest.approx((4 + 8) * room)  # 8: a slot.
+  want = index.bytes_per_vector["ram"]
+  assert found.ram_per_vector == pytest.approx(want, rel=0.02)
 
 
 @pytest.mark.parametrize(

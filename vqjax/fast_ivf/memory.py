@@ -13,6 +13,7 @@ def footprint_of(index: BaseIVF, folder) -> Footprint:
   Vectors have the slots that are free, too; centroids are kept twice. Short
   vectors of `CompressedFastIVF` count as codes.
   """
+  in_all = round(index.bytes_per_vector["ram"] * len(index))  # Makes codes.
   lists = index._lists
   half_N = lists.half_N
   ram = {
@@ -28,9 +29,7 @@ def footprint_of(index: BaseIVF, folder) -> Footprint:
   if (short := getattr(index, "_short", None)) is not None:
     ram["codes"] = short.x_ND.nbytes
     ram["ids"] += short.ids_N.nbytes
-  more = round(index.bytes_per_vector["ram"] * len(index)) - sum(ram.values())
-  if more > 0:
-    ram["tables"] += more
+  ram["tables"] += max(in_all - sum(ram.values()), 0)
   paths = (p for p in files.user_path(folder).rglob("*") if p.is_file())
   on_disk = {"index": footprint.file_bytes(*paths)}
   return Footprint(len(index), {k: v for k, v in ram.items() if v}, on_disk)

@@ -19,9 +19,12 @@ def paths(tmp_path_factory):
   rng = np.random.default_rng(0)
   folder = tmp_path_factory.mktemp("vectors")
   centres = rng.normal(size=(8, DIM))
-  x = centres[rng.integers(8, size=NUM)] + 0.3 * rng.normal(size=(NUM, DIM))
+  x = centres[rng.integers(8, size=NUM)] + rng.normal(size=(NUM, DIM))
   np.save(folder / "base.npy", x.astype(np.float32))
-  np.save(folder / "query.npy", (x[:30] + 0.05).astype(np.float32))
+  np.save(
+    folder / "query.npy",
+    (x[:30] + rng.normal(size=(30, DIM))).astype(np.float32),
+  )
   return {"data": folder / "base.npy", "queries": folder / "query.npy"}
 
 

@@ -203,6 +203,7 @@ def _finish(config, workdir, dataset, xt_ND, params, this, ended: dict):
     validation = fitting.held_out_mse(codec, xt_ND, held_out, done)
   num_held_out = len(xt_ND) - num_rows
   training = {"seconds": seconds, "validation_mse": validation}
+  training |= {"seed": config.seed}
   info = train_run.codec_info(config, dataset, num_held_out)
   info |= {"encode": knobs}
   info["training"] = training | {"num_held_out": num_held_out}

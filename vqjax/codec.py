@@ -445,8 +445,11 @@ class Codec:
 def load(path) -> Codec:
   """Opens a run folder, a .safetensors or a released .pt checkpoint.
 
+  Also `hf://owner/name[@revision]`, a codec on the Hugging Face hub.
+
   Raises:
     FileNotFoundError: There is no codec.
+    ConnectionError: The hub does not answer, and the cache has no codec.
     ValueError: The file is no codec, damaged or changed.
   """
   found = codec_file.load_codec(path)

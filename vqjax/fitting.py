@@ -114,6 +114,7 @@ def fit(
     "seconds": round(time.monotonic() - began, 1),
     "validation_mse": mse,
     "num_held_out": num_held_out,
+    "seed": config.seed,
   }
   if config.data.train:
     data = {"train": config.data.train, "validation_size": num_held_out}

@@ -91,7 +91,10 @@ ASSIGN_OPTION = Option(
   "lists up on CPUs.",
 )
 CODEC_OPTION = Option(
-  str, None, "Run folder, codec.safetensors, or released .pt checkpoint."
+  str,
+  None,
+  "Run folder, codec.safetensors, released .pt checkpoint, or "
+  "hf://owner/name[@revision] on the Hugging Face hub.",
 )
 TRACKER_OPTION = Option(
   str,

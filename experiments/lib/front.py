@@ -17,7 +17,7 @@ GROUPS = {
     *("ivf_pipeline", "ivf_centroids", "pairwise_decoder", "build_index"),
     *("refiner", "search", "fast_ivf"),
   ),
-  "Tools": ("download", "bench", "export"),
+  "Tools": ("download", "publish", "bench", "export"),
 }
 _HELP = ("-h", "-help", "--help", "help")
 

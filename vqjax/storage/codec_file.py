@@ -27,7 +27,7 @@ from absl import logging
 
 from vqjax import __version__
 from vqjax.codecs import qinco_search, registry
-from vqjax.data import files
+from vqjax.data import files, hub
 from vqjax.data.files import atomic_output
 from vqjax.interop import rqvae_files, torch_qinco
 from vqjax.storage import tensors
@@ -116,6 +116,13 @@ def save_codec(
   return folder / TENSORS_NAME
 
 
+def _local(path) -> pathlib.Path:
+  """A path on this machine; the file in the cache for one of the hub."""
+  if hub.is_address(path):
+    return hub.fetch(path, TENSORS_NAME)
+  return files.user_path(path)
+
+
 def _find(path: pathlib.Path) -> pathlib.Path:
   """The file of a codec, given that file or the folder it is in."""
   if path.is_file():
@@ -147,7 +154,7 @@ def _find(path: pathlib.Path) -> pathlib.Path:
 def num_bytes(path) -> int:
   """Returns the bytes of the file of a codec; 0 if it is a checkpoint."""
   try:
-    return _find(files.user_path(path)).stat().st_size
+    return _find(_local(path)).stat().st_size
   except FileNotFoundError:
     return 0
 
@@ -188,13 +195,15 @@ def load_codec(path) -> LoadedCodec:
   """Loads a codec: a run folder, a .safetensors, a released .pt, .pth or .npz.
 
   A folder may hold `codec.safetensors`, or else one such file of any name.
+  `hf://owner/name[@revision]` is a codec on the Hugging Face hub.
   Of a training run that has not finished it is the best checkpoint.
 
   Raises:
     FileNotFoundError: If there is no codec.
+    ConnectionError: If the hub does not answer, and the cache has no codec.
     ValueError: If the file is no codec, damaged or changed.
   """
-  path = files.user_path(path)
+  path = _local(path)
   if (unfinished := _of_unfinished(path)) is not None:
     return unfinished
   path = _find(path)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vqjax.codecs import compressor
-from vqjax.fast_ivf import CompressedFastIVF, FastIVF
+from vqjax.fast_ivf import CompressedFastIVF, FastIVF, compressed
 from vqjax.training import compressor_learner
 
 DIM, LISTS, SHORT = 12, 6, 5
@@ -140,6 +140,12 @@ def test_training_is_the_same_for_a_seed_and_learns(kind):
   assert share > {"hakes": 0.8, "network": 0.2}[kind]  # By chance 1 in 60.
 
 
+def test_a_query_is_no_neighbour_of_itself():
+  near_QG = np.array([[4, 0, 2], [1, 3, 5], [7, 8, 9]])
+  found_QG = compressed._without(near_QG, np.array([0, 1, 2]))
+  np.testing.assert_array_equal(found_QG, [[4, 2], [3, 5], [7, 8]])
+
+
 def test_losses_are_those_of_loops():
   params = compressor.init(jax.random.key(0), DIM, SHORT, LISTS)
   queries_QD, near_QGD = X[:4], X[:24].reshape(4, 6, DIM)
@@ -191,5 +197,9 @@ def test_a_map_of_another_shape():
   index = CompressedFastIVF(DIM, LISTS, SHORT)
   with pytest.raises(ValueError, match=r"shape \(12, 5\), got \(5, 12\)"):
     index.set_compressor(WEIGHT.T, BIAS)
+  with pytest.raises(ValueError, match=r"bias must have shape \(5,\)"):
+    index.set_compressor(WEIGHT, BIAS[:3])
+  with pytest.raises(ValueError, match="bias"):
+    index.set_compressor(WEIGHT, BIAS * np.nan)
   with pytest.raises(ValueError, match="no lists yet: call train"):
     index.search(QUERIES)

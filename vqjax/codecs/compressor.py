@@ -79,7 +79,8 @@ def list_loss(params: Compressor, key: Array, x_ND: Array, lists_N: Array):
   is_kept_ND = jax.random.bernoulli(key, 1 - _DROPOUT, x_ND.shape)
   y_NE = project(params, jnp.where(is_kept_ND, x_ND / (1 - _DROPOUT), 0))
   logits_NL = jnp.einsum("ne,el->nl", jax.nn.relu(y_NE), params.head_EL)
-  log_NL = jax.nn.log_softmax(logits_NL + params.head_bias_L[None])
+  logits_NL += params.head_bias_L[None]
+  log_NL = jax.nn.log_softmax(logits_NL)
   right_N = jnp.take_along_axis(log_NL, lists_N[:, None], axis=1)[:, 0]
   loss_N = (1 - _SMOOTHING) * right_N + _SMOOTHING * log_NL.mean(axis=1)
   is_right_N = logits_NL.argmax(axis=1) == lists_N

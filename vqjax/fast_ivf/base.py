@@ -22,7 +22,6 @@ from vqjax.search import flat_lists, probing
 from vqjax.storage import folders
 
 KIND = ("vqjax fast_ivf index", 1)
-_FILE = "index.faiss"
 _MOST_QUERIES = 8192
 _SETTINGS = (  # Arguments that a folder keeps.
   "ndim",
@@ -48,6 +47,8 @@ class BaseIVF:
     kmeans: The k-means that finds the centroids.
     ndim, nlist, metric, seed, verbose: As given; nlist as found.
   """
+
+  _file = "index.faiss"  # Of a folder.
 
   def __init__(
     self,
@@ -244,7 +245,7 @@ class BaseIVF:
         "format": KIND[0],
         "version": KIND[1],
         "kind": type(self).__name__,
-        "files": {"index": _FILE},
+        "files": {"index": self._file},
         "settings": self._settings(),
         "vqjax_version": __version__,
       }
@@ -279,7 +280,7 @@ class BaseIVF:
       raise ValueError(
         f"{path} is damaged: its settings make no index ({error})."
       ) from error
-    index._restore(files.user_path(folder) / _FILE)
+    index._restore(files.user_path(folder) / cls._file)
     return index
 
   def to_faiss(self):
@@ -299,7 +300,7 @@ class BaseIVF:
 
   def _write(self, folder: pathlib.Path) -> None:
     """Writes the files of a folder, from which `_restore` makes the index."""
-    self.write_faiss(folder / _FILE)
+    self.write_faiss(folder / self._file)
 
   def _settings(self) -> dict:
     """What a folder keeps, plain values."""

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 from vqjax.codecs import compressor as compressor_lib
-from vqjax.core import check_range
-from vqjax.data import batches
+from vqjax.core import check_range, check_shape
+from vqjax.data import batches, formats
 from vqjax.fast_ivf import rescoring
 from vqjax.fast_ivf.flat import FastIVF
 from vqjax.interop import faiss_fast_ivf, faiss_files, faiss_io
@@ -25,7 +25,7 @@ from vqjax.storage import tensors
 from vqjax.training import compressor_learner
 
 COMPRESSORS = ("network", "hakes")
-_FILE, _MAP = "index.faiss", "compressor.safetensors"
+_MAP = "compressor.safetensors"
 _FORMAT = {"format": "vqjax compressor", "version": 1}
 _MOST_LEARNED = 100_000  # Vectors among which neighbours are looked for.
 _MOST_QUERIES, _NEIGHBOURS = 10_000, 50
@@ -37,7 +37,12 @@ class CompressedFastIVF(FastIVF):
   Attributes:
     rescore_num_samples: See `search`; may be set at any time.
     compression_ndim, compressor: As given.
+
+  A saved folder has the whole vectors as a plain faiss file, `vectors.faiss`,
+  and the map. `write_faiss` writes one that stock faiss searches as this index.
   """
+
+  _file = "vectors.faiss"
 
   def __init__(
     self,
@@ -112,12 +117,11 @@ class CompressedFastIVF(FastIVF):
   def set_compressor(self, weight_DE, bias_E) -> None:
     """Takes the map `x W + b` from elsewhere."""
     weight_DE = np.asarray(weight_DE, np.float32)
-    if weight_DE.shape != (self.ndim, self.compression_ndim):
-      raise ValueError(
-        f"weight must have shape {(self.ndim, self.compression_ndim)}, got "
-        f"{weight_DE.shape}."
-      )
-    bias_E = np.asarray(bias_E, np.float32).reshape(self.compression_ndim)
+    bias_E = np.asarray(bias_E, np.float32)
+    check_shape("weight", weight_DE, (self.ndim, self.compression_ndim))
+    check_shape("bias", bias_E, (self.compression_ndim,))
+    formats.check_vectors(weight_DE, name="weight")
+    formats.check_vectors(bias_E[None], name="bias")
     self._map = compressor_lib.Compressor(weight_DE, bias_E)
     self._short = None
 
@@ -234,8 +238,9 @@ class CompressedFastIVF(FastIVF):
       num = min(_NEIGHBOURS, len(x_ND) - 1)
       kind = "l2" if self.metric == "l2" else "ip"
       _, near_QG = faiss_io.knn(x_ND[rows_Q], x_ND, num + 1, kind)
+      near_QG = _without(near_QG, rows_Q)
       found = compressor_learner.fit_neighbours(
-        *(x_ND, rows_Q, near_QG[:, 1:], self.compression_ndim),
+        *(x_ND, rows_Q, near_QG, self.compression_ndim),
         steps_per_epoch=max(steps // 10, 1),
         **shared,
       )
@@ -284,7 +289,7 @@ class CompressedFastIVF(FastIVF):
     """The whole vectors as `FastIVF` has them, and the map."""
     info = {"num_vectors": len(self), "dim": self.ndim, "metric": self.metric}
     faiss_files.save(
-      super().to_faiss(), folder / _FILE, info, kind=faiss_fast_ivf.KIND
+      super().to_faiss(), folder / self._file, info, kind=faiss_fast_ivf.KIND
     )
     arrays, static = tensors.flatten(self._map)
     tensors.save(
@@ -320,3 +325,10 @@ class CompressedFastIVF(FastIVF):
       "ram": found["ram"] + each + of_map,
       "disk": found["disk"] + of_map,
     }
+
+
+def _without(near_QG: np.ndarray, rows_Q: np.ndarray) -> np.ndarray:
+  """Neighbours less the query itself, or less the last if it is not there."""
+  is_other_QG = near_QG != rows_Q[:, None]
+  is_other_QG[is_other_QG.all(axis=1), -1] = False
+  return near_QG[is_other_QG].reshape(len(rows_Q), -1)

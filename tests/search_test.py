@@ -146,13 +146,13 @@ def test_points_are_what_searching_gives(small):
 
 
 def test_points_are_printed_as_they_are_measured(small, capsys, monkeypatch):
-  measure, num_printed = search_measure._measure, []
+  measure, num_printed = search_measure.measure_all, []
 
   def look(*args):
     num_printed.append(capsys.readouterr().out.count("\n"))
     return measure(*args)
 
-  monkeypatch.setattr(search_measure, "_measure", look)
+  monkeypatch.setattr(search_measure, "measure_all", look)
   monkeypatch.setattr(cli, "has_own_stdout", lambda: True)
   points = _run(small)["points"]
   assert num_printed == [0] + [1] * (len(points) - 1)
@@ -193,7 +193,7 @@ def test_no_more_than_the_settings_worth_trying(small, caplog):
 
 
 def test_resume_measures_what_is_missing(small, monkeypatch):
-  calls, measure = [], search_measure._measure
+  calls, measure = [], search_measure.measure_all
 
   def stop_later(*args):
     if calls:
@@ -201,13 +201,13 @@ def test_resume_measures_what_is_missing(small, monkeypatch):
     calls.append(args)
     return measure(*args)
 
-  monkeypatch.setattr(search_measure, "_measure", stop_later)
+  monkeypatch.setattr(search_measure, "measure_all", stop_later)
   with pytest.raises(KeyboardInterrupt):
     _run(small)
   path = pathlib.Path(small["output"])
   before = json.loads(path.read_text())["points"]
   assert len(before) == 1
-  monkeypatch.setattr(search_measure, "_measure", measure)
+  monkeypatch.setattr(search_measure, "measure_all", measure)
   changes = {"k": 5, "decoders": None, "threads": 2, "rounds": 2}
   for name, value in changes.items():
     other = {"num_pairwise": "0"} if name == "decoders" else {}

@@ -4,7 +4,7 @@ r"""Downloads data sets, released checkpoints, centroids and indexes by name.
   vqjax download bigann1M
   vqjax download qinco2_L-bigann1M-8x8 bigann1M --data_root=/scratch/data
 
-A download that was stopped goes on where it was, by the same command. Sizes and
+To resume a download that was stopped, run the same command again. Sizes and
 checksums are checked, .gz and .tar.gz are unpacked while they come, and a file
 appears when it is whole. Beside it NAME.download.json says where it is from; a
 file that is fetched a second time must have the same checksum. Data sets lie in

@@ -4,8 +4,8 @@ r"""Builds a fast IVF index of cosines and measures it against faiss.
   vqjax fast_ivf --kind=pq --data=base.npy --queries=query.npy \
       --groundtruth=groundtruth.npy --metric=ip --output=runs/codes
 
-Lists are learned from --data by mini-batch k-means and hold all of it. Then
-all queries are searched at each setting, in turns with the baselines of faiss,
+Lists are learned from --data by mini-batch k-means and hold all of it. Then all
+queries are searched at each setting, alternating with the baselines of faiss,
 which have the same lists. A point is the best of --rounds rounds, after one
 call that warms up; in a round the queries are searched for a tenth of a second,
 or once if that takes longer. Afterwards --single searches 200 of them one by
@@ -13,7 +13,7 @@ one, at the best setting of each series.
 
 The folder --output gets index (open it by FastIVF.load; index/index.faiss is a
 plain faiss file), search.json with all points, and the picture search.png. If
-interrupted, the same command goes on; with other values of --nprobe,
+interrupted, run it again to resume; with other values of --nprobe,
 --ratio_threshold, --num_candidates or --baselines it adds their points.
 
 Columns of the table: knn_recall@10 is the share of the true ten neighbours

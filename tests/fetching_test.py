@@ -119,6 +119,8 @@ def test_a_server_without_ranges_starts_anew(server, order):
   server.faults = [{"cut": CUT}]
   fetching.fetch(order)
   _is_done(order)
+  # It is asked to continue, which it cannot, and then for the whole file.
+  assert [asked for _, asked in server.asked] == [None, f"bytes={CUT}-", None]
 
 
 def test_a_server_without_ranges_that_always_cuts_is_given_up(server, order):
@@ -149,12 +151,14 @@ def test_a_file_of_another_size_starts_anew(server, order):
   _leave_part(order, b"a" * CUT, version="", total=len(DATA) + 1)
   fetching.fetch(order)
   _is_done(order)
+  assert server.asked[-1] == ("/x.bin", None)
 
 
 def test_a_part_of_another_address_is_dropped(server, order):
   _leave_part(order._replace(url="http://elsewhere/x.bin"), b"a" * CUT)
   fetching.fetch(order)
   _is_done(order)
+  assert server.asked == [("/x.bin", None)]
 
 
 def test_a_wrong_range_starts_anew(server, order):
@@ -163,6 +167,8 @@ def test_a_wrong_range_starts_anew(server, order):
   server.faults = [{"headers": {"Content-Range": at}}]
   fetching.fetch(order)
   _is_done(order)
+  assert server.asked[0] == ("/x.bin", f"bytes={CUT}-")
+  assert server.asked[-1] == ("/x.bin", None)
 
 
 def test_a_size_that_is_a_lie_is_given_up(server, order):
@@ -178,6 +184,7 @@ def test_a_server_that_says_no_size(server, order):
   server.faults = [{"size": None}]
   fetching.fetch(order)
   _is_done(order)
+  assert server.asked == [("/x.bin", None)]
 
 
 @pytest.mark.parametrize("as_date", [False, True])
@@ -195,7 +202,7 @@ def test_503_is_waited_for_as_long_as_it_asks(as_date, server, order, waits):
 
 def test_patience_ends(server, order, waits):
   server.faults = [{"status": 503, "headers": {"Retry-After": "3600"}}]
-  with pytest.raises(OSError, match="503.* come back in 3600 s. The same"):
+  with pytest.raises(OSError, match="503.* come back in 3600 s. Run the same"):
     fetching.fetch(order)
   server.faults = [{"status": 500}] * 99
   with pytest.raises(OSError, match="500 Internal.*after 8 tries"):

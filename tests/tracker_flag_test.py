@@ -13,7 +13,9 @@ def test_it_is_the_field_of_the_configuration():
   for name in shipped.config_names():
     config = importlib.import_module(f"configs.{name}").get_config("")
     if name in ("pq", "rq"):
-      with pytest.raises(ValueError, match="tensorboard follows a training"):
+      with pytest.raises(
+        ValueError, match="tensorboard needs a training with steps"
+      ):
         cli._set_tracker(config, "tensorboard")
     else:
       cli._set_tracker(config, "tensorboard")

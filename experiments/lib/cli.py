@@ -256,8 +256,8 @@ def _set_tracker(config, tracker: str | None) -> None:
     return
   if "tracker" not in config.get("train", {}):
     raise ValueError(
-      f"--tracker={tracker} follows a training, but this codec is fitted in "
-      "closed form; leave it out."
+      f"--tracker={tracker} needs a training with steps, but this codec is "
+      "fitted in closed form; leave it out."
     )
   config.train.tracker = tracker
 

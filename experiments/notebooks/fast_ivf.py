@@ -55,7 +55,7 @@ figure.tight_layout();
 # ## Three indexes
 #
 # `FastIVF` keeps whole vectors. `FastIVFPQ` keeps product codes; here faiss's fast
-# scan finds 100 candidates by them, which are scored anew by whole vectors.
+# scan finds 100 candidates by them, which are scored again by whole vectors.
 
 # %%
 flat = FastIVF(384, nlist=128, seed=0, kmeans_max_steps=300)

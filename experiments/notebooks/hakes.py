@@ -33,8 +33,8 @@ workdir = pathlib.Path(tempfile.mkdtemp()) / "hakes"
 # %% [markdown]
 # ## Train
 #
-# The command runs six stages, and each leaves a file. Run it again, and it goes on
-# with the first one that is missing. Here it uses the bundled sentence embeddings,
+# The command runs six stages, and each writes a file. Run it again to continue with
+# the first one that is missing. Here it uses the bundled sentence embeddings,
 # with a smaller sample than its default. `train_queries=FILE` takes queries that
 # people have asked, which is better than vectors of the base.
 

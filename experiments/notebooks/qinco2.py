@@ -39,8 +39,8 @@ workdir = pathlib.Path(tempfile.mkdtemp()) / "qinco2"
 # %% [markdown]
 # ## Train by the command
 #
-# A run folder holds everything. If training is stopped, the same command goes on
-# where it was, to the same bits. `--config=qinco2_s` and the default schedule are
+# A run folder holds everything. If training is stopped, run the same command again:
+# it resumes, and ends with the same bits. `--config=qinco2_s` and the default schedule are
 # for real use; here epochs are few and short. `vqjax train --help` explains the
 # settings, `vqjax train --config=qinco2_xs --print_config` lists them.
 

@@ -16,7 +16,7 @@ _NUMBERS = ("n_parts", "K", "M")
 
 
 def is_head(path: pathlib.Path) -> bool:
-  """Whether this is the file that tells of parts."""
+  """Whether this file names parts."""
   return path.suffix.lower() == ".npz" and "n_parts" in (
     numpy_files.names_in_npz(path)
   )
@@ -44,7 +44,7 @@ def open_parts(path: pathlib.Path) -> tuple[list[rows.Rows], list, list]:
   num_parts, size, m = (int(found[name].item()) for name in _NUMBERS)
   if num_parts < 1 or m < 1 or not 1 <= size <= MAX_ID:
     raise ValueError(
-      f"{path} must tell of parts and codes, got n_parts={num_parts}, "
+      f"{path} must hold n_parts and codes, got n_parts={num_parts}, "
       f"K={size}, M={m}."
     )
   parts, paths, keep_fn = [], [path], numpy_files.keep_latest()
@@ -52,7 +52,7 @@ def open_parts(path: pathlib.Path) -> tuple[list[rows.Rows], list, list]:
     part = part_path(path, number)
     if not part.is_file():
       raise FileNotFoundError(
-        f"{path} tells of {num_parts} parts, but there is no {part.name} next "
+        f"{path} names {num_parts} parts, but there is no {part.name} next "
         "to it; copy it there."
       )
     codes_NM = numpy_files.open_npz(part, "codes", keep_fn)

@@ -102,7 +102,7 @@ class Reach:
     self.num_tries += 1
     seconds = min(2.0 ** (self.num_tries - 1), 60)
     seconds = error.wait if error.wait is not None else seconds
-    again = "The same command goes on from here."
+    again = "Run the same command again to resume."
     if seconds > _LONGEST_WAIT:
       raise OSError(
         f"{order.url}: {error}, and asks to come back in {seconds:.0f} s. "
@@ -247,7 +247,7 @@ class Stream:
     files.check_space(self._part.parent, left, self._order.path)
     if self._size:
       logging.info(
-        "%s: goes on at %.1f MB.", self._order.path.name, self._size / 1e6
+        "%s: resumes at %.1f MB.", self._order.path.name, self._size / 1e6
       )
     name = self._order.path.name
     self._bar = progress_bar(self._total, name, unit="B", start=self._size)

@@ -161,26 +161,17 @@ class CompressedFastIVF(FastIVF):
       ValueError: Shapes do not fit, or a number is not finite, or zero under
         the cosine.
     """
-    is_distance = rescore and self.metric == "l2"
-    num = k if num_candidates is None else max(num_candidates, k)
+    return rescoring.search(
+      *(self, queries, k, self._candidates),
+      rescore=rescore,
+      sort=sort,
+      num_candidates=num_candidates,
+      is_distance=False,
+    )
 
-    def find(queries_QD, lists_QP, width):
-      most = max(min(num, len(self)), 1) if rescore else width
-      scores_QK, slots_QK = self._candidates(queries_QD, lists_QP, most)
-      if rescore:
-        scores_QK, slots_QK = rescoring.rescore(
-          *(self._lists, self.metric, queries_QD, scores_QK, slots_QK, num),
-          num_samples=self.rescore_num_samples,
-          sort=sort,
-        )
-      scores_QK, slots_QK = scores_QK[:, :width], slots_QK[:, :width]
-      ids_QK = rescoring.ids_at(self._lists, slots_QK)
-      return (-scores_QK if is_distance else scores_QK), ids_QK
-
-    return self._search(queries, k, find, is_distance=is_distance)
-
-  def _candidates(self, queries_QD, lists_QP, k: int):
+  def _candidates(self, queries_QD, lists_QP, k: int, *, is_ordered: bool):
     """Cosines of short vectors and slots `[Q, k]`, the largest first."""
+    del is_ordered  # They always are.
     short = self._get_short()
     score_fn = lambda queries_QE, slots_QR: faiss_fast_ivf.exact_scores(
       queries_QE, short.x_ND, slots_QR, "ip"

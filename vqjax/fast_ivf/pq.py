@@ -158,28 +158,13 @@ class FastIVFPQ(BaseIVF):
       ValueError: Shapes do not fit, or a number is not finite, or zero under
         the cosine.
     """
-    is_distance = not rescore or self.metric == "l2"
-    num = k if num_candidates is None else max(num_candidates, k)
-
-    def find(queries_QD, lists_QP, width):
-      most = max(min(num, len(self)), 1) if rescore else width
-      will_sort = rescore and sort and not 0 < self.rescore_num_samples < num
-      distances_QK, slots_QK = self._candidates(
-        queries_QD, lists_QP, most, is_ordered=not will_sort
-      )
-      if not rescore:
-        return distances_QK, rescoring.ids_at(self._lists, slots_QK)
-      scores_QK, slots_QK = rescoring.rescore(
-        *(self._lists, self.metric, queries_QD, distances_QK, slots_QK, num),
-        num_samples=self.rescore_num_samples,
-        sort=sort,
-      )
-      scores_QK, slots_QK = scores_QK[:, :width], slots_QK[:, :width]
-      return (-scores_QK if is_distance else scores_QK), rescoring.ids_at(
-        self._lists, slots_QK
-      )
-
-    return self._search(queries, k, find, is_distance=is_distance)
+    return rescoring.search(
+      *(self, queries, k, self._candidates),
+      rescore=rescore,
+      sort=sort,
+      num_candidates=num_candidates,
+      is_distance=True,
+    )
 
   def to_faiss(self):
     """Returns a copy as an index of stock faiss, `IDMap,IVF{L},PQ..,RFlat`.

@@ -1,12 +1,63 @@
 """Scores by whole vectors of results that codes have found."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from vqjax.interop import faiss_fast_ivf
 from vqjax.search import calibration, flat_lists, flat_scan
 
 
-def rescore(
+def search(
+  index,
+  queries,
+  k: int,
+  candidates_fn: Callable,
+  *,
+  rescore: bool,
+  sort: bool,
+  num_candidates: int | None,
+  is_distance: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Searches an index by its codes; returns scores and ids `[Q, k]`.
+
+  Args:
+    index: A `BaseIVF` with a `rescore_num_samples`.
+    queries: As its `search` takes them.
+    k: Results of a query.
+    candidates_fn: `(queries_QD, lists_QP, k, is_ordered=)` returns what the
+      codes say of the best, and their slots, `[Q, k]`.
+    rescore: Scores them by whole vectors.
+    sort: By the new score.
+    num_candidates: How many are scored, if more than k.
+    is_distance: Whether codes give distances, of which less is better.
+  """
+  num = k if num_candidates is None else max(num_candidates, k)
+  num_samples = index.rescore_num_samples
+  will_sort = rescore and sort and not 0 < num_samples < num
+  if rescore:
+    is_distance = index.metric == "l2"
+
+  def find(queries_QD, lists_QP, width):
+    lists = index._lists  # Made by now.
+    most = max(min(num, len(index)), 1) if rescore else width
+    found_QK, slots_QK = candidates_fn(
+      queries_QD, lists_QP, most, is_ordered=not will_sort
+    )
+    if not rescore:
+      return found_QK, ids_at(lists, slots_QK)
+    scores_QK, slots_QK = score_anew(
+      *(lists, index.metric, queries_QD, found_QK, slots_QK, num),
+      num_samples=num_samples,
+      sort=sort,
+    )
+    scores_QK, slots_QK = scores_QK[:, :width], slots_QK[:, :width]
+    return (-scores_QK if is_distance else scores_QK), ids_at(lists, slots_QK)
+
+  return index._search(queries, k, find, is_distance=is_distance)
+
+
+def score_anew(
   lists: flat_lists.FlatLists,
   metric: str,
   queries_QD: np.ndarray,

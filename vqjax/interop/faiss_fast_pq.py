@@ -126,18 +126,7 @@ def search(
   The least come first; if there are no more, list -1 is at distance inf. Lists
   of -1, for none, may stand in the last columns of `lists_QP` alone.
   """
-  num, nprobe = lists_QP.shape
-  lists_QP = np.ascontiguousarray(lists_QP, np.int64)
-  distances_QK = np.empty((num, k), np.float32)
-  at_QK = np.empty((num, k), np.int64)
-  unused_QP = np.zeros((num, nprobe), np.float32)
-  index.search_preassigned_c(
-    *(num, faiss.swig_ptr(queries_QD), k),
-    *map(faiss.swig_ptr, (lists_QP, unused_QP, distances_QK, at_QK)),
-    False,
-    faiss.SearchParametersIVF(nprobe=nprobe),
-    None,
-  )
+  distances_QK, at_QK = faiss_lists.search_lists(index, queries_QD, lists_QP, k)
   is_none_QK = at_QK < 0
   distances_QK[is_none_QK] = np.inf
   found_QK = np.where(is_none_QK, -1, at_QK >> 32)

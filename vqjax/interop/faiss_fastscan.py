@@ -151,20 +151,8 @@ def scan(
 
 def _scan(lists, queries_QD, probes_QP, k: int):
   """Ids and distances, as faiss has them, if no list is -1."""
-  num, nprobe = probes_QP.shape
-  probes_QP = np.ascontiguousarray(probes_QP, np.int64)
-  ids_QK = np.empty((num, k), np.int64)
-  distances_QK = np.empty((num, k), np.float32)
-  # Distances to centroids are part of its own tables.
-  unused_QP = np.zeros((num, nprobe), np.float32)
-  lists.search_preassigned_c(
-    num,
-    faiss.swig_ptr(queries_QD),
-    k,
-    *map(faiss.swig_ptr, (probes_QP, unused_QP, distances_QK, ids_QK)),
-    False,
-    faiss.SearchParametersIVF(nprobe=nprobe),
-    None,
+  distances_QK, ids_QK = faiss_lists.search_lists(
+    lists, queries_QD, probes_QP, k
   )
   return ids_QK, distances_QK
 

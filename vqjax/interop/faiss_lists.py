@@ -100,6 +100,28 @@ def hand_over(part, owner) -> None:
   owner.own_fields = True
 
 
+def search_lists(
+  index, queries_QD: np.ndarray, lists_QP: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Distances and ids `[Q, k]`, as faiss has them, in lists that are given.
+
+  For codes that are not of residuals: distances to centroids are not needed.
+  """
+  num, nprobe = lists_QP.shape
+  lists_QP = np.ascontiguousarray(lists_QP, np.int64)
+  distances_QK = np.empty((num, k), np.float32)
+  ids_QK = np.empty((num, k), np.int64)
+  unused_QP = np.zeros((num, nprobe), np.float32)
+  index.search_preassigned_c(
+    *(num, faiss.swig_ptr(queries_QD), k),
+    *map(faiss.swig_ptr, (lists_QP, unused_QP, distances_QK, ids_QK)),
+    False,
+    faiss.SearchParametersIVF(nprobe=nprobe),
+    None,
+  )
+  return distances_QK, ids_QK
+
+
 def assign_lists(coarse: faiss.Index, x_ND: np.ndarray) -> np.ndarray:
   """Finds the list of each vector, of any numeric type: int32 `[N]`."""
   blocks = [

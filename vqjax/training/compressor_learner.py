@@ -122,14 +122,7 @@ def _train(params, loss_fn, take_fn, num, plan, schedule, metrics, *, is_shown):
     params = devices.to_local_devices(params)
     return {"loss": float(value_fn(params, jax.random.key(0), check_rows))}
 
-  learner = loop.Learner(
-    loss_fn=loss_fn,
-    join_stats_fn=lambda stats, axis_name: stats,
-    merge_stats_fn=lambda stats, new: stats,
-    end_epoch_fn=lambda params, key, stats: (params, stats, {}),
-    usage_fn=lambda stats: {},
-    validate_fn=validate,
-  )
+  learner = loop.learner_without_stats(loss_fn, validate)
 
   def batch_fn(step):
     rows = batches.batch_rows(plan.seed, step, plan.batch_size, num)

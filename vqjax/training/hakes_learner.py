@@ -143,15 +143,8 @@ def make_learner(
     )
     return {"kl": found["coded_kl"]}
 
-  return loop.Learner(
-    loss_fn=loss_fn,
-    join_stats_fn=lambda stats, axis_name: stats,
-    merge_stats_fn=lambda stats, new: stats,
-    end_epoch_fn=lambda params, key, stats: (params, stats, {}),
-    usage_fn=lambda stats: {},
-    validate_fn=validate,
-    frozen_fn=partial(frozen, parts=parts),
-  )
+  frozen_fn = partial(frozen, parts=parts)
+  return loop.learner_without_stats(loss_fn, validate, frozen_fn)
 
 
 def validation(

@@ -54,6 +54,21 @@ class Learner(NamedTuple):
   update_fn: Callable = lambda params, stats: params
 
 
+def learner_without_stats(
+  loss_fn: Callable, validate_fn: Callable, frozen_fn: Callable = _none_frozen
+) -> Learner:
+  """Returns the learner of parameters that nothing is counted for: stats ()."""
+  return Learner(
+    loss_fn=loss_fn,
+    join_stats_fn=lambda stats, axis_name: stats,
+    merge_stats_fn=lambda stats, new: stats,
+    end_epoch_fn=lambda params, key, stats: (params, stats, {}),
+    usage_fn=lambda stats: {},
+    validate_fn=validate_fn,
+    frozen_fn=frozen_fn,
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
   """How long to train and how often to report and save."""

@@ -146,6 +146,7 @@ def _published() -> config_dict.ConfigDict:
       redraw="split",  # Idle codewords become copies of used ones; or "none".
       cut_patience=10,  # Epochs, of the schedule "plateau".
       stop_patience=20,
+      early_stop=0,  # Validations without a new best, of any schedule; 0: none.
       log_every=50,  # Steps.
       checkpoint_minutes=10.0,  # And at the end of every epoch.
       keep_checkpoints=2,  # Latest ones, in addition to the best.

@@ -83,7 +83,7 @@ def _ours() -> config_dict.ConfigDict:
     ),
     train=dict(
       num_epochs=8,
-      stop_patience=2,  # Epochs without a lower held-out KL.
+      early_stop=2,  # Epochs without a lower held-out KL; 0: all epochs.
       num_neighbours=100,  # Used, of those found.
       batch_size=256,  # Over all devices.
       reduction_lr=1e-3,  # A', b'

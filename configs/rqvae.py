@@ -69,6 +69,7 @@ def get_config(arg: str = ""):
       redraw="split",  # Dead codewords become copies of used ones; or "none".
       cut_patience=10,  # Validations, of the schedule "plateau".
       stop_patience=20,
+      early_stop=0,  # Validations without a new best, of any schedule; 0: none.
       # What tells the best checkpoint, which becomes the codec: "mse",
       # "collision_rate" (often an early one, whose error is still high),
       # "utilisation" or "train_loss".

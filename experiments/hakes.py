@@ -117,6 +117,9 @@ def _prepare(config, data, workdir: pathlib.Path) -> None:
   new = json.loads(config.to_json_best_effort())
   new["derived"] = hakes_data.identify(config, data)
   if (old := run_folder.read_config(workdir)) is not None:
+    train = old.get("train", {})
+    if "stop_patience" in train:  # Its name in an earlier version.
+      train["early_stop"] = train.pop("stop_patience")
     found = run_folder.differences(old, new)
     if "derived" not in old:  # Of an earlier version.
       run_folder.take(found, "derived")

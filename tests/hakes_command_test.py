@@ -358,13 +358,13 @@ def test_killed_and_run_again_equals_uninterrupted(tmp_path):
   command_fn = lambda folder: [
     "hakes", "--config=configs/hakes.py:smoke", "--config.train.num_epochs=40",
     "--config.train.batch_size=16", "--config.train.log_every=1",
-    "--config.train.stop_patience=1000", "--stage=learn",
+    "--config.train.early_stop=1000", "--stage=learn",
     f"--workdir={folder}",
   ]  # fmt: skip
   for folder in (whole, part):
     config = config_file.get_config("smoke")
     config.train.update(num_epochs=40, batch_size=16, log_every=1)
-    config.train.stop_patience = 1000
+    config.train.early_stop = 1000
     for stage in ("base", "samples"):
       hakes.run(config, folder, stage=stage)
   commands.run(*command_fn(whole))

@@ -331,6 +331,33 @@ def test_plateau_stops_the_run(tmp_path):
   assert lrs[2] == pytest.approx(0.1 * lrs[1], rel=0.1)  # The cut is reported.
 
 
+def test_a_run_that_stopped_early_may_go_on(tmp_path, caplog):
+  caplog.set_level("INFO", logger="absl")
+  learner = _learner(validate_fn=lambda w_D: 1.0)
+  plan = _plan(num_epochs=4)
+  whole, _ = _run(_made(tmp_path, "whole"), plan=plan, learner=learner)
+  part = _made(tmp_path, "part")
+  early = _plan(num_epochs=4, stop_patience=2)
+  stopped, _ = _run(part, plan=early, learner=learner)
+  assert int(stopped.state.step) == 12
+  said = "No new best in 2 validations: training ends here, at step 12 of 16"
+  assert said in caplog.text
+  on, _ = _run(part, plan=plan, learner=learner)
+  _assert_same(on.state, whole.state)
+  assert _rows(part) == _rows(tmp_path / "whole")
+
+
+def test_parting_errors_are_said_once_also_by_a_run_that_resumes(
+  tmp_path, caplog
+):
+  learner = _learner(validate_fn=lambda w_D: 1.0)
+  plan = _plan(num_epochs=8, has_held_out=True)
+  _run(tmp_path, plan=plan, learner=learner, batch_fn=_interrupting(14, 15))
+  assert "no new best" not in caplog.text
+  _run(tmp_path, plan=plan, learner=learner)
+  assert caplog.text.count("no new best for 5 validations (best MSE 1)") == 1
+
+
 def test_train_step_is_traced_once(tmp_path):
   traces = []
 

@@ -10,7 +10,7 @@ import pytest
 import vqjax
 from configs import pq, qinco2_s, rq
 from experiments import evaluate, train
-from experiments.lib import cli
+from experiments.lib import cli, train_run
 from vqjax.storage import codec_file
 from vqjax.training import checkpoints, writers
 
@@ -174,6 +174,20 @@ def test_finish_ends_a_run_early_and_resume_takes_that_back(folder, caplog):
   assert _fingerprint(folder) == whole
   with pytest.raises(ValueError, match="There is no run to finish in"):
     train.run(_config(folder / "x.npy"), folder / "other", finish=True)
+
+
+@pytest.mark.parametrize(
+  ("before", "wanted", "has_more"),
+  [(2, 3, True), (2, 0, True), (3, 2, False), (0, 2, False), (None, 2, False)],
+)
+def test_a_later_early_stop_is_more_to_do(before, wanted, has_more):
+  records = [{"train": {"early_stop": value}} for value in (before, wanted)]
+  assert train_run._check_same("run", *records) is has_more
+
+
+def test_early_stop_is_no_negative_number(made, tmp_path):
+  with pytest.raises(ValueError, match="early_stop must lie between 0"):
+    train.run(_config(made / "x.npy", early_stop=-1), tmp_path / "run")
 
 
 def test_a_damaged_checkpoint_is_not_taken(made, folder, caplog):

@@ -59,6 +59,7 @@ def check_options(train, *, counts: tuple[str, ...] = ()) -> None:
   names = ("num_epochs", "batch_size", "accumulate", "log_every")
   for name in (*names, "keep_checkpoints", "cut_patience", *counts):
     check_range(f"--config.train.{name}", train[name], 1, 1 << 40)
+  check_range("--config.train.early_stop", train.early_stop, 0, 1 << 40)
   check_range(
     "--config.train.ramp_epochs", train.ramp_epochs, 0, train.num_epochs
   )
@@ -71,16 +72,18 @@ def make_plan(config, steps_per_epoch: int, batch_size: int, **others):
   """Returns the `loop.Plan` of a configuration; `others` are further fields."""
   train = config.train
   is_plateau = train.schedule == "plateau"
+  patience = train.stop_patience if is_plateau else 0
   return loop.Plan(
     seed=config.seed,
     num_epochs=train.num_epochs,
     steps_per_epoch=steps_per_epoch,
     batch_size=batch_size,
     accumulate=train.accumulate,
-    stop_patience=train.stop_patience if is_plateau else None,
+    stop_patience=train.early_stop or patience,
     cut_patience=train.cut_patience if is_plateau else None,
     log_every=train.log_every,
     checkpoint_minutes=train.checkpoint_minutes,
+    has_held_out=config.data.validation_size != 0,
     **others,
   )
 

@@ -159,7 +159,7 @@ def learn(config, data, workdir: pathlib.Path) -> bool:
     num_epochs=train.num_epochs,
     steps_per_epoch=num // train.batch_size,
     batch_size=train.batch_size,
-    stop_patience=train.stop_patience,
+    stop_patience=train.early_stop,
     log_every=train.log_every,
     measure="kl",
   )

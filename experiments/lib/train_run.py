@@ -147,7 +147,8 @@ def codec_info(config, dataset, num_held_out: int) -> dict:
 def _check_same(workdir, old: dict, new: dict) -> bool:
   """Whether there is more to do; refuses what differs otherwise.
 
-  That is more epochs, or another figure that chooses the best checkpoint.
+  That is more epochs, a later early stop, or another figure that chooses the
+  best checkpoint.
   """
   found = run_folder.differences(old, new)
   take = functools.partial(run_folder.take, found)
@@ -174,7 +175,9 @@ def _check_same(workdir, old: dict, new: dict) -> bool:
   has_more = wanted > before
   if has_more:
     take("train.num_epochs")
+  before, wanted = found.get("train.early_stop", (1, 1))
+  has_more |= bool(before) and not 0 < wanted <= before
   has_more |= "train.best" in found
-  take("train.best")
+  take("train.early_stop", "train.best")
   run_folder.refuse(workdir, found, _SAYS)
   return has_more

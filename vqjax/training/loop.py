@@ -23,7 +23,7 @@ from flax import struct
 from vqjax import devices
 from vqjax.core import Array, add_exactly
 from vqjax.data.batches import prefetch
-from vqjax.training import console, optimisers
+from vqjax.training import console, optimisers, parting
 from vqjax.training.checkpoints import Checkpoints, signed
 from vqjax.training.writers import Writer
 
@@ -78,7 +78,7 @@ class Plan:
   steps_per_epoch: int
   batch_size: int  # Over all devices and accumulated parts.
   accumulate: int = 1  # Parts of a batch whose gradients are added up.
-  stop_patience: int | None = None  # Epochs without a new best.
+  stop_patience: int | None = None  # Validations without a new best.
   cut_patience: int | None = None  # Epochs before the learning rate is cut.
   log_every: int = 50
   checkpoint_minutes: float = 10.0
@@ -88,6 +88,7 @@ class Plan:
   measure: str = "mse"
   best_of: tuple[str, ...] = ()  # Figures whose best checkpoint is kept,
   num_evaluated: int = 0  # and of the latest validations, how many.
+  has_held_out: bool = False  # To warn when both errors part ways.
 
   @property
   def total_steps(self) -> int:
@@ -262,6 +263,7 @@ def train(
   started = saved - writer.seconds
   if _is_stale(state, plan):  # A run that had stopped by itself.
     return Outcome(state, True)
+  watch = parting.Watch(plan, writer.ends)
   state = devices.replicate(state)
   pending = collections.deque()
   bar, text = console.make_bar(plan, step, is_shown), ""
@@ -295,6 +297,8 @@ def train(
           _check_figures(figures, step, checkpoints)
           text = console.epoch_text(row, plan, step, figures)
         writer.write(step, row)
+        if (warning := watch.warning(row)) and devices.is_first():
+          logging.warning("%s", warning)
         bar.set_postfix_str(console.rate_text(bar, plan, text), refresh=False)
       if order == _GO_ON and figures is None:
         continue
@@ -306,10 +310,6 @@ def train(
       )
       saved = time.monotonic()
       if _is_stale(state, plan):
-        logging.info(
-          "No better validation for %d epochs: done.",
-          plan.stop_patience * plan.eval_epochs,
-        )
         return Outcome(state, True)
       if order == _STOP:
         return Outcome(state, step == plan.total_steps)
@@ -350,10 +350,17 @@ def _stop_on(name, value, step, checkpoints):
 
 
 def _is_stale(state, plan) -> bool:
-  """True if the validation error has not fallen for long enough."""
+  """Says so if the validation error has not fallen for long enough."""
   if not plan.stop_patience:
     return False
-  return int(state.plateau.since_best) >= plan.stop_patience
+  since = int(state.plateau.since_best)
+  if since < plan.stop_patience:
+    return False
+  logging.info(
+    "No new best in %d validations: training ends here, at step %d of %d.",
+    *(since, int(state.step), plan.total_steps),
+  )
+  return True
 
 
 def _end_epoch(learner, state, plan, step):

@@ -55,6 +55,7 @@ class Writer:
       kept = []
     # Of training so far, over all processes that worked on the run.
     self.seconds = _seconds(kept)
+    self.ends = [row for row in kept if "epoch" in row]  # Of its epochs.
     if is_first:
       with files.atomic_output(self._path, overwrite=True) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))

@@ -3,6 +3,10 @@
 PATIENCE = 5  # Validations in a row without a new best.
 _NAMES = {"validation_mse", "train_mse"}
 _FALL = 0.01  # Of the training error since the best, at least.
+_ENDS = (
+  f" --config.train.early_stop={PATIENCE} ends such a run by itself, Ctrl-C "
+  "and the same command with --finish end this one."
+)
 
 
 class Watch:
@@ -36,6 +40,5 @@ class Watch:
       f"from {scale * self._at_best:.4g} to {scale * error:.4g}: the model "
       "learns these vectors by heart. More training vectors help, or a smaller "
       "network (qinco2_xs), or a codec without one (rq, opq). The best "
-      "checkpoint is kept and becomes the codec: --finish takes it at once, "
-      f"--config.train.early_stop={PATIENCE} ends such a run by itself."
-    )
+      "checkpoint is kept and becomes the codec."
+    ) + ("" if self._plan.stop_patience else _ENDS)

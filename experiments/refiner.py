@@ -28,7 +28,7 @@ from absl import logging
 from experiments.lib import cli, inputs
 from vqjax.data import batches, files
 from vqjax.interop import faiss_fastscan, faiss_ivf, refining, searchers
-from vqjax.search import refiners
+from vqjax.search import footprint, refiners
 from vqjax.storage import codec_file, refiner_file
 
 REQUIRED = ("kind", "index", "data", "output")
@@ -105,7 +105,7 @@ def _rabitq(config) -> dict:
     info=made_of,
     overwrite=config.overwrite,
   )
-  _log_next(config, index.ntotal, num_bytes)
+  _log_next(config, index.ntotal, searchers.make_refiner(bits, contents))
   return result
 
 
@@ -154,7 +154,8 @@ def _fastscan(config) -> dict:
     overwrite=config.overwrite,
   )
   _log_weights(meta)
-  _log_next(config, meta["num_vectors"], meta["code_bytes"])
+  found = searchers.make_refiner(faiss_fastscan.Loaded(index, meta), contents)
+  _log_next(config, like.ntotal, found)
   return meta
 
 
@@ -177,11 +178,14 @@ def _log_weights(meta: dict) -> None:
   logging.info("%s\n", cli.table(header, rows))
 
 
-def _log_next(config, num_vectors: int, num_bytes: int) -> None:
+def _log_next(config, num_vectors: int, made: refiners.Refiner) -> None:
+  paths = config.output, files.description_path(config.output)
+  on_disk = {"refiner": footprint.file_bytes(*paths)}
+  found = footprint.Footprint(num_vectors, made.num_bytes, on_disk)
   logging.info(
-    "Written: %s, %d vectors, %d bytes each on top of the index.\nNext:\n"
+    "Written: %s of %d vectors. On top of the index it takes %s.\nNext:\n"
     "  vqjax search --codec=%s --index=%s --refiner=%s --num_refined=0,10,20",
-    *(config.output, num_vectors, num_bytes),
+    *(config.output, num_vectors, found),
     shlex.quote(config.codec or "CODEC"),
     *map(shlex.quote, (config.index, config.output)),
   )

@@ -17,6 +17,7 @@ from experiments import train
 from experiments.lib import codecs
 from tests import commands
 from vqjax import devices, fitting, recipe_qinco
+from vqjax.codecs import minibatch_kmeans, minibatch_training
 from vqjax.training import loop, writers
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -37,6 +38,7 @@ def make_figures(folder: str) -> None:
   codes_NM = encode_fn(x_ND)
   xhat_ND = codec.decoder()(codes_NM)
   np.savez(folder / "codes.npz", codes=codes_NM, xhat=xhat_ND)
+  np.savez(folder / "lists.npz", **_cluster())
   compiled = _compile_step(config)
   (folder / "step.txt").write_text(compiled.as_text())
   (folder / "figures.json").write_text(
@@ -47,6 +49,23 @@ def make_figures(folder: str) -> None:
       }
     )
   )
+
+
+def _cluster() -> dict:
+  """Mini-batch k-means with batches that eight devices cannot share."""
+  x_ND = np.random.default_rng(0).normal(size=(900, 6)).astype(np.float32)
+  rule = minibatch_kmeans.Rule("cosine")
+  run = minibatch_training.begin(rule, x_ND[:10], 45)
+  batches = [x_ND[first : first + 45] for first in range(0, 900, 45)]
+  for first in range(0, len(batches), minibatch_kmeans.CHUNK):
+    some = batches[first : first + minibatch_kmeans.CHUNK]
+    run = minibatch_training.advance(rule, run, some, tol=0)
+  assign_fn = minibatch_training.make_assign_fn(rule, run.words_MKS)
+  return {
+    "centroids": run.words_KD,
+    "history": run.history,
+    "labels": assign_fn(x_ND)[0],
+  }
 
 
 def _compile_step(config):
@@ -91,6 +110,14 @@ def test_eight_devices_give_the_codes_of_one(one_and_eight):
   assert one["codes"].shape[0] == 29  # Which eight devices cannot share.
   np.testing.assert_array_equal(one["codes"], eight["codes"])
   np.testing.assert_allclose(one["xhat"], eight["xhat"], rtol=1e-6)
+
+
+def test_mini_batches_on_eight_devices_are_those_of_one(one_and_eight):
+  one, eight = (np.load(folder / "lists.npz") for folder in one_and_eight)
+  assert len(one["history"]) > 10
+  np.testing.assert_allclose(one["history"], eight["history"], rtol=1e-12)
+  np.testing.assert_allclose(one["centroids"], eight["centroids"], atol=1e-6)
+  np.testing.assert_array_equal(one["labels"], eight["labels"])
 
 
 def test_eight_devices_learn_as_one(one_and_eight):

@@ -44,9 +44,14 @@ def _search(files, **values):
   return search.run(cli.get_config(search.OPTIONS, **values))
 
 
-def test_bits_are_of_the_rows_of_the_index(files, tmp_path):
+def test_bits_are_of_the_rows_of_the_index(files, tmp_path, caplog):
   path = tmp_path / "refiner.safetensors"
-  result = _make(files, path)
+  with caplog.at_level("INFO", "absl"):
+    result = _make(files, path)
+  size = refiner_file.num_bytes(search_test.D)
+  assert f"takes {size}.03 bytes per vector in memory" in caplog.text
+  on_disk = path.stat().st_size / search_test.NUM
+  assert f"{on_disk:.4g} bytes per vector on disk" in caplog.text
   assert result == {
     "output": str(path),
     "num_vectors": search_test.NUM,

@@ -134,7 +134,7 @@ def make_searcher(
       decode_fn=decode_fn,
       pairwise_fn=pairwise_fn,
       distances_fn=inner_products_to if is_ip else faiss_io.distances_to,
-      refiner=None if refiner is None else _make_refiner(refiner, contents),
+      refiner=None if refiner is None else make_refiner(refiner, contents),
       metric=metric,
       is_cosine=is_cosine,
       bytes_fn=partial(_bytes, index, decode_fn, pairwise_fn),
@@ -226,7 +226,8 @@ def load_refiner(path, index_info: dict):
   return faiss_fastscan.load(path, index_info)
 
 
-def _make_refiner(found, contents) -> refiners.Refiner:
+def make_refiner(found, contents) -> refiners.Refiner:
+  """Returns what a search needs of `load_refiner`, for an index's `contents`."""
   if isinstance(found, residual_bits.ResidualBits):
     return refiners.rabitq(jax.tree.map(jnp.asarray, found))
   rows_fn = _make_rows_of(contents.ids_N)

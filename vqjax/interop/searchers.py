@@ -227,7 +227,7 @@ def load_refiner(path, index_info: dict):
 
 
 def make_refiner(found, contents) -> refiners.Refiner:
-  """Returns what a search needs of `load_refiner`, for an index's `contents`."""
+  """Returns what a search needs of a loaded refiner, given its index."""
   if isinstance(found, residual_bits.ResidualBits):
     return refiners.rabitq(jax.tree.map(jnp.asarray, found))
   rows_fn = _make_rows_of(contents.ids_N)

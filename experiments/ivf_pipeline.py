@@ -297,6 +297,13 @@ def _make_refiner(workdir, dataset, kind: str) -> str:
 
 def _write_manifest(workdir, dataset, refiner_path: str | None) -> None:
   """Makes the folder one that `vqjax.load_index` and `search` open."""
+  if index_folder.generation_of(workdir) > 1:
+    logging.info(
+      "%s has vectors of index_add, which stay in its later generation; what "
+      "follows is of the first.",
+      workdir,
+    )
+    return
   paths = {
     "codec": "codec",
     "index": "index.faiss",

@@ -100,16 +100,6 @@ def test_duplicates_are_listed_with_their_floor():
   assert unit.tolist() == [0, 1, 2, 3, 4, 5, 5, 6, 1]
 
 
-def test_drift_expects_what_a_sample_would_use():
-  old = np.repeat(np.arange(4), [60, 20, 15, 5])[:, None]
-  rng = np.random.default_rng(0)
-  draws = [len(set(rng.choice(old[:, 0], 10))) for _ in range(4000)]
-  (found,) = report.drift(old, np.array([[0]] * 9 + [[1]]), [6])
-  assert found["used"] == 2
-  assert found["expected"] == pytest.approx(np.mean(draws), abs=0.05)
-  assert np.std(draws) < found["spread"] < 2 * np.std(draws)
-
-
 @pytest.mark.parametrize(
   ("found", "codes", "first"),
   [

@@ -120,7 +120,7 @@ def test_residual_bits_that_were_there_stay(codecs):
   index = build_index(codec, x_ND[:_NUM], 3, refiner="rabitq")
   at = lambda: dict(
     zip(
-      index_lib.faiss_lists.contents(index._faiss).ids_N.tolist(),
+      index_lib.faiss_lists.contents(index.faiss).ids_N.tolist(),
       np.asarray(index._refiner.bits_NW)[:, 0].tolist(),
       strict=True,
     )

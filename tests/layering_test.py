@@ -25,6 +25,7 @@ LAYERS = {
   "recipe_rqvae": 5,
   "index": 5,
   "index_build": 5,
+  "index_drift": 5,
   "fast_ivf": 5,
   "semantic_ids": 5,
   "id_making": 5,

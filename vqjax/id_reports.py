@@ -7,10 +7,11 @@ from vqjax.data import batches
 from vqjax.ids import duplicates, groups
 from vqjax.ids import report as report_lib
 from vqjax.interop import faiss_io
+from vqjax.search import drift
 
 _QUERIES, _BLOCK = 1000, 65_536
 # Append warns of new items unlike the published ones; of few it cannot tell.
-_MOST_ERROR, _LEAST_USED, _MOST_SHARED, _LEAST_ITEMS = 1.2, 0.8, 1.5, 20
+_MOST_SHARED = 1.5
 
 
 def neighbours(vectors, rows_N=None):
@@ -118,10 +119,10 @@ def of_appended(made, items_N, published: dict) -> dict:
     "published_mse": published["mse"],
     "sharing_rate": float((counts_N[made.num_published :] > 1).mean()),
     "published_sharing_rate": published["sharing_rate"],
-    "levels": report_lib.drift(old_FL, made.raw_NL, made.sizes[:num_levels]),
+    "levels": drift.usage(old_FL, made.raw_NL, made.sizes[:num_levels]),
     "added_error": float(made.errors_N.mean() - made.raw_errors_N.mean()),
   }
-  found["warnings"] = _warnings(found) if num >= _LEAST_ITEMS else []
+  found["warnings"] = _warnings(found) if num >= drift.FEW else []
   return {
     "after": report_lib.figures(made.codes_NL, made.sizes),
     "append": found,
@@ -133,19 +134,17 @@ def of_appended(made, items_N, published: dict) -> dict:
 def _warnings(found: dict) -> list[str]:
   """What sets new items apart from those that were published."""
   said = []
-  if found["mse"] > _MOST_ERROR * found["published_mse"]:
+  if found["mse"] > drift.MOST_ERROR * found["published_mse"]:
     said.append(
       f"The squared error of new items is {found['mse']:.4g}, that of the "
       f"published ones {found['published_mse']:.4g}: the codec was trained on "
       "other vectors."
     )
   for number, level in enumerate(found["levels"], 1):
-    expected = level["expected"]
-    least = min(_LEAST_USED * expected, expected - 3 * level["spread"])
-    if level["used"] < least:
+    if drift.is_less_diverse(level):
       said.append(
         f"New items use {level['used']} codewords of level {number}, as many "
-        f"published ones {expected:.0f}: they are less diverse."
+        f"published ones {level['expected']:.0f}: they are less diverse."
       )
   rate = found["published_sharing_rate"]
   noise = 3 * (rate * (1 - rate) / found["items"]) ** 0.5

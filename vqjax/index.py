@@ -15,17 +15,19 @@ list order: a search maps it, and keeps no id in memory.
 
 import pathlib
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vqjax import evaluation
+from vqjax import evaluation, index_drift
 from vqjax.codec import Codec, open_array
 from vqjax.codec import load as load_codec
 from vqjax.codecs import additive
 from vqjax.core import check_range, check_shape
 from vqjax.data import batches, files, item_ids, unit
+from vqjax.data import codes as codes_lib
 from vqjax.interop import (
   faiss_fastscan,
   faiss_ivf,
@@ -114,7 +116,7 @@ class Index:
     self._items_N, self._path = items_N, path
 
   @property
-  def _faiss(self):
+  def faiss(self):
     """The index with all its codes; closes the searcher that has them."""
     if self._searcher is not None:
       searchers.refill(self._index, self._searcher)
@@ -258,31 +260,50 @@ class Index:
     recalls = evaluation.Truth(opened, ids_QG).recalls(ids_QR)
     return {**recalls, "queries_per_second": len(opened) / seconds}
 
-  def add(self, x, ids=None, *, progress: bool = False) -> None:
+  def open_vectors(self, x):
+    """Returns vectors `[N, D]`, unread; of length 1 for the cosine."""
+    return open_for(x, self.dim, self.metric)
+
+  drift = index_drift.compare
+
+  def check_new(self, num: int, ids=None) -> tuple[np.ndarray, Any]:
+    """Returns ids in the lists `[num]` for new vectors, and item ids or None.
+
+    Raises:
+      TypeError: `ids` are of another kind than those of the index.
+      ValueError: They are not as many, or not new and distinct.
+    """
+    items_N = None
+    if self._items_N is not None:
+      items_N, ids = item_ids.check_items(ids, num, self._items_N), None
+    ids_N = check_ids(ids, num, faiss_lists.ids_of(self.faiss))
+    return ids_N, items_N
+
+  def add(self, x, ids=None, *, codes=None, progress: bool = False) -> None:
     """Encodes more vectors `[n, D]` and adds them; what is there stays.
 
     Args:
       x: As in `build_index`.
       ids: As in `build_index`, none that is in the index; None for integers
         that follow its largest.
+      codes: Codes of the vectors by the codec of the index, if they are known.
       progress: Shows a progress line.
 
     Raises:
       ValueError: Vectors or ids do not fit; nothing is added then.
     """
-    vectors = open_for(x, self.dim, self.metric)
-    before = faiss_lists.contents(self._faiss)
-    items_N = None
-    if self._items_N is not None:
-      items_N, ids = (
-        item_ids.check_items(ids, len(vectors), self._items_N),
-        None,
-      )
-    ids_N = check_ids(ids, len(vectors), before.ids_N)
+    vectors = self.open_vectors(x)
+    ids_N, items_N = self.check_new(len(vectors), ids)
+    before = faiss_lists.contents(self.faiss)
     if not len(vectors):
       return
-    codes_NM = self.codec.encode(vectors, progress=progress, **self.settings)
-    self.append(vectors, codes_NM, ids_N)
+    if codes is not None:
+      sizes = self.codec.codebook_sizes
+      check_shape("codes", codes, (len(vectors), len(sizes)))
+      codes_lib.check_ids(np.asarray(codes), sizes)
+    else:
+      codes = self.codec.encode(vectors, progress=progress, **self.settings)
+    self.append(vectors, codes, ids_N)
     if items_N is not None:
       self._items_N = np.concatenate([self._items_N, items_N])
     if self._refiner is not None:
@@ -310,7 +331,7 @@ class Index:
         ranker=self.codec.ranker,
       )
       info = faiss_ivf.save(
-        self._faiss,
+        self.faiss,
         temporary / "index.faiss",
         {
           "codec": self.codec.name,
@@ -360,12 +381,12 @@ class Index:
 
   def append(self, vectors, codes_NM, ids_N) -> None:
     """Puts codes into their lists."""
-    lists_N, codes_NM = self._split(vectors, codes_NM)
-    faiss_ivf.add_codes(self._faiss, lists_N, codes_NM, ids_N)
-    faiss_ivf.fit_norms(self._faiss)
+    lists_N, codes_NM = self.split(vectors, codes_NM)
+    faiss_ivf.add_codes(self.faiss, lists_N, codes_NM, ids_N)
+    faiss_ivf.fit_norms(self.faiss)
     self._path = None
 
-  def _split(self, vectors, codes_NM):
+  def split(self, vectors, codes_NM):
     """Lists `[N]` of vectors, and codes without the list number."""
     if self.codec.is_ivf:
       return codes_NM[:, 0].astype(np.int64), codes_NM[:, 1:]
@@ -382,7 +403,7 @@ class Index:
 
   def make_refiner(self, kind: str, vectors, ids_N, seed: int) -> None:
     """Makes the refiner of the vectors in the index."""
-    contents = faiss_lists.contents(self._faiss)
+    contents = faiss_lists.contents(self.faiss)
     read_fn = _make_read_fn(vectors, ids_N, contents)
     if kind == "rabitq":
       metric = "ip" if self.metric == "ip" else "l2"
@@ -391,14 +412,14 @@ class Index:
       )
       return
     index, weights = refining.fastscan(
-      self._faiss, contents, read_fn, self._decode_fn()
+      self.faiss, contents, read_fn, self._decode_fn()
     )
     info = {**weights, **faiss_fastscan.describe(index)}
     self._refiner = faiss_fastscan.Loaded(index, info)
 
   def _extend_refiner(self, vectors, ids_N, before) -> None:
     """Takes more vectors, which were added after `before`, into the refiner."""
-    after = faiss_lists.contents(self._faiss)
+    after = faiss_lists.contents(self.faiss)
     read_fn = _make_read_fn(vectors, ids_N, after)
     if isinstance(self._refiner, residual_bits.ResidualBits):
       metric = "ip" if self.metric == "ip" else "l2"

@@ -96,27 +96,6 @@ def level_figures(code_N, size: int) -> dict:
   }
 
 
-def drift(codes_FL, new_NL, sizes) -> list[dict]:
-  """Compares the codewords of new items with those of published ones.
-
-  `expected` is how many codewords as many items would use if they were drawn
-  from the published usage, `spread` bounds its standard deviation.
-  """
-  found = []
-  for old_F, new_N, size in zip(codes_FL.T, new_NL.T, sizes, strict=True):
-    count_K = np.bincount(old_F.astype(np.int64), minlength=size)
-    share_K = count_K / max(count_K.sum(), 1)
-    used_K = 1 - (1 - share_K) ** len(new_N)
-    found.append(
-      {
-        "used": len(np.unique(new_N)),
-        "expected": float(used_K.sum()),
-        "spread": float(np.sqrt((used_K * (1 - used_K)).sum())),
-      }
-    )
-  return found
-
-
 _ROWS = (
   ("items", "items"),
   ("distinct ids", "distinct"),

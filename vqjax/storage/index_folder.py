@@ -6,17 +6,25 @@
 Names are relative to the folder. Which files belong together is checked as they
 are opened: the description of the index has the fingerprint of the codec, and
 refiners have the checksum of the index.
+
+An index that grows or is made anew gets another generation: a folder of an
+index in this folder, `generation-00002`, whose files the manifest names. It is
+written whole, then the manifest is replaced, so that a kill at any time leaves
+an index that can be searched.
 """
 
 import os
 import pathlib
+import shutil
 
 from vqjax import __version__
-from vqjax.data import files
-from vqjax.storage.folders import MANIFEST
+from vqjax.data import files, json_files
+from vqjax.storage.folders import MANIFEST, is_of
 
 KIND = ("vqjax index folder", 1)
 ROLES = ("codec", "index", "decoders", "refiner")
+_OF_FORMAT = ("format", "version", "vqjax_version")
+_GENERATION = "generation-{:05d}"
 
 
 def write_manifest(
@@ -71,6 +79,50 @@ def read_manifest(folder) -> tuple[dict[str, str], dict]:
     if not os.path.exists(found[role]):
       raise FileNotFoundError(f"{folder} lacks {name}, its {role}.")
   return found, info
+
+
+def generation_of(folder) -> int:
+  """Returns the number of the generation; 1 for a folder that has but one."""
+  try:
+    info = json_files.read_json(files.user_path(folder) / MANIFEST)
+  except (OSError, ValueError):
+    return 1
+  return info.get("generation", 1)
+
+
+def next_generation(folder) -> pathlib.Path:
+  """Returns the folder that the next generation of an index is written to."""
+  name = _GENERATION.format(generation_of(folder) + 1)
+  return files.user_path(folder) / name
+
+
+def switch(folder, generation: pathlib.Path, info: dict) -> None:
+  """Makes a finished `generation` the one that the folder stands for.
+
+  `info` is what the manifest says besides, with that of the generation itself.
+  """
+  paths, own = read_manifest(generation)
+  names = {
+    role: f"{generation.name}/{pathlib.Path(path).name}"
+    for role, path in paths.items()
+  }
+  info = {**own, **info, "generation": int(generation.name[-5:])}
+  info = {k: v for k, v in info.items() if k not in _OF_FORMAT}
+  write_manifest(folder, names, info, overwrite=True)
+
+
+def remove_generations(folder, keep: int = 2) -> list[str]:
+  """Removes all generations but the last ones; returns the names removed.
+
+  The first one is no folder of its own, and stays.
+  """
+  folder, removed = files.user_path(folder), []
+  for number in range(2, generation_of(folder) - keep + 1):
+    path = folder / _GENERATION.format(number)
+    if is_of(path, KIND[0]):
+      shutil.rmtree(path)
+      removed.append(path.name)
+  return removed
 
 
 def _is_inside(name) -> bool:

@@ -2,9 +2,9 @@ r"""Turns codes back into vectors.
 
   vqjax decode --codec=runs/qinco2_s --codes=codes.npy --output=decoded.fvecs
 
-Codes are a folder of shards, a .npy file of integers `[N, M]`, the codes.npz of
-the program released with QINCo2 with its parts beside it, or the packed bytes
-of encode --raw (any other suffix). Codes whose description
+Codes are a folder of shards, a .npy or .parquet file of integers `[N, M]`, the
+codes.npz of the program released with QINCo2 with its parts beside it, or the
+packed bytes of encode --raw (any other suffix). Codes whose description
 (manifest.json, codes.npy.json) names another codec are refused. Fewer columns
 than the codec has positions are a code of a lower rate.
 """
@@ -25,7 +25,7 @@ REQUIRED = ("codec", "codes", "output")
 OPTIONS = {
   "codec": cli.CODEC_OPTION,
   "codes": cli.Option(
-    str, None, "Codes: folder of shards, .npy, .npz, or packed bytes."
+    str, None, "Codes: folder of shards, .npy, .npz, .parquet, or packed bytes."
   ),
   "num_steps": cli.SEARCH_OPTIONS["num_steps"],
   "dtype": cli.SEARCH_OPTIONS["dtype"],
@@ -105,7 +105,7 @@ def _write(config, codec, found: codes.Codes, width: int, meta: dict) -> None:
 
 def _open(path: str, sizes) -> codes.Codes:
   """Opens codes of any kind; packed bytes without a description by `sizes`."""
-  if os.path.isdir(path) or path.lower().endswith((".npy", ".npz")):
+  if os.path.isdir(path) or path.lower().endswith((".npy", ".npz", ".parquet")):
     return codes.open_codes(path)
   meta, total = codes.read_description(path), os.path.getsize(path)
   sizes = meta.get("codebook_sizes", sizes)

@@ -1,4 +1,4 @@
-r"""Exports a codec as a faiss index file, with or without codes in it.
+r"""Exports codecs, codes and indexes to faiss, Lance and Parquet.
 
   vqjax export --codec=runs/rq --output=rq.faiss
   vqjax export --codec=runs/pq --output=pq.faiss --codes=codes.npy
@@ -16,6 +16,16 @@ The file counts as done when it has been read back, holds these codes and
 decodes them to the same vectors. rq.faiss.json describes it. The index of a
 cosine codec divides queries by their length. It is made in memory: the packed
 codes twice.
+
+  vqjax export --to=lance --codec=runs/opq --data=base.npy --output=my_lance
+  vqjax export --to=lance --hakes=runs/hakes --data=base.npy --output=my_lance
+  vqjax export --to=parquet --codec=runs/pq --data=base.npy --output=tables
+  vqjax export --to=parquet --index=my_index --output=tables
+
+--to=lance writes a Lance data set with an IVF-PQ index of our centroids and
+codewords, and compares what Lance finds with our own search. --to=parquet
+writes ids, codes, lists, centroids and codewords as tables.
+docs/other_engines.md says what is in the files.
 """
 
 import functools
@@ -26,27 +36,44 @@ import jax
 import numpy as np
 from absl import logging
 
-from experiments.lib import cli, codecs, inputs
+from experiments.lib import cli, codecs, export_lance, export_parquet, inputs
 from vqjax import __version__
 from vqjax.codecs import additive
-from vqjax.data import datasets, files
+from vqjax.data import datasets, files, item_ids
 from vqjax.interop import faiss_io
 from vqjax.storage import codec_file
 
-REQUIRED = ("codec", "output")
+REQUIRED = ("output",)
 OPTIONS = {
+  "to": cli.Option(str, "faiss", "faiss, lance or parquet."),
   "codec": cli.CODEC_OPTION,
+  "hakes": cli.Option(
+    str, None, "Folder of vqjax hakes instead, for lance and parquet."
+  ),
+  "index": cli.Option(str, None, "Folder of an index instead, for parquet."),
   "decoders": cli.Option(
     str, None, "decoders.safetensors: export the additive decoder in it."
   ),
   "codes": cli.Option(str, None, "Codes to put in: folder of shards, or .npy."),
   "data": cli.Option(str, None, "Vectors to put in, instead of --codes."),
+  "ids": cli.Option(str, None, f"{item_ids.FLAG_HELP} For lance and parquet."),
+  "num_lists": cli.Option(
+    int, None, "Lists of --to=lance; by the number of vectors if unset."
+  ),
+  "centroids": cli.Option(
+    str, None, "Centroids of these lists, as of ivf_centroids."
+  ),
+  "keep_vectors": cli.Option(
+    bool, True, "lance: keep the vectors beside their rotated or coded ones."
+  ),
+  "seed": cli.Option(int, 0, "Of the k-means of --to=lance."),
   "metric": cli.Option(
     str, None, "l2, ip or cosine; the codec's own if unset."
   ),
   "output": cli.Option(str, None, "Index file to write, rq.faiss."),
   "overwrite": cli.Option(bool, False, "Replace an existing output."),
 }
+TO = {"faiss": None, "lance": export_lance, "parquet": export_parquet}
 _BLOCK = 65536  # Codes read and added at a time.
 _CHECKED = 10_000  # Vectors that are compared.
 _TOLERANCE = 1e-5  # Of the largest number: sums of float32 in another order.
@@ -66,6 +93,14 @@ class _Subject(NamedTuple):
 def run(config) -> dict:
   """Writes the index; returns what is written next to it."""
   cli.require(config, *REQUIRED)
+  if config.to not in TO:
+    raise ValueError(f"--to must be one of {', '.join(TO)}; got {config.to!r}.")
+  if config.to != "faiss":
+    return TO[config.to].run(config)
+  cli.require(config, "codec")
+  for name in ("hakes", "index", "ids", "num_lists", "centroids"):
+    if config[name]:
+      raise ValueError(f"--{name} is not for --to=faiss; leave it out.")
   if config.codes and config.data:
     raise ValueError("Give --codes or --data, not both.")
   files.check_output(config.output, config.overwrite, described=True)

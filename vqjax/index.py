@@ -180,6 +180,12 @@ class Index:
       return np.sort(self._searcher.parts.ids_N).astype(np.int64)
     return np.sort(faiss_lists.ids_of(self._index))
 
+  def items_of(self, ids_N) -> np.ndarray:
+    """Returns item ids of ids in the lists; the same if there are none."""
+    if self._items_N is None:
+      return ids_N
+    return item_ids.pick(self._items_N, ids_N)
+
   def search(
     self, queries, k: int = 10, *, nprobe: int | None = None, **settings
   ) -> tuple[np.ndarray, np.ndarray]:
@@ -201,9 +207,7 @@ class Index:
         does not fit.
     """
     distances_QR, ids_QR = self._find(queries, k, nprobe=nprobe, **settings)
-    if self._items_N is not None:
-      ids_QR = item_ids.pick(self._items_N, ids_QR)
-    return distances_QR, ids_QR
+    return distances_QR, self.items_of(ids_QR)
 
   def _find(self, queries, k: int, *, nprobe: int | None = None, **settings):
     """Distances and the ids in the lists, see `search`."""

@@ -11,6 +11,7 @@ A file holds `N` vectors of `D` numbers. The suffix tells its layout:
   .hdf5 .h5              `file.hdf5#group/name` picks a data set, else "train"
                          or the only one
   .parquet               `file.parquet#column`, else the only column of lists
+  .lance                 `folder.lance#column`, else the only column of lists
   .csv                   a vector on each line, with or without a header
 
 A folder, or a pattern such as `part-*.npy`, is all of its files, one after the
@@ -34,6 +35,7 @@ from vqjax.data import (
   csv_files,
   files,
   hdf5,
+  lance_rows,
   many_files,
   numpy_files,
   parquet,
@@ -47,7 +49,7 @@ _HDF5 = (".hdf5", ".h5")
 _WITH_PARTS = dict.fromkeys(_HDF5, hdf5.open_rows)
 _WITH_PARTS |= {".npz": numpy_files.open_npz, ".parquet": parquet.open_rows}
 SUFFIXES = (*_VECS, *_BIN, ".npy", ".csv", *_WITH_PARTS)
-_WITH_PART = re.compile(r"\.(hdf5|h5|npz|parquet)#", re.IGNORECASE)
+_WITH_PART = re.compile(r"\.(hdf5|h5|npz|parquet|lance)#", re.IGNORECASE)
 _MAX_DIM = 1_000_000
 _BLOCK_BYTES = 1 << 24
 
@@ -70,8 +72,11 @@ def open_vectors(path, *, max_vectors: int | None = None, role=None):
   path, part = split_path(path)
   if max_vectors is not None and max_vectors < 1:
     raise ValueError(f"max_vectors must be at least 1, got {max_vectors}.")
-  paths = many_files.find(path, SUFFIXES)
-  if paths is None:
+  is_lance = lance_rows.is_lance(path)
+  paths = None if is_lance else many_files.find(path, SUFFIXES)
+  if is_lance:
+    vectors = lance_rows.open_rows(path, part)
+  elif paths is None:
     vectors = _open_file(path, part)
   else:
     open_fn = functools.partial(_open_file, part=part)
@@ -123,6 +128,8 @@ def split_path(path) -> tuple[pathlib.Path, str | None]:
 def paths_of(path) -> list[pathlib.Path]:
   """Returns the file of a path, or the files of a folder or pattern."""
   path = split_path(path)[0]
+  if lance_rows.is_lance(path):
+    return [path]
   return many_files.find(path, SUFFIXES) or [path]
 
 

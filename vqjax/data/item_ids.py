@@ -5,7 +5,7 @@ of the Parquet file that has the vectors, or from a file of their own:
 
   .npy                   integers or text `[N]`
   .txt                   one id a line, UTF-8; integers if all lines are
-  file.parquet#column    integers or text
+  file.parquet#column    integers or text; also folder.lance#column
 
 Our outputs keep them beside the file whose rows they name, in FILE.ids.txt, or
 ids.txt in a folder; a .parquet has them in its column "id". The description of
@@ -18,7 +18,7 @@ import sys
 
 import numpy as np
 
-from vqjax.data import files, formats, numpy_files, parquet
+from vqjax.data import files, formats, lance_rows, numpy_files, parquet
 
 KIND = ("vqjax item ids", 1)
 FLAG_HELP = (
@@ -126,11 +126,17 @@ def _load(source: str, data) -> tuple[str, np.ndarray]:
   path, column = formats.split_path(source)
   if data is not None:
     table = formats.split_path(data)[0]
+    if lance_rows.is_lance(table):
+      columns = lance_rows.column_names(table)
+      if source in columns:
+        return f"{table}#{source}", lance_rows.read_ids(table, source)
     tables = [p for p in formats.paths_of(data) if p.is_file()]
     if tables and tables[0].suffix.lower() == ".parquet":
       columns = parquet.column_names(tables[0])
       if source in columns:
         return f"{table}#{source}", _read_column(tables, source)
+  if lance_rows.is_lance(path) and column:
+    return source, lance_rows.read_ids(path, column)
   if not path.is_file():
     hint = f"; {table} has the columns {', '.join(columns)}" if columns else ""
     raise FileNotFoundError(

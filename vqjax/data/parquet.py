@@ -25,7 +25,8 @@ _MOST_BYTES = 1 << 31
 _MOST_LISTED = 20
 
 
-def _import_parquet():
+def import_parquet():
+  """Returns pyarrow; raises ImportError that says how to get it."""
   try:
     import pyarrow.parquet
   except ImportError as e:
@@ -52,7 +53,7 @@ def _damage_in_words(name):
 
 
 def _open(path):
-  pa = _import_parquet()
+  pa = import_parquet()
   with _damage_in_words(path):
     # Else a column of a row group is read whole before its first piece.
     knobs = {"pre_buffer": False, "buffer_size": 1 << 20}
@@ -313,16 +314,28 @@ def write_blocks(path, column: str, blocks, ids_N=None) -> int:
 
   `ids_N` are integers or text, which become the column "id" before it.
   """
-  pa, writer, num = _import_parquet(), None, 0
-  try:
+
+  def columns():
+    num = 0
     for block_nD in blocks:
-      columns = {column: block_nD}
+      found = {column: block_nD}
       if ids_N is not None:
-        columns = {ID: ids_N[num : num + len(block_nD)], **columns}
+        found = {ID: ids_N[num : num + len(block_nD)], **found}
+      num += len(block_nD)
+      yield found
+
+  return write_columns(path, columns())
+
+
+def write_columns(path, blocks) -> int:
+  """Writes dicts of columns, as of `write`, as they come; returns the rows."""
+  pa, writer, num = import_parquet(), None, 0
+  try:
+    for columns in blocks:
       table = _table(pa, columns)
       writer = writer or pa.parquet.ParquetWriter(path, table.schema)
       writer.write_table(table)
-      num += len(block_nD)
+      num += len(table)
   finally:
     if writer:
       writer.close()
@@ -331,7 +344,7 @@ def write_blocks(path, column: str, blocks, ids_N=None) -> int:
 
 def write(path, columns: dict[str, np.ndarray]) -> None:
   """Writes arrays `[N]` and `[N, D]` as columns, the latter as lists."""
-  pa = _import_parquet()
+  pa = import_parquet()
   pa.parquet.write_table(_table(pa, columns), path)
 
 

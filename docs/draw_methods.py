@@ -1,6 +1,6 @@
 """Draws the pictures of docs/methods from bundled vectors and small codecs.
 
-python docs/draw_methods.py          # all, about two minutes
+python docs/draw_methods.py          # all, about a minute
 python docs/draw_methods.py rq hakes
 """
 
@@ -130,11 +130,11 @@ def _draw_rq() -> Figure:
 
 def _draw_rq_errors(axes) -> None:
   """Error after each step, of codecs of 8 x 256 codewords."""
-  x_ND = _learn(12000)
-  xt_ND, xv_ND = jnp.asarray(x_ND[:10000]), jnp.asarray(x_ND[10000:])
+  x_ND = _learn(57000)
+  xt_ND, xv_ND = jnp.asarray(x_ND[:55000]), jnp.asarray(x_ND[55000:])
   steps = np.arange(1, 9)
+  params = rq.fit(_KEY, xt_ND, num_codes=8)
   for beam_size, color in ((1, _GRAY), (5, _BLUE)):
-    params = rq.fit(_KEY, xt_ND, num_codes=8, beam_size=beam_size)
     codes = rq.encode(params, xv_ND, beam_size=beam_size, block_size=500)
     errors = [_mse(xv_ND, rq.decode(params, codes[:, :m])) for m in steps]
     name = f"RQ, beam {beam_size}"

@@ -24,6 +24,11 @@ run the same command. Shards are counted from 0:
   ... --output=codes --shard=$JOB_COMPLETION_INDEX/16    a Kubernetes Job
   ... --output=codes --multihost [--shards=16]           each process its part
 
+  ... --output=codes --shards=64 --engine=ray --workers=2     by Ray
+
+Ray makes a shard again whose worker or host was lost; the codes are the same as
+those of one process.
+
 Run again, the same command keeps the finished shards and makes the others. It
 refuses a folder of another codec, data file or other options.
 
@@ -39,17 +44,18 @@ then ends with exit code 1. With --codec and --data it also compares those.
 
 import functools
 import pathlib
-import re
 import shlex
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from absl import logging
 
-from experiments.lib import cli, codecs, inputs, plan
+from experiments.lib import cli, codecs, engine, inputs, plan
 from vqjax import index_build
+from vqjax.codec import Codec
 from vqjax.codecs import packing
-from vqjax.core import check_range
 from vqjax.data import codes, datasets, files, formats, item_ids, unit
 from vqjax.storage import codec_file
 
@@ -65,17 +71,16 @@ OPTIONS = {
   "assign": cli.ASSIGN_OPTION,
   "output": cli.Option(str, None, "File to write; with shards a folder."),
   "raw": cli.Option(bool, False, "Write packed bytes without a header."),
-  "shards": cli.Option(
-    int, None, "n, number of files to divide the codes into."
-  ),
-  "shard": cli.Option(
-    str, None, "i/n: make only shard i of n; i from 0 to n-1."
-  ),
+  **engine.SHARD_OPTIONS,
+  **engine.OPTIONS,
   "verify": cli.Option(bool, False, "Check the shards in --output."),
   "overwrite": cli.Option(bool, False, "Replace an existing output file."),
   "plan": plan.OPTION,
 }
-_WHERE = ("output", "shards", "shard", "multihost", "overwrite", "plan")
+_WHERE = (
+  *("output", "multihost", "overwrite", "plan"),
+  *(*engine.SHARD_OPTIONS, *engine.OPTIONS),
+)
 
 
 @cli.takes(OPTIONS)
@@ -84,15 +89,45 @@ def run(config) -> dict:
   if config.verify:
     return _verify(config)
   cli.require(config, *REQUIRED)
-  num_shards, mine = _share(config)
+  engine.check(config)
+  num_shards, mine = engine.share(config)
   _check_output(config, num_shards)
+  job = _open(config, num_shards)
+  meta, ids_N = job.meta, job.ids_N
+  if config.plan:
+    return _plan(config, meta, mine, job.make_blocks_fn())
+  after = _after(config, job.codec, num_shards, meta["shape"][0])
+  if num_shards:
+    codes.claim(config.output, meta)
+    item_ids.save_beside(config.output, ids_N)
+    _write_shards(config, job, mine, after)
+  elif files.find_made(config.output, meta, config.overwrite):
+    logging.info("%s is made already.\nNext:\n  %s", config.output, after)
+  else:
+    blocks_fn = job.make_blocks_fn()
+    item_ids.save_beside(config.output, ids_N, overwrite=config.overwrite)
+    _write_file(config, meta, blocks_fn, after, ids_N)
+  return {"output": config.output, "shape": tuple(meta["shape"])}
+
+
+class _Job(NamedTuple):
+  """What is to be encoded, and how."""
+
+  codec: Codec
+  meta: dict  # Description of the codes.
+  ids_N: np.ndarray | None
+  dtype: str  # That auto stands for.
+  make_blocks_fn: Callable  # Compiles; see `Codec.encode_blocks`.
+
+
+def _open(config, num_shards: int) -> _Job:
   codec = codecs.open_codec(config.codec)
   dataset = codecs.resolve_data(codec, config, base=config.data)
   x_ND = datasets.open_split(
     dataset, "base", max_vectors=config.num_vectors, role="vectors to encode"
   )
   ids_N = inputs.item_ids_of(config, len(x_ND))
-  blocks_fn, rule = codecs.make_encoder(codec, config, x_ND)
+  rule = codecs.search_rule(codec, config)
   meta = codes.describe(
     x_ND,
     codec=codec.name,
@@ -103,19 +138,22 @@ def run(config) -> dict:
     num_shards=num_shards,
   )
   meta |= item_ids.describe(ids_N)
-  if config.plan:
-    return _plan(config, meta, mine, blocks_fn)
-  after = _after(config, codec, num_shards, len(x_ND))
-  if num_shards:
-    codes.claim(config.output, meta)
-    item_ids.save_beside(config.output, ids_N)
-    _write_shards(config, meta, mine, blocks_fn, after)
-  elif files.find_made(config.output, meta, config.overwrite):
-    logging.info("%s is made already.\nNext:\n  %s", config.output, after)
-  else:
-    item_ids.save_beside(config.output, ids_N, overwrite=config.overwrite)
-    _write_file(config, meta, blocks_fn, after, ids_N)
-  return {"output": config.output, "shape": tuple(meta["shape"])}
+  make_fn = lambda: codecs.make_encoder(codec, config, x_ND)[0]
+  return _Job(codec, meta, ids_N, codecs.product_dtype(config.dtype), make_fn)
+
+
+def open_parts(config) -> Callable:
+  """Returns `make(shard, report)`, which writes a shard of --output."""
+  job = _open(config, config.shards)
+  manifest = codes.claim(config.output, job.meta)
+  blocks_fn = job.make_blocks_fn()
+
+  def make(shard: int, report: Callable) -> None:
+    rows, count = _rows_of(manifest, shard), lambda num, _: report(num)
+    blocks = blocks_fn(rows=rows, progress=count)
+    codes.write_shard(config.output, manifest, shard, blocks)
+
+  return make
 
 
 def _plan(config, meta: dict, mine: list[int], blocks_fn) -> dict:
@@ -129,36 +167,6 @@ def _plan(config, meta: dict, mine: list[int], blocks_fn) -> dict:
   blocks = map(len, blocks_fn(progress=None))
   stages = [plan.measure("encode", blocks, num)]
   return plan.report(stages, rows=num, num_bytes=num * row_bytes)
-
-
-def _share(config) -> tuple[int, list[int]]:
-  """Number of shards, 0 for a single file, and the ones of this process."""
-  count = jax.process_count()
-  if config.shard is None:
-    num = config.shards
-    if num is None:
-      num = count if count > 1 else 0
-    else:
-      check_range("--shards", num, 1, 99_999)
-    return num, list(range(jax.process_index(), num, count))
-  if config.shards is not None or count > 1:
-    raise ValueError(
-      f"--shard={config.shard} makes one shard in a process of its own: leave "
-      "--shards and --multihost out."
-    )
-  match = re.fullmatch(r"(\d+)/(\d+)", config.shard)
-  if not match or int(match[2]) < 1:
-    raise ValueError(
-      "--shard must be i/n, shard i of n counted from 0, as 0/16 to 15/16; got "
-      f"{config.shard!r}."
-    )
-  shard, num = int(match[1]), int(match[2])
-  if shard >= num:
-    raise ValueError(
-      f"--shard must lie between 0/{num} and {num - 1}/{num}: shards are "
-      f"counted from 0; got {config.shard}."
-    )
-  return num, [shard]
 
 
 def _check_output(config, num_shards: int) -> None:
@@ -239,17 +247,17 @@ def _write_raw(path, sizes, blocks) -> None:
       file.write(packing.pack(codes_NM, sizes).tobytes())
 
 
-def _write_shards(config, meta, mine: list[int], blocks_fn, after) -> None:
+def _write_shards(config, job: _Job, mine: list[int], after) -> None:
   """Makes those shards of this process that are not finished yet."""
   folder = config.output
-  manifest = codes.claim(folder, meta)
+  manifest = codes.claim(folder, job.meta)
   todo = codes.unfinished(folder, manifest, mine)
   if len(todo) < len(mine):
     skipped, what = len(mine) - len(todo), f"{len(mine)} shards of this process"
     logging.info("%d of the %s are finished already.", skipped, what)
   if todo:
     try:
-      _make_shards(folder, manifest, todo, blocks_fn)
+      _make_shards(config, job, manifest, todo)
     except KeyboardInterrupt:
       logging.warning("The finished shards stay in %s.", folder)
       raise
@@ -261,6 +269,8 @@ def _write_shards(config, meta, mine: list[int], blocks_fn, after) -> None:
     )
     return
   left = codes.find_problems(folder, is_thorough=False)
+  if config.engine:
+    engine.check_seen(folder, left)
   logging.info(
     "%s has %d of its %d shards.\nNext:\n  %s",
     folder,
@@ -270,9 +280,17 @@ def _write_shards(config, meta, mine: list[int], blocks_fn, after) -> None:
   )
 
 
-def _make_shards(folder, manifest, todo: list[int], blocks_fn) -> None:
-  """Encodes shards one after the other, behind one progress line."""
-  total = sum(len(_rows_of(manifest, i)) for i in todo)
+def _make_shards(config, job: _Job, manifest, todo: list[int]) -> None:
+  """Encodes shards behind one progress line, one by one or by the engine."""
+  folder, sizes = config.output, {i: len(_rows_of(manifest, i)) for i in todo}
+  if config.engine:
+    # What auto means here, not on the worker.
+    dtype = {"dtype": job.dtype}
+    engine.run(
+      "encode", {**config, **dtype}, sizes, verb="encode", uses_gpus=True
+    )
+    return
+  blocks_fn, total = job.make_blocks_fn(), sum(sizes.values())
   with cli.progress(total, "encode") as done:
     before = 0
     for shard in todo:

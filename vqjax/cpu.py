@@ -57,6 +57,20 @@ def prepare_libraries() -> None:
     os.environ.setdefault("OPENBLAS_CORETYPE", blas_kernels())
 
 
+def thread_variables(count: int) -> dict[str, str]:
+  """Returns the environment of a process that works with `count` threads.
+
+  OpenMP and OpenBLAS read it when they are loaded, XLA when it starts.
+  """
+  names = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "NPROC",
+  )
+  return {name: str(count) for name in names}
+
+
 @functools.cache
 def _blas():
   """The OpenBLAS of NumPy, whose threads can be set."""

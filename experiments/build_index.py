@@ -16,7 +16,15 @@ k-means, and --output is a folder that search and vqjax.load_index open:
   vqjax build_index --codec=runs/rq --data=base.npy --num_lists=1024 \
       --output=my_index
 
-Parts of the rows can be built at the same time and merged:
+Shards of the rows can be built at the same time, in index.faiss.parts, counted
+from 0. The second command makes what is missing, and merges all into the index
+that one process makes:
+
+  ... --output=index.faiss --shard=3/16        one, as of sbatch --array=0-15
+  ... --output=index.faiss --shards=16         all, and merge
+  ... --output=index.faiss --shards=16 --engine=ray --workers=4       by Ray
+
+Or parts of your own:
 
   ... --rows=0:500000 --output=a.faiss
   ... --rows=500000: --output=b.faiss
@@ -26,6 +34,8 @@ The index is made in memory: M + 9 bytes per vector of 8-bit codes, up to twice
 that while it grows.
 """
 
+import functools
+import itertools
 import os
 import re
 import shlex
@@ -37,7 +47,7 @@ import numpy as np
 from absl import logging
 
 import vqjax
-from experiments.lib import cli, codecs, inputs, plan
+from experiments.lib import cli, codecs, engine, index_parts, inputs, plan
 from vqjax import index as index_lib
 from vqjax.codecs import additive
 from vqjax.data import files, formats, item_ids, row_ids
@@ -79,6 +89,8 @@ OPTIONS = {
   "merge": cli.Option(
     str, None, "Parts to merge, a.faiss,b.faiss; nothing else is built."
   ),
+  **engine.SHARD_OPTIONS,
+  **engine.OPTIONS,
   **{k: v for k, v in cli.SEARCH_OPTIONS.items() if k != "num_steps"},
   "assign": cli.ASSIGN_OPTION,
   "output": cli.Option(
@@ -95,10 +107,6 @@ _OF_SEARCH = (
 )  # Options of encoding --data.
 _ID_BYTES = 4  # In the file of ids in list order; rows are below 2^32.
 _BLOCK = 65536  # Codes read and added at a time.
-_KEPT = (  # In a description, of the parts that are merged.
-  *("codec", "codec_fingerprint", "decoders_fingerprint", "is_cosine"),
-  *("data", "num_rows", "rows", "ids_checksum"),
-)
 _REPORTED = ("num_vectors", "num_lists", "bytes", "rows")
 
 
@@ -115,27 +123,62 @@ class _Source(NamedTuple):
 def run(config) -> dict:
   """Writes the index; returns what was written."""
   cli.require(config, *REQUIRED)
+  engine.check(config)
+  num_shards, mine = engine.share(config)
+  for name in ("rows", "merge", "plan", "num_lists"):
+    if num_shards and config[name] != OPTIONS[name].default:
+      raise ValueError(
+        f"--shards are parts of all rows of an index: leave --{name} out."
+      )
   if config.num_lists is not None:
     return _build_folder(config)
   files.check_output(config.output, config.overwrite, described=True)
   if config.merge and config.plan:
     raise ValueError("--merge only copies lists, seconds: leave --plan out.")
-  prepared = _prepare_merge(config) if config.merge else _prepare(config)
-  info, num_bytes, make_fn, ids_N, data_flags = prepared
+  job = _prepare_merge(config) if config.merge else _prepare(config)
+  info = job.info
   if config.plan:
-    return _plan(info["rows"][0], num_bytes, make_fn)
+    return _plan(info["rows"][0], job.num_bytes, job.make_fn)
   made = files.find_made(config.output, info, config.overwrite)
   if made:
     logging.info("%s is made already.", config.output)
-    return _report(config, made, data_flags)
+    return _report(config, made, job.data_flags)
   files.check_output(
-    config.output, config.overwrite, num_bytes=num_bytes, described=True
+    config.output, config.overwrite, num_bytes=job.num_bytes, described=True
   )
-  item_ids.save_beside(config.output, ids_N, overwrite=config.overwrite)
+  make_fn = job.make_fn
+  if num_shards:
+    paths = index_parts.make(config, job, num_shards, mine)
+    if config.shard:
+      return {"output": str(paths[mine[0]])}
+    make_fn = lambda: _merge(paths, [job.empty_fn()])
+  item_ids.save_beside(config.output, job.ids_N, overwrite=config.overwrite)
   info = faiss_ivf.save(
     make_fn(), config.output, info, overwrite=config.overwrite
   )
-  return _report(config, info, data_flags)
+  if num_shards:
+    index_parts.remove(config.output)
+  return _report(config, info, job.data_flags)
+
+
+class _Job(NamedTuple):
+  """An index that is to be built."""
+
+  info: dict  # Its description.
+  num_bytes: int
+  make_fn: Callable  # Builds it; of other rows if they are given.
+  ids_N: np.ndarray | None
+  data_flags: str  # Of a search, for what the codec does not know.
+  part_fn: Callable | None = None  # (rows, report) -> part.
+  empty_fn: Callable | None = (
+    None  # Makes the index that parts are merged into.
+  )
+
+
+def open_parts(config) -> Callable:
+  """Returns `make(shard, report)`, which writes a part of the index."""
+  job = _prepare(config)
+  return index_parts.maker(config.output, job.info, config.shards, job.part_fn)
 
 
 def _plan(rows: list[int], num_bytes: int, make_fn) -> dict:
@@ -235,11 +278,7 @@ def _build_folder(config) -> dict:
   }
 
 
-def _prepare(config):
-  """Returns the description of an index, its bytes, and what builds it.
-
-  And item ids, and the flags of a search for what the codec does not know.
-  """
+def _prepare(config) -> _Job:
   cli.require(config, "codec")
   if bool(config.codes) == bool(config.data):
     raise ValueError("Give either --codes or --data, what the index is of.")
@@ -265,23 +304,40 @@ def _prepare(config):
   # Codes, norms and ids; a graph of the centroids takes more.
   num_bytes = len(rows) * (len(codewords.codebooks_MKD) + 9 + _ID_BYTES)
   num_bytes += codewords.codebooks_MKD.nbytes + codec.centroids.nbytes
-  make_fn = lambda rows=rows: _fill(config, codec, codewords, source, rows)
-  return info, num_bytes, make_fn, source.ids_N, _data_flags(config, codec)
+  fill = functools.partial(_fill, codec, source)
+  empty_fn = lambda: _empty_index(config, codec, codewords)
+
+  def make(rows=rows):
+    """Returns the filled index."""
+    index = empty_fn()
+    with cli.progress(len(rows), "add") as done:
+      fill(index, rows, lambda num: done(num, len(rows)))
+    with cli.progress(2 * len(rows), "norms") as done:
+      faiss_ivf.fit_norms(index, progress=done)
+    return index
+
+  def make_part(rows, report):
+    """Returns a part: the norms are those of all parts, found by a merge."""
+    flat = {**config, "coarse": "flat"}  # No graph: the merge has one.
+    part_config = cli.get_config(OPTIONS, **flat)
+    index = _empty_index(part_config, codec, codewords, is_shown=False)
+    fill(index, rows, report)
+    return index
+
+  return _Job(
+    *(info, num_bytes, make, source.ids_N, _data_flags(config, codec)),
+    *(make_part, empty_fn),
+  )
 
 
-def _fill(config, codec, codewords, source: _Source, rows: range):
-  """Returns the filled index."""
-  index = _empty_index(config, codec, codewords)
-  with cli.progress(len(rows), "add") as done:
-    first = rows.start
-    for codes_NM in source.blocks(rows):
-      ids_N = np.arange(first, first + len(codes_NM))
-      faiss_ivf.add_codes(index, *inputs.split(codec, codes_NM), ids_N)
-      first += len(codes_NM)
-      done(first - rows.start, len(rows))
-  with cli.progress(2 * len(rows), "norms") as done:
-    faiss_ivf.fit_norms(index, progress=done)
-  return index
+def _fill(codec, source: _Source, index, rows: range, report) -> None:
+  """Adds the codes of some rows; `report(rows done)`."""
+  first = rows.start
+  for codes_NM in source.blocks(rows):
+    ids_N = np.arange(first, first + len(codes_NM))
+    faiss_ivf.add_codes(index, *inputs.split(codec, codes_NM), ids_N)
+    first += len(codes_NM)
+    report(first - rows.start)
 
 
 def _coarse(config, codec) -> str:
@@ -346,12 +402,14 @@ def _parse_rows(text: str | None, num_rows: int) -> range:
   )
 
 
-def _empty_index(config, codec, codewords: additive.AdditiveParams):
+def _empty_index(
+  config, codec, codewords: additive.AdditiveParams, is_shown: bool = True
+):
   """Returns the index to fill; parts of the same codes get equal ones."""
   centroids_LD = codec.centroids
   num_lists = len(centroids_LD)
   codebooks_MKD = np.asarray(codewords.codebooks_MKD)
-  with cli.progress(num_lists, "lists", unit="list") as done:
+  with cli.progress(num_lists, "lists", unit="list", is_shown=is_shown) as done:
     return faiss_ivf.make_index(
       centroids_LD,
       codebooks_MKD,
@@ -362,65 +420,30 @@ def _empty_index(config, codec, codewords: additive.AdditiveParams):
     )
 
 
-def _prepare_merge(config):
-  """Of merged files what `_prepare` returns."""
+def _prepare_merge(config) -> _Job:
   others = ("codes", "data", "ids", "decoders", "rows", "coarse", "metric")
   for name in (*others, *_OF_SEARCH):
     if config[name] != OPTIONS[name].default:
       raise ValueError(f"--merge takes parts as they are; leave --{name} out.")
   paths = config.merge.split(",")
-  info = _join_descriptions(paths)  # Before anything large is read.
-
-  def load(done):
-    for number, path in enumerate(paths, 1):
-      yield faiss_ivf.load(path).index
-      done(number, len(paths))
-
-  def merge():
-    with cli.progress(len(paths), "merge", unit="part") as done:
-      return faiss_ivf.merge(load(done))
+  info = index_parts.join_descriptions(paths)  # Before anything large is read.
 
   num_bytes = sum(map(os.path.getsize, paths))
   ids_N = item_ids.load_beside(paths[0], info, info["num_rows"])
-  return info, num_bytes, merge, ids_N, _data_flags(config)
+  merge_fn = lambda: _merge(paths)
+  return _Job(info, num_bytes, merge_fn, ids_N, _data_flags(config))
 
 
-def _join_descriptions(paths) -> dict:
-  """The description of what the parts become together.
+def _merge(paths, before=()):
+  """Returns the index of all parts, which go into the first of `before`."""
+  with cli.progress(len(paths), "merge", unit="part") as done:
 
-  Raises:
-    ValueError: They do not fit each other, or rows are in two of them.
-  """
-  infos = []
-  for path in paths:
-    found = faiss_ivf.load(path, mmap=True).info
-    if not found.get("rows"):
-      raise ValueError(
-        f"{files.description_path(path)} does not say which rows {path} has, "
-        "so it cannot be merged: make it with vqjax build_index --rows."
-      )
-    info = {name: found.get(name) for name in _KEPT}
-    shared = [{**x, "rows": None} for x in (info, *infos[:1])]
-    files.check_same(path, shared[0], shared[-1])
-    infos.append(info)
-  rows = _join([pair for info in infos for pair in info["rows"]])
-  return {**infos[0], "rows": rows}
+    def load():
+      for number, path in enumerate(paths, 1):
+        yield faiss_ivf.load(path).index
+        done(number, len(paths))
 
-
-def _join(rows) -> list[list[int]]:
-  """Joins pairs (first, stop) that touch; raises if they overlap."""
-  joined = []
-  for first, stop in sorted(rows):
-    if joined and first < joined[-1][1]:
-      raise ValueError(
-        f"Rows {first}:{min(stop, joined[-1][1])} are in two of the parts; "
-        "merge parts of different --rows."
-      )
-    if joined and first == joined[-1][1]:
-      joined[-1][1] = stop
-    else:
-      joined.append([first, stop])
-  return joined
+    return faiss_ivf.merge(itertools.chain(before, load()))
 
 
 def _report(config, info: dict, data_flags: str) -> dict:

@@ -145,7 +145,10 @@ def _open(config, num_shards: int) -> _Job:
 def open_parts(config) -> Callable:
   """Returns `make(shard, report)`, which writes a shard of --output."""
   job = _open(config, config.shards)
-  manifest = codes.claim(config.output, job.meta)
+  return _maker(config, job, codes.claim(config.output, job.meta))
+
+
+def _maker(config, job: _Job, manifest: dict) -> Callable:
   blocks_fn = job.make_blocks_fn()
 
   def make(shard: int, report: Callable) -> None:
@@ -282,7 +285,7 @@ def _write_shards(config, job: _Job, mine: list[int], after) -> None:
 
 def _make_shards(config, job: _Job, manifest, todo: list[int]) -> None:
   """Encodes shards behind one progress line, one by one or by the engine."""
-  folder, sizes = config.output, {i: len(_rows_of(manifest, i)) for i in todo}
+  sizes = {i: len(_rows_of(manifest, i)) for i in todo}
   if config.engine:
     # What auto means here, not on the worker.
     dtype = {"dtype": job.dtype}
@@ -290,15 +293,7 @@ def _make_shards(config, job: _Job, manifest, todo: list[int]) -> None:
       "encode", {**config, **dtype}, sizes, verb="encode", uses_gpus=True
     )
     return
-  blocks_fn, total = job.make_blocks_fn(), sum(sizes.values())
-  with cli.progress(total, "encode") as done:
-    before = 0
-    for shard in todo:
-      rows = _rows_of(manifest, shard)
-      count = lambda num, _, before=before: done(before + num, total)
-      blocks = blocks_fn(rows=rows, progress=count)
-      codes.write_shard(folder, manifest, shard, blocks)
-      before += len(rows)
+  engine.make_here(_maker(config, job, manifest), sizes, verb="encode")
 
 
 def _rows_of(manifest, shard: int) -> range:

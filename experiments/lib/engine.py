@@ -143,6 +143,15 @@ def run(
       )
 
 
+def make_here(make: Callable, sizes: dict[int, int], *, verb: str) -> None:
+  """Makes shards in this process, one after the other."""
+  total, before = sum(sizes.values()), 0
+  with cli.progress(total, verb) as done:
+    for shard, size in sizes.items():
+      make(shard, lambda num, before=before: done(before + num, total))
+      before += size
+
+
 def check_seen(folder, missing) -> None:
   """Raises OSError if shards that workers made are not seen from here."""
   if missing:

@@ -56,9 +56,7 @@ def describe(
   shape = [len(vectors), len(codebook_sizes)]
   shards = {}
   if num_shards:
-    check_range(
-      "The number of shards", num_shards, 1, shape[0], "none is empty"
-    )
+    check_num_shards(num_shards, shape[0])
     row_bytes = len(_kept_bytes(codebook_sizes))
     shards = {
       "num_shards": num_shards,
@@ -78,6 +76,13 @@ def describe(
     "command": command,
     "vqjax_version": __version__,
   }
+
+
+def check_num_shards(num_shards: int, num_vectors: int) -> None:
+  """Raises ValueError if a shard would be empty."""
+  check_range(
+    "The number of shards", num_shards, 1, num_vectors, "none is empty"
+  )
 
 
 def shard_rows(num_vectors: int, num_shards: int, shard: int) -> range:

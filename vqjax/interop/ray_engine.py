@@ -14,6 +14,7 @@ import logging as std_logging
 import os
 import secrets
 import signal
+import socket
 import threading
 import time
 import warnings
@@ -91,6 +92,9 @@ def connect(address: str | None = None):
 
 def _start(ray, address: str) -> None:
   """Connects, or starts Ray here; quiet, and nothing is left in the home."""
+  host, _, port = address.rpartition(":")
+  if port.isdigit() and "/" not in host:  # Ray itself takes minutes to tell.
+    socket.create_connection((host, int(port)), timeout=10).close()
   options = {"log_to_driver": False, "logging_level": std_logging.ERROR}
   if address == "local":
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -47,7 +47,15 @@ import numpy as np
 from absl import logging
 
 import vqjax
-from experiments.lib import cli, codecs, engine, index_parts, inputs, plan
+from experiments.lib import (
+  cli,
+  codecs,
+  engine,
+  index_merge,
+  inputs,
+  parts,
+  plan,
+)
 from vqjax import index as index_lib
 from vqjax.codecs import additive
 from vqjax.data import files, formats, item_ids, row_ids
@@ -148,16 +156,17 @@ def run(config) -> dict:
   )
   make_fn = job.make_fn
   if num_shards:
-    paths = index_parts.make(config, job, num_shards, mine)
+    of_job = _parts(config, job, num_shards)
+    _make_parts(config, job, of_job, mine)
     if config.shard:
-      return {"output": str(paths[mine[0]])}
-    make_fn = lambda: _merge(paths, [job.empty_fn()])
+      return {"output": str(of_job.path(mine[0]))}
+    make_fn = lambda: _merge(of_job.paths, [job.empty_fn()])
   item_ids.save_beside(config.output, job.ids_N, overwrite=config.overwrite)
   info = faiss_ivf.save(
     make_fn(), config.output, info, overwrite=config.overwrite
   )
   if num_shards:
-    index_parts.remove(config.output)
+    of_job.remove()
   return _report(config, info, job.data_flags)
 
 
@@ -175,10 +184,34 @@ class _Job(NamedTuple):
   )
 
 
+def _parts(config, job: _Job, num: int) -> parts.Parts:
+  info = {**job.info, "coarse": "flat"}  # No graph: the merge makes one.
+  return parts.Parts(config.output, ".faiss", info, num)
+
+
+def _make_parts(config, job: _Job, of_job: parts.Parts, mine) -> None:
+  # What auto means here, not on a worker.
+  dtype = {"dtype": codecs.product_dtype(config.dtype)} if config.data else {}
+  of_job.make(
+    *("build_index", {**config, **dtype}, mine, _maker(job, of_job)),
+    verb="add",
+    uses_gpus=bool(config.data),
+  )
+
+
 def open_parts(config) -> Callable:
   """Returns `make(shard, report)`, which writes a part of the index."""
   job = _prepare(config)
-  return index_parts.maker(config.output, job.info, config.shards, job.part_fn)
+  return _maker(job, _parts(config, job, config.shards))
+
+
+def _maker(job: _Job, of_job: parts.Parts) -> Callable:
+  def make(shard: int, report: Callable) -> None:
+    part = job.part_fn(of_job.rows(shard), report)
+    path, info = of_job.path(shard), of_job.info_of(shard)
+    faiss_ivf.save(part, path, info, overwrite=True)
+
+  return make
 
 
 def _plan(rows: list[int], num_bytes: int, make_fn) -> dict:
@@ -426,7 +459,7 @@ def _prepare_merge(config) -> _Job:
     if config[name] != OPTIONS[name].default:
       raise ValueError(f"--merge takes parts as they are; leave --{name} out.")
   paths = config.merge.split(",")
-  info = index_parts.join_descriptions(paths)  # Before anything large is read.
+  info = index_merge.join_descriptions(paths)  # Before anything large is read.
 
   num_bytes = sum(map(os.path.getsize, paths))
   ids_N = item_ids.load_beside(paths[0], info, info["num_rows"])

@@ -261,6 +261,39 @@ def test_parts_merge_to_the_whole(files, tmp_path, said):
   assert f"lacks 40:{NUM - 3}. Build" in said[-1]
 
 
+@pytest.mark.parametrize("coarse", ["flat", "hnsw"])
+def test_shards_give_the_index_of_one_process(coarse, files, tmp_path, said):
+  whole = _run(tmp_path / "whole", files, coarse=coarse)
+  given = {**files, "coarse": coarse, "output": str(tmp_path / "a")}
+  for shard in (2, 0):
+    found = build_index.run(**given, shard=f"{shard}/3")
+    assert found["output"].endswith(f"a.parts/part-0000{shard}-of-00003.faiss")
+  assert "with --shards=3 instead of --shard" in said[-1]
+  merged = _run(tmp_path / "a", files, coarse=coarse, shards=3)
+  assert "2 of the 3 shards are made already." in said
+  _assert_same(merged, whole)
+  assert merged.info == whole.info
+  assert not (tmp_path / "a.parts").exists()
+  build_index.run(**given, shard="1/3")
+  assert f"{tmp_path / 'a'} is made already." in said
+
+
+@pytest.mark.parametrize(
+  ("values", "match"),
+  [
+    ({"shards": 3, "rows": ":5"}, "leave --rows out"),
+    ({"shard": "0/3", "plan": True}, "leave --plan out"),
+    ({"shards": 3, "num_lists": 4}, "leave --num_lists out"),
+    ({"shards": NUM + 1}, "number of shards must lie between 1 and 130"),
+    ({"address": "auto"}, "--address is for --engine=ray"),
+  ],
+)
+def test_shards_that_cannot_be(values, match, ivf_files, tmp_path):
+  with pytest.raises(ValueError, match=match):
+    build_index.run(**ivf_files, output=str(tmp_path / "a"), **values)
+  assert not list(tmp_path.iterdir())
+
+
 def test_the_summary_names_the_next_command(files, tmp_path, said):
   output = tmp_path / "my index"
   info = _run(output, files).info

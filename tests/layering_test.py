@@ -17,6 +17,7 @@ LAYERS = {
   "interop": 4,
   "codec": 5,
   "evaluation": 5,
+  "ground_truth": 5,
   "quality": 5,
   "fitting": 5,
   "ivf_lists": 5,
@@ -35,6 +36,7 @@ DOORS = {  # Module to the only place that may import it.
   "faiss": "vqjax/interop/faiss_",
   "optax": "vqjax/training/",
   "orbax": "vqjax/training/",
+  "ray": "vqjax/interop/ray_",
 }
 TORCH_DOOR = "experiments/lib/torch_baseline.py"
 CONFIG_IMPORTS = {"ml_collections", "configs"}

@@ -63,6 +63,14 @@ def test_vectors_far_from_the_origin():
   np.testing.assert_array_equal(found.ids_QK, want)
 
 
+def test_vectors_that_float32_cannot_tell_apart():
+  """Their squared distances, 1e4, differ by less than 1e-3."""
+  xb_ND = np.zeros((200, DIM), np.float32)
+  xb_ND[:, 0], xb_ND[:, 1] = 100, np.linspace(0.03, 0.001, 200)
+  found = ground_truth.search(np.zeros((2, DIM), np.float32), xb_ND, K)
+  assert (found.ids_QK == np.arange(199, 199 - K, -1)).all()
+
+
 def test_fewer_vectors_than_neighbours():
   found = ground_truth.search(_vectors(1, 2), _vectors(0, 3), K)
   assert (np.sort(found.ids_QK[:, :3]) == [0, 1, 2]).all()

@@ -10,6 +10,7 @@ with ray_engine.connect(None) as hosts:
 """
 
 import contextlib
+import io
 import logging as std_logging
 import os
 import secrets
@@ -85,7 +86,9 @@ def connect(address: str | None = None):
         "one with `ray start --head`, or leave --address out."
       ) from error
   try:
-    yield _hosts(ray)
+    # Ray prints of lost workers, at length; `_Watch` says it.
+    with contextlib.redirect_stdout(io.StringIO()):
+      yield _hosts(ray)
   finally:
     ray.shutdown()
 

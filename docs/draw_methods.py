@@ -1,6 +1,6 @@
 """Draws the pictures of docs/methods from bundled vectors and small codecs.
 
-python docs/draw_methods.py          # all, about a minute
+python docs/draw_methods.py          # all, a few minutes
 python docs/draw_methods.py rq hakes
 """
 

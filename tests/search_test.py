@@ -268,7 +268,7 @@ def test_baselines_without_times_of_single_queries(small, ivf, monkeypatch):
   base = str(pathlib.Path(ivf["queries"]).parent / "x.npy")
   small |= {"baselines": "IVF-PQ", "data": base, "train": base}
   small |= {"num_pairwise": "0", "num_network": "0"}
-  single, timed = search_measure._latencies, []
+  single, timed = search_measure.latencies, []
 
   def stop_at_the_baseline(*args):
     timed.append(args)
@@ -276,7 +276,7 @@ def test_baselines_without_times_of_single_queries(small, ivf, monkeypatch):
       raise KeyboardInterrupt
     return single(*args)
 
-  monkeypatch.setattr(search_measure, "_latencies", stop_at_the_baseline)
+  monkeypatch.setattr(search_measure, "latencies", stop_at_the_baseline)
   with pytest.raises(KeyboardInterrupt):
     _run(small)
   assert [row["series"] for row in _latency(small)] == ["qinco"]

@@ -10,7 +10,7 @@ from vqjax import __version__, shipped
 
 GROUPS = {
   "Train and measure": (
-    *("train", "evaluate", "tradeoff", "hakes", "pq_qinco"),
+    *("tune", "train", "evaluate", "tradeoff", "hakes", "pq_qinco"),
   ),
   "Encode and decode": ("encode", "decode", "semantic_ids"),
   "Index and search": (

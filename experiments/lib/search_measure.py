@@ -139,7 +139,7 @@ def time_single(record, search_fns, xq_QD) -> None:
     for number, (name, search_fn) in enumerate(search_fns.items(), 1):
       setting = record.best(name)
       one_fn = functools.partial(search_fn, **setting)
-      ms = _latencies(one_fn, xq_QD[:_NUM_SINGLE])
+      ms = latencies(one_fn, xq_QD[:_NUM_SINGLE])
       record.add_latency(
         {
           "series": name,
@@ -152,7 +152,7 @@ def time_single(record, search_fns, xq_QD) -> None:
       done(number, len(search_fns))
 
 
-def _latencies(search_fn, xq_QD) -> list[float]:
+def latencies(search_fn, xq_QD) -> list[float]:
   """Milliseconds of each query, in the second pass over all of them."""
   for x_D in xq_QD:
     search_fn(x_D[None])  # Compiles for the sizes that come.

@@ -143,6 +143,9 @@ def _published() -> config_dict.ConfigDict:
       ramp_epochs=3,
       weight_decay=0.1,
       clip_value=0.1,  # 0: no clipping.
+      # Of the variance of training vectors that is replaced by noise with their
+      # covariance, drawn anew in each step: against learning them by heart.
+      noise_share=0.0,
       redraw="split",  # Idle codewords become copies of used ones; or "none".
       cut_patience=10,  # Epochs, of the schedule "plateau".
       stop_patience=20,

@@ -9,6 +9,7 @@ import numpy as np
 from vqjax import ivf_lists, recipes
 from vqjax.codecs import qinco, qinco_loss
 from vqjax.codecs.rule import SearchRule
+from vqjax.core import check_range
 from vqjax.data import batches
 from vqjax.training import learners, loop, optimisers
 
@@ -22,6 +23,8 @@ def make_plan(config, num_rows: int, scale: float) -> loop.Plan:
   dtypes = ("auto", "float32", "bfloat16")
   optimisers.check_name("dtype", train.dtype, dtypes)
   recipes.check_options(train, counts=("epoch_size",))
+  name = "--config.train.noise_share"
+  check_range(name, train.noise_share, 0, 0.9, "of the variance; 0 for none")
   batch_size = train.batch_size * jax.device_count() * train.accumulate
   if num_rows < batch_size:
     raise ValueError(
@@ -89,6 +92,7 @@ def prepare(
     SearchRule(**{name: config.model[name] for name in SEARCH}),
     dtype=recipes.product_dtype(config.train.dtype),
     redraw=config.train.redraw,
+    noise_share=config.train.noise_share,
   )
   return recipes.Job(
     vectors=vectors,

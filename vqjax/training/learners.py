@@ -15,6 +15,7 @@ import optax
 from vqjax import devices
 from vqjax.codecs import qinco, qinco_loss, runner
 from vqjax.codecs.rule import SearchRule
+from vqjax.core import Array
 from vqjax.data import batches
 from vqjax.training import loop
 
@@ -47,7 +48,12 @@ def make_state(
 
 
 def make_learner(
-  held_out, rule: SearchRule, *, dtype: str, redraw: str
+  held_out,
+  rule: SearchRule,
+  *,
+  dtype: str,
+  redraw: str,
+  noise_share: float = 0.0,
 ) -> loop.Learner:
   """Returns the learner of a QINCo.
 
@@ -56,12 +62,16 @@ def make_learner(
     rule: The search of a training step and of the validation.
     dtype: Type of the products of a training step; validation has float32.
     redraw: What becomes of codewords that an epoch hardly used.
+    noise_share: Of the variance of training vectors, see `mix_with_noise`.
   """
   step_rule = rule.replace(dtype=dtype)
 
   def loss(params, key, rows):
-    rows = batches.split_lists(rows)
-    return qinco_loss.loss(params, key, *rows, rule=step_rule)
+    x_ND, lists_N = batches.split_lists(rows)
+    if noise_share:
+      centres = qinco.centroids(params)[lists_N] if params.is_ivf else 0.0
+      x_ND = centres + mix_with_noise(key, x_ND - centres, noise_share)
+    return qinco_loss.loss(params, key, x_ND, lists_N, rule=step_rule)
 
   def errors(tables, rows):
     x_ND, lists_N = batches.split_lists(rows)
@@ -84,6 +94,23 @@ def make_learner(
     validate_fn=validate,
     frozen_fn=qinco_loss.frozen,
   )
+
+
+def mix_with_noise(key: Array, x_ND: Array, share: float) -> Array:
+  """Replaces a share of the variance of vectors `[N, D]` by noise.
+
+  A vector becomes `m + sqrt(1 - share) (x - m) + sqrt(share / 2) e (x_i - x_j)`
+  with the mean m, a normal number e and two rows i and j drawn for it. Mean
+  and covariance stay those of the vectors, so that a network sees new vectors
+  of their distribution in each epoch.
+  """
+  rows_key, size_key = jax.random.split(key)
+  n = x_ND.shape[0]
+  mixed_ND = jax.random.permutation(rows_key, x_ND)
+  size_N1 = jax.random.normal(size_key, (n, 1)) * (share / 2) ** 0.5
+  noise_ND = size_N1 * (mixed_ND - jnp.roll(mixed_ND, 1, axis=0))
+  mean_1D = x_ND.mean(axis=0, keepdims=True)
+  return mean_1D + (1 - share) ** 0.5 * (x_ND - mean_1D) + noise_ND
 
 
 def mean_of_rows(

@@ -92,6 +92,8 @@ def make_learned(
     config.init.max_vectors = 100_000
     for group, values in sample.items():
       config[group].update(values)
+  if arg not in ("", *SAMPLES):
+    config.train.noise_share = 0.0
   if arg == "smoke":
     _shrink(config)
   return config
@@ -144,8 +146,9 @@ def _published() -> config_dict.ConfigDict:
       weight_decay=0.1,
       clip_value=0.1,  # 0: no clipping.
       # Of the variance of training vectors that is replaced by noise with their
-      # covariance, drawn anew in each step: against learning them by heart.
-      noise_share=0.0,
+      # covariance, against learning them by heart (docs/what_was_tried.md).
+      # None: none for many vectors, else by their number. 0: none.
+      noise_share=config_dict.placeholder(float),
       redraw="split",  # Idle codewords become copies of used ones; or "none".
       cut_patience=10,  # Epochs, of the schedule "plateau".
       stop_patience=20,

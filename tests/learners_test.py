@@ -8,6 +8,7 @@ import pytest
 from experiments import train
 from experiments.lib import cli
 from tests.qinco_cases import CASES, make_params, vectors
+from vqjax import recipe_qinco
 from vqjax.codecs import qinco, qinco_loss
 from vqjax.codecs.rule import SearchRule
 from vqjax.data.batches import WithLists
@@ -63,3 +64,33 @@ def test_a_share_is_below_one(tmp_path):
   config.train.noise_share = 1.0
   with pytest.raises(ValueError, match=r"train.noise_share must lie between"):
     train.run(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("name", "shape", "share"),
+  [
+    ("qinco2_s", (57_000, 128), 0.030),
+    ("qinco2_xs", (57_000, 128), 0),  # Ten numbers for each weight.
+    ("qinco2_xs", (3000, 384), 0.334),
+    ("qinco2_xs", (1000, 384), 0.5),
+    ("qinco2_s:bigann1M", (57_000, 128), 0),  # As published.
+    ("qinco2_s:smoke", (57_000, 128), 0),
+  ],
+)
+def test_the_default_share_follows_weights_numbers_and_passes(
+  name, shape, share
+):
+  config = cli.config_of(name)
+  plan = recipe_qinco.make_plan(config, shape[0], 1.0)
+  found = recipe_qinco.noise_share(config, plan, shape)
+  assert found == pytest.approx(share, rel=0.01)
+  config.train.noise_share = 0.2
+  assert recipe_qinco.noise_share(config, plan, shape) == 0.2
+
+
+def test_few_passes_need_no_noise():
+  config = cli.config_of("qinco2_s")
+  config.train.num_epochs = 2
+  plan = recipe_qinco.make_plan(config, 57_000, 1.0)
+  found = recipe_qinco.noise_share(config, plan, (57_000, 128))
+  assert found == pytest.approx(0.030 / 20, rel=0.01)

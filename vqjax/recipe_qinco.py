@@ -13,6 +13,9 @@ from vqjax.core import check_range
 from vqjax.data import batches
 from vqjax.training import learners, loop, optimisers
 
+# Weights per number of the data from which on noise gains; its share for one
+# weight per number and pass, and at most.
+_FEW, _NOISE, _MOST_NOISE = 0.2, 1 / 300, 0.5
 SEARCH = ("num_candidates", "beam_size", "num_joint_candidates")
 
 
@@ -23,8 +26,9 @@ def make_plan(config, num_rows: int, scale: float) -> loop.Plan:
   dtypes = ("auto", "float32", "bfloat16")
   optimisers.check_name("dtype", train.dtype, dtypes)
   recipes.check_options(train, counts=("epoch_size",))
-  name = "--config.train.noise_share"
-  check_range(name, train.noise_share, 0, 0.9, "of the variance; 0 for none")
+  if train.noise_share is not None:
+    name = "--config.train.noise_share"
+    check_range(name, train.noise_share, 0, 0.9, "of the variance; 0 for none")
   batch_size = train.batch_size * jax.device_count() * train.accumulate
   if num_rows < batch_size:
     raise ValueError(
@@ -34,6 +38,26 @@ def make_plan(config, num_rows: int, scale: float) -> loop.Plan:
     )
   steps = max(min(train.epoch_size, num_rows) // batch_size, 1)
   return recipes.make_plan(config, steps, batch_size, scale=scale)
+
+
+def noise_share(config, plan: loop.Plan, shape) -> float:
+  """Returns the share of noise for `[N, D]` vectors, by default from N and D.
+
+  A network learns vectors by heart if it has as many weights as they have
+  numbers, and the more often it sees them. What the constants rest on is in
+  docs/what_was_tried.md.
+  """
+  if config.train.noise_share is not None:
+    return config.train.noise_share
+  num, dim = shape
+  make_fn = partial(make_state, config, _make_tx(config, plan), None)
+  params = jax.eval_shape(
+    make_fn, jax.ShapeDtypeStruct(shape, "float32")
+  ).params
+  weights = sum(x.size for x in jax.tree.leaves(params)) / (num * dim)
+  passes = plan.total_steps * plan.batch_size / num
+  is_few = weights > _FEW
+  return min(_NOISE * weights * passes, _MOST_NOISE) if is_few else 0.0
 
 
 def check(config, plan: loop.Plan, shape) -> None:
@@ -87,12 +111,14 @@ def prepare(
     return make_fn(jax.tree.map(jnp.asarray, rows))
 
   shape_fn = lambda x: jax.ShapeDtypeStruct((num_rows, *x.shape[1:]), x.dtype)
+  abstract = jax.eval_shape(make_fn, jax.tree.map(shape_fn, held_out))
+  shape = (num_rows, qinco.dim(abstract.params))
   learner = learners.make_learner(
     held_out,
     SearchRule(**{name: config.model[name] for name in SEARCH}),
     dtype=recipes.product_dtype(config.train.dtype),
     redraw=config.train.redraw,
-    noise_share=config.train.noise_share,
+    noise_share=noise_share(config, plan, shape),
   )
   return recipes.Job(
     vectors=vectors,
@@ -100,7 +126,7 @@ def prepare(
     tx=tx,
     schedule=schedule,
     start_fn=start,
-    abstract=jax.eval_shape(make_fn, jax.tree.map(shape_fn, held_out)),
+    abstract=abstract,
   )
 
 

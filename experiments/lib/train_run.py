@@ -13,7 +13,7 @@ from typing import NamedTuple
 from absl import logging
 
 from experiments.lib import run_folder
-from vqjax import devices, fitting, recipes
+from vqjax import devices, fitting, recipe_qinco, recipes
 from vqjax.data import batches, datasets, files, formats
 from vqjax.training import loop
 
@@ -36,6 +36,8 @@ _SAYS = {  # Of names that are no flags.
   "(--config.data.validation_size)",
   "derived.vectors_per_step": "vectors per step (--config.train.batch_size x "
   "devices x --config.train.accumulate)",
+  "derived.noise_share": "the share of noise (--config.train.noise_share; runs "
+  "of earlier versions had 0)",
   "derived.dtype": "the type of the products (--config.train.dtype)",
   "train.num_epochs": "--config.train.num_epochs (more can be asked for, "
   "--finish ends a run early)",
@@ -127,6 +129,10 @@ def _record(config, dataset, xt_ND, plan, num_rows: int) -> dict:
     }
     if "dtype" in config.train:
       derived["dtype"] = recipes.product_dtype(config.train.dtype)
+    if "noise_share" in config.train:
+      derived["noise_share"] = recipe_qinco.noise_share(
+        config, plan, (num_rows, xt_ND.shape[1])
+      )
   return config.to_dict() | {"derived": derived}
 
 

@@ -7,6 +7,7 @@ r"""Finds the centroids of inverted lists: k-means over a file of vectors.
       --output=centroids.npy
   vqjax ivf_centroids --data=huge.fbin --minibatch \
       --num_centroids=4096 --output=centroids.npy
+  ... --multihost                                on every host, for its share
 
 Every iteration reads the file in blocks. Memory is 24 bytes for each number of
 a centroid, at most 16 for each vector, and on accelerators up to twice 4 GiB of
@@ -24,6 +25,10 @@ their list, and makes one iteration over the file afterwards: fewer passes over
 a file that is larger than memory. The rules are those of
 vqjax.fast_ivf.MiniBatchKMeans.
 
+With --multihost every process passes over its share of the vectors, which all
+must be able to read; the first one writes. The centroids are those of a single
+process up to rounding.
+
 Centroids are float32 `[K, D]` in the units of the data. centroids.npy.json says
 what made them, their mean squared error and the sizes of the lists.
 """
@@ -36,11 +41,12 @@ import shlex
 import time
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from absl import logging
 
 from experiments.lib import cli, minibatch_start, plan
-from vqjax import __version__
+from vqjax import __version__, devices
 from vqjax.codecs import kmeans
 from vqjax.core import check_range
 from vqjax.data import (
@@ -142,6 +148,13 @@ def run(config) -> dict:
   state, last = _iterate(config, vectors, state, checkpoint, meta)
   seconds = time.perf_counter() - began
   record = _record(config, meta, state, last, seconds)
+  if devices.is_first():
+    _write(config, checkpoint, state, record)
+  return record
+
+
+def _write(config, checkpoint, state: State, record: dict) -> None:
+  """Writes the centroids and what made them, and says so."""
   with files.atomic_output(
     config.output, config.overwrite, description=record
   ) as temporary:
@@ -152,14 +165,13 @@ def run(config) -> dict:
     "%s.\n%s\nNext:\n  vqjax train "
     "--config=ivf_qinco2_s --config.data.train=%s "
     "--config.ivf.num_lists=%d --config.ivf.centroids=%s%s",
-    *(len(state.words_KD), seconds, record["mean_squared_error"]),
+    *(len(state.words_KD), record["seconds"], record["mean_squared_error"]),
     *(config.output, files.description_path(config.output)),
     _lists_line(record["lists"]),
     *(shlex.quote(config.data), len(state.words_KD)),
     shlex.quote(config.output),
     " --config.data.metric=cosine" if config.metric == "cosine" else "",
   )
-  return record
 
 
 def plan_stages(
@@ -217,6 +229,8 @@ def _check(config):
     )
   check_range("--num_iterations", config.num_iterations, 0, 100_000)
   minibatch_start.check(config)
+  if config.minibatch and jax.process_count() > 1:
+    raise ValueError("--minibatch runs in one process: leave --multihost out.")
   check_range("--seed", config.seed, 0, 2**31 - 1)
   vectors = formats.open_vectors(
     config.data, max_vectors=config.num_vectors, role="--data"
@@ -324,24 +338,28 @@ def _save(checkpoint: pathlib.Path, state: State, meta: dict) -> None:
 
 
 def _save_arrays(checkpoint: pathlib.Path, arrays: dict, meta: dict) -> None:
+  if not devices.is_first():
+    return
   with files.atomic_output(checkpoint, overwrite=True) as temporary:
     np.savez(temporary, **arrays, meta=json.dumps(meta))
 
 
 def _iterate(config, vectors, state: State, checkpoint, meta):
   """Runs the iterations left, and one more to measure what they gave."""
-  num, total = len(vectors), (config.num_iterations + 1) * len(vectors)
-  begin, saved = len(state.errors) * num, time.perf_counter()
+  num, own = len(vectors), len(devices.process_rows(len(vectors)))
+  begin, total = len(state.errors) * own, (config.num_iterations + 1) * own
+  saved = time.perf_counter()
   try:
     with progress_bar(total, "k-means", start=begin) as bar:
       while True:
-        before = len(state.errors) * num
+        before = len(state.errors) * own
         step = kmeans.pass_over(
           vectors,
           state.words_KD,
           kmeans.make_assign_fn(state.words_KD),
           block_size=_block_size(config.num_centroids),
           progress=lambda done, _, at=before: bar.update(at + done - bar.n),
+          is_shared=own < num,
         )
         errors = (*state.errors, float(step.objectives[0]) / num)
         bar.set_postfix_str(f"iteration {len(errors)}, mse {errors[-1]:.6g}")
@@ -388,38 +406,50 @@ def _start_random(vectors, num_codewords: int, seed: int) -> np.ndarray:
 
 
 def _start_in_two(vectors, num_codewords: int, seed: int) -> np.ndarray:
-  """Coarse clusters, then in each of them a share of the codewords."""
+  """Coarse clusters, then in each of them a share of the codewords.
+
+  Every process assigns its share of the vectors, and fits its share of the
+  clusters.
+  """
   num_groups = round(num_codewords**0.5)
   sample_ND = batches.subsample(vectors, _START_VECTORS * num_groups, seed)
   coarse_KD = faiss_io.fit_kmeans(
     sample_ND, num_groups, num_iterations=_START_ITERATIONS, seed=seed
   )
+  coarse_KD = devices.gather(coarse_KD)[0]
   assign_fn = kmeans.make_assign_fn(coarse_KD)
-  with cli.progress(len(vectors), "coarse clusters") as done:
+  own = devices.process_rows(len(vectors))
+  with cli.progress(len(own), "coarse clusters") as done:
     blocks = batches.map_blocks(
       lambda x_ND: assign_fn(x_ND)[0],
       vectors,
       block_size=65536,
+      rows=own,
       progress=done,
     )
     group_N = np.concatenate([group_N for _, group_N in blocks])
+  group_N = devices.gather_rows(group_N, len(vectors))
   sizes = np.bincount(group_N, minlength=num_groups)
   groups = np.split(np.argsort(group_N, kind="stable"), np.cumsum(sizes)[:-1])
-  jobs = list(zip(groups, shares(sizes, num_codewords), strict=True))
+  num_each = shares(sizes, num_codewords)
+  ends = np.cumsum(num_each)
+  mine = devices.process_rows(num_groups)
+  own = slice(mine.start, mine.stop)
   fit_fn = functools.partial(_fit_group, vectors, seed)
+  words_KD = np.zeros((num_codewords, vectors.shape[1]), np.float32)
   with (
-    progress_bar(num_codewords, "start", unit="centroid") as bar,
+    progress_bar(int(num_each[own].sum()), "start", unit="centroid") as bar,
     faiss_io.thread_pool() as pool,
   ):
-    codewords = []
     try:
-      for words_KD in pool.map(fit_fn, *zip(*jobs, strict=True)):
-        codewords.append(words_KD)
-        bar.update(len(words_KD))
+      found = pool.map(fit_fn, groups[own], num_each[own])
+      for end, some_KD in zip(ends[own], found, strict=True):
+        words_KD[end - len(some_KD) : end] = some_KD
+        bar.update(len(some_KD))
     except BaseException:
       pool.shutdown(cancel_futures=True)
       raise
-  return np.concatenate(codewords)
+  return devices.sum_over_processes(words_KD)  # Zero in all but one.
 
 
 def _fit_group(vectors, seed: int, rows, num_codewords: int) -> np.ndarray:
@@ -483,4 +513,4 @@ def _lists_line(lists: dict) -> str:
 
 
 if __name__ == "__main__":
-  cli.main(run, OPTIONS, __doc__, required=REQUIRED)
+  cli.main(run, OPTIONS, __doc__, required=REQUIRED, multihost=True)

@@ -1,9 +1,13 @@
+import concurrent.futures
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests import oracles
+from vqjax import devices
 from vqjax.codecs import kmeans
 
 KEY = jax.random.key(0)
@@ -132,3 +136,46 @@ def test_words_in_blocks_are_compared_as_in_loops(block_size, num_at_once):
       if sq < least:
         nearest, least = k, sq
     assert (int(found), float(error)) == (nearest, least)
+
+
+def test_shares_of_processes_give_the_codewords_of_one(monkeypatch):
+  """Three threads stand for processes; codewords far away are refilled."""
+  rng = np.random.default_rng(0)
+  x_ND = rng.normal(size=(101, 5)).astype(np.float32) + 7
+  far_KD = np.full((4, 5), 99, np.float32)
+  words_KD = np.concatenate([x_ND[:6] + 0.01, far_KD])
+  own, meeting, told = threading.local(), threading.Barrier(3), [None] * 3
+
+  def exchange(x):
+    told[own.index] = x
+    meeting.wait()
+    all_told = list(told)
+    meeting.wait()
+    return all_told
+
+  monkeypatch.setattr(
+    devices, "process_rows",
+    lambda n: range(n * own.index // 3, n * (own.index + 1) // 3),
+  )  # fmt: skip
+  monkeypatch.setattr(devices, "gather", lambda x: np.stack(exchange(x)))
+  monkeypatch.setattr(
+    devices, "sum_over_processes",
+    lambda tree: jax.tree.map(lambda *xs: sum(xs), *exchange(tree)),
+  )  # fmt: skip
+  assign_fn = kmeans.make_assign_fn(words_KD)
+
+  def run(index):
+    own.index = index
+    return kmeans.pass_over(
+      x_ND, words_KD, assign_fn, block_size=10, is_shared=True
+    )
+
+  with concurrent.futures.ThreadPoolExecutor(3) as pool:
+    found = list(pool.map(run, range(3)))
+  whole = kmeans.pass_over(x_ND, words_KD, assign_fn)
+  assert whole.num_refilled == 4
+  for one in found:
+    np.testing.assert_array_equal(one.counts_K, whole.counts_K)
+    np.testing.assert_array_equal(one.words_KD[6:], whole.words_KD[6:])
+    np.testing.assert_allclose(one.words_KD, whole.words_KD, rtol=1e-6)
+    np.testing.assert_allclose(one.objectives, whole.objectives, rtol=1e-6)

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from experiments import evaluate
+from experiments import evaluate, ivf_centroids
 from experiments.lib import cli, codecs
 from vqjax.data import formats
 from vqjax.storage import codec_file
@@ -36,7 +36,7 @@ def _free_port() -> int:
 
 
 @contextlib.contextmanager
-def _two(name, *args):
+def _two(name, *args, setup=""):
   """Starts a command as two processes; none outlives the block."""
   environ = {
     **os.environ,
@@ -45,6 +45,9 @@ def _two(name, *args):
     "JAX_NUM_PROCESSES": "2",
   }
   command = [sys.executable, "-m", f"experiments.{name}", *args, "--multihost"]
+  if setup:
+    start = f"; __import__('runpy').run_module('experiments.{name}', None, "
+    command[1:3] = ["-c", setup + start + "'__main__')"]
   running = [
     subprocess.Popen(
       command, cwd=ROOT, env={**environ, "JAX_PROCESS_ID": str(index)},
@@ -149,4 +152,37 @@ def test_two_processes_encode_their_shards(whole, tmp_path):
   assert len(shards) == 2  # One by each.
   np.testing.assert_array_equal(
     np.concatenate([np.load(shard) for shard in shards]), encode_fn(x_ND)
+  )
+
+
+def test_centroids_of_two_processes_are_those_of_one(tmp_path):
+  """Killed after some iterations, and resumed."""
+  output = tmp_path / "two" / "centroids.npy"
+  output.parent.mkdir()
+  args = {
+    "data": str(SAMPLE / "base.bvecs"), "num_vectors": 3001, "seed": 3,
+    "num_centroids": 50, "num_iterations": 120, "output": str(output),
+  }  # fmt: skip
+  command = ["ivf_centroids", *(f"--{k}={v}" for k, v in args.items())]
+  setup = "from experiments.lib import cli; cli.SAVE_SECONDS = 0"
+  with _two(*command, setup=setup) as running:
+    checkpoint = ivf_centroids.checkpoint_path(output)
+    while not checkpoint.exists():
+      assert all(process.poll() is None for process in running)
+      time.sleep(0.02)
+    for process in running:
+      process.send_signal(signal.SIGKILL)
+  assert not output.exists()
+  with _two(*command) as running:
+    first, second = _finish(running)
+  assert "Resuming after" in first
+  assert "50 centroids in" in first
+  assert "centroids in" not in second
+  args["output"] = str(tmp_path / "one.npy")
+  record = ivf_centroids.run(cli.get_config(ivf_centroids.OPTIONS, **args))
+  found = json.loads((tmp_path / "two" / "centroids.npy.json").read_text())
+  errors = [r["mean_squared_errors"] for r in (found, record)]
+  np.testing.assert_allclose(*errors, rtol=1e-6)
+  np.testing.assert_allclose(
+    np.load(output), np.load(tmp_path / "one.npy"), rtol=1e-5, atol=1e-3
   )

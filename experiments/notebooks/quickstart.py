@@ -75,7 +75,7 @@ measured
 
 # %% [markdown]
 # Two codecs of faiss of the same size learn from the same vectors. The README has
-# RQ and LSQ too, and QINCo2 after a full training.
+# OPQ and LSQ too, and QINCo2 after a full training.
 
 # %%
 RANKS = (1, 2, 5, 10, 20, 50, 100)
@@ -100,7 +100,7 @@ def faiss_decoded(factory):
 
 results = {
   "QINCo2-XS (vqjax)": measure(decoded),
-  "OPQ (faiss)": measure(faiss_decoded("OPQ8,PQ8x8")),
+  "RQ (faiss)": measure(faiss_decoded("RQ8x8")),
   "PQ (faiss)": measure(faiss_decoded("PQ8x8")),
 }
 

@@ -192,6 +192,7 @@ def pass_over(
   block_size: int = 65536,
   progress=None,
   labels_NM: np.ndarray | None = None,
+  is_shared: bool = False,
 ) -> KMeans:
   """One assignment and update over an open file `[N, D]`, on the host.
 
@@ -204,38 +205,73 @@ def pass_over(
   each sub-vector, `[n, M]`; of vectors `WithLists` it takes these. `progress`
   is called with `(rows done, rows in all)`. Ids are written to `labels_NM`,
   int32, if it is given. NaN is refused by its row.
+
+  If it `is_shared`, every process passes over its share of the rows, and all
+  get the same codewords: those of one process up to rounding.
   """
   x_all, _ = batches.split_lists(vectors)
+  rows = devices.process_rows(len(vectors)) if is_shared else None
+  num, first = (len(rows), rows.start) if is_shared else (len(vectors), 0)
   m = words.shape[0] if words.ndim == 3 else 1
   k, s = words.shape[-2:]
   check_shape("codewords", words, (*words.shape[:-1], x_all.shape[1] // m))
   sums_MKS, counts_MK = np.zeros((m, k, s)), np.zeros((m, k), np.int64)
-  error_NM = np.empty((len(vectors), m), np.float32)
+  error_NM = np.empty((num, m), np.float32)
   fn = lambda rows: (batches.split_lists(rows)[0], *assign_fn(rows))
   for start, (x_ND, ids_N, error_N) in batches.map_blocks(
-    fn, vectors, block_size=block_size, progress=progress
+    fn, vectors, block_size=block_size, rows=rows, progress=progress
   ):
     ids_NM = ids_N.reshape(-1, m)
     if labels_NM is not None:
       labels_NM[start : start + len(ids_NM)] = ids_NM
+    start -= first
     error_NM[start : start + len(ids_NM)] = error_N.reshape(-1, m)
     for i, ids_N in enumerate(ids_NM.T):
       _add_rows(sums_MKS[i], ids_N, x_ND[:, i * s : (i + 1) * s])
       counts_MK[i] += np.bincount(ids_N, minlength=k)
+  error = np.sum(error_NM, dtype=np.float64)
+  if is_shared:
+    sums_MKS, counts_MK = _over_processes(sums_MKS, counts_MK, words)
+    error = devices.gather(error).sum()
   means_MKS = sums_MKS / np.maximum(counts_MK, 1)[..., None]
   means_MKS = means_MKS.astype(np.float32)
   for i, counts_K in enumerate(counts_MK):
     empty = np.flatnonzero(counts_K == 0)
     if len(empty):
-      far = np.argsort(-error_NM[:, i], kind="stable")[: len(empty)]
+      far = _farthest(error_NM[:, i], len(empty), first, is_shared)
       far_ND = batches.read_rows(x_all, far)
-      means_MKS[i, empty] = far_ND[:, i * s : (i + 1) * s]
+      means_MKS[i, empty[: len(far)]] = far_ND[:, i * s : (i + 1) * s]
   return KMeans(
     means_MKS.reshape(words.shape),
     counts_MK.reshape(words.shape[:-1]),
-    np.sum(error_NM, dtype=np.float64)[None],
+    error[None],
     np.int32((counts_MK == 0).sum()),
   )
+
+
+def _over_processes(sums_MKS, counts_MK, words):
+  """Sums and counts of all processes, by one all-reduce.
+
+  What is summed in float32 is the way from the codewords, which is short.
+  """
+  words_MKS = words.reshape(sums_MKS.shape).astype(np.float64)
+  away_MKS = sums_MKS - counts_MK[..., None] * words_MKS
+  away_MKS, counts_MK = devices.sum_over_processes(
+    (away_MKS.astype(np.float32), counts_MK.astype(np.int32))
+  )
+  counts_MK = counts_MK.astype(np.int64)
+  return away_MKS + counts_MK[..., None] * words_MKS, counts_MK
+
+
+def _farthest(error_N, num: int, first: int, is_shared: bool) -> np.ndarray:
+  """The `num` rows of the largest errors; ties go to the lower row."""
+  at = np.argsort(-error_N, kind="stable")[:num]
+  if not is_shared:
+    return at
+  found = np.full((2, num), -1.0)  # Rows and errors, exact in float64.
+  found[:, : len(at)] = first + at, error_N[at]
+  rows, errors = devices.gather(found).transpose(1, 0, 2).reshape(2, -1)
+  return rows[np.argsort(-errors, kind="stable")[:num]].astype(np.int64)
 
 
 def _add_rows(sums_KD, ids_N, x_ND) -> None:

@@ -59,7 +59,7 @@ from experiments.lib import (
 from vqjax import index as index_lib
 from vqjax.codecs import additive
 from vqjax.data import files, formats, item_ids, row_ids
-from vqjax.interop import faiss_ivf
+from vqjax.interop import faiss_graph, faiss_ivf
 from vqjax.search import footprint
 from vqjax.storage import codec_file, index_folder
 
@@ -442,13 +442,18 @@ def _empty_index(
   centroids_LD = codec.centroids
   num_lists = len(centroids_LD)
   codebooks_MKD = np.asarray(codewords.codebooks_MKD)
+  coarse, metric, graph = _coarse(config, codec), _metric(config), None
   with cli.progress(num_lists, "lists", unit="list", is_shown=is_shown) as done:
+    if (coarse, metric) == ("hnsw", "l2"):
+      graph = faiss_graph.find_or_make(
+        centroids_LD, codec.graph_file, progress=done
+      )
     return faiss_ivf.make_index(
-      centroids_LD,
-      codebooks_MKD,
-      coarse=_coarse(config, codec),
-      metric=_metric(config),
+      *(centroids_LD, codebooks_MKD),
+      coarse=coarse,
+      metric=metric,
       by_residual=codec.is_ivf,
+      graph=graph,
       progress=done,
     )
 

@@ -5,15 +5,22 @@ import importlib
 import numpy as np
 import pytest
 
-from experiments import train
+import vqjax
+from experiments import build_index, train
+from experiments.lib import cli
 from tests import oracles
 from tests.qinco_cases import CASES, make_params, vectors
 from vqjax import ivf_lists
 from vqjax.codec import Codec
-from vqjax.codecs import qinco
+from vqjax.codecs import additive, qinco
 from vqjax.codecs.rule import SearchRule
 from vqjax.data import batches
-from vqjax.interop import faiss_assign
+from vqjax.interop import (
+  faiss_assign,
+  faiss_files,
+  faiss_graph,
+  faiss_lists,
+)
 from vqjax.storage import codec_file
 
 
@@ -185,17 +192,17 @@ def test_ways_to_find_the_list(x_ND, how):
 
 @pytest.mark.slow
 def test_the_codec_has_the_centroids_of_one_graph(tmp_path, monkeypatch):
-  made, make_coarse = [], faiss_assign.faiss_ivf.make_coarse
-  monkeypatch.setattr(
-    faiss_assign.faiss_ivf,
-    "make_coarse",
-    lambda *args, **knobs: made.append(args) or make_coarse(*args, **knobs),
-  )
+  made, make_fn = [], faiss_lists.make_coarse
+  counted = lambda *args, **knobs: made.append(args) or make_fn(*args, **knobs)
+  monkeypatch.setattr(faiss_lists, "make_coarse", counted)
   monkeypatch.setattr(faiss_assign, "_MANY_LISTS", 1)  # Then auto is the graph.
   config = _config(num_lists=4)
   config.train.num_epochs = 1
   train.run(config, str(tmp_path))
   assert len(made) == 1  # None to find the lists of the held-out again.
+  codec = vqjax.load(tmp_path)
+  codec.encode(vectors(9, codec.dim), assign="hnsw")
+  assert len(made) == 1  # The run folder has it.
   params = codec_file.load_codec(tmp_path).params
   centroids_LD = params.first_KD * params.std + params.mean_D[None]
   np.testing.assert_allclose(
@@ -219,3 +226,39 @@ def test_encoding_finds_the_lists_either_way(assign):
     params.first_KD * params.std + params.mean_D[None],
     rtol=1e-6,
   )
+
+
+def test_the_graph_is_made_once_and_kept(tmp_path, monkeypatch):
+  made, make_fn = [], faiss_lists.make_coarse
+  counted = lambda *args, **knobs: made.append(args) or make_fn(*args, **knobs)
+  monkeypatch.setattr(faiss_lists, "make_coarse", counted)
+  codec = Codec("qinco", make_params(**CASES["ivf"]))
+  codec.with_rule(beam_size=2, num_candidates=2).save(tmp_path / "run")
+  x_ND = vectors(300)
+  codec = vqjax.load(tmp_path / "run")
+  want_NM = codec.encode(x_ND, assign="hnsw")
+  codec.encode(x_ND, assign="hnsw")
+  assert len(made) == 1  # Compiled once, but kept nowhere: no run folder.
+  np.save(tmp_path / "run" / "centroids.npy", codec.centroids + 1e-7)
+  for _ in range(2):
+    codec = vqjax.load(tmp_path / "run")
+    found_NM = codec.encode(x_ND, assign="hnsw")
+    np.testing.assert_array_equal(found_NM, want_NM)
+  assert len(made) == 2
+  config = cli.get_config(build_index.OPTIONS, coarse="hnsw")
+  words = additive.AdditiveParams(np.ones((2, 4, codec.dim), np.float32))
+  build_fn = lambda: build_index._empty_index(
+    config, vqjax.load(tmp_path / "run"), words
+  )
+  one = faiss_lists.centroids_of(build_fn())
+  assert len(made) == 2
+  graph = tmp_path / "run" / faiss_graph.NAME
+  other = make_fn(codec.centroids + 1)  # Not those of the codec.
+  faiss_files.save(other, graph, {}, kind=faiss_graph._KIND, overwrite=True)
+  two = faiss_lists.centroids_of(build_fn())
+  assert len(made) == 3
+  np.testing.assert_allclose(one, codec.centroids + 2, rtol=1e-5)
+  np.testing.assert_array_equal(one, two)
+  graph.write_bytes(graph.read_bytes()[:-1])
+  with pytest.raises(ValueError, match="centroids.graph.faiss"):
+    vqjax.load(tmp_path / "run").encode(x_ND, assign="hnsw")

@@ -29,7 +29,7 @@ from vqjax.codecs.rule import SearchRule
 from vqjax.core import check_range, check_shape
 from vqjax.data import batches, formats, unit
 from vqjax.data import codes as codes_lib
-from vqjax.interop import faiss_assign
+from vqjax.interop import faiss_assign, faiss_graph
 from vqjax.search import truth_check
 from vqjax.storage import codec_file
 
@@ -43,6 +43,7 @@ class Codec:
   info: dict = dataclasses.field(default_factory=dict)
   ranker: Any = None  # Of `with_ranker`.
   fingerprint: str | None = None  # Of the parameters; found if left out.
+  graph_file: pathlib.Path | None = None  # Of a run folder with lists.
 
   def __post_init__(self):
     """Finds the fingerprint, 16 hex digits."""
@@ -215,7 +216,7 @@ class Codec:
       self.codebook_sizes[0], "graph", unit="list", is_shown=is_shown
     ) as done:
       assign_fn, _ = faiss_assign.make_assign_fn(
-        self.centroids, "hnsw", progress=done
+        self.centroids, "hnsw", graph_file=self.graph_file, progress=done
       )
     return lambda x_ND: (x_ND, assign_fn(x_ND))
 
@@ -456,6 +457,7 @@ def load(path) -> Codec:
   return Codec(
     *(found.name, found.params, found.info, found.ranker),
     fingerprint=found.fingerprint,
+    graph_file=faiss_graph.path_of(path),
   )
 
 

@@ -2,7 +2,8 @@
 
 Both are made once, before the first step, and lie in the run folder, so that a
 resumed run uses the same: `centroids.npy` float32 `[L, D]` in data
-units and `lists.npy` int32 `[N]`, the list of every training vector. Next to
+units and `lists.npy` int32 `[N]`, the list of every training vector; if lists
+are found by a graph of the centroids, `centroids.graph.faiss` too. Next to
 each, in `*.npy.json`, is what it was made of; until the first checkpoint it is
 made anew if that has changed.
 """
@@ -23,7 +24,7 @@ from vqjax.data import (
   numpy_files,
   unit,
 )
-from vqjax.interop import faiss_assign, faiss_io
+from vqjax.interop import faiss_assign, faiss_graph, faiss_io
 from vqjax.progress import progress
 
 _PER_LIST = 256  # Vectors that k-means looks at, for each list.
@@ -43,7 +44,7 @@ def prepare(config, workdir: pathlib.Path, xt_ND, num_rows: int):
   lists_N = _kept(
     workdir / "lists.npy",
     {"assign": config.ivf.assign, "centroids": _identify(centroids_LD)} | data,
-    lambda: _assign(config, xt_ND, centroids_LD),
+    lambda: _assign(config, xt_ND, centroids_LD, workdir / faiss_graph.NAME),
   )
   return np.asarray(centroids_LD), batches.WithLists(xt_ND, lists_N)
 
@@ -150,14 +151,14 @@ def _fit(xt_ND, num_lists: int, num_rows: int, knobs: dict) -> np.ndarray:
   return faiss_io.fit_kmeans(x_ND, num_lists, **knobs)
 
 
-def _assign(config, xt_ND, centroids_LD) -> np.ndarray:
+def _assign(config, xt_ND, centroids_LD, graph_file) -> np.ndarray:
   """The list of every training vector, int32 `[N]`."""
   how, num_lists = config.ivf.assign, len(centroids_LD)
   is_graph = faiss_assign.takes_graph(how, num_lists)
   line = progress(num_lists, "graph", unit="list")
   with line if is_graph else contextlib.nullcontext() as done:
     assign_fn, block_size = faiss_assign.make_assign_fn(
-      centroids_LD, how, progress=done
+      centroids_LD, how, graph_file=graph_file, progress=done
     )
   with progress(len(xt_ND), "lists") as done:
     blocks = batches.map_blocks(

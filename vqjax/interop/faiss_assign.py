@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from vqjax import devices
 from vqjax.codecs.distances import nearest
-from vqjax.interop import faiss_ivf
+from vqjax.interop import faiss_graph, faiss_ivf
 
 ASSIGN = ("auto", "blocks", "hnsw")
 _MANY_LISTS = 65536  # From here on a graph is faster, on CPUs.
@@ -28,7 +28,11 @@ def takes_graph(how: str, num_lists: int) -> bool:
 
 
 def make_assign_fn(
-  centroids_LD, how: str = "auto", *, progress: Callable | None = None
+  centroids_LD,
+  how: str = "auto",
+  *,
+  graph_file=None,
+  progress: Callable | None = None,
 ) -> tuple[Callable, int]:
   """Returns `x_ND -> lists_N`, int32, and how many vectors to give it.
 
@@ -37,10 +41,13 @@ def make_assign_fn(
     how: `blocks` compares each vector with all centroids; `hnsw` walks a graph
       of them, which may miss the nearest and takes minutes to make for a
       million; `auto` is the graph for 65,536 lists or more, on CPUs.
+    graph_file: Where the graph is kept, see `faiss_graph`; None for nowhere.
     progress: Called with `(lists done, lists in all)` while a graph is made.
   """
   if takes_graph(how, len(centroids_LD)):
-    coarse = faiss_ivf.make_coarse(centroids_LD, "hnsw", progress=progress)
+    coarse = faiss_graph.find_or_make(
+      centroids_LD, graph_file, progress=progress
+    )
     return functools.partial(faiss_ivf.assign_lists, coarse), _BLOCK
   assign_fn = devices.data_parallel(
     lambda centroids_LD, x_ND: nearest(x_ND, centroids_LD)

@@ -59,6 +59,7 @@ def make_index(
   coarse: str = "hnsw",
   metric: str = "l2",
   by_residual: bool = True,
+  graph: faiss.Index | None = None,
   progress=None,
 ) -> faiss.Index:
   """Returns an empty index, to be filled by `add_codes`, then `fit_norms`.
@@ -74,6 +75,8 @@ def make_index(
     by_residual: Codes are of the residual of a vector after its centroid;
       False: of the vector itself, which is how a codec without lists is put
       into lists.
+    graph: For "hnsw" by "l2" a graph of the centroids, which becomes part of
+      the index; None to make it.
     progress: See `make_coarse`.
 
   Raises:
@@ -88,7 +91,10 @@ def make_index(
     if np.any(centre_D):
       centroids_LD = centroids_LD + np.asarray(centre_D)
   codewords = faiss_io.rq_to_faiss(codewords)
-  quantizer = make_coarse(centroids_LD, coarse, metric, progress=progress)
+  if graph is None:
+    quantizer = make_coarse(centroids_LD, coarse, metric, progress=progress)
+  else:
+    quantizer = faiss_lists.move(graph, centroids_LD)
   index = faiss.IndexIVFResidualQuantizer(
     *(quantizer, d, len(centroids_LD), m, k.bit_length() - 1, METRICS[metric]),
     faiss.AdditiveQuantizer.ST_norm_qint8,

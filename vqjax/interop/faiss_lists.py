@@ -86,12 +86,17 @@ def make_coarse(
 
 def rotate(coarse: faiss.Index, turn) -> None:
   """Rotates centroids in place; a graph of them stays what it is."""
-  coarse = faiss.downcast_index(coarse)
-  is_graph = isinstance(coarse, faiss.IndexHNSW)
-  flat = faiss.downcast_index(coarse.storage) if is_graph else coarse
-  centroids_LD = turn.apply(flat.reconstruct_n(0, flat.ntotal))
+  move(coarse, turn.apply(coarse.reconstruct_n(0, coarse.ntotal)))
+
+
+def move(coarse: faiss.Index, centroids_LD: np.ndarray) -> faiss.Index:
+  """Gives a coarse index other centroids in place; a graph keeps its links."""
+  found = faiss.downcast_index(coarse)  # Not its owner.
+  is_graph = isinstance(found, faiss.IndexHNSW)
+  flat = faiss.downcast_index(found.storage) if is_graph else found
   flat.reset()
-  flat.add(centroids_LD)
+  flat.add(float_rows("centroids", centroids_LD))
+  return coarse
 
 
 def hand_over(part, owner) -> None:

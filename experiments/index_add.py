@@ -8,6 +8,12 @@ from the largest. The report compares the new vectors with those that the codec
 and the index know: their squared error, and how they use lists and codewords.
 --report shows it and adds nothing.
 
+  vqjax index_add --index=my_index --refresh --data=all.npy [--train=learn.npy]
+
+--refresh trains the codec of the index on (PQ and RQ are fitted anew), encodes
+--data, all vectors that the index is to have, and builds it with as many lists.
+Run again after a stop it goes on.
+
 The new index is written beside the old one, as FOLDER/generation-00002, and the
 manifest is replaced at the end: a search finds the old index or the new one,
 also after a kill. The same vectors are added once: run again, the command says
@@ -19,7 +25,7 @@ import shlex
 from absl import logging
 
 import vqjax
-from experiments.lib import cli, inputs, run_folder
+from experiments.lib import cli, inputs, refresh, run_folder
 from vqjax.core import check_range
 from vqjax.data import files, item_ids
 from vqjax.storage import index_folder
@@ -39,6 +45,20 @@ OPTIONS = {
     "Vectors whose error is compared with; if unset, the error of the "
     "validation that is stored with the codec.",
   ),
+  "refresh": cli.Option(
+    bool, False, "Train on, and make the index of --data anew."
+  ),
+  "train": cli.Option(
+    str, None, "Vectors that --refresh trains on; --data if unset."
+  ),
+  "config": cli.Option(
+    str,
+    None,
+    "Configuration of this training, if the codec does not know its own.",
+  ),
+  "epochs": cli.Option(
+    int, None, "Epochs of this training; if unset, a quarter of those before."
+  ),
   "keep": cli.Option(int, 2, "Generations to keep; the first one stays."),
 }
 
@@ -48,10 +68,20 @@ def run(config) -> dict:
   """Adds the vectors; returns the comparison."""
   cli.require(config, *REQUIRED)
   check_range("--keep", config.keep, 1, 1 << 20)
+  only = ("codes", "report", "reference")
+  only = only if config.refresh else ("train", "config", "epochs")
+  for name in only:
+    if config[name]:
+      raise ValueError(
+        f"--{name} is {'not ' if config.refresh else 'only '}for --refresh; "
+        "leave it out."
+      )
   folder = files.user_path(config.index)
   index_folder.read_manifest(folder)  # Else the lock would make the folder.
   with run_folder.locked(folder):
     cli.keep_compiled()
+    if config.refresh:
+      return refresh.run(config, folder)
     return _add(config, folder)
 
 

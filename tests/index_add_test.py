@@ -174,3 +174,57 @@ def test_usage_expects_what_a_sample_would_use():
   assert np.std(used) < found["spread"] < 2 * np.std(used)
   assert found["distance"] == pytest.approx(0.3)
   assert found["chance"] == pytest.approx(distance.mean(), rel=0.03)
+
+
+def test_refresh_goes_on_with_the_codec_of_before(made, folder, tmp_path):
+  """A stop in the middle leaves the old generation, and is gone on with."""
+  x_ND = np.concatenate([_vectors(_OLD, 0), _vectors(200, 5, 3.0)])
+  np.save(tmp_path / "all.npy", x_ND)
+  options = {"index": folder, "data": tmp_path / "all.npy", "refresh": True}
+  before = (folder / "manifest.json").read_bytes()
+
+  def stop(*_):
+    raise KeyboardInterrupt
+
+  with pytest.MonkeyPatch.context() as cut:
+    cut.setattr(index_folder, "switch", stop)
+    with pytest.raises(KeyboardInterrupt):
+      index_add.run(options)
+  assert (folder / "manifest.json").read_bytes() == before
+  assert len(vqjax.load_index(folder)) == _OLD
+  shards = {p.name for p in folder.glob("refresh-*/codes/*.npy")}
+  found = index_add.run(options)
+  assert shards
+  assert found["mse"] < 0.9 * found["mse_before"]
+  index = vqjax.load_index(folder)
+  assert (len(index), index.num_lists) == (len(x_ND), 4)
+  old = vqjax.load_index(made / "index").codec
+  assert index.codec.fingerprint != old.fingerprint
+  assert index.codec.num_codes == old.num_codes
+  assert not list(folder.glob("refresh*"))
+  assert index_add.run(options)["is_there"]
+
+
+@pytest.mark.slow
+def test_refresh_trains_a_network_on(tmp_path):
+  x_ND = _vectors(1000, 0)
+  codec = vqjax.fit(x_ND, "ivf_qinco2_xs:smoke", num_epochs=4, num_lists=4)
+  build_index(codec, x_ND).save(tmp_path / "index")
+  y_ND = np.concatenate([x_ND, _vectors(600, 5, 2.0)])
+  rows_N = np.random.default_rng(0).permutation(len(y_ND))
+  np.save(tmp_path / "all.npy", y_ND[rows_N])
+  found = index_add.run(
+    index=tmp_path / "index", data=tmp_path / "all.npy", refresh=True
+  )
+  assert found["mse"] < found["mse_before"]
+  new = vqjax.load_index(tmp_path / "index").codec
+  np.testing.assert_allclose(new.centroids, codec.centroids, atol=1e-5)
+  assert new.info["config"]["model"] == codec.info["config"]["model"]
+
+
+def test_options_of_one_way_are_refused_for_the_other(made, folder):
+  given = {"index": folder, "data": made / "new.npy"}
+  with pytest.raises(ValueError, match="--epochs is only for --refresh"):
+    index_add.run(**given, epochs=3)
+  with pytest.raises(ValueError, match="--report is not for --refresh"):
+    index_add.run(**given, refresh=True, report=True)

@@ -7,6 +7,8 @@ the only places that see one.
 """
 
 import contextlib
+import functools
+import json
 import os
 import pathlib
 import re
@@ -16,17 +18,20 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vqjax import devices, recipes, shipped
 from vqjax.codec import Codec, open_array
 from vqjax.codecs import registry, runner
 from vqjax.core import check_range
-from vqjax.data import batches, unit
+from vqjax.data import batches, formats, unit
 from vqjax.interop import faiss_io
+from vqjax.storage import codec_file
 from vqjax.training import checkpoints as checkpoints_lib
 from vqjax.training import learners, loop, writers
 
 _GROUPS = ("model", "encode", "loss", "train", "init", "ivf", "data")
+_KEPT = ("model", "loss", "init", "train")  # With a codec.
 _SHORT = {"opq": ("pq", {"opq": True})}  # Names for a setting of another.
 
 
@@ -106,6 +111,7 @@ def fit(
     "metric": config.data.metric or "l2",
     "scale": 1.0,
     **levels_info(config),
+    "config": settings_of(config),
   }
   codec = Codec(config.codec, params, info)
   mse = held_out_mse(codec, vectors, held_out)
@@ -242,7 +248,44 @@ def learn(
 
 def prepare(config, *args) -> recipes.Job:
   """Returns the job of a learned codec; the rest is that of its recipe."""
-  return recipes.get(config.codec).prepare_fn(config, *args)
+  job = recipes.get(config.codec).prepare_fn(config, *args)
+  if not config.train.get("start"):
+    return job
+  return job._replace(start_fn=functools.partial(_go_on, config, job))
+
+
+def _go_on(config, job: recipes.Job):
+  """The state before the first step, from the parameters of a codec.
+
+  Raises ValueError unless it is one that the configuration could make.
+  """
+  found = codec_file.load_codec(config.train.start)
+  shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  if found.name != config.codec or shapes(found.params) != shapes(
+    job.abstract.params
+  ):
+    raise ValueError(
+      f"--config.train.start={config.train.start} is a {found.name} codec of "
+      "other sizes than --config.model; give the configuration that it was "
+      "trained with."
+    )
+  spec = registry.get(found.name)
+  if spec.is_ivf(found.params):
+    centroids_LD = formats.open_vectors(config.ivf.centroids or "")
+    own_LD = np.asarray(spec.centroids(found.params))
+    if not np.allclose(centroids_LD, own_LD, rtol=1e-4, atol=1e-4):
+      raise ValueError(
+        f"--config.ivf.centroids={config.ivf.centroids} are other centroids "
+        f"than those of {config.train.start}, whose lists stay."
+      )
+  return job.state_fn(jax.tree.map(jnp.asarray, found.params))
+
+
+def settings_of(config) -> dict:
+  """What a codec keeps of the configuration that trained it, plain values."""
+  kept = {n: config[n].to_dict() for n in _KEPT if n in config}
+  kept.get("train", {}).pop("start", None)
+  return json.loads(json.dumps(kept))
 
 
 def open_checkpoints(

@@ -143,6 +143,11 @@ class Index:
     return self._index.d
 
   @property
+  def refiner(self):
+    """What was given as such, or made; None without one."""
+    return self._refiner
+
+  @property
   def num_lists(self) -> int:
     """L, inverted lists."""
     return self._index.nlist

@@ -13,7 +13,7 @@ from vqjax.codec import Codec
 from vqjax.codec import load as load_codec
 from vqjax.codecs import additive, kmeans
 from vqjax.codecs import decoders as decoders_lib
-from vqjax.core import check_range
+from vqjax.core import check_range, check_shape
 from vqjax.data import batches, item_ids
 from vqjax.index import METRICS, Index, check_ids, open_for
 from vqjax.interop import faiss_fastscan, faiss_ivf
@@ -21,7 +21,7 @@ from vqjax.search import refiners
 
 _ARGUMENTS = (  # Of `build_index`, for whoever misspells one.
   *("num_lists", "ids", "metric", "refiner", "coarse", "num_tables", "seed"),
-  "progress",
+  *("progress", "codes"),
 )
 _PER_LIST = 256  # Vectors that k-means looks at, for each list.
 _LEAST_PER_LIST = 39  # Fewer make poor centroids.
@@ -41,6 +41,7 @@ def build_index(
   num_tables: int | None = None,
   seed: int = 0,
   progress: bool = False,
+  codes=None,
   **settings,
 ) -> Index:
   """Encodes vectors and puts their codes into inverted lists.
@@ -60,6 +61,7 @@ def build_index(
       sums of codewords have; None for those that pay on held-out vectors.
     seed: Of k-means and of the rotation of rabitq.
     progress: Shows progress lines.
+    codes: Codes `[N, M]` of the vectors by the codec, if they are known.
     **settings: Fields of `vqjax.codecs.rule.SearchRule`, see `Codec.encode`.
 
   Raises:
@@ -77,7 +79,11 @@ def build_index(
   ids_N = check_ids(ids, len(vectors), np.empty(0, np.int64))
   num_lists = _check_lists(codec, num_lists, len(vectors))
   _check_refiner(refiner, metric, codec, len(vectors))
-  codes_NM = codec.encode(vectors, progress=progress, **settings)
+  if codes is not None:
+    check_shape("codes", codes, (len(vectors), len(codec.codebook_sizes)))
+    codes_NM = np.asarray(codes)
+  else:
+    codes_NM = codec.encode(vectors, progress=progress, **settings)
   centroids_LD = _centroids(codec, vectors, num_lists, seed)
   codewords, tables = _fit_decoders(codec, vectors, codes_NM, num_tables)
   faiss_index = faiss_ivf.make_index(

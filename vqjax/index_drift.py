@@ -73,15 +73,16 @@ def compare(
 
 def _errors(codec, vectors, reference) -> dict:
   """Errors of both kinds of vectors, by the search stored with the codec."""
-  mse = _mse(codec, vectors)
+  own = mse(codec, vectors)
   known = codec.info.get("training", {}).get("validation_mse")
   if reference is not None:
-    known = _mse(codec, codec.open_vectors(reference, "reference"))
-  ratio = mse / known if known else None
-  return {"mse": mse, "known_mse": known, "error_ratio": ratio}
+    known = mse(codec, codec.open_vectors(reference, "reference"))
+  ratio = own / known if known else None
+  return {"mse": own, "known_mse": known, "error_ratio": ratio}
 
 
-def _mse(codec, vectors) -> float:
+def mse(codec, vectors) -> float:
+  """Returns the squared error of up to 10,000 of the vectors."""
   rows_n = batches.evenly_spaced_rows(len(vectors), _MEASURED)
   x_nD = batches.read_rows(vectors, rows_n)
   xhat_nD = codec.decode(codec.encode(x_nD))

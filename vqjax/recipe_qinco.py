@@ -127,6 +127,7 @@ def prepare(
     schedule=schedule,
     start_fn=start,
     abstract=abstract,
+    state_fn=partial(learners.state_of, tx=tx),
   )
 
 

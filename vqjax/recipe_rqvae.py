@@ -127,6 +127,7 @@ def prepare(
       lambda x_ND: make_state(_init(config, x_ND)),
       jax.ShapeDtypeStruct((num_rows, vectors.shape[1]), jnp.float32),
     ),
+    state_fn=make_state,
   )
 
 

@@ -27,6 +27,7 @@ class Job(NamedTuple):
   schedule: Callable  # Step -> learning rate.
   start_fn: Callable  # () -> the state before the first step.
   abstract: loop.TrainState  # Its shapes.
+  state_fn: Callable  # Parameters -> such a state that starts from them.
 
 
 class Recipe(NamedTuple):

@@ -15,6 +15,7 @@ from absl import logging
 from experiments.lib import run_folder
 from vqjax import devices, fitting, recipe_qinco, recipes
 from vqjax.data import batches, datasets, files, formats
+from vqjax.storage import codec_file
 from vqjax.training import loop
 
 # Settings that may differ: what files hold is compared instead of their names,
@@ -24,11 +25,12 @@ _FREE = (
   *("data.num_train", "data.num_base", "data.num_queries"),
   *("data.validation_size", "ivf.centroids", "derived.codec"),
   *("train.log_every", "train.checkpoint_minutes", "train.keep_checkpoints"),
-  *("train.tracker", "train.save_limit"),
+  *("train.tracker", "train.save_limit", "train.start"),
   "train.tensorboard",  # Of earlier versions.
 )
 _SAYS = {  # Of names that are no flags.
   "derived.data.train": "the checksum of the vectors in --config.data.train",
+  "derived.data.start": "the codec in --config.train.start",
   "derived.data.centroids": "the checksum of --config.ivf.centroids",
   "derived.training_vectors": "the number of training vectors "
   "(--config.data.num_train)",
@@ -112,6 +114,8 @@ def _record(config, dataset, xt_ND, plan, num_rows: int) -> dict:
   made_of = {"train": files.identify(xt_ND)}
   if (ivf := config.get("ivf")) and ivf.centroids:
     made_of["centroids"] = files.identify(formats.open_vectors(ivf.centroids))
+  if "train" in config and config.train.get("start"):
+    made_of["start"] = codec_file.load_codec(config.train.start).fingerprint
   derived = {
     "training_vectors": num_rows,
     "held_out": num_held_out,
@@ -146,6 +150,7 @@ def codec_info(config, dataset, num_held_out: int) -> dict:
     "metric": dataset.metric,
     "scale": dataset.scale,
     **fitting.levels_info(config),
+    "config": fitting.settings_of(config),
     "data": {**data, "name": None} if paths else data,
   }
 

@@ -42,6 +42,11 @@ def make_state(
   x_ND, lists_N = batches.split_lists(rows)
   lists = dict(centroids_LD=centroids_LD, lists_N=lists_N)
   params = qinco_loss.init(jax.random.key(seed), x_ND, **sizes, **lists)
+  return state_of(params, tx)
+
+
+def state_of(params, tx: optax.GradientTransformation) -> loop.TrainState:
+  """Returns the state before the first step, from started parameters."""
   return loop.make_state(
     params, tx, qinco_loss.empty_stats(params), METRICS, qinco_loss.frozen
   )

@@ -240,11 +240,18 @@ def _finish(config, workdir, dataset, xt_ND, params, this, ended: dict):
       )
     ),
     shlex.quote(str(workdir)),
-    "" if dataset.base else " --split=validation",
+    _to_measure(dataset, num_held_out),
     _to_search(workdir, dataset) if codec.is_ivf else "",
     "" if num_held_out else _to_ids(workdir, dataset),
   )
   return summary
+
+
+def _to_measure(dataset, num_held_out: int) -> str:
+  """What `evaluate` is to measure, if the set has no base of its own."""
+  if dataset.base:
+    return ""
+  return " --split=validation" if num_held_out else " --data=BASE-VECTORS"
 
 
 def _rule_of(workdir) -> dict | None:

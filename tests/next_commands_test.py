@@ -3,6 +3,7 @@
 import importlib
 import pathlib
 import shlex
+import types
 
 import pytest
 
@@ -40,3 +41,16 @@ def test_training_names_the_next_commands(name, names, tmp_path, monkeypatch):
     assert {flag.removeprefix("--") for flag in flags} <= set(known)
     assert flags["--codec"] == run_dir
     assert pathlib.Path(flags.get("--data", SAMPLE)).exists()
+
+
+@pytest.mark.parametrize(
+  ("base", "num_held_out", "flags"),
+  [
+    ("base.npy", 0, ""),
+    (None, 300, " --split=validation"),
+    (None, 0, " --data=BASE-VECTORS"),  # Nothing is held out.
+  ],
+)
+def test_what_there_is_to_measure(base, num_held_out, flags):
+  dataset = types.SimpleNamespace(base=base)
+  assert train._to_measure(dataset, num_held_out) == flags

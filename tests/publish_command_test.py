@@ -128,7 +128,9 @@ def test_the_folder_alone_needs_no_hub(folder, tmp_path):
   assert made == {"folder": str(output), "address": None, "figures": None}
   names = sorted(path.name for path in output.iterdir())
   assert names == ["README.md", "codec.json", "codec.safetensors"]
-  assert "Not measured" in (output / "README.md").read_text()
+  card = (output / "README.md").read_text()
+  assert "Not measured" in card
+  assert 'vqjax.load("card")' in card  # No address of the hub.
   with pytest.raises(FileExistsError, match="exists already"):
     _publish(folder, to=None, output=output)
 

@@ -46,7 +46,8 @@ def render(codec, repo: str, licence: str, record: dict, measured: dict) -> str:
   body = [f"# {repo.rpartition('/')[2]}", ""]
   body += [f"Codec `{codec.name}` of vqjax: vectors of {size}.", ""]
   body += ["```python", "import vqjax", ""]
-  body += [f'codec = vqjax.load("hf://{repo}")', "codes = codec.encode(x)"]
+  source = f"hf://{repo}" if "/" in repo else repo
+  body += [f'codec = vqjax.load("{source}")', "codes = codec.encode(x)"]
   body += ["decoded = codec.decode(codes)", "```", ""]
   body += _table(_about(codec, licence, record))
   return "\n".join([*head, *body, "", *_measured(measured)])

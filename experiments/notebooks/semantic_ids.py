@@ -27,7 +27,7 @@ from IPython.display import Image
 import vqjax
 
 xt, xb, xq, gt = vqjax.load_dataset("sample_text")
-items = np.float32(xb[:4_000])
+items = np.float32(xb[:2_000])
 names = [f"item-{i}" for i in range(len(items))]
 
 # %% [markdown]
@@ -72,12 +72,12 @@ Image(filename=folder / "report.png")
 # Items that come later get ids of their own. No published id moves.
 
 # %%
-new = np.float32(xb[4_000:4_200])
+new = np.float32(xb[2_000:2_100])
 more = vqjax.load_ids(folder).append(
   new, [f"new-{i}" for i in range(len(new))], codec=rqvae
 )
 print(more)
-print("unchanged:", np.array_equal(more.codes[:4_000], ids["RQ-VAE"].codes))
+print("unchanged:", np.array_equal(more.codes[:2_000], ids["RQ-VAE"].codes))
 
 # %% [markdown]
 # Read on: [semantic ids](https://github.com/vqjax/vqjax/blob/main/docs/semantic_ids.md).

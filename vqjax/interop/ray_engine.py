@@ -83,7 +83,8 @@ def connect(address: str | None = None):
       reason = (str(error).splitlines() or [type(error).__name__])[0]
       raise ConnectionError(
         f"There is no Ray at --address={address} ({reason.rstrip('.')}). Start "
-        "one with `ray start --head`, or leave --address out."
+        "one with `ray start --head`, or leave --address out. If it asks for a "
+        "token, set RAY_AUTH_MODE=token."
       ) from error
   try:
     # Ray prints of lost workers, at length; `_Watch` says it.
@@ -282,7 +283,12 @@ def _make_counter(ray):
     def read(self):
       return self._done, self._starts
 
-  return ray.remote(num_cpus=0, max_restarts=-1)(Counter).remote()
+  here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+    ray.get_runtime_context().get_node_id(),
+    soft=True,  # It counts on after the loss of any other host.
+  )
+  counter = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)
+  return counter(Counter).remote()
 
 
 class _Watch:

@@ -193,7 +193,7 @@ def run(
     progress: Called with `(done, total)` over all parts.
 
   Returns:
-    `{part: what work_fn returned}`.
+    What `work_fn` returned, by part.
 
   Raises:
     ChildProcessError: The workers of a part were lost too often.

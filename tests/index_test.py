@@ -94,6 +94,9 @@ def test_all_lists_and_a_long_shortlist_are_exact_search(
   one_R, id_R = index.search(xq_QD[3], k=9, nprobe=1000, num_network=_NUM)
   np.testing.assert_array_equal(id_R, ids_QR[3:4])
   np.testing.assert_allclose(one_R, distances_QR[3:4], rtol=1e-5, atol=1e-5)
+  made_ND = codec.decode(codec.encode(x_ND))
+  off_nN = np.abs(index.sample(20)[:, None] - made_ND).max(axis=-1)
+  assert off_nN.min(axis=1).max() < 1e-5
 
 
 @pytest.mark.parametrize("refiner", [None, "rabitq", "fastscan"])

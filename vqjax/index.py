@@ -241,6 +241,16 @@ class Index:
       np.pad(found.ids_QR, missing, constant_values=-1),
     )
 
+  def sample(self, num: int, *, seed: int = 0) -> np.ndarray:
+    """Returns vectors `[num, D]` that codes of the index stand for, by chance.
+
+    Raises:
+      ValueError: There are no vectors.
+    """
+    check_range("the number of vectors", len(self), 1, np.inf)
+    rows_N = np.random.default_rng(seed).integers(len(self), size=num)
+    return self._open_searcher().decode_rows(rows_N)
+
   def evaluate(self, queries, true_ids, k: int = 10, **settings) -> dict:
     """Measures the recall and the speed of `search`.
 

@@ -15,7 +15,7 @@ GROUPS = {
   "Encode and decode": ("encode", "decode", "semantic_ids"),
   "Index and search": (
     *("ivf_pipeline", "ivf_centroids", "pairwise_decoder", "build_index"),
-    *("index_add", "refiner", "search", "fast_ivf", "ground_truth"),
+    *("index_add", "refiner", "search", "serve", "fast_ivf", "ground_truth"),
   ),
   "Tools": ("download", "publish", "bench", "export"),
 }

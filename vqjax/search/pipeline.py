@@ -197,6 +197,12 @@ class Searcher:
       distances_QR = distances_QR / -2
     return Result(ids_QR, distances_QR, clock.seconds, num_decoded)
 
+  def decode_rows(self, rows_N) -> np.ndarray:
+    """Returns the vectors `[N, D]` that codes in rows of the lists stand for."""
+    starts_L1 = np.asarray(self.parts.lists.starts_L1)
+    lists_N = np.searchsorted(starts_L1, rows_N, side="right") - 1
+    return self._decode(self.parts.decode_fn, rows_N, lists_N.astype(np.int32))
+
   def _check_queries(self, queries_QD) -> np.ndarray:
     """Queries as float32 `[Q, D]`, of length 1 for the cosine."""
     queries_QD = np.atleast_2d(np.asarray(queries_QD))
@@ -270,14 +276,16 @@ class Searcher:
         take(probes_QP),
         take(distances_QP),
         num_tiles=block.num_tiles,
-        num_best=num_best,
+        num_best=num_found,
       )
       for whole, part in zip(out, found, strict=True):
-        whole[block.rows] = np.asarray(part)[: len(block.rows)]
+        whole[block.rows] = np.asarray(part)[: len(block.rows), :num_best]
 
+    # Of few sizes, or each k would compile the scan anew.
+    num_found = round_up(num_best, num_steps=4)
     num_codewords = self.parts.lists.words_DZ.shape[1]
     most = max(_TABLE_BYTES // (4 * num_codewords), _LEAST_QUERIES)
-    blocks = _blocks(order_Q, tiles_Q, num_best, most)
+    blocks = _blocks(order_Q, tiles_Q, num_found, most)
     # Side by side: XLA does the selection of one block on one core.
     map_fn = self._pool.map if len(blocks) > 1 else map
     for _ in map_fn(scan, blocks):

@@ -198,7 +198,7 @@ class Searcher:
     return Result(ids_QR, distances_QR, clock.seconds, num_decoded)
 
   def decode_rows(self, rows_N) -> np.ndarray:
-    """Returns the vectors `[N, D]` that codes in rows of the lists stand for."""
+    """Returns the vectors `[N, D]` that codes in these rows stand for."""
     starts_L1 = np.asarray(self.parts.lists.starts_L1)
     lists_N = np.searchsorted(starts_L1, rows_N, side="right") - 1
     return self._decode(self.parts.decode_fn, rows_N, lists_N.astype(np.int32))

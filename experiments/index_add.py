@@ -12,6 +12,7 @@ and the index know: their squared error, and how they use lists and codewords.
 
 --refresh trains the codec of the index on (PQ and RQ are fitted anew), encodes
 --data, all vectors that the index is to have, and builds it with as many lists.
+Put the new vectors last: the last ones choose the best checkpoint.
 Run again after a stop it goes on.
 
 The new index is written beside the old one, as FOLDER/generation-00002, and the
@@ -57,7 +58,7 @@ OPTIONS = {
     "Configuration of this training, if the codec does not know its own.",
   ),
   "epochs": cli.Option(
-    int, None, "Epochs of this training; if unset, a quarter of those before."
+    int, None, "Epochs of this training; if unset, half of those before."
   ),
   "keep": cli.Option(int, 2, "Generations to keep; the first one stays."),
 }

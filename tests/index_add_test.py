@@ -211,8 +211,7 @@ def test_refresh_trains_a_network_on(tmp_path):
   codec = vqjax.fit(x_ND, "ivf_qinco2_xs:smoke", num_epochs=4, num_lists=4)
   build_index(codec, x_ND).save(tmp_path / "index")
   y_ND = np.concatenate([x_ND, _vectors(600, 5, 2.0)])
-  rows_N = np.random.default_rng(0).permutation(len(y_ND))
-  np.save(tmp_path / "all.npy", y_ND[rows_N])
+  np.save(tmp_path / "all.npy", y_ND)
   found = index_add.run(
     index=tmp_path / "index", data=tmp_path / "all.npy", refresh=True
   )

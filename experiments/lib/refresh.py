@@ -22,8 +22,7 @@ from vqjax.search import residual_bits
 from vqjax.storage import index_folder
 
 _CONFIGS = {"pq": "pq", "rq": "rq", "rqvae": "rqvae", "qinco": "qinco2_s"}
-_PART = 4  # Of the epochs of a training from the start: one in so many,
-_RATE = 0.5  # at this part of its learning rate.
+_PART = 2  # Of the epochs of a training from the start: one in so many.
 _SHARD_ROWS = 100_000
 
 
@@ -146,7 +145,6 @@ def _settings(config, codec, work: pathlib.Path):
   num = config.epochs or math.ceil(settings.train.num_epochs / _PART)
   settings.train.update(
     num_epochs=num,
-    peak_lr=_RATE * settings.train.peak_lr,
     ramp_epochs=min(settings.train.ramp_epochs, num - 1),
     start=_keep_codec(codec, work / "start"),
   )

@@ -1,0 +1,1 @@
+"""vqjax in benchmarks that others run; see README.md."""

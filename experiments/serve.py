@@ -76,8 +76,6 @@ def run(config) -> dict:
   limits = serve_index.Limits(
     **{name: config[name] for name in serve_index.Limits._fields}
   )
-  if config.warm_up and len(shards):
-    _warm_up(shards, defaults, config.max_batch)
   with batching.Batcher(
     shards.search,
     window_s=config.window_ms / 1000,
@@ -87,8 +85,10 @@ def run(config) -> dict:
     home = serve_http.Server(
       *(address, shards, batcher, defaults, limits, config.max_connections)
     )
-    _announce(config, home)
     try:
+      if config.warm_up and len(shards):
+        _warm_up(shards, defaults, config.max_batch)
+      _announce(config, home)
       home.serve_forever(poll_interval=0.1)
     except KeyboardInterrupt:
       logging.info("Stopping: the requests that have come are answered.")

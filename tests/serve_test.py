@@ -282,7 +282,7 @@ def test_the_command_stops_after_the_last_answer(
   assert found["requests"] == 1
 
 
-def test_another_host_is_warned_of(caplog, folders):
+def test_hosts_and_ports(caplog, folders, home):
   config = serve.cli.get_config(serve.OPTIONS, index="i", host="0.0.0.0")
   shards = serve_index.Shards([folders["low"]])
 
@@ -294,3 +294,6 @@ def test_another_host_is_warned_of(caplog, folders):
   assert "no authentication" in caplog.text
   with pytest.raises(ValueError, match="--k must lie between 1 and 5"):
     serve.run(index=folders["low"], k=10, max_k=5)
+  port = home.server_address[1]
+  with pytest.raises(OSError, match=f"port {port}.*--port"):
+    serve.run(index=folders["low"], port=port)

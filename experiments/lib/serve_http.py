@@ -101,7 +101,11 @@ class Server(server.ThreadingHTTPServer):
   allow_reuse_address = True
 
   def __init__(self, address, shards, batcher, defaults, limits, most: int):
-    """Binds the address; `most` are connections at once."""
+    """Binds the address; `most` are connections at once.
+
+    Raises:
+      OSError: There is no such address, or another program has it.
+    """
     host = address[0]
     with contextlib.suppress(ValueError):
       if ipaddress.ip_address(host).version == 6:
@@ -111,7 +115,13 @@ class Server(server.ThreadingHTTPServer):
     self.stats = Stats(batcher)
     self._free = threading.BoundedSemaphore(most)
     self._lock, self._open, self._is_stopping = threading.Lock(), set(), False
-    super().__init__(address, _Handler)
+    try:
+      super().__init__(address, _Handler)
+    except OSError as error:
+      raise OSError(
+        f"Cannot listen at {host}, port {address[1]}: {error.strerror}. Choose "
+        "another --port (0: any that is free) or --host."
+      ) from error
 
   @property
   def url(self) -> str:

@@ -179,3 +179,44 @@ def test_shares_of_processes_give_the_codewords_of_one(monkeypatch):
     np.testing.assert_array_equal(one.words_KD[6:], whole.words_KD[6:])
     np.testing.assert_allclose(one.words_KD, whole.words_KD, rtol=1e-6)
     np.testing.assert_allclose(one.objectives, whole.objectives, rtol=1e-6)
+
+
+def test_rising_dimensions_are_stages_of_kmeans():
+  rng = np.random.default_rng(0)
+  x_ND = rng.normal(size=(90, 40)) @ rng.normal(size=(40, 40)) + 3
+  weights_N = rng.uniform(0.5, 2, 90)
+  mean_D = np.average(x_ND, axis=0, weights=weights_N)
+  away_ND = x_ND - mean_D
+  _, axes_DD = np.linalg.eigh((weights_N[:, None] * away_ND).T @ away_ND)
+  turned_ND = away_ND @ axes_DD[:, ::-1]
+  words = None
+  for size in (2, 4, 9, 19, 40):
+    y_Nd = turned_ND[:, :size]
+    if words is None:
+      words = kmeans.fit(
+        KEY,
+        jnp.asarray(y_Nd, jnp.float32),
+        6,
+        num_iterations=0,
+        weights_N=jnp.asarray(weights_N, jnp.float32),
+      )
+    words = np.pad(words, ((0, 0), (0, size - words.shape[1])))
+    for _ in range(4):
+      words, counts_K, _ = oracles.kmeans_step(y_Nd, weights_N, words)
+      assert np.all(np.asarray(counts_K) > 0)
+  got_KD = kmeans.fit_rising(
+    KEY,
+    jnp.asarray(x_ND, jnp.float32),
+    6,
+    num_iterations=8,
+    weights_N=jnp.asarray(weights_N, jnp.float32),
+  )
+  want_KD = words @ axes_DD[:, ::-1].T + mean_D
+  np.testing.assert_allclose(got_KD, want_KD, rtol=1e-3, atol=1e-3)
+
+
+def test_rising_dimensions_without_iterations_are_the_start():
+  x_ND = _vectors()
+  words_KD = kmeans.fit_rising(KEY, x_ND, 5, num_iterations=0)
+  for word_D in np.asarray(words_KD):  # Rows, turned and turned back.
+    assert np.abs(np.asarray(x_ND) - word_D).max(axis=1).min() < 1e-5

@@ -56,12 +56,12 @@ def test_decode_sums_the_words_of_a_prefix():
     np.testing.assert_allclose(got_ND, want, rtol=1e-5, atol=1e-6)
 
 
-def test_fit_is_kmeans_of_the_residuals():
+def test_fit_is_rising_kmeans_of_the_residuals():
   x_ND = _vectors()
   params = rq.fit(KEY, x_ND, num_codes=3, codebook_size=8)
   residual = np.asarray(x_ND, np.float64)
   for m in range(3):
-    want_KD = kmeans.fit(
+    want_KD = kmeans.fit_rising(
       jax.random.fold_in(KEY, m), jnp.asarray(residual, jnp.float32), 8
     )
     # The residuals differ by rounding.

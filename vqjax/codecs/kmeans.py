@@ -33,6 +33,7 @@ from vqjax.codecs.distances import (
 from vqjax.core import Array, add_exactly, check_range, check_shape
 from vqjax.data import batches
 
+NUM_STAGES = 5  # Of `fit_rising`; 10 gain half a percent more.
 _ROWS_ADDED = 4096  # At a time, in float64 on the host.
 _CPU_BUDGET, _DEVICE_BUDGET = 1 << 20, 4 << 30  # Bytes of distances at once.
 _WORDS_AT_ONCE = 1024  # On CPUs, so that these distances stay in the caches.
@@ -57,6 +58,61 @@ def fit(key: Array, x_ND: Array, num_codewords: int, **knobs) -> Array:
   return fit_report(key, x_ND, num_codewords, **knobs).words_KD
 
 
+def fit_rising(
+  key: Array,
+  x_ND: Array,
+  num_codewords: int,
+  *,
+  num_iterations: int = 10,
+  weights_N: Array | None = None,
+  **knobs,
+) -> Array:
+  """Codewords `[K, D]` by k-means in more and more principal dimensions.
+
+  The codewords of one stage, with zeros for the dimensions that are added, are
+  the start of the next; the last has all. Each of the `NUM_STAGES` has half of
+  `num_iterations`. If D is large and vectors are few, as the residuals of text
+  embeddings, the codewords are nearer to vectors that were not seen than those
+  of `fit`. Takes what `fit_report` takes.
+  """
+  d = x_ND.shape[1]
+  if weights_N is None:
+    weights_N = jnp.ones(x_ND.shape[0], jnp.float32)
+  mean_D, axes_DD = _principal_axes(x_ND, weights_N)
+  turned_ND = _turn(x_ND - mean_D[None], axes_DD)
+  stages = range(1, NUM_STAGES + 1) if num_iterations else [NUM_STAGES]
+  sizes = sorted({round(d ** (i / NUM_STAGES)) for i in stages})
+  words = None
+  for size in sizes:
+    if words is not None:
+      words = jnp.pad(words, ((0, 0), (0, size - words.shape[1])))
+    words = fit_report(
+      key,
+      turned_ND[:, :size],
+      num_codewords,
+      num_iterations=-(-num_iterations // 2),
+      weights_N=weights_N,
+      start_KD=words,
+      **knobs,
+    ).words_KD
+  return _turn(words, axes_DD.T) + mean_D[None]
+
+
+@jax.jit
+def _principal_axes(x_ND: Array, weights_N: Array):
+  """Weighted mean `[D]`, and orthogonal axes `[D, D]`, the widest first."""
+  share_N1 = (weights_N / weights_N.sum())[:, None]
+  mean_D = jnp.sum(share_N1 * x_ND, axis=0)
+  away_ND = x_ND - mean_D[None]
+  wide_DD = jnp.matmul((share_N1 * away_ND).T, away_ND, precision="highest")
+  return mean_D, jnp.linalg.eigh(wide_DD)[1][:, ::-1]
+
+
+@jax.jit
+def _turn(x_ND: Array, axes_DE: Array) -> Array:
+  return jnp.matmul(x_ND, axes_DE, precision="highest")
+
+
 def fit_report(
   key: Array,
   x_ND: Array,
@@ -64,6 +120,7 @@ def fit_report(
   *,
   num_iterations: int = 10,
   weights_N: Array | None = None,
+  start_KD: Array | None = None,
   block_size: int = 4096,
 ) -> KMeans:
   """Runs k-means on finite vectors `[N, D]` and reports on it.
@@ -72,7 +129,8 @@ def fit_report(
 
   The key draws the start, nothing else; `num_iterations` 0 returns the start.
   Weights are not negative, at least K of them positive; None for all equal.
-  `block_size` rows are compared with all codewords at a time.
+  `start_KD` is a start of your own. `block_size` rows are compared with all
+  codewords at a time.
 
   Raises:
     ValueError: If a size or a name makes no sense.
@@ -90,10 +148,13 @@ def fit_report(
   if weights_N is None:
     weights_N = jnp.ones(n, jnp.float32)
   check_shape("weights", weights_N, (n,))
+  if start_KD is not None:
+    check_shape("start", start_KD, (num_codewords, x_ND.shape[1]))
   return _fit(
     key,
     jnp.asarray(x_ND, jnp.float32),
     jnp.asarray(weights_N, jnp.float32),
+    start_KD,
     num_codewords=num_codewords,
     num_iterations=num_iterations,
     block_size=block_size,
@@ -292,10 +353,12 @@ def _add_rows(sums_KD, ids_N, x_ND) -> None:
   static_argnames=("num_codewords", "num_iterations", "block_size"),
 )
 def _fit(
-  key, x_ND, weights_N, *, num_codewords, num_iterations, block_size
+  key, x_ND, weights_N, start_KD, *, num_codewords, num_iterations, block_size
 ) -> KMeans:
   """`fit_report` after its checks."""
-  words_KD = _start(key, x_ND, weights_N, num_codewords)
+  words_KD = start_KD
+  if words_KD is None:
+    words_KD = _start(key, x_ND, weights_N, num_codewords)
 
   def body(state, _):
     words_KD, _, num_refilled = state

@@ -59,6 +59,7 @@ def fit(
 ) -> RQParams:
   """Runs k-means on the residuals of `[N, D]`, step after step.
 
+  It works in more and more principal dimensions (`kmeans.fit_rising`).
   With a beam, a step is fitted to the residuals of all hypotheses so far;
   memory is then `N * beam_size * D` numbers. Balanced levels have no beam: each
   codeword is the mean of equally many vectors, see `balanced.fit`.
@@ -81,7 +82,7 @@ def fit(
   residual_ND, weights_N, codebooks = x_ND, None, []
   beam = None if beam_size == 1 else _start(x_ND, beam_size)
   for m in range(num_codes):
-    words_KD = kmeans.fit(
+    words_KD = kmeans.fit_rising(
       jax.random.fold_in(key, m),
       residual_ND,
       codebook_size,

@@ -76,13 +76,13 @@ def test_fit_is_rising_kmeans_of_the_residuals():
 def test_fit_with_a_beam_leaves_less_of_real_vectors():
   # Of vectors it was not fitted to; residuals of real vectors have a shape.
   x_ND = datasets.open_split(datasets.get_dataset("sample_sift"), "train")[
-    :4000
+    :6000
   ]
   x_ND = jnp.asarray(x_ND.astype(np.float32))
   fit = lambda size: rq.fit(
-    KEY, x_ND[:2000], num_codes=4, codebook_size=16, beam_size=size
+    KEY, x_ND[:4000], num_codes=4, codebook_size=128, beam_size=size
   )
-  error = lambda size: _mse(fit(size), x_ND[2000:], beam_size=4)
+  error = lambda size: _mse(fit(size), x_ND[4000:], beam_size=4)
   assert error(4) < 0.98 * error(1)
 
 

@@ -94,6 +94,7 @@ def init(
     num_codes=num_steps,
     codebook_size=codebook_size,
     num_iterations=num_iterations,
+    is_rising=False,  # A closer start learns few vectors by heart sooner.
   ).codebooks_MKD
   if noise and not is_qinco1:
     spread_M1D = jnp.std(words_MKD, axis=1, keepdims=True)

@@ -55,11 +55,13 @@ def fit(
   num_iterations: int = 10,
   beam_size: int = 1,
   is_balanced: bool = False,
+  is_rising: bool = True,
   block_size: int = 4096,
 ) -> RQParams:
   """Runs k-means on the residuals of `[N, D]`, step after step.
 
-  It works in more and more principal dimensions (`kmeans.fit_rising`).
+  It works in more and more principal dimensions (`kmeans.fit_rising`) unless
+  `is_rising` is False.
   With a beam, a step is fitted to the residuals of all hypotheses so far;
   memory is then `N * beam_size * D` numbers. Balanced levels have no beam: each
   codeword is the mean of equally many vectors, see `balanced.fit`.
@@ -80,9 +82,10 @@ def fit(
     )
   x_ND = jnp.asarray(x_ND, jnp.float32)
   residual_ND, weights_N, codebooks = x_ND, None, []
+  fit_fn = kmeans.fit_rising if is_rising else kmeans.fit
   beam = None if beam_size == 1 else _start(x_ND, beam_size)
   for m in range(num_codes):
-    words_KD = kmeans.fit_rising(
+    words_KD = fit_fn(
       jax.random.fold_in(key, m),
       residual_ND,
       codebook_size,

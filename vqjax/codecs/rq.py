@@ -62,6 +62,7 @@ def fit(
 
   It works in more and more principal dimensions (`kmeans.fit_rising`) unless
   `is_rising` is False.
+
   With a beam, a step is fitted to the residuals of all hypotheses so far;
   memory is then `N * beam_size * D` numbers. Balanced levels have no beam: each
   codeword is the mean of equally many vectors, see `balanced.fit`.

@@ -24,7 +24,7 @@ def _entry(suite, name):
 @pytest.mark.parametrize(
   ("suite", "name"),
   [
-    ("ann_benchmarks", "vqjax-fastivf"),
+    pytest.param("ann_benchmarks", "vqjax-fastivf", marks=pytest.mark.slow),
     pytest.param("vibe", "vqjax-ivf", marks=pytest.mark.slow),
   ],
 )

@@ -224,8 +224,11 @@ def _assert_same(row, params, x_ND, ours_NM, theirs_NM):
   )
 
 
+_ONE = pytest.param(1, marks=pytest.mark.slow)
+
+
 @_over()
-@pytest.mark.parametrize("block_size", [1, 7])
+@pytest.mark.parametrize("block_size", [_ONE, 7])
 def test_1_blocks_do_not_change_codes(row, block_size):
   params, x_ND, encode_fn = _params(row), _vectors(), _encode(row)
   want_NM = encode_fn(params, x_ND)
@@ -235,7 +238,7 @@ def test_1_blocks_do_not_change_codes(row, block_size):
 
 
 @_over()
-@pytest.mark.parametrize("block_size", [None, 1, 7])
+@pytest.mark.parametrize("block_size", [None, _ONE, 7])
 def test_1_a_codec_has_the_same_codes_for_all_sizes_of_blocks(row, block_size):
   params, x_ND, told = _params(row), _vectors(), []
   codec = Codec(row.codec, params)

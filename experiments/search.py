@@ -172,7 +172,7 @@ def run(config) -> dict:
     cli.require(config, "codec", "output")
     return _run_decoded(config)
   cli.require(config, "index")
-  config = _open_folder(config)
+  config, folder = _open_folder(config)
   cli.require(config, "codec", "output")
   if config.codes:
     raise ValueError("--codes are for --decode_all; an index has its own.")
@@ -226,23 +226,27 @@ def run(config) -> dict:
     search_fn = lambda **at: search_fns[codec.name](data.xq_QD, **at)
     best = record.best(codec.name)
     search_results.write(config.results, search_fn, best, info, config)
-  _summarise(config, record, data)
+  _summarise(config, folder, record, data)
   return {"header": record.header, "points": record.points}
 
 
 def _open_folder(config):
-  """Returns the options with the files of --index, if that is a folder."""
-  if not files.user_path(config.index).is_dir():
-    return config
+  """Returns the options with the files of --index, if that is a folder.
+
+  The folder comes second, None if it is none or is searched with other files.
+  """
   folder = files.user_path(config.index)
+  if not folder.is_dir():
+    return config, None
   paths, _ = index_folder.read_manifest(folder)
-  config = config.copy_and_resolve_references()
+  is_whole = not (config.codec or config.decoders or config.refiner)
+  opened = config.copy_and_resolve_references()
   for name in ("codec", "decoders", "refiner"):
     if config[name] is None and name in paths:
-      config[name] = paths[name]
-  config.index = paths["index"]
-  config.output = config.output or str(folder / "search.json")
-  return config
+      opened[name] = paths[name]
+  opened.index = paths["index"]
+  opened.output = config.output or str(folder / "search.json")
+  return opened, config.index if is_whole else None
 
 
 def _check_rows(config, ids_N) -> None:
@@ -385,7 +389,7 @@ def _default_refined(refiner) -> list[int]:
   return [0, 10, 20, 50] if refiner.kind == "rabitq" else [0, 3, 5, 10]
 
 
-def _summarise(config, record, data) -> None:
+def _summarise(config, folder, record, data) -> None:
   t = record.header["threads"]
   logging.info(
     "%d vectors, %s, k=%d, threads: %d of faiss, %d of JAX\n%s\n\nThe "
@@ -406,21 +410,10 @@ def _summarise(config, record, data) -> None:
       "The network gains less than 1 % of the best 1-recall@1: is the codec "
       "trained? Settings were left out as if more of it gained recall."
     )
-  at = ", ".join(f"{k}={v}" for k, v in best.items() if v is not None)
-  files = {
-    "decoders": config.decoders,
-    "refiner": config.refiner,
-  }
-  options = "".join(f", {k}={v!r}" for k, v in files.items() if v)
-  if record.header["dtype"] != "float32":
-    options += f", dtype={record.header['dtype']!r}"
   logging.info(
-    "Written: %s, %s\nTo search with a setting, in Python:\n  from "
-    "vqjax.interop.searchers import open_searcher\n  searcher = "
-    "open_searcher(%r, %r%s)\n  searcher.search("
-    "queries_QD, k=%d, %s)",
-    *(record.path, record.picture, config.codec, config.index, options),
-    *(config.k, at),
+    "Written: %s, %s\n%s",
+    *(record.path, record.picture),
+    search_results.next_steps(config, folder, best, record.header["dtype"]),
   )
 
 

@@ -66,14 +66,17 @@ def test_links_of_a_graph_grow_with_its_vectors():
 def test_sums_and_words():
   found = footprint.Footprint(
     1000,
-    {"codes": 8000, "norms": 1000, "codec": 3_000_000, "rows": 4000},
+    {
+      **{"codes": 8000, "norms": 1000, "rows": 4000},
+      **{"codec": 800_000, "tables": 2_200_000},
+    },
     {"index": 17_000, "ids": 4000},
   )
   assert (found.each, found.shared) == (13, 3_000_000)
   assert (found.ram_per_vector, found.disk_per_vector) == (3013, 21)
   assert str(found) == (
-    "13 bytes per vector in memory (8 codes, 1 norms, 4 rows) and 3.0 MB for "
-    "all; 21 bytes per vector on disk"
+    "13 bytes per vector in memory (8 codes, 1 norms, 4 rows) and 3.0 MB "
+    "shared by all (tables 2.2 MB); 21 bytes per vector on disk"
   )
   assert footprint.from_json(found.to_json()) == found
   cells = footprint.table({"ours": found})[1][0]

@@ -2,12 +2,14 @@
 
 import json
 import pathlib
+import re
 import shutil
 import types
 
 import numpy as np
 import pytest
 
+import vqjax
 from experiments import build_index, search
 from experiments.lib import cli, codecs, search_measure
 from tests import commands, fits, qinco_cases
@@ -459,6 +461,7 @@ def test_the_snippet_searches_as_was_measured(small, dtype, monkeypatch):
   _run(small | {"num_pairwise": "0", "num_network": "0", "dtype": dtype})
   (snippet,) = [text for text in said if "open_searcher(" in text]
   assert "  from vqjax.interop.searchers import open_searcher\n" in snippet
+  assert "--results=" in snippet
   end = {"float32": "", "bfloat16": ", dtype='bfloat16'"}[dtype]
   assert f"{small['decoders']!r}{end})\n" in snippet
 
@@ -473,7 +476,9 @@ def test_stopped_it_says_how_to_go_on(small):
   assert json.loads(output.read_text())["points"]
 
 
-def test_a_folder_needs_no_other_flag_for_its_files(small, tmp_path):
+def test_a_folder_needs_no_other_flag_for_its_files(
+  small, tmp_path, monkeypatch
+):
   folder = tmp_path / "index"
   folder.mkdir()
   names = {"codec": "codec", "index": "i.faiss", "decoders": "d.safetensors"}
@@ -485,8 +490,18 @@ def test_a_folder_needs_no_other_flag_for_its_files(small, tmp_path):
   index_folder.write_manifest(folder, names, {"metric": "l2"})
   given = {name: small[name] for name in ("queries", "groundtruth")}
   given |= {"nprobe": "2", "num_pairwise": "0", "num_network": "5"}
+  given["dtype"] = "float32"
   config = cli.get_config(search.OPTIONS, index=str(folder), **given, rounds=1)
-  points = search.run(config)["points"]
+  said = []
+  with monkeypatch.context() as patch:
+    patch.setattr(
+      search.logging, "info", lambda text, *args: said.append(text % args)
+    )
+    points = search.run(config)["points"]
+  (call,) = re.findall(r"^  (vqjax\.load_index.*)$", said[-1], re.MULTILINE)
+  names = {"vqjax": vqjax, "queries": small["queries"]}
+  _, ids_QR = eval(call, names)
+  assert ids_QR.shape == (40, 10)
   assert (folder / "search.json").exists()
   assert search.run(config)["points"] == points  # Nothing is measured again.
   want = _run(small | given)["points"]

@@ -57,3 +57,40 @@ def write(path, search_fn, setting: dict, info: dict, config) -> None:
       np.save(file, ids_QR)
   at = ", ".join(f"{k}={v}" for k, v in setting.items())
   logging.info("Results at %s: %s", at, path)
+
+
+def next_steps(config, folder, setting: dict, dtype: str) -> str:
+  """How to search at a setting in Python, and to get results in a file.
+
+  Args:
+    config: Options of the command.
+    folder: What `vqjax.load_index` opens; None if the files are apart.
+    setting: Of the search.
+    dtype: Type of the products that were measured.
+  """
+  at = ", ".join(f"{k}={v}" for k, v in setting.items() if v is not None)
+  search = f"search(queries, k={config.k}, {at})"
+  if folder:
+    lines = [
+      "To search with a setting, in Python:",
+      f"  vqjax.load_index({str(folder)!r}).{search}",
+    ]
+    if dtype != "float32":
+      lines.append(f"  # In float32; {dtype} was measured.")
+  else:
+    parts = [repr(config.codec), repr(config.index)]
+    given = {"decoders": config.decoders, "refiner": config.refiner}
+    given["dtype"] = None if dtype == "float32" else dtype
+    parts += [f"{k}={v!r}" for k, v in given.items() if v]
+    lines = [
+      "To search with a setting, in Python; ids are row numbers:",
+      "  from vqjax.interop.searchers import open_searcher",
+      f"  searcher = open_searcher({', '.join(parts)})",
+      f"  searcher.{search}",
+    ]
+  if not config.results:
+    lines.append(
+      "To write the results of these queries, with item ids if there are any: "
+      "the same command with --results=results.npy"
+    )
+  return "\n".join(lines)

@@ -75,8 +75,12 @@ class Footprint(NamedTuple):
     parts = [f"{self.of(k):.3g} {k}" for k in EACH if self.ram.get(k)]
     text = (
       f"{self.each:.3g} bytes per vector in memory ({', '.join(parts)}) and "
-      f"{self.shared / 1e6:.1f} MB for all"
+      f"{self.shared / 1e6:.1f} MB shared by all"
     )
+    sizes = {k: size for k, size in self.ram.items() if k not in EACH}
+    if self.shared:
+      most = max(sizes, key=sizes.get)
+      text += f" ({most} {sizes[most] / 1e6:.1f} MB)"
     if self.disk:
       text += f"; {self.disk_per_vector:.4g} bytes per vector on disk"
     return text
@@ -91,7 +95,7 @@ def table(found: dict[str, Footprint]) -> tuple[list[str], list[list[str]]]:
   """Header and cells of a table, a row for each name; bytes per vector."""
   header = [
     *("bytes per vector in memory", "code, norm", "id", "refiner", "together"),
-    *("MB for all", "all in all", "on disk, all in all"),
+    *("MB shared by all", "all in all", "on disk, all in all"),
   ]
   rows = []
   for name, one in found.items():

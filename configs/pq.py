@@ -1,4 +1,4 @@
-"""Product quantisation; `--config.model.opq` learns a rotation first (faiss).
+"""Product quantisation; the configuration `opq` learns a rotation first.
 
 vqjax train --config=pq
 """

@@ -27,15 +27,24 @@ def _config(name, arg=""):
 
 
 def test_all_are_there():
-  known = {"pq", "rq", "rqvae", "qinco1", "qinco2_s", "qinco2_m", "qinco2_l"}
+  known = {
+    "pq",
+    "opq",
+    "rq",
+    "rqvae",
+    "qinco1",
+    "qinco2_s",
+    "qinco2_m",
+    "qinco2_l",
+  }
   assert known <= set(NAMES)
 
 
-# M and L differ from S in numbers alone; other tests train XS and S.
+# M and L differ from S in numbers alone; other tests train XS and S, and OPQ.
 _SLOW = [
   pytest.param(name, marks=pytest.mark.slow)
   if name in ("qinco2_m", "qinco2_l", "ivf_qinco2_s", "ivf_qinco2_m")
-  or name in ("qinco2_s", "qinco2_xs")
+  or name in ("qinco2_s", "qinco2_xs", "opq")
   else name
   for name in NAMES
 ]
@@ -89,6 +98,13 @@ def test_sizes_fit_the_model(name, arg):
 def test_unknown_arguments_are_refused(name):
   with pytest.raises(ValueError, match="Unknown argument 'sift'.*bigann1M"):
     _config(name, "sift")
+
+
+def test_opq_is_pq_with_a_rotation():
+  config = _config("opq", "smoke")
+  assert config.model.opq
+  config.model.opq = False
+  assert config.to_dict() == _config("pq", "smoke").to_dict()
 
 
 def test_the_published_setting():

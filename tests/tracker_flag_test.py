@@ -12,7 +12,7 @@ from vqjax import shipped
 def test_it_is_the_field_of_the_configuration():
   for name in shipped.config_names():
     config = importlib.import_module(f"configs.{name}").get_config("")
-    if name in ("pq", "rq"):
+    if name in ("pq", "opq", "rq"):
       with pytest.raises(
         ValueError, match="tensorboard needs a training with steps"
       ):

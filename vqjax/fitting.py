@@ -32,7 +32,6 @@ from vqjax.training import learners, loop, writers
 
 _GROUPS = ("model", "encode", "loss", "train", "init", "ivf", "data")
 _KEPT = ("model", "loss", "init", "train")  # With a codec.
-_SHORT = {"opq": ("pq", {"opq": True})}  # Names for a setting of another.
 
 
 @contextlib.contextmanager
@@ -141,9 +140,7 @@ def make_config(
   Raises:
     ValueError: There is no such configuration or setting.
   """
-  kind, _, argument = str(name).partition(":")
-  kind, settings = _SHORT.get(kind, (kind, {}))
-  config = shipped.read_config(kind + (f":{argument}" if argument else ""))
+  config = shipped.read_config(name)
   config.seed = seed
   if num_codes is not None:
     recipe = recipes.get(config.codec)
@@ -151,7 +148,7 @@ def make_config(
       config.model.num_codes = num_codes
     else:
       recipe.set_num_codes_fn(config, num_codes)
-  for setting, value in {**settings, **overrides}.items():
+  for setting, value in overrides.items():
     _override(config, setting, value)
   return config
 

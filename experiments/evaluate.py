@@ -121,6 +121,8 @@ def run(config) -> dict:
   _log_table(result)
   if search.truth is not None:
     search.truth.report_ties()
+  elif config.split == "base":
+    logging.info("For recall add --queries=FILE.")
   if config.output and devices.is_first():
     with files.atomic_output(config.output, overwrite=True) as file:
       pathlib.Path(file).write_text(json.dumps(result, indent=2) + "\n")

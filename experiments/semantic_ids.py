@@ -42,10 +42,16 @@ from vqjax.storage import folders, id_folder
 
 REQUIRED = ("codec", "data", "output")
 OPTIONS = {
-  "codec": cli.CODEC_OPTION,
-  "data": cli.DATA_OPTIONS["data"]._replace(help="Vectors of the items."),
+  "codec": cli.CODEC_OPTION._replace(
+    help=f"{cli.CODEC_OPTION.help} Not with --report."
+  ),
+  "data": cli.DATA_OPTIONS["data"]._replace(
+    help="Vectors of the items; --report runs without them."
+  ),
   "ids": cli.Option(str, None, f"{item_ids.FLAG_HELP} Row numbers if unset."),
-  "output": cli.Option(str, None, "Folder to write."),
+  "output": cli.Option(
+    str, None, "Folder to write; --report runs without one."
+  ),
   "resolve": cli.Option(
     str, "nearest", f"How ids are made unique: {', '.join(RESOLVERS)}."
   ),

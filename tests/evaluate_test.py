@@ -21,6 +21,21 @@ def _config(module, **values):
   return cli.get_config(module.OPTIONS, **values)
 
 
+def test_a_released_codec_by_error_and_with_queries_by_recall(caplog):
+  caplog.set_level("INFO", "absl")
+  golden = ROOT / "third_party" / "golden"
+  values = {"codec": golden / "qinco2_tiny.pt"}
+  values["data"] = f"{golden / 'qinco2_tiny.npz'}#x"
+  (row,) = evaluate.run(_config(evaluate, **values))["rows"]
+  assert (round(row["mse"], 3), row.get("1-recall@1")) == (176.963, None)
+  assert "For recall add --queries=FILE." in caplog.text
+  caplog.clear()
+  values["queries"] = values["data"]
+  (row,) = evaluate.run(_config(evaluate, **values))["rows"]
+  assert row["1-recall@1"] == 0.97
+  assert "For recall" not in caplog.text
+
+
 def test_evaluate_agrees_with_its_definition(run_dir, tmp_path, caplog, capfd):
   caplog.set_level("INFO", "absl")
   output = str(tmp_path / "out" / "figures.json")

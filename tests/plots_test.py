@@ -56,6 +56,14 @@ def test_labels_stay_in_the_frame_and_apart(drawn):
   assert axes.texts[0].get_text() == "1000000060"  # The best recall goes first.
 
 
+def test_ticks_are_plain_numbers(drawn):
+  points = [Point({"nprobe": i}, i / 10, 90_000 / 4**i) for i in range(6)]
+  (axes,) = drawn({"recall": {"ours": points}}).axes
+  texts = [tick.get_text() for tick in axes.get_yticklabels(which="both")]
+  assert {"100", "1,000", "10,000"} <= set(texts)
+  assert not any("$" in text for text in texts)
+
+
 def test_points_of_the_front_carry_the_knobs_that_vary(drawn):
   points = [
     Point({"nprobe": 1, "ratio": 1.5, "k": 10}, 0.2, 100.0),

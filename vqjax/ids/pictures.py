@@ -27,6 +27,7 @@ def draw(path, codes_NL, report: dict, *, before_NL=None) -> pathlib.Path:
   for axes in (left, middle, right):
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
+    plots.label_plainly(axes)
     axes.legend(fontsize=9)
   with atomic_output(path, overwrite=True) as temporary:
     figure.savefig(temporary, dpi=90, format="png")
@@ -70,7 +71,7 @@ def _draw_prefixes(axes, report) -> None:
   length = np.arange(1, len(after) + 1)
   share = lambda found, name: [100 * p[name] for p in found]
   if "neighbour_share" in after[0]:
-    before = report.get("before", {}).get("prefixes")
+    before = report.get("before", {}).get("prefixes", [])
     if before:
       axes.plot(
         length[: len(before)],
@@ -89,9 +90,15 @@ def _draw_prefixes(axes, report) -> None:
       color=_CHANCE,
       label="any two items",
     )
+    above = dict(zip(length, share(before, "neighbour_share"), strict=False))
     for x, y in zip(length, share(after, "neighbour_share"), strict=True):
       axes.annotate(
-        f"{y:.3g} %", (x, y), (5, 6), textcoords="offset points", fontsize=8
+        f"{y:.3g} %",
+        (x, y),
+        (5, -13 if above.get(x, y) > y else 6),  # On the free side.
+        textcoords="offset points",
+        fontsize=8,
+        color=_AFTER,
       )
     title = "Do neighbours begin alike?"
     ylabel = "% of the 10 nearest with the same prefix"
@@ -103,12 +110,15 @@ def _draw_prefixes(axes, report) -> None:
     axes.set_yscale("log")
     title, ylabel = "Prefixes in use", "different prefixes"
   axes.set_xticks(length)
-  axes.margins(x=0.12)
+  axes.margins(x=0.12, y=0.12)
   axes.set(title=title, xlabel="codes in the prefix", ylabel=ylabel)
 
 
 def _draw_codewords(axes, codes_NL, levels) -> None:
   """Share of the items that each codeword has, the most used first."""
+  # Thinner on top of wider: lines in the same place are all seen.
+  most = 1.5 + min(2 * (len(levels) - 1), 5)
+  widths = np.linspace(most, 1.5, len(levels))
   for i, (code_N, level) in enumerate(zip(codes_NL.T, levels, strict=True)):
     count_K = np.bincount(
       code_N[code_N >= 0].astype(np.int64), minlength=level["size"]
@@ -120,6 +130,7 @@ def _draw_codewords(axes, codes_NL, levels) -> None:
       100 * at[is_used],
       share_K[is_used],
       color=f"C{i + 2}",
+      linewidth=widths[i],
       label=f"level {i + 1}: {level['used']:,} of {level['size']:,} used, "
       f"perplexity {level['perplexity']:,.0f}",
     )

@@ -101,6 +101,7 @@ def finish(figure, wanted: list, *, legend_title: str = "") -> None:
   for axes in figure.axes:
     axes.grid(alpha=0.3, which="both")
     axes.margins(0.08)
+    label_plainly(axes)
     for line, name in zip(*axes.get_legend_handles_labels(), strict=True):
       handles.setdefault(name, line)
   (dot,) = figure.axes[0].plot(
@@ -117,6 +118,21 @@ def finish(figure, wanted: list, *, legend_title: str = "") -> None:
     title_fontsize=8,
   )
   _place_labels(figure, wanted)
+
+
+def label_plainly(axes) -> None:
+  """Writes 4,000 at the ticks of logarithmic axes, not a power of ten."""
+  from matplotlib import ticker
+
+  class Plain(ticker.LogFormatter):
+    def __call__(self, x, pos=None):
+      # The class knows for which ticks there is room.
+      return f"{x:,.10g}" if super().__call__(x, pos) else ""
+
+  for axis in (axes.xaxis, axes.yaxis):
+    if axis.get_scale() == "log":
+      axis.set_major_formatter(Plain())
+      axis.set_minor_formatter(Plain())
 
 
 def _place_labels(figure, wanted) -> None:

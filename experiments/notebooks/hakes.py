@@ -14,7 +14,12 @@ import importlib.util
 
 if importlib.util.find_spec("vqjax") is None:
   # %pip install -q "git+https://github.com/vqjax/vqjax"
-  pass
+  importlib.invalidate_caches()
+  if importlib.util.find_spec("vqjax") is None:
+    raise RuntimeError(
+      "pip could not install vqjax; what it says above tells why. Needed are "
+      "Python 3.11 or newer and a network."
+    )
 
 # %%
 import json

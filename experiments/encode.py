@@ -43,6 +43,7 @@ then ends with exit code 1. With --codec and --data it also compares those.
 """
 
 import functools
+import math
 import pathlib
 import shlex
 from collections.abc import Callable
@@ -315,7 +316,7 @@ def _after(config, codec, num_shards: int, num_vectors: int) -> str:
       "--output=index.faiss",
     ]
   elif not codec.is_ivf:
-    num_lists = index_build.default_lists(num_vectors)
+    num_lists = _num_lists(num_vectors)
     data += f" {flag('ids')}" if config.ids else ""
     commands.append(
       f"build_index {flag('codec')} {data} --num_lists={num_lists} "
@@ -324,6 +325,12 @@ def _after(config, codec, num_shards: int, num_vectors: int) -> str:
   if num_shards:
     commands.insert(0, f"encode --verify --output={output}")
   return "\n  ".join(f"vqjax {c}" for c in commands)
+
+
+def _num_lists(num_vectors: int) -> int:
+  """The power of two nearest to twice the square root; one of few vectors."""
+  power = round(math.log2(2 * math.sqrt(num_vectors)))
+  return min(1 << power, index_build.default_lists(num_vectors))
 
 
 def _remedy(folder, manifest, shards) -> str:

@@ -128,7 +128,7 @@ def run(config) -> dict:
       codec, vectors, ids_N, progress=True, **asked, **settings
     )
   if not id_folder.has_parquet():
-    logging.info("ids.parquet is left out: pip install vqjax[parquet].")
+    logging.info("ids.parquet is left out: pip install 'vqjax[parquet]'.")
   ids.save(config.output, overwrite=config.overwrite)
   _log(ids.report)
   logging.info(

@@ -357,11 +357,12 @@ def test_the_summary_names_the_next_commands(values, names, given, monkeypatch):
 def test_a_codec_without_lists_decodes_next_or_gets_lists():
   config = _config(codec="run", data="x.npy", output="my codes.npy")
   codec = types.SimpleNamespace(is_ivf=False)
-  assert encode._after(config, codec, 0, 10_000).splitlines() == [
+  assert encode._after(config, codec, 0, 50_000).splitlines() == [
     "vqjax decode --codec=run --codes='my codes.npy' --output=x.npy",
-    "  vqjax build_index --codec=run --data=x.npy --num_lists=256 "
+    "  vqjax build_index --codec=run --data=x.npy --num_lists=512 "
     "--output=my_index",
   ]
+  assert "--num_lists=1 " in encode._after(config, codec, 0, 2_000)
 
 
 @pytest.mark.slow

@@ -194,8 +194,8 @@ def test_what_lance_cannot_hold_is_refused(folder, tmp_path):
 
 def test_without_pylance_the_extra_is_named(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "lance", None)
-  with pytest.raises(ImportError, match=r"pip install vqjax\[lance\]"):
+  with pytest.raises(ImportError, match=r"pip install 'vqjax\[lance\]'"):
     _export(tmp_path, tmp_path / "out", codec=tmp_path / "pq")
   (tmp_path / "items.lance").mkdir()
-  with pytest.raises(ImportError, match=r"pip install vqjax\[lance\]"):
+  with pytest.raises(ImportError, match=r"pip install 'vqjax\[lance\]'"):
     formats.open_vectors(tmp_path / "items.lance")

@@ -65,7 +65,7 @@ def test_without_h5py(tmp_path, monkeypatch):
     return real(name, *args, **kwargs)
 
   monkeypatch.setattr(builtins, "__import__", no_h5py)
-  with pytest.raises(ImportError, match=r"pip install vqjax\[hdf5\]"):
+  with pytest.raises(ImportError, match=r"pip install 'vqjax\[hdf5\]'"):
     formats.open_vectors(tmp_path / "a.hdf5")
 
 

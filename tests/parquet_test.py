@@ -182,5 +182,5 @@ def test_without_pyarrow(tmp_path, monkeypatch):
     return real(name, *args, **kwargs)
 
   monkeypatch.setattr(builtins, "__import__", no_pyarrow)
-  with pytest.raises(ImportError, match=r"pip install vqjax\[parquet\]"):
+  with pytest.raises(ImportError, match=r"pip install 'vqjax\[parquet\]'"):
     formats.open_vectors(tmp_path / "a.parquet")

@@ -24,7 +24,7 @@ def _import_h5py():
   except ImportError as e:
     raise ImportError(
       "HDF5 files need h5py, which is not installed; run "
-      "pip install vqjax[hdf5]."
+      "pip install 'vqjax[hdf5]'."
     ) from e
   return h5py
 

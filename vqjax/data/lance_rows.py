@@ -21,7 +21,7 @@ def import_lance():
   except ImportError as e:
     raise ImportError(
       "Lance data sets need pylance, which is not installed; run "
-      "pip install vqjax[lance]."
+      "pip install 'vqjax[lance]'."
     ) from e
   return lance
 

@@ -32,7 +32,7 @@ def import_parquet():
   except ImportError as e:
     raise ImportError(
       "Parquet files need pyarrow, which is not installed; run "
-      "pip install vqjax[parquet]."
+      "pip install 'vqjax[parquet]'."
     ) from e
   return pyarrow
 

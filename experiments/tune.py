@@ -6,8 +6,8 @@ r"""Recommends a codec and a search for a file of vectors, by trying some.
 
 A sample of --data is drawn by --seed. pq, opq (8 and 4 bits a code), rq,
 qinco2_xs and qinco2_s of --bytes bytes are fitted to it, as far as --seconds
-allow: no codec is begun that would probably end later. Their error is that of
-vectors which were held out.
+allow: pq always, another only if it would probably end in time, as a fit of
+few vectors tells. Their error is that of vectors which were held out.
 
 With --recall, --memory or --latency two of them, the best with and without a
 network, are also searched in lists, with and without a rabitq refiner:
@@ -24,8 +24,8 @@ and finds fewer: the last of the commands that are printed measures it there.
 
 The folder --output gets config.py, for vqjax train, tune.json with all figures,
 and tune.md with the tables, what was chosen from them and why. If interrupted,
-run the same command again: what was tried is kept. Other limits, or more
---seconds, choose anew from what is there and try only what is missing.
+run the same command again: what was tried is kept. Other limits, --codecs or
+more --seconds try only what is missing and choose anew from all that is there.
 """
 
 import pathlib
@@ -38,6 +38,7 @@ import vqjax
 from experiments.lib import (
   cli,
   run_folder,
+  tune_budget,
   tune_choice,
   tune_codecs,
   tune_search,
@@ -69,10 +70,10 @@ OPTIONS = {
     int, 10_000, "Vectors to fit, and as many others to search, if there are."
   ),
   "seconds": cli.Option(
-    float, 120.0, "No codec is begun that would probably end later than this."
+    float, 120.0, "Of fitting; pq apart, none is begun that would end later."
   ),
   "codecs": cli.Option(
-    str, None, "Only these, as pq,rq,qinco2_xs; all if unset."
+    str, None, "Try only these, as pq,rq,qinco2_xs; all if unset."
   ),
   "seed": cli.Option(int, 0, "Of the sample and of all codecs."),
   "threads": cli.Option(
@@ -82,7 +83,6 @@ OPTIONS = {
 }
 _UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 _RECORD, _TABLES, _CONFIG = "tune.json", "tune.md", "config.py"
-_LEAST_SECONDS = 20.0  # Of a network: compiling it alone takes them.
 
 
 @cli.takes(OPTIONS)
@@ -103,18 +103,25 @@ def run(config) -> dict:
     record = _open_record(config, folder, vectors, queries)
     _check_own(folder, record)
     is_new = _try_all(config, asked, tried, folder, record, vectors, queries)
-    tables = _tables(asked, tried, record, len(vectors))
+    tables = _tables(config, asked, tried, record, len(vectors))
     logging.info("\n%s", "\n\n".join(tables))
     _write_tables(folder, tables)  # Even if nothing can be chosen.
-    _recommend(config, asked, tried, folder, record, len(vectors))
+    _recommend(config, asked, folder, record, len(vectors))
     _write_tables(folder, [*tables, record["said"], *record["commands"]])
   logging.info(
     "%s\n%s %s\nNext:\n  %s",
-    *(record["said"], "Written:" if is_new else "All was tried already:"),
+    *(record["said"], "Written:" if is_new else _nothing_new(tried, record)),
     ", ".join(str(folder / name) for name in (_CONFIG, _TABLES, _RECORD)),
     "\n  ".join(record["commands"]),
   )
   return record
+
+
+def _nothing_new(tried, record) -> str:
+  """Says why no codec was tried."""
+  if all(_is_tried(record, c.name) for c in tried):
+    return "All was tried already:"
+  return "Nothing new was tried; written:"
 
 
 def _asked(config) -> tune_choice.Asked:
@@ -222,10 +229,13 @@ def _check_own(folder, record) -> None:
 def _try_all(config, asked, tried, folder, record, vectors, queries) -> bool:
   """Tries the codecs and searches that the record lacks, if there are any."""
   waiting = [c for c in tried if not _is_tried(record, c.name)]
-  reason_of = lambda c: (
-    tune_codecs.misfit(c, vectors.shape[1]) or _too_long(config, c, record)
+  budget = tune_budget.Budget(config.seconds, tried, record)
+  reason_of = lambda c, sample=None: (
+    tune_codecs.misfit(c, vectors.shape[1])
+    or budget.too_long(c, sample, config.seed)
   )
-  if all(map(reason_of, waiting)) and not _unsearched(asked, tried, record):
+  if all(map(reason_of, waiting)) and not _unsearched(asked, record):
+    _leave_out(folder, record, waiting, reason_of)
     return False
   sample = tune_codecs.draw(
     vectors, queries, config.metric, config.sample, config.seed
@@ -233,14 +243,18 @@ def _try_all(config, asked, tried, folder, record, vectors, queries) -> bool:
   record["sample"] = tune_codecs.describe(sample, len(vectors))
   logging.info("%s", record["sample"])
   for candidate in waiting:
-    row = {"codec": candidate.name, "left_out": reason_of(candidate)}
-    if not row["left_out"]:
-      row = _try_codec(config, candidate, sample, folder)
-    rows = [r for r in record["codecs"] if r["codec"] != candidate.name]
-    record["codecs"] = [*rows, row]
+    if reason := reason_of(candidate, sample):
+      row = {"codec": candidate.name, "left_out": reason}
+    else:
+      about = budget.guess(candidate)
+      row = _try_codec(config, candidate, sample, folder, about)
+    _put(record, row)
     _save(folder, record)
     tune_codecs.say(row)
-  for name in _unsearched(asked, tried, record):
+  # More is spent by now than when they were left out.
+  late = [c for c in waiting if not _is_tried(record, c.name)]
+  _leave_out(folder, record, late, reason_of)
+  for name in _unsearched(asked, record):
     codec = vqjax.load(folder / "codecs" / name)
     is_single = asked.latency is not None
     found = tune_search.measure(name, codec, sample, config.seed, is_single)
@@ -250,45 +264,41 @@ def _try_all(config, asked, tried, folder, record, vectors, queries) -> bool:
   return True
 
 
+def _leave_out(folder, record, candidates, reason_of) -> None:
+  """Puts into the record why these were not tried."""
+  for candidate in candidates:
+    _put(record, {"codec": candidate.name, "left_out": reason_of(candidate)})
+  _save(folder, record)
+
+
+def _put(record, row: dict) -> None:
+  others = [r for r in record["codecs"] if r["codec"] != row["codec"]]
+  record["codecs"] = [*others, row]
+
+
 def _is_tried(record, name: str) -> bool:
   """Whether a codec was fitted; one that was left out may be by now."""
   return any(r["codec"] == name and "mse" in r for r in record["codecs"])
 
 
-def _too_long(config, candidate, record) -> str | None:
-  """Says so if a codec would probably end after --seconds."""
-  took = {r["codec"]: r["seconds"] for r in record["codecs"] if "mse" in r}
-  if candidate.like is None:
-    return None
-  spent = sum(took.values())
-  guess = candidate.times * took.get(candidate.like, 0)
-  if candidate.is_learned:
-    guess = max(guess, _LEAST_SECONDS)
-  if spent + guess <= config.seconds:
-    return None
-  return (
-    f"it would take about {guess:.0f} s more, with {spent:.0f} s spent; "
-    f"--seconds={1.2 * (spent + guess):.0f} tries it"
-  )
-
-
-def _try_codec(config, candidate, sample, folder) -> dict:
+def _try_codec(config, candidate, sample, folder, about) -> dict:
   """Fits, measures and saves a codec; returns its row."""
   logging.info("Trying %s.", candidate.name)
   began = time.monotonic()
-  codec = tune_codecs.fit(candidate, sample, config.seed)
+  codec = tune_codecs.fit(candidate, sample, config.seed, about)
   row = {"codec": candidate.name, **tune_codecs.measure(codec, sample)}
   codec.save(folder / "codecs" / candidate.name, overwrite=True)
   return {**row, "seconds": round(time.monotonic() - began, 1)}
 
 
-def _unsearched(asked, tried, record) -> list[str]:
+def _unsearched(asked, record) -> list[str]:
   """Codecs worth searching that were not searched, or not query by query."""
   if not asked.is_search:
     return []
-  rows = [r for r in _of(tried, record["codecs"]) if "mse" in r]
+  rows = [r for r in record["codecs"] if "mse" in r]
   rows.sort(key=lambda row: -row[f"knn_recall@{tune_codecs.K}"])
-  learned = [c.name for c in tried if c.is_learned]
+  everything = tune_codecs.candidates(record["header"]["bytes"])
+  learned = [c.name for c in everything if c.is_learned]
   wanted = [r["codec"] for r in rows if r["codec"] in learned][:1]
   wanted += [r["codec"] for r in rows if r["codec"] not in learned][:1]
   is_timed = lambda s: any("ms" in point for point in s["points"])
@@ -301,29 +311,33 @@ def _save(folder: pathlib.Path, record: dict) -> None:
   files.write_json(folder / _RECORD, record, overwrite=True)
 
 
-def _tables(asked, tried, record, num: int) -> list[str]:
-  """The tables of the codecs that were asked for, and of their searches."""
-  codecs = _of(tried, record["codecs"])
-  tables = [record.get("sample", ""), tune_codecs.report(codecs)]
+def _tables(config, asked, tried, record, num: int) -> list[str]:
+  """The tables of all codecs that were tried, and of their searches."""
+  names = [candidate.name for candidate in tried]
+  rows = [r for r in record["codecs"] if "mse" in r or r["codec"] in names]
+  tables = [record.get("sample", ""), tune_codecs.report(rows)]
+  budget = tune_budget.Budget(config.seconds, tried, record)
+  if passed := budget.passed():
+    tables[1] += f"\n{passed}"
   if asked.is_search:
-    tables.append(tune_search.report(_of(tried, record["searches"]), num))
+    tables.append(tune_search.report(record["searches"], num))
   return tables
 
 
-def _of(tried, rows: list[dict]) -> list[dict]:
-  """Those of the rows that are of codecs of --codecs."""
-  names = [candidate.name for candidate in tried]
-  return [row for row in rows if row["codec"] in names]
-
-
-def _recommend(config, asked, tried, folder, record, num: int) -> None:
+def _recommend(config, asked, folder, record, num: int) -> None:
   """Chooses, writes config.py, and puts the choice into the record."""
+  if not any("mse" in row for row in record["codecs"]):
+    raise ValueError(
+      "Nothing was tried, so there is nothing to choose from: "
+      + "; ".join(f"{r['codec']}: {r['left_out']}" for r in record["codecs"])
+      + "."
+    )
   if asked.is_search:
-    searches = _of(tried, record["searches"])
-    choice = tune_choice.of_searches(searches, asked, num)
+    choice = tune_choice.of_searches(record["searches"], asked, num)
   else:
-    choice = tune_choice.of_codecs(_of(tried, record["codecs"]))
-  (candidate,) = [c for c in tried if c.name == choice.codec]
+    choice = tune_choice.of_codecs(record["codecs"])
+  everything = tune_codecs.candidates(config.bytes)
+  (candidate,) = [c for c in everything if c.name == choice.codec]
   text = tune_choice.config_text(config, candidate, num)
   with files.atomic_output(folder / _CONFIG, overwrite=True) as temporary:
     temporary.write_text(text, encoding="utf-8")

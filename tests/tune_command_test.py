@@ -3,12 +3,13 @@
 import importlib
 import json
 import shlex
+import shutil
 
 import numpy as np
 import pytest
 
 from experiments import tune
-from experiments.lib import tune_choice, tune_codecs, tune_search
+from experiments.lib import tune_budget, tune_choice, tune_codecs, tune_search
 from experiments.lib.tune_choice import Asked
 from vqjax import shipped
 
@@ -153,16 +154,81 @@ def test_samples_are_apart_if_they_can_be(size, has_queries, monkeypatch):
   assert rows(other.xt_ND) != fit
 
 
-def test_a_codec_that_would_take_too_long_is_left_out():
+def _budget(seconds, names, rows, **guesses):
   by_name = {c.name: c for c in tune_codecs.candidates(8)}
-  record = {"codecs": [{"codec": "rq", "mse": 1.0, "seconds": 10.0}]}
-  config = lambda seconds: type("Config", (), {"seconds": seconds})
-  said = tune._too_long(config(34), by_name["qinco2_xs"], record)
-  assert said == (
-    "it would take about 25 s more, with 10 s spent; --seconds=42 tries it"
+  record = {"header": {"bytes": 8}, "codecs": rows, "guesses": guesses}
+  budget = tune_budget.Budget(seconds, [by_name[n] for n in names], record)
+  return budget, lambda name: budget.too_long(by_name[name])
+
+
+_PQ = {"codec": "pq", "mse": 1.0, "seconds": 27.0}
+_RQ = {"codec": "rq", "mse": 1.0, "seconds": 528.0}
+
+
+def test_a_codec_that_would_take_too_long_is_left_out():
+  budget, said = _budget(120, ["pq", "rq"], [_PQ], rq=500.2)
+  assert said("rq") == (
+    "it would take about 501 s more, with 27 s spent; --seconds=528 tries it"
   )
-  assert tune._too_long(config(35), by_name["qinco2_xs"], record) is None
-  assert tune._too_long(config(0), by_name["rq"], record) is None
+  assert said("pq") is None
+  assert not budget.passed()
+  assert _budget(528, ["pq", "rq"], [_PQ], rq=500.2)[1]("rq") is None
+  assert _budget(120, ["pq"], [_PQ])[1]("rq") is None  # Not measured yet.
+
+
+@pytest.mark.parametrize("rq", [0.1, 500.0])
+def test_a_greater_network_never_seems_to_take_less(rq):
+  by_name = {c.name: c for c in tune_codecs.candidates(8)}
+  for rows in ([_PQ], [_PQ, {**_RQ, "seconds": rq}]):
+    budget, _ = _budget(120, list(by_name), rows, rq=rq)
+    xs, s = (budget.guess(by_name[f"qinco2_{n}"]) for n in ("xs", "s"))
+    assert xs >= 20
+    assert s == 3 * xs
+
+
+def test_only_codecs_that_were_asked_for_count():
+  budget, said = _budget(120, ["pq", "pq_4bit"], [_PQ, _RQ], pq_4bit=9.0)
+  assert budget.spent == 27
+  assert said("pq_4bit") is None
+  passed = _budget(120, ["pq", "rq"], [_PQ, _RQ])[0].passed()
+  assert passed == "Fitting took 555 s, more than --seconds=120."
+
+
+def test_what_is_too_long_is_not_begun_and_the_choice_stays(
+  made, tmp_path, monkeypatch, caplog
+):
+  caplog.set_level("INFO", logger="absl")
+  shutil.copytree(made / "out", tmp_path / "out")
+  monkeypatch.setattr(tune_codecs, "fit", None)
+  monkeypatch.setattr(tune_codecs, "seconds_of", lambda *_: 500.0)
+  out = {"output": tmp_path / "out", "recall": None}
+  run = lambda codecs: _run(made, codecs=codecs, **out)
+  choice = run("pq,pq_4bit")["choice"]
+  assert run("rq,qinco2_s")["choice"] == choice
+  text = (tmp_path / "out/tune.md").read_text()
+  assert "rq was not tried: it would take about 500 s more, with 0 s" in text
+  assert "qinco2_s was not tried: it would take about 3750 s" in text
+  assert "\npq " in text  # It was tried for another command.
+  run("rq,qinco2_s")
+  assert "Nothing new was tried; written:" in caplog.text
+  caplog.clear()
+  other = "pq" if choice["codec"] == "pq_4bit" else "pq_4bit"
+  assert run(other)["choice"] == choice
+  assert "All was tried already:" in caplog.text
+  assert "was not tried" not in caplog.text
+  with pytest.raises(
+    ValueError, match="Nothing was tried.*--seconds=500 tries"
+  ):
+    _run(made, output=tmp_path / "new", codecs="rq")
+
+
+def test_the_caption_says_that_recall_is_lower_in_the_whole_file():
+  x_ND = _normal(0, 400, 2)
+  sample = tune_codecs.draw(x_ND, None, "l2", 100, 0)
+  said = tune_codecs.describe(sample, 400)
+  assert "a search in 100: in all 400 it is lower" in said
+  whole = tune_codecs.draw(x_ND[:100], x_ND[:5], "l2", 100, 0)
+  assert "in all" not in tune_codecs.describe(whole, 100)
 
 
 def _series(codec, *points, refiner=None, each=1000):

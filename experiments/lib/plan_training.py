@@ -6,7 +6,7 @@ import tempfile
 import jax
 import numpy as np
 
-from experiments.lib import plan
+from experiments.lib import cli, fit_time, plan
 from vqjax import devices, fitting
 from vqjax.codec import Codec
 from vqjax.data import batches
@@ -90,28 +90,19 @@ def _steps(job, state, num_rows: int, lengths):
 
 
 def _closed(config, xt_ND, this):
-  params = []
-
-  def fit(num):
-    config.init.max_vectors = num
-    params.append(fitting.fit_closed(config, xt_ND, this.num_rows))
-
-  total = min(this.num_rows, config.init.max_vectors)
-  most = config.init.max_vectors
-  least = max(8192, 2 * config.model.codebook_size)
-  found = [plan.scaled("fit", fit, total, least)]
-  config.init.max_vectors = most
-  codec = Codec(config.codec, params[-1], {"encode": config.encode.to_dict()})
+  seconds, params = fit_time.estimate(config, xt_ND, this.num_rows)
+  codec = Codec(config.codec, params, {"encode": config.encode.to_dict()})
   num_held_out = this.held_out.stop - this.held_out.start
 
   def validations():
-    for start in range(this.held_out.start, this.held_out.stop, 4096):
-      stop = min(start + 4096, this.held_out.stop)
+    for start in range(this.held_out.start, this.held_out.stop, _VALIDATED):
+      stop = min(start + _VALIDATED, this.held_out.stop)
       fitting.held_out_mse(codec, xt_ND, slice(start, stop))
       yield stop - start
 
-  found.append(plan.measure("validate", validations(), num_held_out))
-  return found, params[-1], _num_bytes(params[-1])
+  with cli.elapsed("measure validation"):
+    validated = plan.measure("validate", validations(), num_held_out)
+  return [plan.Stage("fit", seconds), validated], params, _num_bytes(params)
 
 
 def _num_bytes(tree) -> int:

@@ -7,8 +7,8 @@ import numpy as np
 from absl import logging
 
 import vqjax
-from experiments.lib import cli
-from vqjax import evaluation, quality
+from experiments.lib import cli, fit_time
+from vqjax import evaluation, fitting, quality
 from vqjax.data import batches, unit
 from vqjax.interop import faiss_io
 
@@ -24,8 +24,8 @@ class Candidate(NamedTuple):
   name: str
   config: str  # As `vqjax.fit` names it.
   model: dict  # Settings of `config.model`.
-  like: str | None = None  # Takes `times` as long as this one,
-  times: float = 0.0  # at a guess.
+  like: str | None = None  # Takes `times` as long as this one, at a guess;
+  times: float = 0.0  # without one it is measured.
 
   @property
   def is_learned(self) -> bool:
@@ -37,11 +37,13 @@ _EPOCHS = (
   20  # Of networks, while tuning; each of as many vectors as others fit.
 )
 _EARLY_STOP = 4
+_SMALL_PRODUCTS = 1e9  # Of a fit that takes a second on any machine.
+_MEASURING = 1.2  # With encoding of the sample.
 _MOST_BYTES = 4e8  # Of the vectors that networks are drawn from.
 
 
 def candidates(num_bytes: int) -> list[Candidate]:
-  """Returns all codecs of so many bytes; others are timed by the first."""
+  """Returns all codecs of so many bytes, in the order that they are tried."""
   of = lambda codes, size: {"num_codes": codes, "codebook_size": size}
   byte, half = of(num_bytes, 256), of(2 * num_bytes, 16)
   steps = {"num_steps": num_bytes}
@@ -49,9 +51,9 @@ def candidates(num_bytes: int) -> list[Candidate]:
     Candidate("pq", "pq", byte),
     Candidate("rq", "rq", byte),
     Candidate("qinco2_xs", "qinco2_xs", steps, "rq", 2.5),
-    Candidate("opq_4bit", "opq", half, "pq", 3),
-    Candidate("pq_4bit", "pq", half, "pq", 1),
-    Candidate("opq", "opq", byte, "pq", 8),
+    Candidate("opq_4bit", "opq", half),
+    Candidate("pq_4bit", "pq", half),
+    Candidate("opq", "opq", byte),
     Candidate("qinco2_s", "qinco2_s", steps, "qinco2_xs", 3),
   ]
 
@@ -114,14 +116,52 @@ def describe(sample: Sample, num_vectors: int) -> str:
   return (
     f"Of {num_vectors:,} vectors {num:,} are fitted (by networks {most:,}), "
     f"{searched}, by {len(sample.truth.xq_QD)} queries."
+    f"{_lower(sample, num_vectors)}"
   )
 
 
-def fit(candidate: Candidate, sample: Sample, seed: int) -> vqjax.Codec:
-  """Fits a candidate; networks by a short schedule, and with a small beam."""
-  values = {"data": {"metric": sample.metric}, "model": candidate.model}
+def _lower(sample: Sample, num_vectors: int) -> str:
+  num = len(sample.xb_ND)
+  if num >= num_vectors:
+    return ""
+  return (
+    f" Recall is that of a search in {num:,}: in all {num_vectors:,} it is "
+    "lower, because more vectors lie near."
+  )
+
+
+def _values(candidate: Candidate, sample: Sample) -> dict:
+  return {"data": {"metric": sample.metric}, "model": candidate.model}
+
+
+def seconds_of(candidate: Candidate, sample: Sample, seed: int) -> float:
+  """Estimates the seconds of `fit` and `measure` without a network."""
+  x_ND = sample.xt_ND
+  config = fitting.make_config(
+    candidate.config, seed=seed, **_values(candidate, sample)
+  )
+  num_rows, _ = batches.split(len(x_ND), config.data.validation_size)
+  words, times = config.model.codebook_size, 2 * config.init.num_iterations
+  if candidate.config == "rq":
+    times *= config.model.num_codes * config.model.beam_size
+  products = num_rows * x_ND.shape[1] * words * times
+  if products <= _SMALL_PRODUCTS:
+    return products / _SMALL_PRODUCTS
+  found = fit_time.estimate(config, x_ND, num_rows)
+  return _MEASURING * found.seconds
+
+
+def fit(
+  candidate: Candidate, sample: Sample, seed: int, about: float | None = None
+) -> vqjax.Codec:
+  """Fits a candidate; networks by a short schedule, and with a small beam.
+
+  The progress line says that it takes `about` so many seconds.
+  """
+  values = _values(candidate, sample)
   if not candidate.is_learned:
-    with cli.elapsed(f"fit {candidate.name}"):
+    size = f" (about {about:.0f} s)" if about and about > 5 else ""
+    with cli.elapsed(f"fit {candidate.name}{size}"):
       return vqjax.fit(sample.xt_ND, candidate.config, seed=seed, **values)
   num = len(sample.xt_ND)
   if sample.is_apart:  # Their error is that of the others.

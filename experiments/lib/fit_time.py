@@ -15,6 +15,7 @@ from vqjax import fitting
 _FEW = 800  # Vectors of the first fit: one block with a beam of 5.
 _WISH = 1.0  # Seconds of the second fit.
 _MOST = 64  # Times as many vectors as in the first.
+_COMPILING = 10.0  # Seconds of RQ at a size that was not compiled before.
 _OPQ_ITERATIONS, _OPQ_VECTORS = 50, 65_536  # Those of `faiss_io.train_opq`.
 
 
@@ -55,9 +56,9 @@ def estimate(config, xt_ND, num_rows: int) -> Estimate:
     if config.codec == "rq":  # To compile a second size takes too long.
       few = min(few, total)
       seconds = times * warm(few) * total / few
+      seconds += max(compiling[-1], _COMPILING)
     else:
-      seconds = by_line(warm, few, total)
-    seconds += compiling[-1]
+      seconds = by_line(warm, few, total) + compiling[-1]
     if config.model.get("opq", False):
       seconds += _opq_seconds(config, xt_ND.shape[1], total)
   params = made[-1]

@@ -155,7 +155,8 @@ def test_every_name_has_next_commands_with_flags_that_exist(tmp_path):
     for command in downloading.next_commands(each, tmp_path):
       name, *flags = command.split()[1:]
       known = (commands.ROOT / f"experiments/{name}.py").read_text()
-      known += (commands.ROOT / "experiments/lib/cli.py").read_text()
+      for name in ("cli", "engine"):
+        known += (commands.ROOT / f"experiments/lib/{name}.py").read_text()
       for flag in flags:
         if flag.startswith("--") and not flag.startswith("--config"):
           assert f'"{flag[2:].partition("=")[0]}"' in known

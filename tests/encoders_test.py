@@ -91,6 +91,7 @@ def test_a_stored_ranker_is_the_one_that_encodes(tmp_path):
   assert {"num_ranked", "num_joint_candidates", "beam_size"} <= set(asked)
 
 
+@pytest.mark.slow
 def test_lists_found_by_a_graph_and_fewer_steps():
   params = _params(is_plain=True, num_lists=20)
   codec = _codec(params, encode=dict(KNOBS))

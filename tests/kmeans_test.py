@@ -208,7 +208,7 @@ def test_rising_dimensions_are_stages_of_kmeans():
     KEY,
     jnp.asarray(x_ND, jnp.float32),
     6,
-    num_iterations=8,
+    num_iterations=4,
     weights_N=jnp.asarray(weights_N, jnp.float32),
   )
   want_KD = words @ axes_DD[:, ::-1].T + mean_D

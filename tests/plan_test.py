@@ -155,6 +155,7 @@ def test_what_training_writes_is_about_what_was_said(tmp_path):
   assert train.run(config, tmp_path / "a", plan=True) == made
 
 
+@pytest.mark.slow
 def test_ivf_pipeline(tmp_path):
   run = lambda: ivf_pipeline.run(
     "ivf_qinco2_xs:smoke", tmp_path / "a", plan=True

@@ -162,6 +162,7 @@ def test_init_is_residual_quantisation(network_dim):
     z_ND,
     num_codes=3,
     codebook_size=8,
+    is_rising=False,
   )
   codes_NM = rq.encode(quantiser, z_ND, beam_size=4)
   want_ND = rq.decode(quantiser, codes_NM) * params.std + params.mean_D[None]

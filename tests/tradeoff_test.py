@@ -16,7 +16,7 @@ from vqjax.codec import Codec
 from vqjax.codecs import qinco
 from vqjax.codecs.rule import SearchRule
 from vqjax.data import datasets, formats
-from vqjax.interop import faiss_ivf
+from vqjax.interop import faiss_lists
 from vqjax.storage import codec_file
 
 PUBLISHED = dict(num_candidates=10, beam_size=8)
@@ -42,9 +42,9 @@ def _vectors(num=320):
 def test_an_encoder_makes_one_graph_of_the_centroids(
   assign, num_graphs, monkeypatch
 ):
-  made, make_coarse = [], faiss_ivf.make_coarse
+  made, make_coarse = [], faiss_lists.make_coarse
   monkeypatch.setattr(
-    faiss_ivf,
+    faiss_lists,
     "make_coarse",
     lambda *args, **knobs: made.append(args) or make_coarse(*args, **knobs),
   )

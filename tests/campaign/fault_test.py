@@ -85,6 +85,7 @@ def test_signals(inputs, tmp_path, step):
   table.check()
 
 
+@pytest.mark.slow
 def test_signals_at_work(inputs, tmp_path, monkeypatch):
   table = outcomes.Table("Ctrl-C at work", attacks.COLUMNS)
   update = tqdm.tqdm.update

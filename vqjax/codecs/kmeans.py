@@ -70,7 +70,7 @@ def fit_rising(
   """Codewords `[K, D]` by k-means in more and more principal dimensions.
 
   The codewords of one stage, with zeros for the dimensions that are added, are
-  the start of the next; the last has all. Each of the `NUM_STAGES` has half of
+  the start of the next; the last has all. Each of the `NUM_STAGES` has
   `num_iterations`. If D is large and vectors are few, as the residuals of text
   embeddings, the codewords are nearer to vectors that were not seen than those
   of `fit`. Takes what `fit_report` takes.
@@ -90,7 +90,7 @@ def fit_rising(
       key,
       turned_ND[:, :size],
       num_codewords,
-      num_iterations=-(-num_iterations // 2),
+      num_iterations=num_iterations,
       weights_N=weights_N,
       start_KD=words,
       **knobs,

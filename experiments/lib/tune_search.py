@@ -127,7 +127,13 @@ def report(all_series: list[dict], num_vectors: int) -> str:
   recall = f"knn_recall@{K}"
   has_ms = any("ms" in p for s in all_series for p in s["points"])
   header = ["front of", "lists", "nprobe", "refined", "network"]
-  header += [recall, "1-recall@1", "us", *(["ms alone"] * has_ms), "MB for all"]
+  header += [
+    recall,
+    "1-recall@1",
+    "us",
+    *(["ms alone"] * has_ms),
+    "MB shared by all",
+  ]
   cells = []
   for series in all_series:
     memory = bytes_of_all(series["memory"], series["num_lists"], num_vectors)

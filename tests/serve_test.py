@@ -120,7 +120,11 @@ def test_shards_find_what_the_whole_finds(folders, x_ND):
   merged, merged_ids = shards.search(x_ND[:20], settings)
   # The norms of each shard are rounded on their own.
   np.testing.assert_allclose(merged, distances, rtol=1e-4, atol=1e-4)
-  assert np.mean(merged_ids == ids) > 0.95
+  # Those of equal codes are as near as each other.
+  for row, last in enumerate(distances[:, -1]):
+    surely = set(ids[row, distances[row] < last - 1e-3])
+    assert surely <= set(merged_ids[row])
+  assert np.mean(merged_ids == ids) > 0.8
 
 
 def test_shards_that_do_not_fit_together(folders, monkeypatch):

@@ -3,7 +3,7 @@
   vqjax train --config=qinco2_s
 
 trains on the bundled SIFT sample in 8 to 24 minutes on two cores, to an MSE of
-1.271e4 and a 1-recall@1 of .524 (2026-11-21, docs/results.md). `:bigann1M` has
+1.256e4 and a 1-recall@1 of .538 (2026-11-30, docs/results.md). `:bigann1M` has
 the paper's sizes and schedule.
 """
 

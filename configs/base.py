@@ -157,7 +157,7 @@ def _published() -> config_dict.ConfigDict:
       checkpoint_minutes=10.0,  # And at the end of every epoch.
       keep_checkpoints=2,  # Latest ones, in addition to the best.
       tracker="none",  # Or "tensorboard", "wandb", "trackio".
-      start=config_dict.placeholder(str),  # Codec to go on from.
+      start=config_dict.placeholder(str),  # Codec to start from.
     ),
   )
 

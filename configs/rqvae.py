@@ -79,7 +79,7 @@ def get_config(arg: str = ""):
       keep_checkpoints=2,  # Latest ones, besides the best of each figure.
       save_limit=0,  # Checkpoints kept of the latest validations.
       tracker="none",  # Or "tensorboard", "wandb", "trackio".
-      start=config_dict.placeholder(str),  # Codec to go on from.
+      start=config_dict.placeholder(str),  # Codec to start from.
     ),
   )
   config.data = base.make_data(arg, "sample_text")

@@ -36,7 +36,9 @@ OPTIONS = {
   "queries": cli.Option(str, None, "Queries, of the same dimension."),
   "k": cli.Option(int, 100, "Neighbours of a query."),
   "metric": cli.Option(str, "l2", "l2, ip or cosine."),
-  "num_vectors": cli.Option(int, None, "Only the first of --data, so many."),
+  "num_vectors": cli.Option(
+    int, None, "Use only this many of --data, the first."
+  ),
   "output": cli.Option(str, None, "File to write: .npy, .ivecs or .ibin."),
   **engine.SHARD_OPTIONS,
   **engine.OPTIONS,

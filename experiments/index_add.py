@@ -10,10 +10,10 @@ and the index know: their squared error, and how they use lists and codewords.
 
   vqjax index_add --index=my_index --refresh --data=all.npy [--train=learn.npy]
 
---refresh trains the codec of the index on (PQ and RQ are fitted anew), encodes
---data, all vectors that the index is to have, and builds it with as many lists.
-Put the new vectors last: the last ones choose the best checkpoint.
-Run again after a stop it goes on.
+--refresh trains the codec of the index further (PQ and RQ are fitted again),
+encodes --data, all vectors that the index is to have, and builds it with as
+many lists. Put the new vectors last: the last ones choose the best checkpoint.
+The same command resumes after a stop.
 
 The new index is written beside the old one, as FOLDER/generation-00002, and the
 manifest is replaced at the end: a search finds the old index or the new one,
@@ -25,7 +25,6 @@ import shlex
 
 from absl import logging
 
-import vqjax
 from experiments.lib import cli, inputs, refresh, run_folder
 from vqjax.core import check_range
 from vqjax.data import files, item_ids
@@ -47,7 +46,7 @@ OPTIONS = {
     "validation that is stored with the codec.",
   ),
   "refresh": cli.Option(
-    bool, False, "Train on, and make the index of --data anew."
+    bool, False, "Train the codec further, and build the index of --data again."
   ),
   "train": cli.Option(
     str, None, "Vectors that --refresh trains on; --data if unset."
@@ -88,14 +87,7 @@ def run(config) -> dict:
 
 def _add(config, folder) -> dict:
   """`run`, with the folder locked."""
-  info = index_folder.read_manifest(folder)[1]
-  index = vqjax.load_index(folder)
-  vectors = index.open_vectors(config.data)
-  ids_N = inputs.item_ids_of(config, len(vectors))
-  added = {
-    "data": {"num_vectors": len(vectors), **files.identify(vectors)},
-    **item_ids.describe(ids_N),
-  }
+  info, index, vectors, ids_N, added = refresh.open_both(config, folder)
   if added in info.get("added", []) and not config.report:
     logging.info("%s has these vectors already.", config.index)
     return {"num_vectors": len(index), "is_there": True}

@@ -45,7 +45,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from experiments.lib import cli, minibatch_start, plan
+from experiments.lib import cli, minibatch_start, plan, two_level_start
 from vqjax import __version__, devices
 from vqjax.codecs import kmeans
 from vqjax.core import check_range
@@ -97,8 +97,6 @@ OPTIONS = {
 _MAX_CENTROIDS = 1 << 20
 _ITERATIONS, _ITERATIONS_AFTER_STEPS = 20, 1
 _AT_ONCE = 8  # Coarse clusters whose centroids a plan fits.
-_START_ITERATIONS = 10  # On either level of the start.
-_START_VECTORS = 256  # For each centroid of a k-means of the start, at most.
 _BLOCK_DISTANCES = 1 << 33  # Between signs of progress.
 
 
@@ -187,7 +185,9 @@ def plan_stages(
     with faiss_io.thread_pool() as pool:
       while True:
         at = [np.sort(rng.choice(num, size, False)) for _ in range(_AT_ONCE)]
-        fit_fn = functools.partial(_fit_group, vectors, 0, num_codewords=each)
+        fit_fn = functools.partial(
+          two_level_start.fit_group, vectors, 0, num_codewords=each
+        )
         yield len(list(pool.map(fit_fn, at)))
 
   steps = _passes(vectors, words_KD)
@@ -387,7 +387,8 @@ def _start(config, vectors, checkpoint, meta, kept) -> State:
   """Centroids to begin the iterations with."""
   args = vectors, config.num_centroids, config.seed
   if not config.minibatch:
-    start_fn = _start_in_two if config.start == "two-level" else _start_random
+    is_random = config.start == "random"
+    start_fn = _start_random if is_random else two_level_start.run
     return State(start_fn(*args), ())
   save_fn = functools.partial(_save_arrays, checkpoint, meta=meta)
   try:
@@ -403,80 +404,6 @@ def _start(config, vectors, checkpoint, meta, kept) -> State:
 
 def _start_random(vectors, num_codewords: int, seed: int) -> np.ndarray:
   return batches.subsample(vectors, num_codewords, seed)
-
-
-def _start_in_two(vectors, num_codewords: int, seed: int) -> np.ndarray:
-  """Coarse clusters, then in each of them a share of the codewords.
-
-  Every process assigns its share of the vectors, and fits its share of the
-  clusters.
-  """
-  num_groups = round(num_codewords**0.5)
-  sample_ND = batches.subsample(vectors, _START_VECTORS * num_groups, seed)
-  coarse_KD = faiss_io.fit_kmeans(
-    sample_ND, num_groups, num_iterations=_START_ITERATIONS, seed=seed
-  )
-  coarse_KD = devices.gather(coarse_KD)[0]
-  assign_fn = kmeans.make_assign_fn(coarse_KD)
-  own = devices.process_rows(len(vectors))
-  with cli.progress(len(own), "coarse clusters") as done:
-    blocks = batches.map_blocks(
-      lambda x_ND: assign_fn(x_ND)[0],
-      vectors,
-      block_size=65536,
-      rows=own,
-      progress=done,
-    )
-    group_N = np.concatenate([group_N for _, group_N in blocks])
-  group_N = devices.gather_rows(group_N, len(vectors))
-  sizes = np.bincount(group_N, minlength=num_groups)
-  groups = np.split(np.argsort(group_N, kind="stable"), np.cumsum(sizes)[:-1])
-  num_each = shares(sizes, num_codewords)
-  ends = np.cumsum(num_each)
-  mine = devices.process_rows(num_groups)
-  own = slice(mine.start, mine.stop)
-  fit_fn = functools.partial(_fit_group, vectors, seed)
-  words_KD = np.zeros((num_codewords, vectors.shape[1]), np.float32)
-  with (
-    progress_bar(int(num_each[own].sum()), "start", unit="centroid") as bar,
-    faiss_io.thread_pool() as pool,
-  ):
-    try:
-      found = pool.map(fit_fn, groups[own], num_each[own])
-      for end, some_KD in zip(ends[own], found, strict=True):
-        words_KD[end - len(some_KD) : end] = some_KD
-        bar.update(len(some_KD))
-    except BaseException:
-      pool.shutdown(cancel_futures=True)
-      raise
-  return devices.sum_over_processes(words_KD)  # Zero in all but one.
-
-
-def _fit_group(vectors, seed: int, rows, num_codewords: int) -> np.ndarray:
-  """Codewords of one coarse cluster, from a limited number of its rows."""
-  if not num_codewords:
-    return np.empty((0, vectors.shape[1]), np.float32)
-  most = min(len(rows), _START_VECTORS * num_codewords)
-  rng = np.random.default_rng([seed, rows[0]])
-  rows = np.sort(rng.choice(rows, most, replace=False))
-  return faiss_io.fit_kmeans(
-    batches.read_rows(vectors, rows),
-    int(num_codewords),
-    num_iterations=_START_ITERATIONS,
-    seed=seed,
-  )
-
-
-def shares(sizes, total: int) -> np.ndarray:
-  """Splits `total` in proportion to `sizes`, none above its size.
-
-  By largest remainders, ties to the lower position.
-  """
-  num = sizes.sum()
-  share, remainder = np.divmod(total * sizes, num)
-  order = np.argsort(-remainder, kind="stable")
-  share[order[: total - share.sum()]] += 1
-  return share
 
 
 def _record(config, meta, state: State, last, seconds: float) -> dict:

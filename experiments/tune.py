@@ -25,7 +25,7 @@ and finds fewer: the last of the commands that are printed measures it there.
 The folder --output gets config.py, for vqjax train, tune.json with all figures,
 and tune.md with the tables, what was chosen from them and why. If interrupted,
 run the same command again: what was tried is kept. Other limits, --codecs or
-more --seconds try only what is missing and choose anew from all that is there.
+more --seconds try only what is missing and choose again from all that is there.
 """
 
 import pathlib

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import ivf_centroids
-from experiments.lib import cli
+from experiments.lib import cli, two_level_start
 from tests import oracles
 from vqjax.codecs import kmeans, minibatch_training
 from vqjax.fast_ivf import MiniBatchKMeans
@@ -77,7 +77,7 @@ def test_a_pass_over_many_rows_sums_in_float64():
 @pytest.mark.parametrize("total", [1, 7, 40, 99, 100])
 def test_shares_are_in_proportion(total):
   sizes = np.array([50, 0, 1, 30, 19])
-  got = ivf_centroids.shares(sizes, total)
+  got = two_level_start.shares(sizes, total)
   assert got.sum() == total
   assert (got <= sizes).all()
   assert (np.abs(got - total * sizes / 100) < 1).all()

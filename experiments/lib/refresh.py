@@ -1,7 +1,7 @@
-"""`vqjax index_add --refresh`: a codec that goes on, and all codes anew.
+"""`vqjax index_add --refresh`: trains the codec further, makes all codes again.
 
 The run of the training and the shards of codes lie in the folder of the index,
-in refresh-CHECKSUM, until the new generation counts: a stopped command goes on.
+in refresh-CHECKSUM, until the new generation counts: a stopped command resumes.
 """
 
 import hashlib
@@ -9,7 +9,9 @@ import json
 import math
 import pathlib
 import shutil
+from typing import Any, NamedTuple
 
+import numpy as np
 from absl import logging
 
 import vqjax
@@ -22,22 +24,39 @@ from vqjax.search import residual_bits
 from vqjax.storage import index_folder
 
 _CONFIGS = {"pq": "pq", "rq": "rq", "rqvae": "rqvae", "qinco": "qinco2_s"}
-_PART = 2  # Of the epochs of a training from the start: one in so many.
+_PART = 2  # An epoch for each two of a training from the start.
 _SHARD_ROWS = 100_000
 
 
-def run(config, folder: pathlib.Path) -> dict:
-  """Makes the new generation; returns the errors before and after."""
+class Opened(NamedTuple):
+  """An index folder, and the vectors of --data with their ids."""
+
+  info: dict
+  index: vqjax.Index
+  vectors: Any
+  ids_N: np.ndarray | None
+  made_of: dict  # What tells these vectors and ids from others.
+
+
+def open_both(config, folder: pathlib.Path) -> Opened:
+  """Opens the index and what is to go into it."""
   info = index_folder.read_manifest(folder)[1]
   index = vqjax.load_index(folder)
   vectors = index.open_vectors(config.data)
   ids_N = inputs.item_ids_of(config, len(vectors))
+  data = {"num_vectors": len(vectors), **files.identify(vectors)}
+  made_of = {"data": data, **item_ids.describe(ids_N)}
+  return Opened(info, index, vectors, ids_N, made_of)
+
+
+def run(config, folder: pathlib.Path) -> dict:
+  """Makes the new generation; returns the errors before and after."""
+  info, index, vectors, ids_N, made_of = open_both(config, folder)
   wanted = {
-    "data": {"num_vectors": len(vectors), **files.identify(vectors)},
+    **made_of,
     "train": config.train and files.identify(index.open_vectors(config.train)),
     "config": config.config,
     "epochs": config.epochs,
-    **item_ids.describe(ids_N),
   }
   if info.get("refreshed") == wanted:
     logging.info("%s is of these vectors already.", config.index)
@@ -115,7 +134,7 @@ def _refiner_of(index) -> str | None:
 
 
 def _settings(config, codec, work: pathlib.Path):
-  """The configuration of the training that goes on from a codec."""
+  """The configuration of the training that starts from a codec."""
   settings = shipped.read_config(config.config or _CONFIGS[codec.name])
   if settings.codec != codec.name:
     raise ValueError(
@@ -155,7 +174,7 @@ def _settings(config, codec, work: pathlib.Path):
 
 
 def _closed(settings, codec):
-  """A closed form has no steps to go on with: it is fitted anew."""
+  """A closed form has no training steps: it is fitted again."""
   sizes = codec.codebook_sizes
   settings.model.update(num_codes=len(sizes), codebook_size=sizes[0])
   if codec.name == "pq":

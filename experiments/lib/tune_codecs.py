@@ -43,7 +43,7 @@ _MOST_BYTES = 4e8  # Of the vectors that networks are drawn from.
 
 
 def candidates(num_bytes: int) -> list[Candidate]:
-  """Returns all codecs of so many bytes, in the order that they are tried."""
+  """Returns all codecs of these bytes, in the order that they are tried."""
   of = lambda codes, size: {"num_codes": codes, "codebook_size": size}
   byte, half = of(num_bytes, 256), of(2 * num_bytes, 16)
   steps = {"num_steps": num_bytes}
@@ -156,7 +156,7 @@ def fit(
 ) -> vqjax.Codec:
   """Fits a candidate; networks by a short schedule, and with a small beam.
 
-  The progress line says that it takes `about` so many seconds.
+  The progress line says how many seconds it takes, `about`.
   """
   values = _values(candidate, sample)
   if not candidate.is_learned:

@@ -139,8 +139,8 @@ def share_out(
 ) -> Share:
   """Divides hosts evenly among tasks that run at a time.
 
-  Each gets the most CPUs with which so many fit on the hosts, and a GPU where
-  there are any.
+  Each gets the most CPUs with which all of them fit on the hosts, and a GPU
+  where there are any.
 
   Args:
     hosts: As of `connect`.

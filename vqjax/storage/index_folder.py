@@ -7,7 +7,7 @@ Names are relative to the folder. Which files belong together is checked as they
 are opened: the description of the index has the fingerprint of the codec, and
 refiners have the checksum of the index.
 
-An index that grows or is made anew gets another generation: a folder of an
+An index that grows or is made again gets another generation: a folder of an
 index in this folder, `generation-00002`, whose files the manifest names. It is
 written whole, then the manifest is replaced, so that a kill at any time leaves
 an index that can be searched.

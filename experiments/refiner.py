@@ -137,12 +137,15 @@ def _fastscan(config) -> dict:
     *(config.output, config.overwrite), num_bytes=num_bytes, described=True
   )
   contents = faiss_ivf.contents(like)
+  decode_fn = searchers.make_decode_fn(loaded, "float32")
+  if info.get("is_cosine"):
+    decode_fn = searchers.at_length_1(decode_fn)
   with cli.progress(like.ntotal, "refiner") as done:
     index, weights = refining.fastscan(
       like,
       contents,
       _make_read_fn(contents, vectors),
-      searchers.make_decode_fn(loaded, "float32"),
+      decode_fn,
       num_parts=num_parts,
       progress=done,
     )

@@ -40,6 +40,17 @@ def pytest_unconfigure():
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def free_programs():
+  """Frees compiled programs after each file of tests.
+
+  Each takes some ten memory maps. Linux allows a process 65,530, and one with
+  more crashes.
+  """
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def run_dir():
   """The run folder of `qinco2_s:smoke`, trained once for all processes."""

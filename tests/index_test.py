@@ -59,14 +59,22 @@ def _codecs():
 
 def _want(codec, metric, x_ND, xq_QD):
   """What an exact search among the decoded vectors finds, `[Q, N]`."""
-  unit = lambda y: y / np.linalg.norm(y, axis=1, keepdims=True)
-  if metric == "cosine":
-    x_ND, xq_QD = unit(x_ND), unit(xq_QD)
-  xhat_ND = codec.decode(codec.encode(x_ND)).astype(float)
-  if metric == "ip":
+  xhat_ND = _decoded(codec, metric, x_ND)
+  if metric != "l2":
+    xq_QD = _unit(xq_QD) if metric == "cosine" else xq_QD
     return -np.sort(-(xq_QD @ xhat_ND.T), axis=1)
-  sq_QN = np.sort(((xq_QD[:, None] - xhat_ND) ** 2).sum(axis=-1), axis=1)
-  return 1 - sq_QN / 2 if metric == "cosine" else sq_QN
+  return np.sort(((xq_QD[:, None] - xhat_ND) ** 2).sum(axis=-1), axis=1)
+
+
+def _unit(x_ND):
+  return x_ND / np.linalg.norm(x_ND, axis=1, keepdims=True)
+
+
+def _decoded(codec, metric, x_ND):
+  """What codes stand for in a search: directions, for the cosine."""
+  if metric != "cosine":
+    return codec.decode(codec.encode(x_ND)).astype(float)
+  return _unit(codec.decode(codec.encode(_unit(x_ND))).astype(float))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +102,7 @@ def test_all_lists_and_a_long_shortlist_are_exact_search(
   one_R, id_R = index.search(xq_QD[3], k=9, nprobe=1000, num_network=_NUM)
   np.testing.assert_array_equal(id_R, ids_QR[3:4])
   np.testing.assert_allclose(one_R, distances_QR[3:4], rtol=1e-5, atol=1e-5)
-  made_ND = codec.decode(codec.encode(x_ND))
+  made_ND = _decoded(codec, metric, x_ND)
   off_nN = np.abs(index.sample(20)[:, None] - made_ND).max(axis=-1)
   assert off_nN.min(axis=1).max() < 1e-5
 

@@ -71,3 +71,9 @@ def test_normalised_vectors_are_told_from_the_file(path):
   raw = formats.open_vectors(path)
   of_raw, of_unit = files.identify(raw), files.identify(unit.UnitVectors(raw))
   assert of_unit == of_raw | {"is_unit": True}
+
+
+def test_decoded_vectors_get_length_1_and_zeros_stay():
+  x_ND = np.array([[3, -4], [0, 0], [1e-12, 0]], np.float32)
+  want_ND = [[0.6, -0.8], [0, 0], [1, 0]]
+  np.testing.assert_allclose(unit.scale(x_ND), want_ND, rtol=1e-6)

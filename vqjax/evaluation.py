@@ -9,7 +9,7 @@ import numpy as np
 from absl import logging
 
 from vqjax import devices
-from vqjax.data import batches
+from vqjax.data import batches, unit
 from vqjax.interop import faiss_io
 from vqjax.progress import progress
 from vqjax.search import metrics, truth_check
@@ -271,14 +271,23 @@ def exact(
     return find(xq_QD, (x_ND for _, x_ND in blocks), k, len(base), metric)
 
 
+def nearest(xq_QD, blocks, k: int, metric: str):
+  """Distances and ids `[Q, k]` of the nearest in blocks `[n, D]`, as `knn`.
+
+  For "cosine" queries are of length 1, and vectors of the blocks are made so.
+  """
+  if metric == "cosine":
+    blocks = map(unit.scale, blocks)
+  return faiss_io.knn(xq_QD, blocks, k, metric=faiss_metric(metric))
+
+
 def find(xq_QD, blocks, k: int, num_base: int, metric: str) -> np.ndarray:
   """Ids `[Q, k]` of the nearest in the base; blocks are of our share of it."""
-  metric = faiss_metric(metric)
-  error_QR, ids_QR = faiss_io.knn(xq_QD, blocks, k, metric=metric)
+  error_QR, ids_QR = nearest(xq_QD, blocks, k, metric)
   ids_QR = np.where(
     ids_QR < 0, ids_QR, ids_QR + devices.process_rows(num_base).start
   )
-  sign = -1 if metric == "ip" else 1  # Inner products: the greatest first.
+  sign = 1 if metric == "l2" else -1  # Of others the greatest first.
   error_QR = np.concatenate(devices.gather(sign * error_QR), axis=1)
   ids_QR = np.concatenate(devices.gather(ids_QR), axis=1)
   order_QR = np.argsort(error_QR, axis=1, kind="stable")[:, :k]

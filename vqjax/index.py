@@ -430,9 +430,10 @@ class Index:
         contents, read_fn, metric=metric, seed=seed
       )
       return
-    index, weights = refining.fastscan(
-      self.faiss, contents, read_fn, self._decode_fn()
-    )
+    decode_fn = self._decode_fn()
+    if self.metric == "cosine":
+      decode_fn = searchers.at_length_1(decode_fn)
+    index, weights = refining.fastscan(self.faiss, contents, read_fn, decode_fn)
     info = {**weights, **faiss_fastscan.describe(index)}
     self._refiner = faiss_fastscan.Loaded(index, info)
 

@@ -8,7 +8,6 @@ import numpy as np
 from vqjax import evaluation
 from vqjax.core import check_range
 from vqjax.data import batches
-from vqjax.interop import faiss_io
 
 
 class Decoded:
@@ -97,9 +96,7 @@ def evaluate(
     decoded.measure()
   else:
     true = codec.open_truth(vectors, queries, true_ids, metric, progress)
-    ids_QR = faiss_io.knn(
-      *(true.xq_QD, iter(decoded), num, evaluation.faiss_metric(metric))
-    )[1]
+    ids_QR = evaluation.nearest(true.xq_QD, iter(decoded), num, metric)[1]
     names = {f"1-recall@{r}": f"1-recall@{min(r, num)}" for r in ranks}
     values = true.recalls(ids_QR, set(names.values()))
     recalls = {name: values[names[name]] for name in names}

@@ -9,7 +9,7 @@ from experiments.lib import cli, codecs, inputs, truth
 from vqjax import evaluation
 from vqjax.core import check_range, check_shape
 from vqjax.data import batches, codes, datasets, files
-from vqjax.interop import faiss_baselines, faiss_io
+from vqjax.interop import faiss_baselines
 from vqjax.search import pipeline
 
 _BLOCK = 16384
@@ -165,5 +165,4 @@ def search_decoded(codec, config, data: Data, found: codes.Codes, seconds):
   next(codec.decode_blocks(found, dtype))  # Compiles.
   with cli.progress(num, "decode") as done, cli.timed(seconds, "search"):
     blocks = codec.decode_blocks(found, dtype, progress=done)
-    metric = evaluation.faiss_metric(data.metric)
-    return faiss_io.knn(data.xq_QD, blocks, config.k, metric)[1]
+    return evaluation.nearest(data.xq_QD, blocks, config.k, data.metric)[1]

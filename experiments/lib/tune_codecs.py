@@ -10,7 +10,6 @@ import vqjax
 from experiments.lib import cli, fit_time
 from vqjax import evaluation, fitting, quality
 from vqjax.data import batches, unit
-from vqjax.interop import faiss_io
 
 K = 10  # Results of a query.
 MOST_QUERIES = 500
@@ -198,8 +197,9 @@ def measure(codec: vqjax.Codec, sample: Sample) -> dict:
   encode_us = 1e6 * (time.perf_counter() - began) / len(base)
   blocks_fn = lambda: codec.decode_blocks(codes_NM, codec.rule.dtype)
   decoded = quality.Decoded(blocks_fn, base)
-  metric = evaluation.faiss_metric(sample.metric)
-  ids_QR = faiss_io.knn(sample.truth.xq_QD, iter(decoded), K, metric=metric)[1]
+  ids_QR = evaluation.nearest(
+    *(sample.truth.xq_QD, iter(decoded), K, sample.metric)
+  )[1]
   mse = codec.info["training"]["validation_mse"]
   if sample.is_apart:
     mse = decoded.error / len(base)

@@ -27,6 +27,16 @@ def normalise(x_ND, *, name="vectors", rows=None) -> np.ndarray:
   return x_ND.astype(np.float32)
 
 
+def scale(x_ND) -> np.ndarray:
+  """Decoded vectors `[N, D]` divided by their norms; zeros stay zeros.
+
+  Codes of vectors of length 1 stand for shorter ones. What is searched are
+  cosines, so that only their directions count.
+  """
+  norm_N1 = np.linalg.norm(x_ND, axis=1, keepdims=True)
+  return x_ND / np.maximum(norm_N1, np.finfo(np.float32).tiny)
+
+
 def refuse_zeros(is_zero_N, *, name="vectors", rows=None) -> None:
   """Raises ValueError if a vector is zero; args are as in `normalise`."""
   bad = np.flatnonzero(is_zero_N)

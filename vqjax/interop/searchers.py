@@ -99,6 +99,7 @@ def make_searcher(
   codes the searcher has; `refill` puts them back. `ids_of` is the file of the
   index, whose ids are mapped then; None to keep them in memory.
   """
+  decode_fn = at_length_1(decode_fn) if is_cosine else decode_fn
   contents = faiss_ivf.contents(index)
   if not keep_codes:
     index = faiss_ivf.keep_coarse(index)
@@ -114,6 +115,7 @@ def make_searcher(
       if pairwise_added_LD is None
       else jnp.asarray(pairwise_added_LD),
     )
+    pairwise_fn = at_length_1(pairwise_fn) if is_cosine else pairwise_fn
   is_ip = metric == "ip"
   norm = 0 if is_ip else 1
   lists = ivf.make_lists(
@@ -293,3 +295,22 @@ def make_decode_fn(loaded: codec_file.LoadedCodec, dtype: str):
     return decode_fn(tables, codes_NM)
 
   return partial(decode, tables)
+
+
+def at_length_1(decode_fn):
+  """Returns the decoder with vectors of length 1, for the cosine.
+
+  Codes of vectors of length 1 stand for shorter ones, and cosines compare
+  directions alone. Zeros stay zeros.
+  """
+  return partial(_decode_scaled, decode_fn)
+
+
+def _decode_scaled(decode_fn, codes_NM, lists_N):
+  return _scale(decode_fn(codes_NM, lists_N))
+
+
+@jax.jit
+def _scale(x_ND):
+  norm_N1 = jnp.linalg.norm(x_ND, axis=1, keepdims=True)
+  return x_ND / jnp.maximum(norm_N1, jnp.finfo(jnp.float32).tiny)

@@ -192,7 +192,7 @@ def _measure(codec, rule, search) -> dict:
   is_joint = bool(knobs.get("num_joint_candidates"))
   sizes = codec.codebook_sizes[: codes_NM.shape[1]]
   return {
-    "name": codec.name,
+    "name": codec.title,
     # An index keeps lists, not ids.
     "bytes": _num_bits(sizes[codec.is_ivf :]) / 8,
     "codec_bytes": footprint.array_bytes(codec.params),

@@ -51,7 +51,7 @@ def test_a_codec_shows_what_it_is_in_a_line():
   assert repr(codec) == f"{want}{codec.fingerprint})"
   codec, _ = _make("ivf")
   codec.info["data"] = {"train": "x.npy"}
-  assert "qinco, 6 dimensions, 300 lists, 3 codes, 1.5 bytes" in repr(codec)
+  assert "qinco2, 6 dimensions, 300 lists, 3 codes, 1.5 bytes" in repr(codec)
   assert repr(codec).endswith(", trained on x.npy)")
 
 

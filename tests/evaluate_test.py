@@ -112,7 +112,7 @@ def test_own_files_are_evaluated_from_any_folder(tmp_path, monkeypatch):
   result = evaluate.run(
     _config(evaluate, codec=codec, data=data, baselines="RQ")
   )
-  assert [row["name"] for row in result["rows"]] == ["qinco", "faiss RQ"]
+  assert [row["name"] for row in result["rows"]] == ["qinco2", "faiss RQ"]
   held_out = evaluate.run(_config(evaluate, codec=codec, split="validation"))
   assert held_out["num_vectors"] == 200
 

@@ -59,10 +59,15 @@ class Codec:
     if self.is_ivf:
       lists = progress_lib.count(self.codebook_sizes[0], "list") + ", "
     return (
-      f"Codec({self.name}, {self.dim} dimensions, {lists}{self.num_codes} "
+      f"Codec({self.title}, {self.dim} dimensions, {lists}{self.num_codes} "
       f"codes, {self.num_bytes:g} bytes, fingerprint {self.fingerprint}"
       + (f", trained on {trained_on})" if trained_on else ")")
     )
+
+  @property
+  def title(self) -> str:
+    """What people call this kind of codec, as "qinco2"."""
+    return self.spec.title(self.params) or self.name
 
   @property
   def spec(self) -> CodecSpec:

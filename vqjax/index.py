@@ -133,7 +133,7 @@ class Index:
     """Says what it is in a line."""
     return (
       f"Index({len(self):,} vectors of {self.dim} dimensions, "
-      f"{count(self.num_lists, 'list')}, {self.metric}, {self.codec.name} "
+      f"{count(self.num_lists, 'list')}, {self.metric}, {self.codec.title} "
       f"codes of {self.codec.num_bytes:g} bytes)"
     )
 

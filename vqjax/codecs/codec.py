@@ -30,6 +30,8 @@ class CodecSpec:
   # (key, x_ND, *, num_codes, ...) -> params; None if it is trained.
   fit: Callable | None = None
   is_ivf: Callable = lambda params: False  # Whether codes begin with a list.
+  # params -> what people call it; None for the name.
+  title: Callable = lambda params: None
   centroids: Callable | None = None  # -> centroids of the lists, in data units
   # Of codecs that quantise residuals, in the space where they do so:
   latent: Callable | None = None  # (tables, x_ND) -> z_NE

@@ -228,4 +228,5 @@ CODEC = CodecSpec(
   check_rule=check_rule,
   is_ivf=lambda params: params.is_ivf,
   centroids=centroids,
+  title=lambda params: "qinco2" if params.add_word else "qinco1",
 )

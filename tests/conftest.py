@@ -17,6 +17,8 @@ if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
   )
+# As the commands set it: threads of faiss that spin take the cores from JAX.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
 _OWN_CACHE = None if _CACHE in os.environ else tempfile.mkdtemp()
 if _OWN_CACHE:  # In the first process; its workers and commands inherit it.

@@ -9,6 +9,7 @@ import fcntl
 import os
 import pathlib
 import shutil
+import signal
 import tempfile
 
 # A machine with an accelerator runs the others by JAX_PLATFORMS=cuda.
@@ -19,6 +20,8 @@ if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
   )
 # As the commands set it: threads of faiss that spin take the cores from JAX.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Tests send this signal. A shell ignores it for what runs in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
 _OWN_CACHE = None if _CACHE in os.environ else tempfile.mkdtemp()
 if _OWN_CACHE:  # In the first process; its workers and commands inherit it.

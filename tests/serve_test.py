@@ -262,11 +262,13 @@ def test_the_command_stops_after_the_last_answer(
 
   def visit(url):
     idle, busy = load.connect(url), load.connect(url)
-    load.ask(idle, "GET", "/health")
-    body = json.dumps({"queries": x_ND[:2].tolist()})
-    busy.request("POST", "/search", body)
-    time.sleep(0.1)  # It waits for others.
-    os.kill(os.getpid(), signal.SIGINT)
+    try:
+      load.ask(idle, "GET", "/health")
+      body = json.dumps({"queries": x_ND[:2].tolist()})
+      busy.request("POST", "/search", body)
+      time.sleep(0.1)  # It waits for others.
+    finally:
+      os.kill(os.getpid(), signal.SIGINT)
     response = busy.getresponse()
     answers.append((response.status, response.headers["Connection"]))
     with pytest.raises((http.client.HTTPException, OSError)):

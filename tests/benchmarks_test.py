@@ -25,6 +25,8 @@ def _entry(suite, name):
   ("suite", "name"),
   [
     pytest.param("ann_benchmarks", "vqjax-fastivf", marks=pytest.mark.slow),
+    pytest.param("vibe", "vqjax-fastivf", marks=pytest.mark.slow),
+    pytest.param("ann_benchmarks", "vqjax-ivf", marks=pytest.mark.slow),
     pytest.param("vibe", "vqjax-ivf", marks=pytest.mark.slow),
   ],
 )
@@ -39,17 +41,17 @@ def test_methods_hold_to_the_interface(suite, name, data):
 
 
 @pytest.mark.slow
-def test_hakes_learns_from_queries_and_their_neighbours():
+@pytest.mark.parametrize("suite", check.SUITES)
+def test_hakes_learns_from_queries_where_there_are_some(suite):
+  """VIBE gives them with their neighbours; else the base is learned from."""
   data = check.load_data(2000, 20)
-  entry = _entry("vibe", "vqjax-hakes")
+  entry = _entry(suite, "vqjax-hakes")
   entry = entry._replace(settings=[(4, 50), (16, 500)])
-  with check.package("vibe") as module:
-    found = check.check(module, entry, "cosine", data, ("hakes:smoke", 16))
-    method = module.VqjaxHakes("euclidean", "hakes:smoke", 16)
-    method.fit(data.x_ND)  # By the base itself.
+  with check.package(suite) as module:
+    found = check.check(
+      module, entry, check.SUITES[suite], data, ("hakes:smoke", 16)
+    )
   assert found["rows"][1][1] > 0.9
-  with check.package("ann_benchmarks") as module:
-    assert hasattr(module.VqjaxHakes, "batch_query")
 
 
 def test_both_suites_have_the_same_methods():
@@ -63,6 +65,7 @@ def test_both_suites_have_the_same_methods():
           method = getattr(module, entry.constructor)("euclidean", *build)
           assert all(str(value) in str(method) for value in build)
           assert isinstance(method, module.BaseANN)
+        check.check_parameters(method, entry)
       with pytest.raises(ValueError, match="metric must be one of.*'hamming'"):
         module.VqjaxIVF("hamming")
 

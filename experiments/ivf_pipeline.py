@@ -20,7 +20,8 @@ Each command knows the output that it has made, so that the same command resumes
 where it was stopped. Output that was made of other files is refused; a file
 without its description is made again. The base is encoded by config.encode; the
 training vectors, of which the decoders need many, by the smaller search of
-config.model.
+config.model. Of a folder that index_add has changed since, the first generation
+is searched: its vectors are the base.
 """
 
 import copy
@@ -296,13 +297,11 @@ def _make_refiner(workdir, dataset, kind: str) -> str:
 
 
 def _write_manifest(workdir, dataset, refiner_path: str | None) -> None:
-  """Makes the folder one that `vqjax.load_index` and `search` open."""
+  """Makes the folder one that `vqjax.load_index` and `search` open.
+
+  A later generation of `index_add` stays what the folder stands for.
+  """
   if index_folder.generation_of(workdir) > 1:
-    logging.info(
-      "%s has vectors of index_add, which stay in its later generation; what "
-      "follows is of the first.",
-      workdir,
-    )
     return
   paths = {
     "codec": "codec",
@@ -317,7 +316,7 @@ def _write_manifest(workdir, dataset, refiner_path: str | None) -> None:
 
 def _search(workdir, options):
   options = {name: value for name, value in options.items() if value}
-  return _run(
+  found = _run(
     search,
     codec=str(workdir / "codec"),
     index=str(workdir / "index.faiss"),
@@ -325,6 +324,15 @@ def _search(workdir, options):
     output=str(workdir / "search.json"),
     **options,
   )
+  number = index_folder.generation_of(workdir)
+  if number > 1:
+    logging.warning(
+      "This is the search of the first generation, whose vectors are the base. "
+      "The folder stands for generation %d, of index_add. To search that:\n"
+      "  vqjax search --index=%s --queries=QUERIES --data=ALL-VECTORS",
+      *(number, shlex.quote(str(workdir))),
+    )
+  return found
 
 
 def _run(command, **values):

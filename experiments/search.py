@@ -41,6 +41,7 @@ the decoded vectors exactly.
 """
 
 import itertools
+import pathlib
 
 import jax
 import numpy as np
@@ -151,7 +152,8 @@ OPTIONS = {
   "output": cli.Option(
     str,
     None,
-    "JSON file of the points; search.json in --index if that is a folder.",
+    "JSON file of the points; if --index is a folder, search.json beside the "
+    "index file that it stands for.",
   ),
   "results": cli.Option(
     str,
@@ -245,7 +247,9 @@ def _open_folder(config):
     if config[name] is None and name in paths:
       opened[name] = paths[name]
   opened.index = paths["index"]
-  opened.output = config.output or str(folder / "search.json")
+  # In a generation it is of that one, and is removed with it.
+  beside = pathlib.Path(paths["index"]).with_name("search.json")
+  opened.output = config.output or str(beside)
   return opened, config.index if is_whole else None
 
 

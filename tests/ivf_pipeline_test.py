@@ -12,7 +12,7 @@ from experiments import encode, ivf_centroids, ivf_pipeline
 from vqjax.codecs import kmeans
 from vqjax.data import datasets
 from vqjax.interop import searchers
-from vqjax.storage import decoder_file
+from vqjax.storage import decoder_file, index_folder
 
 FEW = dict(nprobe="1,8", num_pairwise="0,20", num_network="0,10")
 
@@ -187,6 +187,26 @@ def test_codes_are_made_in_shards(workdir, tmp_path, monkeypatch):
   config = _config()
   ivf_pipeline._encode(config, tmp_path, ivf_pipeline._resolve(config), None)
   assert shards == [3, 6]  # Of 500 and 1,200 rows.
+
+
+def test_the_search_of_a_changed_folder_says_that_it_is_of_the_first(
+  tmp_path, monkeypatch
+):
+  given, said = [], []
+  run = lambda command, **values: given.append(values)
+  warn = lambda text, *args: said.append(text % args)
+  monkeypatch.setattr(ivf_pipeline, "_run", run)
+  monkeypatch.setattr(ivf_pipeline.logging, "warning", warn)
+  paths = {"codec": "codec", "index": "index.faiss"}
+  for number, later in ((1, False), (3, True)):
+    info = {"generation": number}
+    index_folder.write_manifest(tmp_path, paths, info, overwrite=True)
+    ivf_pipeline._search(tmp_path, {})
+    assert given[-1]["index"] == str(tmp_path / "index.faiss")
+    assert bool(said) is later
+  assert "the search of the first generation" in said[0]
+  assert "generation 3, of index_add" in said[0]
+  assert f"--index={tmp_path} " in said[0]
 
 
 def test_another_configuration_is_refused(workdir):

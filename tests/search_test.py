@@ -506,3 +506,15 @@ def test_a_folder_needs_no_other_flag_for_its_files(
   assert search.run(config)["points"] == points  # Nothing is measured again.
   want = _run(small | given)["points"]
   assert [p["recall"] for p in points] == [p["recall"] for p in want]
+
+
+def test_a_generation_has_a_search_of_its_own(tmp_path):
+  later = "generation-00002"
+  (tmp_path / later).mkdir()
+  names = {"codec": f"{later}/codec", "index": f"{later}/index.faiss"}
+  for name in names.values():
+    (tmp_path / name).touch()
+  index_folder.write_manifest(tmp_path, names, {"generation": 2})
+  config = cli.get_config(search.OPTIONS, index=str(tmp_path))
+  opened, _ = search._open_folder(config)
+  assert opened.output == str(tmp_path / later / "search.json")

@@ -95,6 +95,11 @@ def run(config) -> dict:
   cli.require(config, *REQUIRED)
   if config.to not in TO:
     raise ValueError(f"--to must be one of {', '.join(TO)}; got {config.to!r}.")
+  if config.metric not in (None, *datasets.METRICS):
+    raise ValueError(
+      f"--metric must be one of {', '.join(datasets.METRICS)}, got "
+      f"{config.metric!r}."
+    )
   if config.to != "faiss":
     return TO[config.to].run(config)
   cli.require(config, "codec")
@@ -106,10 +111,6 @@ def run(config) -> dict:
   files.check_output(config.output, config.overwrite, described=True)
   codec = codecs.open_codec(config.codec)
   metric = config.metric or codec.info.get("metric", "l2")
-  if metric not in datasets.METRICS:
-    raise ValueError(
-      f"--metric must be one of {', '.join(datasets.METRICS)}, got {metric!r}."
-    )
   is_cosine = codecs.check_cosine(codec, metric)
   subject = _subject(config, codec, "ip" if metric == "cosine" else metric)
   if is_cosine:

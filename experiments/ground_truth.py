@@ -70,7 +70,13 @@ def run(config) -> dict:
     of_job.make("ground_truth", config, mine, make_fn, verb="exact search")
     if config.shard:
       return {"output": str(of_job.path(mine[0]))}
-    found = ground_truth.merge(map(_read, of_job.paths), shape[1])
+    try:
+      found = ground_truth.merge(map(_read, of_job.paths), shape[1])
+    except FileNotFoundError:  # Unless another process has merged them.
+      if not files.find_made(config.output, job.info):
+        raise
+      logging.info("%s is made already, by another process.", config.output)
+      return {"output": config.output, "shape": tuple(shape)}
   else:
     num = len(job.base)
     with cli.progress(num, "exact search") as done:

@@ -27,6 +27,7 @@ from absl import logging
 
 from experiments.lib import cli, inputs, refresh, run_folder
 from vqjax.core import check_range
+from vqjax.data import codes as codes_lib
 from vqjax.data import files, item_ids
 from vqjax.storage import index_folder
 
@@ -92,6 +93,8 @@ def _add(config, folder) -> dict:
     logging.info("%s has these vectors already.", config.index)
     return {"num_vectors": len(index), "is_there": True}
   index.check_new(len(vectors), ids_N)
+  if config.reference:
+    index.open_vectors(config.reference)  # Before hours of encoding.
   codes_NM = _codes(config, index, vectors)
   found = index.drift(vectors, codes_NM, reference=config.reference)
   _show(found)
@@ -118,7 +121,9 @@ def _codes(config, index, vectors):
   """Codes `[N, M]` of --data, made unless they are given."""
   if config.codes:
     found = inputs.of_codec(config, index.codec, vectors)
-    return found[0 : len(found)]
+    codes_NM = found[0 : len(found)]
+    codes_lib.check_ids(codes_NM, index.codec.codebook_sizes)
+    return codes_NM
   return index.codec.encode(vectors, progress=True, **index.settings)
 
 

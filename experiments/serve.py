@@ -69,6 +69,8 @@ def run(config) -> dict:
   _check(config)
   cli.keep_compiled()
   folders = [part.strip() for part in config.index.split(",") if part.strip()]
+  if not folders:
+    raise ValueError(f"--index must name a folder, got {config.index!r}.")
   shards = serve_index.Shards(folders)
   defaults = serve_index.Settings(
     **{name: config[name] for name in serve_index.Settings._fields}
@@ -109,6 +111,9 @@ def _check(config) -> None:
   for name in ("max_batch", "max_bytes", "max_queries", "max_connections"):
     check_range(f"--{name}", config[name], 1, 1 << 30)
   check_range("--max_k", config.max_k, 1, 1 << 20)
+  for name in ("nprobe", "ef_search"):
+    if config[name] is not None:
+      check_range(f"--{name}", config[name], 1, (1 << 31) - 1)
   for name in ("k", "num_refined", "num_pairwise", "num_network"):
     if config[name] is not None:
       least = int(name == "k")

@@ -189,6 +189,13 @@ def test_what_lance_cannot_hold_is_refused(folder, tmp_path):
     _export(folder, tmp_path / "out", codec=tmp_path / "eight", num_lists=2)
   with pytest.raises(ValueError, match="--codec of PQ or OPQ, or --hakes"):
     _export(folder, tmp_path / "out")
+  given = {"codec": tmp_path / "eight"}
+  with pytest.raises(
+    ValueError, match="--num_lists must lie between 1.* got 0"
+  ):
+    _export(folder, tmp_path / "out", **given, num_lists=0)
+  with pytest.raises(ValueError, match="--metric must be one of l2.*'hamming'"):
+    _export(folder, tmp_path / "out", **given, metric="hamming")
   assert not (tmp_path / "out").exists()
 
 

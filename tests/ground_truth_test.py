@@ -99,13 +99,28 @@ def test_shards_give_the_file_of_one_process(given, tmp_path):
     assert found["output"].endswith(f"part-0000{shard[0]}-of-00003.npz")
   path = tmp_path / "other.ivecs.parts" / "part-00000-of-00003.npz"
   path.write_bytes(path.read_bytes()[:-1] + b"!")  # It is made again.
+  note = path.with_name("note.txt")
+  note.touch()  # Not ours: it stays.
   command.run(**given, output=other, shards=3)
   files = [tmp_path / f"{name}.ivecs" for name in ("one", "other")]
   assert files[0].read_bytes() == files[1].read_bytes()
-  assert not path.parent.exists()
+  assert list(path.parent.iterdir()) == [note]
   times = (tmp_path / "other.ivecs").stat().st_mtime_ns
   command.run(**given, output=other, shard="1/3")  # All is done.
   assert (tmp_path / "other.ivecs").stat().st_mtime_ns == times
+
+
+def test_another_process_may_have_merged_first(given, tmp_path, monkeypatch):
+  output, read = str(tmp_path / "truth.npy"), command._read
+
+  def late(path):
+    monkeypatch.setattr(command, "_read", read)
+    command.run(**given, output=output, shards=3)  # And removes the parts.
+    return read(path)
+
+  monkeypatch.setattr(command, "_read", late)
+  assert command.run(**given, output=output, shards=3)["shape"] == (11, K)
+  assert np.load(output).shape == (11, K)
 
 
 def test_parts_of_another_search_are_refused(given, tmp_path):

@@ -1,5 +1,6 @@
 """Vectors added to the folder of an index, and what is said of them."""
 
+import json
 import pathlib
 import shutil
 
@@ -140,6 +141,40 @@ def test_ids_that_are_there_are_refused_before_any_work(made, folder, tmp_path):
   assert not (tmp_path / "none").exists()
 
 
+def test_what_cannot_be_added_is_refused_before_any_work(
+  made, folder, tmp_path, monkeypatch
+):
+  def encode(*_, **__):
+    raise AssertionError("It encodes.")
+
+  monkeypatch.setattr(vqjax.Codec, "encode", encode)
+  given = {"index": folder, "data": made / "new.npy"}
+  np.save(tmp_path / "wide.npy", np.zeros((30, _DIM + 1), np.float32))
+  np.save(tmp_path / "codes.npy", np.full((_NEW, 3), 300))
+  (tmp_path / "ids.txt").write_text("\n".join(f"i{i}" for i in range(_NEW)))
+  with pytest.raises(ValueError, match=f"wide.npy .*{_DIM}.* got .*{_DIM + 1}"):
+    index_add.run(**given, reference=tmp_path / "wide.npy")
+  with pytest.raises(ValueError, match="Code 300 in row 0, column 0 must lie"):
+    index_add.run(**given, codes=tmp_path / "codes.npy")
+  with pytest.raises(TypeError, match="must be integers, got text"):
+    index_add.run(**given, ids=tmp_path / "ids.txt")
+
+
+@pytest.mark.parametrize(
+  ("name", "value", "text"),
+  [
+    ("generation", "x", "'generation' must be an integer, got 'x'"),
+    ("added", 3, "'added' must be a list, got 3"),
+    ("encode", [1], "'encode' must be an object"),
+  ],
+)
+def test_a_damaged_manifest_is_named(made, folder, name, value, text):
+  path = folder / "manifest.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+  with pytest.raises(ValueError, match=f"manifest.json is damaged: {text}"):
+    index_add.run(index=folder, data=made / "new.npy")
+
+
 @pytest.mark.parametrize(
   ("shift", "pays", "text"),
   [(0.0, False, "would gain little"), (4.0, True, "new vectors too pays")],
@@ -221,9 +256,21 @@ def test_refresh_trains_a_network_on(tmp_path):
   assert new.info["config"]["model"] == codec.info["config"]["model"]
 
 
+@pytest.mark.slow
+def test_vectors_that_a_refresh_has_left_out_can_be_added_again(made, folder):
+  added = {"index": folder, "data": made / "new.npy"}
+  index_add.run(added)
+  index_add.run(index=folder, data=made / "old.npy", refresh=True)
+  assert len(vqjax.load_index(folder)) == _OLD
+  assert index_add.run(added)["num_vectors"] == _OLD + _NEW
+  assert index_add.run(added)["is_there"]
+
+
 def test_options_of_one_way_are_refused_for_the_other(made, folder):
   given = {"index": folder, "data": made / "new.npy"}
   with pytest.raises(ValueError, match="--epochs is only for --refresh"):
     index_add.run(**given, epochs=3)
+  with pytest.raises(ValueError, match="rq codec is fitted without epochs"):
+    index_add.run(**given, refresh=True, epochs=3)
   with pytest.raises(ValueError, match="--report is not for --refresh"):
     index_add.run(**given, refresh=True, report=True)

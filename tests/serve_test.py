@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import threading
 import time
 import types
@@ -184,17 +185,42 @@ def _fail(text):
 
 def test_addresses_methods_and_requests_that_there_are_not(ask, home):
   assert ask("GET", "/search")[0] == 404
-  assert ask("POST", "/search?k=x", _npy(np.zeros((1, 8))))[0] == 400
+  for k in ("x", ""):
+    assert ask("POST", f"/search?k={k}", _npy(np.zeros((1, 8))))[0] == 400
   status, answer = ask("PUT", "/search")
   assert (status, list(answer)) == (501, ["error"])
   for said, status in [
     (b"GET a b HTTP/1.1\r\n\r\n", b"400"),
     (b"POST /search HTTP/1.1\r\nContent-Length: x\r\n\r\n", b"411"),
+    (b"POST / HTTP/1.1\r\nContent-Length: %s\r\n\r\n" % (b"9" * 5000), b"413"),
     (b"POST /search HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", b"411"),
   ]:
     with socket.create_connection(home.server_address[:2], 5) as raw:
       raw.sendall(said)
+      raw.shutdown(socket.SHUT_WR)
       assert status in raw.makefile("rb").read()
+
+
+def test_a_client_that_leaves_is_no_fault_of_the_server(ask, home, caplog):
+  before = home.stats.describe()["errors"]
+  with socket.create_connection(home.server_address[:2], 5) as raw:
+    at_once = struct.pack("ii", 1, 0)  # Closes by a reset.
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
+    raw.sendall(b"POST /search HTTP/1.1\r\nContent-Length: 99\r\n\r\n{")
+    time.sleep(0.1)
+  deadline = time.monotonic() + 5
+  while home.stats.describe()["errors"] == before:
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+  assert "failed" not in caplog.text
+  assert ask("GET", "/health")[0] == 200
+
+
+def test_a_search_that_fails_is_not_said_to_be_a_stop(caplog):
+  error = RuntimeError("RESOURCE_EXHAUSTED")
+  assert serve_http._refusal(error, is_stopping=True)[0] == 503
+  assert serve_http._refusal(error, is_stopping=False)[0] == 500
+  assert "A request failed" in caplog.text
 
 
 def test_requests_are_searched_together():
@@ -300,6 +326,10 @@ def test_hosts_and_ports(caplog, folders, home):
   assert "no authentication" in caplog.text
   with pytest.raises(ValueError, match="--k must lie between 1 and 5"):
     serve.run(index=folders["low"], k=10, max_k=5)
+  with pytest.raises(ValueError, match="--nprobe must lie between 1 and"):
+    serve.run(index=folders["low"], nprobe=0)
+  with pytest.raises(ValueError, match="--index must name a folder, got ','"):
+    serve.run(index=",")
   port = home.server_address[1]
   with pytest.raises(OSError, match=f"port {port}.*--port"):
     serve.run(index=folders["low"], port=port)

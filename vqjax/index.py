@@ -486,7 +486,9 @@ def check_ids(ids, num: int, taken_N: np.ndarray) -> np.ndarray:
     return np.arange(first, first + num)
   ids_N = np.asarray(ids)
   if ids_N.dtype.kind not in "iu":
-    raise TypeError(f"ids must be integers, got {ids_N.dtype}.")
+    is_text = ids_N.dtype.kind in "UO"
+    got = "text, and those of the index are none" if is_text else ids_N.dtype
+    raise TypeError(f"ids must be integers, got {got}.")
   check_shape("ids", ids_N, (num,))
   if num and (ids_N.min() < 0 or int(ids_N.max()) >= 1 << 63):
     row = int(np.argmin(ids_N) if ids_N.min() < 0 else np.argmax(ids_N))

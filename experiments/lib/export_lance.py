@@ -161,7 +161,8 @@ def _prepare_pq(config):
         f"--num_lists is {num_lists}; leave it out."
       )
     num_lists = len(centroids_LD)
-  num_lists = num_lists or index_build.default_lists(len(vectors))
+  if num_lists is None:
+    num_lists = index_build.default_lists(len(vectors))
   check_range("--num_lists", num_lists, 1, len(vectors), "vectors in --data")
   made_of = {
     "codec": codec.name,

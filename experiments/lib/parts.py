@@ -4,8 +4,8 @@ They lie in OUTPUT.parts, each with its description, so that every process knows
 what is left to do, whoever made the others.
 """
 
+import contextlib
 import pathlib
-import shutil
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -101,5 +101,8 @@ class Parts(NamedTuple):
       )
 
   def remove(self) -> None:
-    """Removes them: they are merged."""
-    shutil.rmtree(self.folder, ignore_errors=True)
+    """Removes them: they are merged. What else is there stays."""
+    with contextlib.suppress(OSError):
+      for path in self.folder.glob("part-*-of-*"):
+        path.unlink()
+      self.folder.rmdir()

@@ -61,7 +61,9 @@ def run(config, folder: pathlib.Path) -> dict:
   if info.get("refreshed") == wanted:
     logging.info("%s is of these vectors already.", config.index)
     return {"num_vectors": len(index), "is_there": True}
-  _warn_of_lost(index, ids_N, len(vectors))
+  left_out = {"encode"}
+  if _warn_of_lost(index, ids_N, len(vectors)):
+    left_out.add("added")  # These may be added again.
   generation = index_folder.next_generation(folder)
   work = folder / f"refresh-{_digest(wanted, index.codec)}"
   settings = _settings(config, index.codec, work)
@@ -87,7 +89,7 @@ def run(config, folder: pathlib.Path) -> dict:
   )
   both = [index_drift.mse(each, vectors) for each in (index.codec, codec)]
   new.save(generation, overwrite=True)
-  kept = {k: v for k, v in info.items() if k != "encode"}
+  kept = {k: v for k, v in info.items() if k not in left_out}
   index_folder.switch(folder, generation, {**kept, "refreshed": wanted})
   removed = index_folder.remove_generations(folder, config.keep)
   for path in folder.glob("refresh-*"):
@@ -113,8 +115,8 @@ def _digest(wanted: dict, codec) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _warn_of_lost(index, ids_N, num: int) -> None:
-  """Says so if vectors of the index are not among the new ones."""
+def _warn_of_lost(index, ids_N, num: int) -> int:
+  """Says so if vectors of the index are not among the new ones; how many."""
   new = set(range(num)) if ids_N is None else set(ids_N.tolist())
   lost = [item for item in index.ids.tolist() if item not in new]
   if lost:
@@ -123,6 +125,7 @@ def _warn_of_lost(index, ids_N, num: int) -> None:
       "new generation is without them.",
       *(len(lost), lost[0]),
     )
+  return len(lost)
 
 
 def _refiner_of(index) -> str | None:
@@ -159,8 +162,13 @@ def _settings(config, codec, work: pathlib.Path):
     name=None,
   )
   if not is_learned:
+    if config.epochs is not None:
+      raise ValueError(
+        f"A {codec.name} codec is fitted without epochs; leave --epochs out."
+      )
     return _closed(settings, codec)
-  check_range("--epochs", config.epochs or 1, 1, 1 << 20)
+  if config.epochs is not None:
+    check_range("--epochs", config.epochs, 1, 1 << 20)
   num = config.epochs or math.ceil(settings.train.num_epochs / _PART)
   settings.train.update(
     num_epochs=num,

@@ -173,7 +173,7 @@ def _lock(file, path: pathlib.Path) -> None:
     name = file.read(200).strip() or "an unknown process"
     raise ValueError(
       f"Another process is at work in {path.parent}: {name}. Wait for it, stop "
-      "it, or choose another --workdir."
+      "it, or choose another folder."
     ) from error
   except OSError as error:
     logging.warning(

@@ -28,6 +28,7 @@ from experiments.lib.serve_index import Refused
 _KEPT = 8192  # Latencies, of the last requests.
 _PERCENTILES = (50, 90, 99)
 _IDLE_SECONDS = 60  # Of a connection that says nothing.
+_DIGITS = 18  # Of a length.
 _DRAINED = 64 << 20  # Bytes of a refused body that are read: an answer follows.
 
 
@@ -114,7 +115,7 @@ class Server(server.ThreadingHTTPServer):
     self.defaults, self.limits = defaults, limits
     self.stats = Stats(batcher)
     self._free = threading.BoundedSemaphore(most)
-    self._lock, self._open, self._is_stopping = threading.Lock(), set(), False
+    self._lock, self._open, self.is_stopping = threading.Lock(), set(), False
     try:
       super().__init__(address, _Handler)
     except OSError as error:
@@ -167,7 +168,7 @@ class Server(server.ThreadingHTTPServer):
 
   def stop(self) -> None:
     """Answers the requests that have come, then closes all connections."""
-    self._is_stopping = True
+    self.is_stopping = True
     with self._lock:
       for request in self._open:
         with contextlib.suppress(OSError):
@@ -204,7 +205,12 @@ class _Handler(server.BaseHTTPRequestHandler):
   def _respond(self, routes: dict) -> None:
     try:
       path = urllib.parse.urlsplit(self.path).path
-      body = self._read_body()
+      try:
+        body = self._read_body()
+      except OSError:  # The client has left, or says nothing more.
+        self.close_connection = True
+        self.server.stats.refused()
+        return
       if path not in routes:
         known = "GET /health, GET /stats, POST /search"
         raise Refused(
@@ -212,7 +218,7 @@ class _Handler(server.BaseHTTPRequestHandler):
         )
       status, answer = 200, routes[path](body)
     except Exception as error:
-      status, answer = _refusal(error)
+      status, answer = _refusal(error, self.server.is_stopping)
       self.server.stats.refused()
     self._send(status, answer)
 
@@ -225,14 +231,14 @@ class _Handler(server.BaseHTTPRequestHandler):
     ):
       self.close_connection = True
       raise Refused("The request needs a Content-Length.", 411)
-    if int(length) > most:
+    if len(length) > _DIGITS or int(length) > most:
       self.close_connection = True
-      left = min(int(length), _DRAINED)
+      left = min(int(length[:_DIGITS]), _DRAINED)
       while left and (part := self.rfile.read(min(left, 1 << 16))):
         left -= len(part)
       raise Refused(
-        f"A request may have {most} bytes, got {length}: send fewer queries at "
-        "a time.",
+        f"A request may have {most} bytes, got {length:.20}: send fewer "
+        "queries at a time.",
         413,
       )
     body = self.rfile.read(int(length))
@@ -244,7 +250,9 @@ class _Handler(server.BaseHTTPRequestHandler):
   def _search(self, body: bytes) -> dict:
     began, home = time.perf_counter(), self.server
     fields = dict(
-      urllib.parse.parse_qsl(urllib.parse.urlsplit(self.path).query)
+      urllib.parse.parse_qsl(
+        urllib.parse.urlsplit(self.path).query, keep_blank_values=True
+      )
     )
     queries_QD, settings = serve_index.read_request(
       body, fields, home.defaults, home.limits
@@ -265,7 +273,7 @@ class _Handler(server.BaseHTTPRequestHandler):
 
   def _send(self, status: int, answer: dict) -> None:
     data = json.dumps(answer, allow_nan=False).encode()
-    self.close_connection |= self.server._is_stopping
+    self.close_connection |= self.server.is_stopping
     self.send_response(status)
     self.send_header("Content-Type", "application/json")
     self.send_header("Content-Length", str(len(data)))
@@ -276,14 +284,15 @@ class _Handler(server.BaseHTTPRequestHandler):
       self.wfile.write(data)
 
 
-def _refusal(error: Exception) -> tuple[int, dict]:
+def _refusal(error: Exception, is_stopping: bool) -> tuple[int, dict]:
   """Status and answer for an error."""
   if isinstance(error, Refused):
     return error.status, {"error": str(error)}
   is_system = isinstance(error, OSError | MemoryError | ImportError)
   if errors.is_for_user(error) and not is_system:
     return 400, {"error": str(error)}
-  if isinstance(error, RuntimeError | futures.CancelledError):
+  is_late = isinstance(error, RuntimeError | futures.CancelledError)
+  if is_late and is_stopping:
     return 503, {"error": "The server is stopping."}
   logging.exception("A request failed.")
   return 500, {"error": "The search failed; the server's log says why."}

@@ -83,7 +83,7 @@ def check_items(ids, num: int, published_F=None) -> np.ndarray:
   """
   known_F = np.zeros(0, np.int64) if published_F is None else published_F
   if ids is None and known_F.dtype.kind != "i":
-    raise TypeError("The published items are text: give the ids of new ones.")
+    raise TypeError("The known ids are text: give those of the new items.")
   first = int(known_F.max(initial=-1)) + 1 if ids is None else 0
   items_N = np.arange(first, first + num) if ids is None else np.asarray(ids)
   if items_N.dtype.kind in "iu":
@@ -101,9 +101,9 @@ def check_items(ids, num: int, published_F=None) -> np.ndarray:
   check(items_N)
   if len(known_F) and known_F.dtype != items_N.dtype:
     raise TypeError(
-      "The published items are "
-      f"{'integers' if known_F.dtype.kind == 'i' else 'text'}, but the new "
-      f"ones are {'integers' if items_N.dtype.kind == 'i' else 'text'}."
+      f"The known ids are {'integers' if known_F.dtype.kind == 'i' else 'text'}"
+      ", but the new ones are "
+      f"{'integers' if items_N.dtype.kind == 'i' else 'text'}."
     )
   known = set(known_F.tolist())
   again = [row for row, item in enumerate(items_N.tolist()) if item in known]

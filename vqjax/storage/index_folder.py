@@ -25,6 +25,11 @@ KIND = ("vqjax index folder", 1)
 ROLES = ("codec", "index", "decoders", "refiner")
 _OF_FORMAT = ("format", "version", "vqjax_version")
 _GENERATION = "generation-{:05d}"
+_FIELDS = {
+  "generation": (int, "an integer"),
+  "added": (list, "a list"),
+  "encode": (dict, "an object"),
+}
 
 
 def write_manifest(
@@ -63,6 +68,11 @@ def read_manifest(folder) -> tuple[dict[str, str], dict]:
       "vqjax build_index --num_lists and vqjax ivf_pipeline make one."
     )
   info = files.parse_description(path, KIND)
+  for name, (kind, what) in _FIELDS.items():
+    if type(info.get(name, kind())) is not kind:
+      raise ValueError(
+        f"{path} is damaged: {name!r} must be {what}, got {info[name]!r:.50}."
+      )
   names = info.pop("files", None)
   if not isinstance(names, dict) or not {"codec", "index"} <= set(names):
     raise ValueError(

@@ -220,3 +220,10 @@ def test_rising_dimensions_without_iterations_are_the_start():
   words_KD = kmeans.fit_rising(KEY, x_ND, 5, num_iterations=0)
   for word_D in np.asarray(words_KD):  # Rows, turned and turned back.
     assert np.abs(np.asarray(x_ND) - word_D).max(axis=1).min() < 1e-5
+
+
+def test_the_farthest_of_a_share_are_rows_of_it():
+  """More are asked for than there are; errors are negative by rounding."""
+  error_N = np.array([-5.0, -3.0], np.float32)
+  far = kmeans._farthest(error_N, 4, first=10, is_shared=True)
+  np.testing.assert_array_equal(far, [11, 10])

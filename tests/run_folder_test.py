@@ -14,7 +14,7 @@ from experiments.lib import run_folder
 
 def test_a_folder_is_for_one_at_a_time(tmp_path):
   with run_folder.locked(tmp_path):
-    said = f"process {os.getpid()} on .* since 20.*--workdir"
+    said = f"process {os.getpid()} on .* since 20.*choose another folder"
     with (
       pytest.raises(ValueError, match=said),
       run_folder.locked(tmp_path),

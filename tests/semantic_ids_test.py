@@ -207,7 +207,7 @@ def test_append_refuses_what_does_not_fit(codec, x):
   with pytest.raises(TypeError, match="integers, but the new ones are text"):
     old.append(x[40:42], ["a", "b"])
   text = vqjax.make_ids(codec, x[:2], ["a", "b"])
-  with pytest.raises(TypeError, match="give the ids of new ones"):
+  with pytest.raises(TypeError, match="give those of the new items"):
     text.append(x[40:42])
 
 

@@ -329,10 +329,11 @@ def _farthest(error_N, num: int, first: int, is_shared: bool) -> np.ndarray:
   at = np.argsort(-error_N, kind="stable")[:num]
   if not is_shared:
     return at
-  found = np.full((2, num), -1.0)  # Rows and errors, exact in float64.
+  found = np.full((2, num), -np.inf)  # Rows and errors, exact in float64.
   found[:, : len(at)] = first + at, error_N[at]
   rows, errors = devices.gather(found).transpose(1, 0, 2).reshape(2, -1)
-  return rows[np.argsort(-errors, kind="stable")[:num]].astype(np.int64)
+  rows = rows[np.argsort(-errors, kind="stable")[:num]]
+  return rows[np.isfinite(rows)].astype(np.int64)
 
 
 def _add_rows(sums_KD, ids_N, x_ND) -> None:
